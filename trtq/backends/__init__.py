@@ -1,0 +1,1 @@
+"""Engines: building them, and reading what they really run."""

@@ -1,0 +1,1 @@
+"""Statistics, the methods that turn them into ranges, and the table that holds the result."""

@@ -1,0 +1,1 @@
+"""Samples: where calibration and evaluation data come from."""

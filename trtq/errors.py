@@ -1,0 +1,57 @@
+"""What can go wrong, said once: every error a user can meet is a `TrtqError` with its exit code."""
+
+from __future__ import annotations
+
+import enum
+import os
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of the command line; a CI gates on them."""
+
+    PASS = 0
+    FAIL = 1
+    BAD_INPUT = 2
+    INCONCLUSIVE = 3
+    MISSING_BACKEND = 4
+
+
+class TrtqError(Exception):
+    """A problem the user can act on: one message that names the problem, file, cause and remedy.
+
+    Args:
+        problem: what went wrong, one clause without a full stop.
+        file: the file or folder it concerns.
+        cause: why, as far as it is known (an exception's text is fine).
+        remedy: what the user can do about it.
+    """
+
+    exit_code = ExitCode.BAD_INPUT
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        cause: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.file = None if file is None else os.fspath(file)
+        self.cause = None if cause is None else str(cause).strip()
+        self.remedy = remedy
+        lines = [problem]
+        lines += [f"  file:   {self.file}"] if self.file else []
+        lines += [f"  cause:  {self.cause}"] if self.cause else []
+        lines += [f"  remedy: {remedy}"] if remedy else []
+        super().__init__("\n".join(lines))
+
+
+class InputError(TrtqError):
+    """Bad usage or bad input: a model, data, a metric, an option or a path that cannot be used."""
+
+
+class MissingBackendError(TrtqError):
+    """A package, a GPU or a driver that the job needs is not here."""
+
+    exit_code = ExitCode.MISSING_BACKEND

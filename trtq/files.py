@@ -1,0 +1,114 @@
+"""Files on disk: hashes, and writing that leaves either the whole file or the old one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trtq.errors import InputError
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is moved into place, otherwise removed.
+
+    The temporary file is in the same folder, so the move is one rename: a reader, a concurrent
+    writer or Ctrl-C never sees half a file. Missing parent folders are made.
+
+    Raises:
+        InputError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        _apply_umask(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: PathLike, content: bytes) -> None:
+    """Write `content` to `path` in one move (see `atomic_path`)."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: PathLike, content: str) -> None:
+    """Write `content` to `path` as UTF-8 in one move (see `atomic_path`)."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write `value` as indented JSON in one move; NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: PathLike, what: str) -> Any:
+    """The JSON value in `path`; `what` names the kind of file in the error.
+
+    Raises:
+        InputError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the {what}", file=path, cause=error) from error
+
+
+def sha256_bytes(content: bytes | memoryview) -> str:
+    """Lower-case hex SHA-256 of `content`."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def sha256_file(path: PathLike) -> str:
+    """Lower-case hex SHA-256 of a file's bytes, read in blocks.
+
+    Raises:
+        InputError: the file is missing or unreadable.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError("cannot read the file", file=path, cause=error.strerror) from error
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a JSON value, the same whatever the order of its keys."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _cannot_write(path: Path, error: OSError) -> InputError:
+    return InputError(
+        "cannot write the file",
+        file=path,
+        cause=error.strerror or error,
+        remedy="check the folder's permissions and free space, or choose another output path",
+    )
+
+
+def _apply_umask(path: Path) -> None:
+    """Give a file made by mkstemp (mode 0600) the mode an ordinary open() would have given it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

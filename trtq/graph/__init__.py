@@ -1,0 +1,1 @@
+"""GraphSurgeon passes: load, fold, place, rewrite."""
