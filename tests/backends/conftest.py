@@ -1,0 +1,42 @@
+"""Engines of small graphs, and the folder of trained models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import pytest
+
+from trtq.backends.interface import Build, Range
+
+
+@pytest.fixture
+def build_engine(tmp_path: Path) -> Callable[..., Build]:
+    """Build a model, or a file, for one target with the real builder."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    from trtq.backends import tensorrt_rtx
+
+    def build(
+        model: onnx.ModelProto | Path,
+        profile: Mapping[str, Range] | None = None,
+        targets: Sequence[str] = ("8.6",),
+    ) -> Build:
+        path = tmp_path / "model.onnx"
+        if isinstance(model, Path):
+            path = model
+        else:
+            onnx.save(model, path)
+        return tensorrt_rtx.build(path, tmp_path / "model.plan", profile=profile, targets=targets)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Path:
+    """The folder of trained models (environment variable TRTQ_ZOO)."""
+    folder = Path(os.environ.get("TRTQ_ZOO", Path(__file__).parents[3] / "shared" / "zoo"))
+    if not folder.is_dir():
+        pytest.skip(f"no model zoo: set TRTQ_ZOO (looked in {folder.name})")
+    return folder

@@ -1,0 +1,78 @@
+"""Optimization profiles, and finding the GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtq.backends.interface import Range, find_gpu, parse_profile, profiles_from
+from trtq.errors import InputError
+
+
+def test_static_model_needs_no_profile() -> None:
+    assert profiles_from({"x": (1, 3, 4, 4)}, {}) == {}
+
+
+def test_batch_axis() -> None:
+    expected = {"x": Range((1, 3, 4), (8, 3, 4), (32, 3, 4))}
+    assert profiles_from({"x": ("N", 3, 4)}, {"x": [(3, 4)]}) == expected
+    assert profiles_from({"x": (None, 3, 4)}, {}) == expected
+    assert profiles_from({"x": ("", 3)}, {}, batch=2) == {"x": Range((1, 3), (2, 3), (8, 3))}
+    assert profiles_from({"x": ("N",)}, {}, batch=2) == {"x": Range((1,), (2,), (8,))}
+
+
+def test_other_axes_follow_the_data() -> None:
+    rows = [(20,), (64,), (64,), (100,)]
+    assert profiles_from({"x": ("N", "L")}, {"x": rows}) == {"x": Range((1, 20), (8, 64), (32, 100))}
+    assert profiles_from({"x": (4, "L")}, {"x": rows}) == {"x": Range((4, 20), (4, 64), (4, 100))}
+    tied = {"x": [(20,), (64,)]}
+    assert profiles_from({"x": ("N", "L")}, tied)["x"].opt == (8, 64)
+
+
+def test_profile_problems_are_said() -> None:
+    with pytest.raises(InputError, match="no data"):
+        profiles_from({"x": ("N", "L")}, {})
+    with pytest.raises(InputError, match="2 axes"):
+        profiles_from({"x": ("N", "L")}, {"x": [(3, 4)]})
+    with pytest.raises(InputError, match="at least 1"):
+        profiles_from({"x": ("N", 3)}, {}, batch=0)
+
+
+def test_parse_profile() -> None:
+    texts = ["input:1x3x8,8x3x8,32x3x9", "a:0:4x2"]
+    assert parse_profile(texts) == {
+        "input": Range((1, 3, 8), (8, 3, 8), (32, 3, 9)),
+        "a:0": Range((4, 2), (4, 2), (4, 2)),
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "x:", ":1x2", "x:1x2,3x4", "x:1xN", "x:1x2,2x2,1x2", "x:1,1x2,1x2"]
+)
+def test_bad_profiles_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="not an optimization profile"):
+        parse_profile([text])
+
+
+shapes = st.lists(st.integers(1, 99), min_size=1, max_size=4)
+
+
+@given(st.text(min_size=1), shapes)
+def test_every_name_can_be_written(name: str, shape: list[int]) -> None:
+    text = "x".join(map(str, shape))
+    assert parse_profile([f"{name}:{text}"]) == {name: Range(*[tuple(shape)] * 3)}
+
+
+def test_gpu_as_the_driver_reports_it() -> None:
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader", "--id=0"]
+    if shutil.which(query[0]) is None:
+        assert find_gpu() is None
+        return
+    reported = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    gpu = find_gpu()
+    assert gpu is not None
+    assert f"{gpu.name}, {gpu.compute_capability}" == reported

@@ -1,0 +1,214 @@
+"""Building with TensorRT for RTX: targets, files, errors, and what a plan file says about itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from small_nets import Net
+
+from trtq.backends import tensorrt_rtx
+from trtq.backends.interface import Build, Range
+from trtq.errors import InputError, MissingBackendError
+
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+PROFILE = {"x": Range((1, 64), (8, 64), (32, 64))}
+
+
+@pytest.fixture
+def quantized() -> onnx.ModelProto:
+    """An INT8 matmul on N x 64."""
+    net = Net()
+    y = net.op("MatMul", net.qdq(net.input("N", 64)), net.weight(64, 32, axis=1), name="matmul")
+    return net.model(y)
+
+
+def refused(build: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        build()
+    return str(caught.value)
+
+
+def test_build_leaves_plan_and_record(
+    quantized: onnx.ModelProto, build_engine: Callable[..., Build], tmp_path: Path
+) -> None:
+    result = build_engine(quantized, PROFILE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.plan", "model.plan.json"]
+    plan = tensorrt_rtx.describe_plan(result.engine)
+    assert plan["version"] == trt.__version__
+    assert plan["bytes"] == result.engine.stat().st_size
+    assert plan["targets"] == ["8.6"]
+    assert plan["build"]["compiled"] == result.compiled
+    assert plan["build"]["profile"] == {"x": [[1, 64], [8, 64], [32, 64]]}
+    assert plan["build"]["model"] == "model.onnx"
+
+
+def test_header_names_every_target(build_engine: Callable[..., Build]) -> None:
+    net = Net()
+    model = net.model(net.op("Relu", net.input(2, 8)))
+    for target in tensorrt_rtx.supported_targets():
+        assert tensorrt_rtx.describe_plan(build_engine(model, targets=[target]).engine)["targets"] == [target]
+
+
+def test_several_targets_run_the_graph_of_the_lowest(
+    quantized: onnx.ModelProto, build_engine: Callable[..., Build]
+) -> None:
+    lowest = build_engine(quantized, PROFILE, ["8.6"])
+    several = build_engine(quantized, PROFILE, ["8.9", "8.6", "8.9"])
+    assert several.targets == ("8.9", "8.6")
+    assert tensorrt_rtx.describe_plan(several.engine)["targets"] == ["8.6", "8.9"]
+    assert kernels(several) == kernels(lowest)
+
+
+def test_builds_repeat_kernel_by_kernel(
+    quantized: onnx.ModelProto, build_engine: Callable[..., Build]
+) -> None:
+    assert kernels(build_engine(quantized, PROFILE)) == kernels(build_engine(quantized, PROFILE))
+
+
+def kernels(build: Build) -> list[tuple[object, ...]]:
+    """The compiled graph without TensorRT's internal tensor numbers."""
+    return [
+        (
+            layer.kind,
+            layer.onnx_nodes,
+            *((t.dims, t.datatype, t.format) for t in layer.inputs + layer.outputs),
+        )
+        for layer in build.compiled.layers
+    ]
+
+
+def test_default_target_is_the_gpu_here_or_the_builders_set(
+    quantized: onnx.ModelProto, build_engine: Callable[..., Build]
+) -> None:
+    result = build_engine(quantized, PROFILE, targets=())
+    named = tensorrt_rtx.describe_plan(result.engine)["targets"]
+    assert named == list(result.targets) if result.targets else {"8.0", "8.6", "8.9", "12.0"} <= set(named)
+
+
+def test_unknown_target(quantized: onnx.ModelProto, build_engine: Callable[..., Build]) -> None:
+    message = refused(lambda: build_engine(quantized, PROFILE, ["8.6", "3.5"]))
+    assert "3.5" in message
+    assert ", ".join(tensorrt_rtx.supported_targets()) in message
+
+
+def test_weights_in_a_file_beside_the_model(build_engine: Callable[..., Build], tmp_path: Path) -> None:
+    net = Net()
+    model = net.model(net.op("MatMul", net.input(8, 64), net.weight(64, 256), name="matmul"))
+    path = tmp_path / "big.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="big.bin", size_threshold=0)
+    assert b"big.bin" in path.read_bytes()
+    assert build_engine(path).engine.stat().st_size > 64 * 256 * 4
+    (tmp_path / "big.bin").unlink()
+    assert "big.onnx" in refused(lambda: build_engine(path))
+
+
+def test_parser_errors_name_node_and_remedy(build_engine: Callable[..., Build], tmp_path: Path) -> None:
+    net = Net()
+    x = net.op("QuantizeLinear", net.input(8, 64), np.float32(0.1), np.int8(3), name="shifted", dtype=np.int8)
+    affine = net.model(net.op("DequantizeLinear", x, np.float32(0.1), np.int8(3)))
+    message = refused(lambda: build_engine(affine))
+    assert "'shifted' (QuantizeLinear)" in message
+    assert "zero-point 0" in message
+
+    net = Net()
+    unknown = net.model(net.op("NoSuchOperator", net.input(8, 64), name="odd"))
+    message = refused(lambda: build_engine(unknown))
+    assert "'odd' (NoSuchOperator)" in message
+    assert "no such operator" in message
+
+    net = Net()
+    mismatch = net.model(net.op("MatMul", net.input(8, 64), net.weight(63, 2), name="mismatch"))
+    message = refused(lambda: build_engine(mismatch))
+    assert "'mismatch' (MatMul)" in message
+    assert "must match" in message
+    assert "cudaError" not in message  # the missing driver has nothing to do with it
+
+    net = Net()
+    bias = net.op("DequantizeLinear", np.ones(64, np.int32), np.float32(0.1), np.int32(0), name="bias")
+    message = refused(lambda: build_engine(net.model(net.op("Add", net.input(8, 64), bias))))
+    assert "'bias' (DequantizeLinear)" in message
+    assert "leave biases in floating point" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_builder_errors_are_passed_on(build_engine: Callable[..., Build]) -> None:
+    net = Net()
+    fp32 = net.model(net.op("MatMul", net.input(8, 64), net.weight(64, 64), name="fp32_matmul"))
+    message = refused(lambda: build_engine(fp32, targets=["7.5"]))
+    assert "fp32_matmul" in message
+    assert "leave 7.5 out" in message
+
+
+def test_warnings_are_kept_once(build_engine: Callable[..., Build]) -> None:
+    net = Net(19, np.float16)
+    x = net.input(2, 32, 16, 16)
+    for _ in range(2):
+        x = net.op("Conv", net.qdq(x), net.weight(32, 32, 3, 3, axis=0), kernel_shape=[3, 3])
+    warnings = build_engine(net.model(x)).warnings
+    assert any("activation scales to fp32" in warning for warning in warnings)
+    assert len(set(warnings)) == len(warnings)
+
+
+@pytest.mark.parametrize(
+    ("profile", "problem"),
+    [
+        ({}, "does not name it"),
+        ({"y": Range((1, 64), (1, 64), (1, 64))}, "no input of the model"),
+        ({"x": Range((1, 63), (1, 63), (1, 63))}, "1x63 does not fit"),
+        ({"x": Range((1,), (1,), (1,))}, "shape 1 does not fit"),
+    ],
+)
+def test_profiles_that_do_not_fit(
+    profile: dict[str, Range], problem: str, quantized: onnx.ModelProto, build_engine: Callable[..., Build]
+) -> None:
+    assert problem in refused(lambda: build_engine(quantized, profile))
+
+
+def test_files_that_are_no_models(build_engine: Callable[..., Build], tmp_path: Path) -> None:
+    assert "does not exist" in refused(lambda: build_engine(tmp_path / "absent.onnx"))
+    for content in (b"", b"hello world", b"\x80" * 100):
+        (tmp_path / "junk.onnx").write_bytes(content)
+        assert "junk.onnx" in refused(lambda: build_engine(tmp_path / "junk.onnx"))
+    assert not (tmp_path / "model.plan").exists()
+
+
+def test_files_that_are_no_plans(
+    quantized: onnx.ModelProto, build_engine: Callable[..., Build], tmp_path: Path
+) -> None:
+    engine = build_engine(quantized, PROFILE).engine
+    whole = engine.read_bytes()
+    for content, problem in [
+        (b"", "not an engine"),
+        (b"hello" * 20, "not an engine"),
+        (whole[:40], "not an engine"),
+        (whole[:-1], "truncated"),
+        (whole[:8] + b"\x09" + whole[9:], "format 9"),
+    ]:
+        engine.write_bytes(content)
+        assert problem in refused(lambda: tensorrt_rtx.describe_plan(engine))
+    assert "cannot read" in refused(lambda: tensorrt_rtx.describe_plan(tmp_path / "absent.plan"))
+
+
+def test_records_of_other_engines_are_ignored(
+    quantized: onnx.ModelProto, build_engine: Callable[..., Build]
+) -> None:
+    engine = build_engine(quantized, PROFILE).engine
+    record = tensorrt_rtx.sidecar(engine)
+    record.write_text(record.read_text().replace(tensorrt_rtx.describe_plan(engine)["sha256"], "0" * 64))
+    assert tensorrt_rtx.describe_plan(engine)["build"] is None
+    record.write_text("{}")
+    assert "damaged" in refused(lambda: tensorrt_rtx.describe_plan(engine))
+    record.unlink()
+    assert tensorrt_rtx.describe_plan(engine)["build"] is None
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # as Python marks a module that cannot be imported
+    with pytest.raises(MissingBackendError, match=r"pip install 'trtq\[rtx\]'"):
+        tensorrt_rtx.build(tmp_path / "model.onnx", tmp_path / "model.plan")

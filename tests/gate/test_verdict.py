@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from trtq.errors import ExitCode, InputError
+from trtq.gate.metrics import load_metric
+from trtq.gate.verdict import Outcome, Verdict, decide, parse_margin
+
+TOP1 = load_metric("top1")
+
+
+def classifier(right: int, wrong: int) -> dict[str, np.ndarray]:
+    """Scores of two classes; the label of every sample is 0."""
+    return {"y": np.array([[1.0, 0.0]] * right + [[0.0, 1.0]] * wrong)}
+
+
+def verdict(ref, cand, labels=None, metric=TOP1, executor="simulation", **options) -> Verdict:
+    targets = {"labels": np.zeros(len(ref["y"]), int) if labels is None else labels}
+    return decide(ref, cand, targets, metric, executor=executor, **options)
+
+
+def test_the_point_estimate_decides_without_confidence():
+    found = verdict(classifier(200, 0), classifier(198, 2))
+    assert found.outcome is Outcome.PASS  # exactly 1 %
+    assert found.relative_drop == pytest.approx(0.01)
+    assert verdict(classifier(200, 0), classifier(197, 3)).outcome is Outcome.FAIL
+    assert found.reference == 1.0
+    assert found.candidate == pytest.approx(0.99)
+
+
+def test_a_gate_that_few_samples_cannot_decide_says_so():
+    found = verdict(classifier(200, 0), classifier(199, 1))
+    low, high = found.relative_interval
+    assert low < 0.005 < 0.01 < high
+    assert not found.proved
+    assert found.samples_to_prove > 200
+    assert "200 samples cannot decide this" in found.text()
+    assert str(found.samples_to_prove) in found.text()
+
+
+@pytest.mark.parametrize(
+    ("lost", "outcome"), [(0, Outcome.PASS), (30, Outcome.INCONCLUSIVE), (90, Outcome.FAIL)]
+)
+def test_with_confidence_pass_and_fail_are_proved(lost, outcome):
+    found = verdict(classifier(3000, 500), classifier(3000 - lost, 500 + lost), confidence=0.95)
+    assert found.outcome is outcome
+    assert found.proved is (outcome is Outcome.PASS)
+    says = {Outcome.PASS: "prove a drop below 1 %", Outcome.FAIL: "prove a drop above 1 %"}
+    assert says.get(outcome, "cannot decide") in found.text()
+
+
+def test_samples_to_prove_is_enough():
+    """Repeating the same samples up to the promised number does prove the claim; one round less not."""
+    reference, candidate = classifier(900, 100), classifier(895, 105)
+    few = verdict(reference, candidate, confidence=0.95)
+    assert few.outcome is Outcome.INCONCLUSIVE
+    times = -(-few.samples_to_prove // 1000)
+
+    def repeated(times):
+        return [{"y": np.tile(arrays["y"], (times, 1))} for arrays in (reference, candidate)]
+
+    assert verdict(*repeated(times), confidence=0.95).outcome is Outcome.PASS
+    assert verdict(*repeated(times - 1), confidence=0.95).outcome is Outcome.INCONCLUSIVE
+
+
+@pytest.mark.parametrize("metric", ["cosine", "f1", "accuracy"])
+def test_bootstrapped_metrics(metric):
+    rng = np.random.default_rng(0)
+    shape = (60, 6, 3)  # a sequence with a label per position
+    reference = {"y": rng.normal(size=shape)}
+    near = {"y": reference["y"] + rng.normal(0, 1e-3, shape)}
+    far = {"y": reference["y"] + rng.normal(0, 1.5, shape)}
+    labels = reference["y"].argmax(-1)
+    labels[:, 0] = rng.integers(0, 3, 60)
+    options = {"labels": labels, "metric": load_metric(metric), "confidence": 0.95, "max_drop": 0.05}
+    assert verdict(reference, near, **options).outcome is Outcome.PASS
+    assert verdict(reference, far, **options).outcome is Outcome.FAIL
+
+
+def test_a_function_over_groups_of_rows(tmp_path):
+    path = tmp_path / "metric.py"
+    path.write_text(
+        "import numpy as np\n"
+        "def correlation(outputs, targets):\n"
+        "    pairs = outputs['y'].reshape(-1, 2)\n"
+        "    assert len(pairs) == len(targets['score'])\n"
+        "    return np.corrcoef(pairs[:, 0] - pairs[:, 1], targets['score'])[0, 1]\n"
+    )
+    rng = np.random.default_rng(1)
+    reference = {"y": rng.normal(size=(200, 1))}
+    targets = {"score": reference["y"][::2, 0] - reference["y"][1::2, 0] + rng.normal(0, 0.3, 100)}
+    candidate = {"y": reference["y"] + rng.normal(0, 1e-3, (200, 1))}
+    metric = load_metric(f"{path}:correlation")
+    found = decide(reference, candidate, targets, metric, confidence=0.95, executor="engine")
+    assert found.outcome is Outcome.PASS
+    assert found.samples == 100
+    assert found == decide(reference, candidate, targets, metric, confidence=0.95, executor="engine")
+
+
+def test_label_free_reference_scores_one():
+    rows = {"y": np.random.default_rng(0).normal(size=(40, 8))}
+    found = decide(rows, rows, {}, load_metric("cosine"), confidence=0.9, executor="simulation")
+    assert found.reference == pytest.approx(1.0)
+    assert found.outcome is Outcome.PASS
+
+
+def test_nan_in_the_candidate_fails_and_is_named():
+    candidate = classifier(10, 0)
+    candidate["y"][7, 1] = np.nan
+    found = verdict(classifier(10, 0), candidate)
+    assert found.outcome is Outcome.FAIL
+    assert found.candidate is None
+    assert found.notes == ("output 'y' of the candidate is NaN or infinite in sample 7",)
+    assert Verdict.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    assert "not measurable" in found.text()
+
+
+def test_margins_that_mean_nothing():
+    with pytest.raises(InputError, match="scores 0"):
+        verdict(classifier(0, 10), classifier(10, 0))
+    rows = classifier(10, 0)
+    with pytest.raises(InputError, match="use cosine"):
+        decide(rows, rows, {}, load_metric("sqnr@y"), executor="simulation")
+    with pytest.raises(InputError, match="allowed drop"):
+        verdict(rows, rows, max_drop=1.5)
+    with pytest.raises(InputError, match="confidence"):
+        verdict(rows, rows, confidence=95)
+
+
+def test_json_round_trip_is_strict():
+    found = verdict(classifier(50, 3), classifier(49, 4), confidence=0.9)
+    text = json.dumps(found.to_json(), allow_nan=False)
+    assert Verdict.from_json(json.loads(text)) == found
+
+
+@pytest.mark.parametrize("value", [{}, [], None, {"outcome": "maybe"}])
+def test_what_is_not_a_verdict(value):
+    with pytest.raises(InputError, match="not a verdict"):
+        Verdict.from_json(value)
+
+
+def test_require_engine():
+    rows = classifier(10, 0)
+    simulated = verdict(rows, rows)
+    assert simulated.exit_code is ExitCode.PASS
+    strict = simulated.require_engine()
+    assert strict.outcome is Outcome.INCONCLUSIVE
+    assert strict.exit_code is ExitCode.INCONCLUSIVE
+    assert "simulation" in strict.text()
+    engine = verdict(rows, rows, executor="engine")
+    assert engine.require_engine() == engine
+
+
+@pytest.mark.parametrize(("text", "margin"), [("1%", 0.01), ("0.01", 0.01), (" 2.5 % ", 0.025), ("0", 0.0)])
+def test_parse_margin(text, margin):
+    assert parse_margin(text) == pytest.approx(margin)
+
+
+@pytest.mark.parametrize("text", ["", "%", "one", "-1%", "100%", "1", "nan", "inf"])
+def test_parse_margin_refuses(text):
+    with pytest.raises(InputError, match="is no allowed drop"):
+        parse_margin(text)

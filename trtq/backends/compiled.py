@@ -1,0 +1,264 @@
+"""What a compiled engine really runs, read from the builder's log without a GPU.
+
+With `ProfilingVerbosity.DETAILED` and a VERBOSE logger, TensorRT for RTX logs one message that begins
+with ``Layers:`` and has one line per step of the compiled graph::
+
+    Name: /conv1/Conv_myl0_2, LayerType: correlation, Inputs: [ { Name: x, Dimensions: [-1,4,32,32],
+    Strides: [...], StrideOrder: [...], Datatype: Int8, Format: (NHWC) Channel major format }],
+    Constants: [ ... ], Outputs: [ ... ], TacticName: ..., StreamId: 0,
+    Metadata: [ONNX Layer: /conv1/Conv]<0x1F>[ONNX Layer: input_DQ]
+
+`LayerType` is `correlation` (convolution), `gemm`, `deconv`, `runtime_fusion` (a floating-point
+convolution or matmul with its neighbours), `kgen` (a generated kernel: pointwise, softmax, or fused
+attention when its name begins with `_gemm`), `avgpool`, `maxpool`, ..., and for what is not a kernel
+`shape_call`, `signal`, `wait`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+HEADER = "Layers:\n"
+"""How the builder's message begins."""
+
+_BITS = {
+    "Int64": 64,
+    "Float": 32,
+    "Int32": 32,
+    "Half": 16,
+    "BFloat16": 16,
+    "Int8": 8,
+    "UInt8": 8,
+    "Bool": 8,
+    "FP8": 8,
+    "Int4": 4,
+    "FP4": 4,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledTensor:
+    """A tensor that a kernel reads or writes.
+
+    Attributes:
+        name: TensorRT's name for it; network inputs and outputs keep their ONNX names.
+        dims: its dimensions, -1 where dynamic. An axis that TensorRT made by merging the dynamic one
+            with others (batch x heads) shows as -1 too.
+        datatype: TensorRT's word: Float, Half, BFloat16, Int8, Int32, Int64, Bool, ...
+        format: memory layout in TensorRT's words, such as "(NHWC) Channel major format".
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    datatype: str
+    format: str
+
+    def size(self, dynamic: int) -> int:
+        """Size in bytes with every dynamic dimension set to `dynamic`."""
+        elements = math.prod(dynamic if d < 0 else d for d in self.dims)
+        return math.ceil(elements * _BITS[self.datatype] / 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledLayer:
+    """One step of the compiled graph; `onnx_nodes` are the ONNX nodes it came from (TensorRT's metadata).
+
+    A node without a name in the ONNX file appears as `node_of_<its first output>`.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[CompiledTensor, ...]
+    constants: tuple[CompiledTensor, ...]
+    outputs: tuple[CompiledTensor, ...]
+    onnx_nodes: tuple[str, ...]
+
+    @property
+    def launches(self) -> bool:
+        """Whether it is a kernel on the GPU.
+
+        A kernel writes something. Steps without an output are host-side bookkeeping: `shape_call`
+        computes dynamic shapes, `signal` and `wait` order the streams.
+        """
+        return bool(self.outputs)
+
+    @property
+    def computes(self) -> bool:
+        """Whether it does the multiply-accumulates of the convolutions or matmuls among its nodes.
+
+        Pointwise kernels name those nodes too (for a bias, an activation, a padding), but do not.
+        """
+        fused = self.kind == "kgen" and self.name.startswith("_gemm")
+        return fused or self.kind in ("correlation", "gemm", "deconv", "runtime_fusion")
+
+    @property
+    def int8(self) -> bool:
+        """Whether it multiplies INT8 by INT8.
+
+        - `correlation`, `gemm`: both operands are Int8, be they inputs or constants (the scales are
+          Float constants).
+        - fused attention (`_gemm...`): query, key and value are all three Int8. TensorRT fuses INT8
+          attention only when the softmax is quantized as well, so this stands for both matmuls.
+        - `deconv`, `runtime_fusion`: never. A fusion may read Int8 on both sides, but it casts to
+          floating point before it multiplies (`CastMulFc`).
+        """
+        int8 = [t.datatype == "Int8" for t in self.inputs + self.constants]
+        if self.kind in ("correlation", "gemm"):
+            return sum(int8) >= 2
+        return self.computes and self.kind == "kgen" and sum(int8) >= 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The compiled graph of an engine.
+
+    Attributes:
+        layers: its steps, in the order they are issued.
+        batch: the batch size of the optimization profile's optimum, 1 for a static model.
+        unread: lines of the message that could not be read; not counted anywhere.
+    """
+
+    layers: tuple[CompiledLayer, ...]
+    batch: int = 1
+    unread: tuple[str, ...] = ()
+
+    @property
+    def kernels(self) -> int:
+        """How many kernels one inference launches (see `CompiledLayer.launches`)."""
+        return sum(layer.launches for layer in self.layers)
+
+    def bytes_moved(self, batch: int | None = None) -> int:
+        """Estimated bytes that one inference reads and writes: each kernel's inputs, constants and outputs.
+
+        Every dynamic dimension counts as `batch` (default: the optimum of the profile), so the figure is
+        exact for tensors whose only dynamic axis is the batch, and low where the batch was merged with
+        other axes (attention heads) or where another axis is dynamic as well. An engine built with
+        min = opt = max has no dynamic dimension and nothing to estimate. Caches are not modelled.
+        """
+        dynamic = self.batch if batch is None else batch
+        return sum(
+            tensor.size(dynamic)
+            for layer in self.layers
+            if layer.launches
+            for tensor in layer.inputs + layer.constants + layer.outputs
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; `from_json` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Compiled:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not what `to_json` made.
+        """
+
+        def tensors(values: list[dict[str, Any]]) -> tuple[CompiledTensor, ...]:
+            return tuple(CompiledTensor(**{**t, "dims": tuple(t["dims"])}) for t in values)
+
+        layers = tuple(
+            CompiledLayer(
+                name=layer["name"],
+                kind=layer["kind"],
+                inputs=tensors(layer["inputs"]),
+                constants=tensors(layer["constants"]),
+                outputs=tensors(layer["outputs"]),
+                onnx_nodes=tuple(layer["onnx_nodes"]),
+            )
+            for layer in value["layers"]
+        )
+        return cls(layers, value["batch"], tuple(value["unread"]))
+
+
+def int8_nodes(layers: Iterable[CompiledLayer], nodes: Iterable[str]) -> frozenset[str]:
+    """Which of `nodes` (names of Conv, ConvTranspose, Gemm and MatMul nodes) execute in INT8.
+
+    A node is INT8 when some kernel computes it and every kernel that does multiplies INT8 by INT8.
+    A node that no kernel names (folded away, or renamed because its name was empty) is not. Names must be
+    unique in the model: TensorRT reports two nodes of one name under that name.
+    """
+    computing: dict[str, bool] = {}
+    for layer in layers:
+        if layer.computes:
+            for node in layer.onnx_nodes:
+                computing[node] = computing.get(node, True) and layer.int8
+    return frozenset(node for node in nodes if computing.get(node, False))
+
+
+def parse_layers(message: str, batch: int = 1) -> Compiled:
+    """Read the builder's ``Layers:`` message.
+
+    Names may hold almost anything (commas, colons, brackets, newlines), so brackets are not trusted:
+    the fields come in a fixed order and each is read up to the marker that must follow it.
+
+    Args:
+        message: the whole message, beginning with `HEADER`.
+        batch: recorded in the result.
+    """
+    body, _, _ = message.removeprefix(HEADER).partition("\n\nI/O Tensors:")
+    layers, unread = [], []
+    for line in re.split(r"^(?=Name: )", body, flags=re.MULTILINE):
+        if not line.strip():
+            continue
+        try:
+            layers.append(_read_layer(_Reader(line.removesuffix("\n"))))
+        except ValueError:
+            unread.append(line)
+    return Compiled(tuple(layers), batch, tuple(unread))
+
+
+class _Reader:
+    """A cursor over one line."""
+
+    def __init__(self, text: str) -> None:
+        self.rest = text
+
+    def skip(self, marker: str) -> bool:
+        """Step over `marker` if it is next."""
+        found = self.rest.startswith(marker)
+        self.rest = self.rest.removeprefix(marker)
+        return found
+
+    def until(self, marker: str) -> str:
+        """The text up to `marker`, which is stepped over."""
+        text, found, self.rest = self.rest.partition(marker)
+        if not found:
+            raise ValueError(f"{marker!r} expected")
+        return text
+
+
+def _read_layer(reader: _Reader) -> CompiledLayer:
+    reader.skip("Name: ")
+    name = reader.until(", LayerType: ")
+    kind = reader.until(", Inputs: [")
+    inputs = _read_tensors(reader, "], Constants: [")
+    constants = _read_tensors(reader, "], Outputs: [")
+    outputs = _read_tensors(reader, "], TacticName: ")
+    reader.until(", Metadata: ")
+    nodes = reader.rest.split("\x1f") if reader.rest else []
+    onnx_nodes = tuple(node[len("[ONNX Layer: ") : -1] for node in nodes if node.startswith("[ONNX Layer: "))
+    return CompiledLayer(name, kind, inputs, constants, outputs, onnx_nodes)
+
+
+def _read_tensors(reader: _Reader, end: str) -> tuple[CompiledTensor, ...]:
+    """The tensors of a list ` { Name: ..., ... }, { ... }`, up to and over `end`."""
+    tensors: list[CompiledTensor] = []
+    while not reader.skip(end):
+        reader.until("{ Name: ")
+        name = reader.until(", Dimensions: [")
+        dims = reader.until("], ")
+        reader.until("Datatype: ")
+        datatype = reader.until(", Format: ")
+        tensor = CompiledTensor(
+            name, tuple(int(d) for d in dims.split(",") if d), datatype, reader.until(" }")
+        )
+        if datatype not in _BITS:
+            raise ValueError(f"datatype {datatype!r} is unknown")
+        tensors.append(tensor)
+    return tuple(tensors)

@@ -1,0 +1,165 @@
+"""What the engine builders share: optimization profiles, the result of a build, and the GPU at hand."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from trtq.backends.compiled import Compiled
+from trtq.errors import InputError
+
+OPT_BATCH = 8
+"""Batch size an engine is tuned for when nothing else is asked."""
+
+MAX_OVER_OPT = 4
+"""Largest batch an engine takes, in multiples of the one it is tuned for."""
+
+Shape = tuple[int, ...]
+
+
+class Range(NamedTuple):
+    """Smallest, most frequent and largest shape of one input (TensorRT: min, opt, max)."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+Profile = Mapping[str, Range]
+"""Input name -> its range of shapes; empty for a model without dynamic axes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What a build left behind.
+
+    Attributes:
+        engine: the plan file. Beside it lies `<engine>.json` with what is recorded here.
+        targets: compute capabilities it was built for; empty: the builder's default set.
+        compiled: the kernels it runs.
+        warnings: the builder's warnings, each once.
+    """
+
+    engine: Path
+    targets: tuple[str, ...]
+    compiled: Compiled
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU; `compute_capability` such as "8.6"."""
+
+    name: str
+    compute_capability: str
+
+
+def profiles_from(
+    model_inputs: Mapping[str, Sequence[int | str | None]],
+    row_shapes: Mapping[str, Iterable[Shape]],
+    batch: int = OPT_BATCH,
+) -> dict[str, Range]:
+    """The default optimization profile: any batch up to 4 x `batch`, other axes as the data has them.
+
+    - A dynamic first axis is the batch: min 1, opt `batch`, max 4 x `batch`. TensorRT tunes for opt; max
+      only reserves memory.
+    - Every other dynamic axis runs from the smallest to the largest size seen in the data, tuned for the
+      most frequent one (the larger of two equally frequent).
+    - Inputs without dynamic axes need no range, so a static model gives an empty profile.
+
+    Args:
+        model_inputs: input name -> dimensions; a dimension that is not a positive integer is dynamic.
+        row_shapes: input name -> shapes of the data's rows, that is without the batch axis; one per row, or
+            each distinct one once. Inputs whose only dynamic axis is the batch may be missing.
+        batch: opt of the batch axis, > 0.
+
+    Raises:
+        InputError: a dynamic axis without data to take its size from, or data of another rank.
+    """
+    if batch < 1:
+        raise InputError(f"the batch size must be at least 1, not {batch}")
+    profile = {}
+    for name, dims in model_inputs.items():
+        sizes = [d if isinstance(d, int) and d > 0 else None for d in dims]
+        if None not in sizes:
+            continue
+        rows = list(row_shapes.get(name, ()))
+        if None in sizes[1:] and not rows:
+            raise InputError(
+                f"input '{name}' has dynamic axes and there is no data to take their sizes from",
+                remedy=f"give its shapes, such as {name}:1x64,8x64,32x64",
+            )
+        if wrong := [shape for shape in rows if len(shape) != len(dims) - 1]:
+            raise InputError(
+                f"input '{name}' has {len(dims)} axes, one of them the batch, but rows of the data are "
+                f"shaped {'x'.join(map(str, wrong[0])) or 'scalar'}",
+                remedy="make the data's arrays (rows, ...) with the model's other axes",
+            )
+        ranges: list[tuple[int, int, int]] = []
+        for axis, size in enumerate(sizes):
+            if size is not None:
+                ranges.append((size, size, size))
+            elif axis == 0:
+                ranges.append((1, batch, MAX_OVER_OPT * batch))
+            else:
+                seen = Counter(shape[axis - 1] for shape in rows)
+                frequent = max((count, size) for size, count in seen.items())[1]
+                ranges.append((min(seen), frequent, max(seen)))
+        profile[name] = Range(*(tuple(sizes) for sizes in zip(*ranges, strict=True)))
+    return profile
+
+
+def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
+    """A profile from texts such as `input:1x3x224x224,8x3x224x224,32x3x224x224` (min, opt, max).
+
+    One shape alone stands for all three. Input names may hold colons: the last one divides.
+
+    Raises:
+        InputError: a text that is not of this form, or min <= opt <= max not holding on every axis.
+    """
+    profile = {}
+    for text in texts:
+        name, _, shapes = text.rpartition(":")
+        if not name or not re.fullmatch(r"\d+(x\d+)*(,\d+(x\d+)*){0,2}", shapes) or shapes.count(",") == 1:
+            raise InputError(
+                f"'{text}' is not an optimization profile",
+                remedy="write NAME:MIN,OPT,MAX, such as input:1x3x224x224,8x3x224x224,32x3x224x224",
+            )
+        parsed = [tuple(int(d) for d in shape.split("x")) for shape in shapes.split(",")]
+        low, opt, high = parsed if len(parsed) == 3 else parsed * 3
+        if not len(low) == len(opt) == len(high) or not all(
+            a <= b <= c for a, b, c in zip(low, opt, high, strict=True)
+        ):
+            raise InputError(
+                f"'{text}' is not an optimization profile",
+                cause="its shapes differ in rank, or an axis is not min <= opt <= max",
+            )
+        profile[name] = Range(low, opt, high)
+    return profile
+
+
+def find_gpu() -> Gpu | None:
+    """The first NVIDIA GPU that the driver offers, or None without a driver or GPU."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    compute_capability_major, compute_capability_minor = 75, 76  # CUdevice_attribute
+    calls = (
+        lambda: cuda.cuInit(0),
+        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: cuda.cuDeviceGetName(name, len(name), device),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), compute_capability_major, device),
+        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), compute_capability_minor, device),
+    )
+    if any(call() for call in calls):  # 0 is CUDA_SUCCESS; the first failure ends it
+        return None
+    return Gpu(name.value.decode(), f"{major.value}.{minor.value}")

@@ -1,0 +1,149 @@
+"""The content-addressed cache: what was computed once for a model, its data and a method is not again.
+
+Layout, the same at run time and in the repository's `calib_cache/`::
+
+    <root>/<model>/<data>/<kind>-<detail>.<suffix>        the content: statistics, table or outputs
+    <root>/<model>/<data>/<kind>-<detail>.<suffix>.json   its key and its SHA-256
+
+`<model>` and `<data>` are the first 16 digits of their SHA-256, `<detail>` those of everything else the
+content depends on. Files are moved into place, and one key always gives the same bytes, so concurrent
+writers do no harm. Content that does not match its SHA-256 is reported, and computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trtq
+from trtq.errors import InputError
+from trtq.files import PathLike, sha256_bytes, sha256_json, write_bytes, write_json
+
+SUFFIXES = {"statistics": "npz", "table": "cache", "outputs": "npz"}
+"""Kinds of content and their file names' suffixes."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a cached content depends on.
+
+    Attributes:
+        kind: one of `SUFFIXES`.
+        model, data: SHA-256 of the model and of the data.
+        detail: everything else, as JSON values (method, tensors, executor, ...).
+    """
+
+    kind: str
+    model: str
+    data: str
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The key as it stands in the file beside the content; it includes the tool's version."""
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "data": self.data,
+            "trtq": trtq.__version__,
+            **self.detail,
+        }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache as `trtq cache` lists it; `problem` says what is wrong with it, if anything."""
+
+    path: Path
+    key: Mapping[str, Any]
+    size: int
+    problem: str | None
+
+
+def default_root() -> Path:
+    """`$TRTQ_CACHE`, or `trtq/calib_cache` in the user's cache folder."""
+    if root := os.environ.get("TRTQ_CACHE"):
+        return Path(root)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "trtq" / "calib_cache"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache folder; `report` receives a line for every damaged entry."""
+
+    root: Path
+    report: Callable[[str], object] = print
+
+    def path(self, key: Key) -> Path:
+        """Where the content of `key` is kept."""
+        digest = sha256_json(key.to_json())[:16]
+        name = f"{key.kind}-{digest}.{SUFFIXES[key.kind]}"
+        return Path(self.root) / key.model[:16] / key.data[:16] / name
+
+    def fetch(self, key: Key) -> bytes | None:
+        """The content of `key`, or None where it is not cached or damaged (which is reported)."""
+        path = self.path(key)
+        try:
+            content, record = _read(path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self.report(f"cache entry {path} is damaged ({error}); it is computed again")
+            return None
+        if record.get("sha256") != sha256_bytes(content):
+            self.report(f"cache entry {path} is damaged (its hash does not match); it is computed again")
+            return None
+        return content
+
+    def store(self, key: Key, content: bytes) -> None:
+        """Keep `content` under `key`."""
+        path = self.path(key)
+        write_bytes(path, content)
+        write_json(_record_path(path), {"sha256": sha256_bytes(content), **key.to_json()})
+
+    def entries(self) -> Iterator[Entry]:
+        """Every entry of the cache, verified, in the order of their paths."""
+        for suffix in sorted(set(SUFFIXES.values())):
+            for path in sorted(Path(self.root).glob(f"*/*/*.{suffix}")):
+                yield _entry(path)
+
+    def prune(self, keep: Callable[[Entry], bool]) -> list[Entry]:
+        """Remove and return the entries that `keep` does not want."""
+        unwanted = [entry for entry in self.entries() if not keep(entry)]
+        for entry in unwanted:
+            remove(entry.path)
+        return unwanted
+
+
+def remove(path: PathLike) -> None:
+    """Remove an entry and the record beside it."""
+    try:
+        Path(path).unlink(missing_ok=True)
+        _record_path(Path(path)).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError("cannot remove the cache entry", file=path, cause=error.strerror) from error
+
+
+def _entry(path: Path) -> Entry:
+    try:
+        content, record = _read(path)
+    except (OSError, ValueError) as error:
+        return Entry(path, {}, path.stat().st_size, f"unreadable: {error}")
+    damaged = record.get("sha256") != sha256_bytes(content)
+    key = {name: value for name, value in record.items() if name != "sha256"}
+    return Entry(path, key, len(content), "its hash does not match" if damaged else None)
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    record = json.loads(_record_path(path).read_text(encoding="utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError("the record is not a JSON object")
+    return path.read_bytes(), record
+
+
+def _record_path(path: Path) -> Path:
+    return Path(f"{path}.json")

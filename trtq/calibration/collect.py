@@ -1,0 +1,118 @@
+"""Collecting statistics: one streaming pass of the fp32 model over the data with ONNX Runtime.
+
+Rows are run one at a time (or in the model's fixed batch size), each on one thread, several at once: a
+batch of one keeps the activations in cache, costs no more than larger ones, and makes every result
+independent of the batch size, the order of the rows and the number of workers. Only the tensors that need
+a range are fetched, and nothing of a row is kept but its counts, so memory does not grow with the data.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trtq.backends.onnxruntime import simulation_session
+from trtq.calibration.statistics import NonFiniteError, Statistics
+from trtq.data.batches import Batch, batches
+from trtq.data.samples import Samples
+from trtq.errors import InputError
+from trtq.graph.model import serialized
+
+Progress = Callable[[int], None]
+
+
+def collect(
+    graph: gs.Graph,
+    tensors: Sequence[str],
+    samples: Samples,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Statistics of the named tensors over all rows of the samples.
+
+    Args:
+        graph: the folded fp32 graph; is not changed.
+        tensors: activations and model inputs of the graph.
+        workers: rows run at once; default: one for each processor.
+        progress: called with the number of rows done since the last call.
+
+    Raises:
+        InputError: a tensor is NaN or infinite for some row, or the model does not run on the data.
+    """
+    inputs = {tensor.name for tensor in graph.inputs}
+    fetched = [name for name in tensors if name not in inputs]
+    session = None
+    if fetched:
+        with serialized(_only(graph, fetched)) as source:
+            session = simulation_session(source, threads=1)
+    size = _fixed_batch(graph)
+    feeds = batches(samples.rows(), size, size)
+    lock = threading.Lock()
+
+    def work() -> Statistics:
+        statistics = Statistics.empty(tensors)
+        while (batch := _next(feeds, lock)) is not None:
+            values = dict(batch.feed)
+            if session is not None:
+                values.update(zip(fetched, _run(session, fetched, batch), strict=True))
+            for name in tensors:
+                _add(statistics, name, values[name], batch)
+            statistics.rows += batch.rows
+            if progress:
+                with lock:
+                    progress(batch.rows)
+        return statistics
+
+    workers = min(workers or os.cpu_count() or 1, max(len(samples), 1))
+    total = Statistics.empty(tensors)
+    with ThreadPoolExecutor(workers) as pool:
+        for shard in pool.map(lambda _: work(), range(workers)):
+            total.merge(shard)
+    return total
+
+
+def _next(feeds: Iterator[Batch], lock: threading.Lock) -> Batch | None:
+    with lock:
+        return next(feeds, None)
+
+
+def _run(session: Any, names: list[str], batch: Batch) -> list[Any]:
+    try:
+        return list(session.run(names, batch.feed))
+    except Exception as error:
+        raise InputError(f"the model does not run on row {batch.start} of the data", cause=error) from error
+
+
+def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch) -> None:
+    """Count a tensor's values, without those of the rows that only fill up a fixed batch."""
+    if batch.padding and values.ndim and values.shape[0] % (batch.rows + batch.padding) == 0:
+        values = values[: values.shape[0] * batch.rows // (batch.rows + batch.padding)]
+    try:
+        statistics.histograms[name].add(values)
+    except NonFiniteError as error:
+        raise InputError(
+            f"tensor '{name}' is not finite for row {batch.start} of the data",
+            cause=f"{error} are NaN or infinite",
+            remedy="look at that sample, or at the model: an fp32 model must be finite on its own data",
+        ) from error
+
+
+def _only(graph: gs.Graph, tensors: Sequence[str]) -> gs.Graph:
+    """A copy of the graph that computes just the named tensors."""
+    part = graph.copy()
+    named = part.tensors()
+    part.outputs = [named[name] for name in tensors]
+    return part.cleanup(remove_unused_graph_inputs=False)
+
+
+def _fixed_batch(graph: gs.Graph) -> int:
+    """The batch size that the model fixes; 1 where it is dynamic."""
+    first = next((t.shape[0] for t in graph.inputs if t.shape), 1)
+    return first if isinstance(first, int) and first > 0 else 1

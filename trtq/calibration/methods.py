@@ -1,0 +1,173 @@
+"""Calibration methods: each turns a histogram of |x| into amax, the largest magnitude kept (paper 3.3).
+
+All methods are pure functions of the same statistics. Values above amax saturate; the symmetric scale
+is amax / 127 (`numerics.scale_from_amax`). Where the position inside a bin matters, the values of a bin
+are taken as spread evenly over it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtq.calibration.statistics import Histogram
+from trtq.errors import InputError
+
+Float64 = NDArray[np.float64]
+
+LEVELS = 128
+"""Magnitudes an INT8 code can hold: 0 ... 127."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A calibration method as named on the command line: `max`, `entropy`, `mse` or `percentile:P`."""
+
+    name: str
+    amax: Callable[[Histogram], float]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def parse_method(text: str) -> Method:
+    """The method named by `text`.
+
+    Raises:
+        InputError: unknown name, or a percentile outside (0, 100].
+    """
+    name, _, parameter = text.strip().lower().partition(":")
+    if name in _PLAIN and not parameter:
+        return Method(name, _PLAIN[name])
+    if name == "percentile":
+        try:
+            percentile = float(parameter)
+        except ValueError:
+            percentile = math.nan
+        if 0 < percentile <= 100:
+            return Method(f"percentile:{parameter.strip()}", lambda h: amax_percentile(h, percentile))
+    raise InputError(
+        f"unknown calibration method '{text}'",
+        remedy="use max, entropy, mse, or percentile:P with 0 < P <= 100, e.g. percentile:99.99",
+    )
+
+
+def amax_max(histogram: Histogram) -> float:
+    """The largest |x| seen, exactly (paper 3.3, "Max")."""
+    return histogram.amax
+
+
+def amax_percentile(histogram: Histogram, percentile: float) -> float:
+    """The magnitude below which `percentile` % of the values lie (paper 3.3, "Percentile")."""
+    wanted = histogram.total * percentile / 100
+    if wanted <= 0:
+        return histogram.amax
+    cumulative = np.cumsum(histogram.counts)
+    index = int(np.searchsorted(cumulative, wanted))
+    if index >= cumulative.size:
+        return histogram.amax
+    inside = (wanted - (cumulative[index] - histogram.counts[index])) / histogram.counts[index]
+    return min((index + inside) * histogram.bin_width, histogram.amax)
+
+
+def amax_entropy(histogram: Histogram) -> float:
+    """The amax that minimises KL(P || Q) between the values and their INT8 image (paper 3.3, "Entropy").
+
+    Source: Migacz, "8-bit Inference with TensorRT", GTC 2017, on 2048 to 4096 bins below the largest
+    |x|. For every candidate of i >= 128 bins, P is the first i bins with all larger values added to the
+    last one; Q is the first i bins without them, merged into 128 levels of i // 128 bins (the last level
+    takes the rest) whose mass is spread evenly over those of their bins that P does not leave empty;
+    amax = (i + 0.5) bins. Three things the talk leaves open: the first bin takes the count of the second,
+    as in NVIDIA's pytorch-quantization, because the exact zeros behind a ReLU cost nothing at any scale;
+    a last bin that is empty but for the larger values counts as one that P does not leave empty, so that
+    an outlier behind a gap does not make every candidate but itself infinitely bad; and a level that Q
+    leaves without mass where P has some gets one value's worth.
+    """
+    counts, width = _trimmed(histogram, 2 * 2048)
+    if counts.size <= LEVELS:  # nothing but zeros
+        return histogram.amax
+    counts[0] = counts[1]
+    total = counts.sum()
+    mass = _cumulative(counts)
+    occupied = _cumulative(counts > 0)
+    plogp = _cumulative(counts * np.log(np.maximum(counts, 1)))
+
+    def level_cost(level_mass: Float64, q_mass: Float64, bins: Float64) -> Float64:
+        """Sum of P * log Q over a level, before both are normalised."""
+        return level_mass * np.log(np.where(q_mass > 0, q_mass, 1.0) / np.maximum(bins, 1))
+
+    best, best_divergence = counts.size, math.inf
+    for merged in range(1, counts.size // LEVELS + 1):
+        candidates = np.arange(merged * LEVELS, min((merged + 1) * LEVELS, counts.size + 1))
+        edges = np.arange(LEVELS) * merged
+        levels = np.diff(mass[edges])
+        shared = level_cost(levels, levels, np.diff(occupied[edges])).sum()
+        start, last = edges[-1], candidates - 1
+        kept = mass[candidates]
+        tail = total - kept
+        p_last = counts[last] + tail
+        q_last = kept - mass[start]
+        bins_last = occupied[candidates] - occupied[start] + ((counts[last] == 0) & (tail > 0))
+        cross = shared + level_cost(q_last + tail, q_last, bins_last)
+        own = plogp[last] + p_last * np.log(np.maximum(p_last, 1))
+        with np.errstate(divide="ignore"):
+            divergence = np.where(kept > 0, (own - cross) / total + np.log(kept / total), math.inf)
+        index = int(np.argmin(divergence))
+        if divergence[index] < best_divergence - 1e-12:
+            best, best_divergence = int(candidates[index]), float(divergence[index])
+    return min((best + 0.5) * width, histogram.amax)
+
+
+def amax_mse(histogram: Histogram) -> float:
+    """The amax whose INT8 grid has the least mean squared error, rounding and saturation together.
+
+    The error of every candidate (amax down to amax / 256 in steps of 1 %) is exact for values spread
+    evenly inside their bins: the moments of a piecewise constant density between the rounding
+    boundaries. See Sung et al. 2015 and Banner et al. 2018 (ACIQ) for the criterion.
+    """
+    if histogram.amax == 0:
+        return 0.0
+    counts = histogram.counts.astype(np.float64)
+    width = histogram.bin_width
+    edges = np.arange(counts.size + 1) * width
+    density = counts / width
+    moments = [_cumulative(density * np.diff(edges ** (k + 1)) / (k + 1)) for k in range(3)]
+
+    candidates = histogram.amax * 0.99 ** np.arange(552)
+    step = candidates[:, None] / (LEVELS - 1)
+    boundaries = np.concatenate([(np.arange(LEVELS) - 0.5).clip(0) * step, np.full_like(step, edges[-1])], 1)
+    boundaries = boundaries.clip(0, edges[-1])
+    bins = np.minimum((boundaries / width).astype(np.int64), counts.size - 1)
+    partial = [
+        moments[k][bins] + density[bins] * (boundaries ** (k + 1) - edges[bins] ** (k + 1)) / (k + 1)
+        for k in range(3)
+    ]
+    m0, m1, m2 = (np.diff(p, axis=1) for p in partial)
+    level = np.arange(LEVELS) * step
+    errors = (m2 - 2 * level * m1 + level**2 * m0).sum(axis=1)
+    return float(candidates[int(np.argmin(errors))])
+
+
+_PLAIN: dict[str, Callable[[Histogram], float]] = {
+    "max": amax_max,
+    "entropy": amax_entropy,
+    "mse": amax_mse,
+}
+
+
+def _trimmed(histogram: Histogram, most: int) -> tuple[Float64, float]:
+    """Counts up to the largest |x|, merged in pairs to at most `most` bins, and their width."""
+    counts, width = histogram.counts, histogram.bin_width
+    used = int(histogram.amax / width) + 1
+    while used > most:
+        counts, width, used = counts.reshape(-1, 2).sum(axis=1), 2 * width, (used + 1) // 2
+    return counts[:used].astype(np.float64), width
+
+
+def _cumulative(values: NDArray) -> Float64:
+    """Running sum with a leading zero: [k] is the sum of the first k values."""
+    return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])

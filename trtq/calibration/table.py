@@ -1,0 +1,146 @@
+"""The calibration table: tensor -> scale, in TensorRT's own file format, with metadata beside it.
+
+TensorRT's format (its documentation does not spell it out; this is what its calibrators write): a first
+line `TRT-<version>-<algorithm>`, then one line `name: xxxxxxxx` per tensor, the float32 scale (amax / 127)
+as big-endian hex. Names may contain colons and blanks; the last ": " ends the name. The version is
+major * 1000 + minor * 100 + patch up to TensorRT 9 and major * 10000 + minor * 100 + patch from 10 on. The
+algorithm names the calibrator class that may read the table back, not the method that made the scales;
+method, model, data and tool version are in `<table>.json`, which TensorRT does not read.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtq.errors import InputError
+from trtq.files import PathLike, read_json, sha256_bytes, write_bytes, write_json
+
+ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration", "EntropyCalibration", "LegacyCalibration")
+
+_HEADER = re.compile(r"TRT-(\d+)-(\w+)")
+_ROW = re.compile(r"(?P<name>.+): (?P<scale>[0-9a-fA-F]{8})")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Scales of the activations of one model.
+
+    Attributes:
+        scales: tensor name -> float32 scale (amax / 127), finite and > 0, in the order of the file.
+        version: TensorRT's version as the header has it; 101601 is 10.16.1, the last with calibrators.
+        algorithm: one of `ALGORITHMS`.
+        metadata: what made the table (`method`, `model`, `data`, `trtq`, `rows`); empty if unknown.
+    """
+
+    scales: Mapping[str, np.float32]
+    version: int = 101601
+    algorithm: str = "EntropyCalibration2"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def header(self) -> str:
+        """The first line of the file."""
+        return f"TRT-{self.version}-{self.algorithm}"
+
+    def to_bytes(self) -> bytes:
+        """The file in TensorRT's format."""
+        rows = (f"{name}: {_to_hex(scale)}\n" for name, scale in self.scales.items())
+        return (self.header + "\n" + "".join(rows)).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, file: PathLike | None = None) -> Table:
+        """Parse a file in TensorRT's format.
+
+        Raises:
+            InputError: a header, row or scale that is not one (with its line), or two scales for one tensor.
+        """
+
+        def bad(line: int, problem: str) -> InputError:
+            return InputError(
+                "not a calibration table of TensorRT",
+                file=file,
+                cause=f"line {line}: {problem}",
+                remedy="calibrate again, or copy the file again",
+            )
+
+        try:
+            lines = content.decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise bad(1, "it is not text") from error
+        header = _HEADER.fullmatch(lines[0].strip()) if lines else None
+        if header is None:
+            raise bad(1, "the header 'TRT-<version>-<algorithm>' is missing")
+        scales: dict[str, np.float32] = {}
+        for number, line in enumerate(lines[1:], start=2):
+            if not line.strip():
+                continue
+            row = _ROW.fullmatch(line.rstrip())
+            if row is None:
+                raise bad(number, f"'{line[:80]}' is not 'tensor: 8 hex digits'")
+            name, scale = row["name"], _from_hex(row["scale"])
+            if not (np.isfinite(scale) and scale > 0):
+                raise bad(number, f"the scale of '{name}' is {scale}, not a positive finite number")
+            if name in scales:
+                raise bad(number, f"a second scale for '{name}'")
+            scales[name] = scale
+        return cls(scales, int(header[1]), header[2])
+
+    def save(self, path: PathLike) -> None:
+        """Write the table, and its metadata to `<path>.json`, each in one move."""
+        content = self.to_bytes()
+        write_bytes(path, content)
+        write_json(metadata_path(path), {"sha256": sha256_bytes(content), **self.metadata})
+
+    @classmethod
+    def load(cls, path: PathLike) -> Table:
+        """Read a table, with its metadata where `<path>.json` lies beside it and belongs to it.
+
+        Raises:
+            InputError: missing, unreadable or not a table; or the metadata beside it is not JSON.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise InputError("cannot read the calibration table", file=path, cause=error.strerror) from error
+        table = cls.from_bytes(content, path)
+        beside = metadata_path(path)
+        if not beside.exists():
+            return table
+        metadata = read_json(beside, "calibration table's metadata")
+        if not isinstance(metadata, dict) or metadata.pop("sha256", None) != sha256_bytes(content):
+            return table
+        return cls(table.scales, table.version, table.algorithm, metadata)
+
+    def to_json(self) -> dict[str, Any]:
+        """Header, metadata and every scale with its amax, for people and scripts."""
+        return {
+            "header": self.header,
+            "metadata": dict(self.metadata),
+            "tensors": {n: {"scale": float(s), "amax": float(s) * 127} for n, s in self.scales.items()},
+        }
+
+
+def metadata_path(path: PathLike) -> Path:
+    """Where the metadata of a table lies: `calibration.cache` -> `calibration.cache.json`."""
+    return Path(f"{Path(path)}.json")
+
+
+def tensorrt_version(number: int) -> str:
+    """A header's version as people write it: 101601 -> "10.16.1", 8601 -> "8.6.1"."""
+    unit = 10000 if number >= 100000 else 1000
+    return f"{number // unit}.{number % unit // 100}.{number % 100}"
+
+
+def _to_hex(scale: np.float32) -> str:
+    return struct.pack(">f", scale).hex()
+
+
+def _from_hex(digits: str) -> np.float32:
+    return np.float32(struct.unpack(">f", bytes.fromhex(digits))[0])

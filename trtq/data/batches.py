@@ -1,0 +1,60 @@
+"""Rows put together into the batches a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive rows of equal shapes as one feed.
+
+    Attributes:
+        feed: input name -> array with `rows + padding` rows.
+        start: position of the first row in the data.
+        rows: rows that count.
+        padding: copies of the last row behind them, to fill the smallest batch that the model takes.
+    """
+
+    feed: Arrays
+    start: int
+    rows: int
+    padding: int
+
+
+def batches(rows: Iterable[Mapping[str, NDArray]], highest: int, lowest: int = 1) -> Iterator[Batch]:
+    """Batches of up to `highest` rows in order; rows of different shapes never share one.
+
+    Args:
+        rows: feeds whose arrays have a leading axis of 1.
+        highest: most rows of a batch.
+        lowest: fewest rows that the model takes; smaller batches are filled up with their last row.
+    """
+    start = 0
+    waiting: list[Mapping[str, NDArray]] = []
+    for row in rows:
+        if waiting and (len(waiting) == highest or _shapes(row) != _shapes(waiting[0])):
+            yield _batch(waiting, start, lowest)
+            start, waiting = start + len(waiting), []
+        waiting.append(row)
+    if waiting:
+        yield _batch(waiting, start, lowest)
+
+
+def _shapes(row: Mapping[str, NDArray]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in row.items()}
+
+
+def _batch(rows: list[Mapping[str, NDArray]], start: int, lowest: int) -> Batch:
+    padding = max(lowest - len(rows), 0)
+    padded = rows + padding * rows[-1:]
+    if len(padded) == 1:
+        return Batch(dict(rows[0]), start, 1, 0)
+    feed = {name: np.concatenate([row[name] for row in padded]) for name in rows[0]}
+    return Batch(feed, start, len(rows), padding)

@@ -1,0 +1,235 @@
+"""Run a model over samples: ONNX on the CPU as a simulation, or an engine on the GPU.
+
+Both run in Polygraphy's runners, batch by batch, so that memory holds one batch and the outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtq.backends.interface import find_gpu
+from trtq.data.batches import batches
+from trtq.errors import InputError, MissingBackendError
+from trtq.gate.metrics import Arrays
+from trtq.gate.verdict import Executor
+
+os.environ.setdefault("POLYGRAPHY_USE_TENSORRT_RTX", "1")  # Polygraphy reads it when it is imported
+
+DEFAULT_BATCH_SIZE = 16
+ENGINE_SUFFIXES = (".plan", ".engine")
+
+
+class Samples(Protocol):
+    """Inputs in rows; a row's arrays have a leading axis of 1."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self) -> Iterator[Arrays]: ...
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A model's outputs, rows in the samples' order, and what computed them."""
+
+    arrays: Arrays
+    executor: Executor
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """Fewest and most rows that a model takes at once; `highest` None: any number."""
+
+    lowest: int
+    highest: int | None
+
+
+def run_model(
+    model: str | Path,
+    samples: Samples,
+    *,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Outputs:
+    """The outputs of `model` on every row of `samples`.
+
+    Consecutive rows of equal shapes run as one batch. A batch smaller than the model takes is
+    filled up by repeating its last row; those outputs are dropped.
+
+    Args:
+        model: an ONNX file, which is simulated on the CPU (see `simulation_session`), or an engine
+            (.plan, .engine), which needs a GPU.
+        batch_size: rows at once; None: `DEFAULT_BATCH_SIZE`, or what the model takes.
+        threads: CPU threads; None: all cores.
+        progress: called with the number of rows just done, such as a progress bar's `update`.
+
+    Raises:
+        InputError: the model does not load, does not take these inputs or this batch size, or has
+            outputs that cannot be put together row by row.
+        MissingBackendError: an engine, and no GPU, driver or TensorRT here.
+    """
+    is_engine = Path(model).suffix in ENGINE_SUFFIXES
+    runner = _engine_runner(Path(model)) if is_engine else _simulation_runner(model, threads)
+    rows_total = len(samples)
+    if rows_total == 0:
+        raise InputError("the data has no rows")
+    arrays: Arrays = {}
+    done = 0
+    with _polygraphy_errors(model), runner:
+        metadata = runner.get_input_metadata(use_numpy_dtypes=False)
+        limits = _profile_limits(runner.engine, metadata) if is_engine else _shape_limits(metadata)
+        size = _batch_size(batch_size, limits, model)
+        for batch in batches(_inputs_only(samples, list(metadata), model), size, limits.lowest):
+            done += batch.rows
+            if done > rows_total:
+                break
+            for name, output in runner.infer(batch.feed).items():
+                _check_output(name, output, batch.rows + batch.padding, arrays.get(name), model)
+                if name not in arrays:
+                    arrays[name] = np.empty((rows_total, *output.shape[1:]), output.dtype)
+                arrays[name][batch.start : batch.start + batch.rows] = output[: batch.rows]
+            if progress is not None:
+                progress(batch.rows)
+    if done != rows_total:
+        raise InputError(f"the data did not give the {rows_total} rows that it says it has")
+    return Outputs(arrays, "engine" if is_engine else "simulation")
+
+
+def fingerprint(model: str | Path) -> str:
+    """Changes when the outputs of the same model may: the executor's version and settings.
+
+    Raises:
+        MissingBackendError: an engine, and no TensorRT here.
+    """
+    if Path(model).suffix in ENGINE_SUFFIXES:
+        trt = _tensorrt()
+        return f"{trt.__name__}-{trt.__version__}"
+    from trtq.backends.onnxruntime import simulation_fingerprint
+
+    return simulation_fingerprint()
+
+
+def _simulation_runner(model: str | Path, threads: int | None) -> Any:
+    from polygraphy.backend.onnxrt import OnnxrtRunner
+
+    from trtq.backends.onnxruntime import simulation_session
+
+    return OnnxrtRunner(simulation_session(model, threads))
+
+
+def _engine_runner(model: Path) -> Any:
+    try:
+        content = model.read_bytes()
+    except OSError as error:
+        raise InputError("cannot read the engine", file=model, cause=error.strerror) from error
+    _require_gpu(model)
+    _tensorrt()
+    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+
+    return TrtRunner(EngineFromBytes(content))
+
+
+def _require_gpu(model: Path) -> None:
+    """Look for a GPU first: TensorRT itself answers a missing one and a bad plan alike."""
+    if find_gpu() is None:
+        raise MissingBackendError(
+            "an engine runs only on an NVIDIA GPU",
+            file=model,
+            cause="there is no GPU or no NVIDIA driver here",
+            remedy="gate the engine on a machine with the GPU, or gate the quantized ONNX model here,"
+            " which is simulated on the CPU",
+        )
+
+
+def _tensorrt() -> Any:
+    """The TensorRT package that Polygraphy uses."""
+    from polygraphy import config
+
+    package = "tensorrt_rtx" if config.USE_TENSORRT_RTX else "tensorrt"
+    try:
+        return __import__(package)
+    except ImportError as error:
+        remedy = f"pip install {package.replace('_', '-')}"
+        raise MissingBackendError(f"{package} is not installed", cause=error, remedy=remedy) from error
+
+
+@contextlib.contextmanager
+def _polygraphy_errors(model: str | Path) -> Iterator[None]:
+    """Polygraphy's and ONNX Runtime's errors as one readable error; Polygraphy's own log is silent."""
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+            yield
+    except PolygraphyException as error:
+        raise InputError("the model cannot run on these inputs", file=model, cause=error) from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "onnxruntime":
+            raise
+        raise InputError("the model cannot run on these inputs", file=model, cause=error) from error
+
+
+def _shape_limits(metadata: Any) -> BatchLimits:
+    """Batch limits from input shapes: a static first dimension N is a batch of exactly N."""
+    static = [item.shape[0] for item in metadata.values() if item.shape and isinstance(item.shape[0], int)]
+    static = [size for size in static if size > 0]
+    return BatchLimits(max(static), min(static)) if static else BatchLimits(1, None)
+
+
+def _profile_limits(engine: Any, metadata: Any) -> BatchLimits:
+    """Batch limits from the engine's first optimization profile."""
+    profiles = [engine.get_tensor_profile_shape(name, 0) for name in metadata]
+    return BatchLimits(
+        max(lowest[0] for lowest, _, _ in profiles), min(highest[0] for _, _, highest in profiles)
+    )
+
+
+def _batch_size(wanted: int | None, limits: BatchLimits, model: str | Path) -> int:
+    if wanted is not None and wanted < 1:
+        raise InputError(f"the batch size must be at least 1, not {wanted}")
+    if limits.highest is None:
+        return wanted or DEFAULT_BATCH_SIZE
+    if wanted is not None and wanted > limits.highest:
+        raise InputError(f"the model takes at most {limits.highest} rows, not {wanted}", file=model)
+    return wanted or limits.highest
+
+
+def _inputs_only(samples: Samples, inputs: list[str], model: str | Path) -> Iterator[Arrays]:
+    """The rows without arrays that the model does not take."""
+    for index, row in enumerate(samples.rows()):
+        if missing := [name for name in inputs if name not in row]:
+            raise InputError(
+                f"row {index} of the data has no array for input {missing[0]!r}",
+                file=model,
+                cause=f"the model's inputs are {', '.join(inputs)}; the row has {', '.join(row)}",
+            )
+        yield {name: row[name] for name in inputs}
+
+
+def _check_output(
+    name: str, output: NDArray, batch: int, collected: NDArray | None, model: str | Path
+) -> None:
+    """Refuse an output that does not have a row per row of the batch, of the shape seen before."""
+    if output.ndim == 0 or len(output) != batch:
+        raise InputError(
+            f"output {name!r} does not have one row per sample",
+            file=model,
+            cause=f"its shape is {output.shape} for a batch of {batch}",
+            remedy="give every output of the model a leading batch axis",
+        )
+    if collected is not None and output.shape[1:] != collected.shape[1:]:
+        raise InputError(
+            f"output {name!r} changes its shape from sample to sample",
+            file=model,
+            cause=f"{collected.shape[1:]} and then {output.shape[1:]}",
+            remedy="pad the samples to one shape",
+        )

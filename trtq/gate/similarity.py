@@ -1,0 +1,127 @@
+"""How alike two models' outputs are, without labels: SQNR, cosine, largest error.
+
+`samples` splits an array of rows into that many equal blocks of consecutive rows; each block is
+flattened. Every function returns float64 of shape (samples,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtq.errors import InputError
+
+Arrays = dict[str, NDArray]
+
+MAX_SQNR_DB = 200.0
+"""SQNR is clipped to ± this many dB: equal outputs would be at infinity, which JSON cannot carry.
+float32 rounding alone is noise near 150 dB."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """One output, candidate against reference, over all samples.
+
+    Attributes:
+        cosine: cosine of the two flattened arrays, -1 to 1.
+        sqnr_db: 10·log10(sum r² / sum (r - c)²), clipped to ± `MAX_SQNR_DB`.
+        max_abs_error: largest |r - c|.
+    """
+
+    cosine: float
+    sqnr_db: float
+    max_abs_error: float
+
+
+def compare(reference: Arrays, candidate: Arrays) -> dict[str, Similarity]:
+    """`Similarity` of every output in `reference`; both sides as checked by `check_comparable`."""
+    return {
+        name: Similarity(
+            cosine=float(cosine(expected, candidate[name])[0]),
+            sqnr_db=float(sqnr_db(expected, candidate[name])[0]),
+            max_abs_error=float(np.abs(_noise(expected, candidate[name])).max(initial=0.0)),
+        )
+        for name, expected in reference.items()
+    }
+
+
+def sqnr_db(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
+    """Signal to quantization noise in dB, 10·log10(sum r² / sum (r - c)²); ± `MAX_SQNR_DB` at most."""
+    signal = _energy(_blocks(reference, samples))
+    noise = _energy(_blocks(_noise(reference, candidate), samples))
+    with np.errstate(divide="ignore"):
+        ratio = 10 * (np.log10(signal) - np.log10(np.where(noise == 0, 1, noise)))
+    return np.where(noise == 0, MAX_SQNR_DB, np.clip(ratio, -MAX_SQNR_DB, MAX_SQNR_DB))
+
+
+def cosine(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
+    """Cosine of the angle between reference and candidate; 1 if both are all zero, 0 if only one is."""
+    r, c = _blocks(reference, samples), _blocks(candidate, samples)
+    norms = np.sqrt(_energy(r)) * np.sqrt(_energy(c))
+    dot = np.einsum("ij,ij->i", r, c, dtype=np.float64)
+    both_zero = (_energy(r) == 0) & (_energy(c) == 0)
+    return np.where(both_zero, 1.0, np.clip(dot / np.where(norms == 0, np.inf, norms), -1.0, 1.0))
+
+
+def worst_samples(reference: Arrays, candidate: Arrays, samples: int, count: int = 5) -> tuple[int, ...]:
+    """Indices of the `count` samples whose lowest SQNR over the outputs is lowest, worst first.
+
+    Samples that are reproduced exactly are never listed.
+    """
+    lowest = np.min([sqnr_db(r, candidate[name], samples) for name, r in reference.items()], axis=0)
+    order = np.argsort(lowest, kind="stable")[:count]
+    return tuple(int(i) for i in order if lowest[i] < MAX_SQNR_DB)
+
+
+def check_comparable(reference: Arrays, candidate: Arrays) -> None:
+    """Refuse outputs that cannot be compared.
+
+    Raises:
+        InputError: no output or no row, an output missing in the candidate, different shapes, or a
+            reference that is not finite.
+    """
+    if not reference or any(array.ndim == 0 or len(array) == 0 for array in reference.values()):
+        raise InputError("the reference has no outputs to compare", remedy="give at least one sample")
+    for name, expected in reference.items():
+        if name not in candidate:
+            raise InputError(
+                f"the candidate has no output {name!r}",
+                cause=f"its outputs are {', '.join(candidate) or 'none'}",
+                remedy="compare a model with its own quantized version: the output names must be equal",
+            )
+        if candidate[name].shape != expected.shape:
+            raise InputError(
+                f"output {name!r} has shape {expected.shape} in the reference"
+                f" but {candidate[name].shape} in the candidate"
+            )
+    if broken := first_not_finite(reference):
+        raise InputError(
+            f"output {broken[0]!r} of the reference is NaN or infinite in row {broken[1]}",
+            remedy="check the sample and the floating-point model: nothing can be compared with it",
+        )
+
+
+def first_not_finite(outputs: Arrays) -> tuple[str, int] | None:
+    """Name and row of the first NaN or infinity in the outputs, or None."""
+    for name, array in outputs.items():
+        if np.issubdtype(array.dtype, np.floating):
+            rows = np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+            if not rows.all():
+                return name, int(np.argmin(rows))
+    return None
+
+
+def _blocks(array: NDArray, samples: int) -> NDArray:
+    """`array` as floating point of shape (samples, values of a sample)."""
+    wanted = array.dtype if array.dtype in (np.float32, np.float64) else np.float64
+    return array.reshape(samples, -1).astype(wanted, copy=False)
+
+
+def _noise(reference: NDArray, candidate: NDArray) -> NDArray:
+    return _blocks(reference, 1) - _blocks(candidate, 1)
+
+
+def _energy(blocks: NDArray) -> NDArray[np.float64]:
+    return np.einsum("ij,ij->i", blocks, blocks, dtype=np.float64)

@@ -1,0 +1,321 @@
+"""The verdict: is the candidate's accuracy within the allowed drop of the reference's?"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtq.errors import ExitCode, InputError
+from trtq.gate import intervals, similarity
+from trtq.gate.metrics import Arrays, Metric, rows_per_sample
+from trtq.gate.similarity import Similarity
+
+Executor = Literal["engine", "simulation"]
+
+REPORTED_CONFIDENCE = 0.95
+"""Level of the reported intervals and sample sizes where no confidence was asked for."""
+
+
+class Outcome(enum.Enum):
+    PASS = "pass"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+
+
+_EXIT_CODES = {
+    Outcome.PASS: ExitCode.PASS,
+    Outcome.FAIL: ExitCode.FAIL,
+    Outcome.INCONCLUSIVE: ExitCode.INCONCLUSIVE,
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found.
+
+    Attributes:
+        outcome: pass, fail or inconclusive.
+        metric: the metric as the user wrote it.
+        reference, candidate: the metric's values; candidate and drops are None where the
+            candidate's outputs were not finite.
+        relative_drop: 1 - candidate / reference, negative for a gain.
+        absolute_drop: reference - candidate.
+        max_drop: the allowed relative drop.
+        relative_interval, absolute_interval: two-sided intervals of the drops at level
+            `confidence`, or `REPORTED_CONFIDENCE` without one.
+        confidence: the one-sided level at which the margin had to be cleared; None: the point
+            estimate decided.
+        proved: whether the samples prove the drop to be below `max_drop` at that level.
+        samples: how many samples were scored.
+        samples_to_prove: how many would prove it if they went on like these; None: no number
+            would, the estimate itself is beyond the margin.
+        executor: what ran the candidate: the engine, or a simulation of it on the CPU.
+        outputs: similarity of the candidate's outputs to the reference's, by output name.
+        worst_samples: up to five sample numbers, least similar (lowest SQNR) first.
+        notes: sentences for the reader.
+    """
+
+    outcome: Outcome
+    metric: str
+    reference: float
+    candidate: float | None
+    relative_drop: float | None
+    absolute_drop: float | None
+    max_drop: float
+    relative_interval: tuple[float, float] | None
+    absolute_interval: tuple[float, float] | None
+    confidence: float | None
+    proved: bool
+    samples: int
+    samples_to_prove: int | None
+    executor: Executor
+    outputs: dict[str, Similarity]
+    worst_samples: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return _EXIT_CODES[self.outcome]
+
+    def require_engine(self) -> Verdict:
+        """This verdict if an engine ran; a simulated one becomes inconclusive."""
+        if self.executor == "engine":
+            return self
+        note = f"an engine was required, but this {self.outcome.value} was measured on a simulation"
+        return dataclasses.replace(self, outcome=Outcome.INCONCLUSIVE, notes=(*self.notes, note))
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as JSON values; every number is finite."""
+        return dataclasses.asdict(self) | {
+            "outcome": self.outcome.value,
+            "relative_interval": self.relative_interval and list(self.relative_interval),
+            "absolute_interval": self.absolute_interval and list(self.absolute_interval),
+            "worst_samples": list(self.worst_samples),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> Verdict:
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: the value is not a verdict.
+        """
+        try:
+            pair = value["relative_interval"], value["absolute_interval"]
+            return cls(
+                **value
+                | {
+                    "outcome": Outcome(value["outcome"]),
+                    "relative_interval": pair[0] and (float(pair[0][0]), float(pair[0][1])),
+                    "absolute_interval": pair[1] and (float(pair[1][0]), float(pair[1][1])),
+                    "outputs": {name: Similarity(**item) for name, item in value["outputs"].items()},
+                    "worst_samples": tuple(value["worst_samples"]),
+                    "notes": tuple(value["notes"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError("this is not a verdict", cause=f"{type(error).__name__}: {error}") from error
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        level = _percent(self.confidence or REPORTED_CONFIDENCE)
+        lines = [f"{self.outcome.value.upper()}  {self.metric} on {self.samples} samples: {self._drop()}"]
+        if self.relative_interval:
+            low, high = (f"{100 * bound:.2f} %" for bound in self.relative_interval)
+            lines.append(f"  {level} interval of the drop: {low} to {high}")
+        lines.append("  measured on the " + ("engine" if self.executor == "engine" else "CPU, simulated"))
+        for name, item in self.outputs.items():
+            lines.append(f"  output {name}: {_similarity_text(item)}")
+        if self.worst_samples:
+            lines.append(f"  least similar samples: {', '.join(map(str, self.worst_samples))}")
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _drop(self) -> str:
+        if self.candidate is None or self.relative_drop is None:
+            return f"reference {self.reference:.4f}, candidate not measurable"
+        return (
+            f"reference {self.reference:.4f}, candidate {self.candidate:.4f}, "
+            f"relative drop {100 * self.relative_drop:.2f} %, allowed {_percent(self.max_drop)}"
+        )
+
+
+def decide(
+    reference: Arrays,
+    candidate: Arrays,
+    targets: Arrays,
+    metric: Metric,
+    *,
+    max_drop: float = 0.01,
+    confidence: float | None = None,
+    executor: Executor,
+) -> Verdict:
+    """The verdict on a candidate, from both models' outputs on the same samples.
+
+    Without `confidence` the point estimate decides (the paper's criterion). With it, pass and fail
+    each have to be proved at that one-sided level; else the verdict is inconclusive. A candidate
+    whose outputs are NaN or infinite anywhere fails.
+
+    Args:
+        reference, candidate: output name -> array, rows first, in the same order.
+        targets: target name -> array, samples first; empty for a label-free metric.
+        max_drop: the allowed relative drop, 0 to 1 (see `parse_margin`).
+        confidence: 0.5 to 1, exclusive, or None.
+
+    Raises:
+        InputError: arrays that cannot be compared or scored, or a margin that means nothing: a
+            reference that scores 0 or less, or `sqnr`, whose decibels have no relative drop.
+    """
+    if not 0 <= max_drop < 1:
+        raise InputError(f"the allowed drop must be between 0 and 1, not {max_drop}")
+    if confidence is not None and not 0.5 < confidence < 1:
+        raise InputError(f"the confidence must be between 0.5 and 1, not {confidence}")
+    if metric.name.partition("@")[0] == "sqnr":
+        raise InputError(
+            "sqnr cannot decide: a relative drop of decibels means nothing",
+            remedy="use cosine or a metric with labels; the SQNR is reported with every verdict",
+        )
+    similarity.check_comparable(reference, candidate)
+    candidate = {name: candidate[name] for name in reference}
+    samples, k = rows_per_sample(reference, targets)
+    reference_value = metric.value(reference, targets, reference)
+    if not reference_value > 0:
+        raise InputError(
+            f"the reference scores {reference_value:g} in {metric.name}",
+            cause="a relative drop needs a reference above 0",
+            remedy="check labels and preprocessing, or use a metric whose good values are positive",
+        )
+    broken = similarity.first_not_finite(candidate)
+    if broken is not None:
+        name, row = broken
+        return Verdict(
+            outcome=Outcome.FAIL,
+            metric=metric.name,
+            reference=reference_value,
+            candidate=None,
+            relative_drop=None,
+            absolute_drop=None,
+            max_drop=max_drop,
+            relative_interval=None,
+            absolute_interval=None,
+            confidence=confidence,
+            proved=False,
+            samples=samples,
+            samples_to_prove=None,
+            executor=executor,
+            outputs={},
+            worst_samples=(row // k,),
+            notes=(f"output {name!r} of the candidate is NaN or infinite in sample {row // k}",),
+        )
+    value = metric.value(candidate, targets, reference)
+    level = confidence or REPORTED_CONFIDENCE
+    margin = value - (1 - max_drop) * reference_value
+    evidence = _evidence(reference, candidate, targets, metric, margin, max_drop, level)
+    if confidence is None:
+        # The tolerance is for a drop that is exactly the margin but for rounding.
+        outcome = Outcome.PASS if margin >= -1e-12 else Outcome.FAIL
+    elif evidence.proved or evidence.refuted:
+        outcome = Outcome.PASS if evidence.proved else Outcome.FAIL
+    else:
+        outcome = Outcome.INCONCLUSIVE
+    return Verdict(
+        outcome=outcome,
+        metric=metric.name,
+        reference=reference_value,
+        candidate=value,
+        relative_drop=1 - value / reference_value,
+        absolute_drop=reference_value - value,
+        max_drop=max_drop,
+        relative_interval=evidence.relative,
+        absolute_interval=evidence.absolute,
+        confidence=confidence,
+        proved=evidence.proved,
+        samples=samples,
+        samples_to_prove=evidence.samples_to_prove,
+        executor=executor,
+        outputs=similarity.compare(reference, candidate),
+        worst_samples=similarity.worst_samples(reference, candidate, samples),
+        notes=(_note(evidence, samples, max_drop, level),),
+    )
+
+
+def parse_margin(text: str) -> float:
+    """The fraction that "1%" or "0.01" means (0.01 both).
+
+    Raises:
+        InputError: not a number, or not between 0 and 100 %.
+    """
+    number = text.strip()
+    try:
+        margin = float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        margin = math.nan
+    if not 0 <= margin < 1:
+        raise InputError(f"{text!r} is no allowed drop", remedy="write it as 1% or 0.01")
+    return margin
+
+
+def _evidence(
+    reference: Arrays,
+    candidate: Arrays,
+    targets: Arrays,
+    metric: Metric,
+    estimate: float,
+    max_drop: float,
+    confidence: float,
+) -> intervals.Evidence:
+    """The evidence, by the method that suits the metric; `estimate` as for `bootstrap_evidence`."""
+    samples, k = rows_per_sample(reference, targets)
+    if metric.rows is None:
+
+        def on_samples(indices: NDArray[np.int64]) -> tuple[float, float]:
+            rows = (k * indices[:, None] + np.arange(k)).ravel()
+            drawn_targets = _take(targets, indices)
+            return (
+                metric.value(_take(reference, rows), drawn_targets),
+                metric.value(_take(candidate, rows), drawn_targets),
+            )
+
+        draws = intervals.bootstrap_calls(samples, on_samples)
+        return intervals.bootstrap_evidence(draws[0], draws[1], estimate, samples, max_drop, confidence)
+    rows = [metric.rows(outputs, targets, reference) for outputs in (reference, candidate)]
+    if metric.per_sample and metric.needs_targets and all(np.isin(scores, (0, 1)).all() for scores in rows):
+        return intervals.binary_evidence(rows[0], rows[1], max_drop, confidence)
+    values = [
+        means[:, 0] if metric.summarise is None else metric.summarise(means.reshape(-1, *rows[0].shape[1:]))
+        for means in intervals.bootstrap_means(*(scores.reshape(samples, -1) for scores in rows))
+    ]
+    return intervals.bootstrap_evidence(values[0], values[1], estimate, samples, max_drop, confidence)
+
+
+def _take(arrays: Arrays, rows: NDArray[np.int64]) -> Arrays:
+    return {name: array[rows] for name, array in arrays.items()}
+
+
+def _note(evidence: intervals.Evidence, samples: int, max_drop: float, confidence: float) -> str:
+    """What these samples prove, or how many would."""
+    if evidence.proved or evidence.refuted:
+        side = "below" if evidence.proved else "above"
+        return (
+            f"{samples} samples prove a drop {side} {_percent(max_drop)} at {_percent(confidence)} confidence"
+        )
+    note = f"{samples} samples cannot decide this at {_percent(confidence)} confidence"
+    if evidence.samples_to_prove is not None:
+        return f"{note}; about {evidence.samples_to_prove} like these would prove the pass"
+    return f"{note}; on these the drop is not below the margin"
+
+
+def _similarity_text(item: Similarity) -> str:
+    exact = item.sqnr_db >= similarity.MAX_SQNR_DB
+    noise = "exact" if exact else f"SQNR {item.sqnr_db:.1f} dB"
+    return f"cosine {item.cosine:.5f}, {noise}, largest error {item.max_abs_error:.4g}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.4g} %"

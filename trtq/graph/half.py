@@ -1,0 +1,137 @@
+"""Floating point in half: the part of the graph that is not quantized, in float16.
+
+TensorRT 11 and TensorRT for RTX are strongly typed, so INT8 + FP16 must be in the ONNX model itself. Every
+float32 tensor becomes float16, except where ONNX's own type constraints ask for float32 (the scales of a
+Resize, NonMaxSuppression, ...) and in the few operators that square their input, which overflows float16
+beyond 256. Casts stand at those places and at the model's inputs and outputs, which keep their dtypes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from trtq.errors import InputError
+from trtq.graph.model import FP16_SCALE_OPSET
+
+SQUARING_OPS = frozenset({"Pow", "ReduceL2", "ReduceSumSquare"})
+"""Operators that stay float32: the square of 257 is beyond float16's range."""
+
+_HALF = np.finfo(np.float16)
+_CAST_TO = {
+    np.dtype(np.float16): onnx.TensorProto.FLOAT16,
+    np.dtype(np.float32): onnx.TensorProto.FLOAT,
+}
+
+
+def convert_to_half(graph: gs.Graph) -> gs.Graph:
+    """A copy of a folded float32 graph that computes in float16 and has the same inputs and outputs.
+
+    Node names, node order and the positions of their inputs stay, so a plan made for `graph` fits the copy.
+
+    Args:
+        graph: folded, with the dtypes of all tensors known (`fold`), opset 19 or above for Q/DQ.
+
+    Raises:
+        InputError: control flow, or a tensor whose dtype is not known.
+    """
+    graph = graph.copy()
+    for node in graph.nodes:
+        if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
+            raise InputError(
+                f"'{node.name}' ({node.op}) has a body of its own, which is not converted to float16",
+                remedy="leave the rest in fp32",
+            )
+        if unknown := [t.name for t in node.outputs if t.name and t.dtype is None]:
+            raise InputError(f"the dtype of '{unknown[0]}' is not known", remedy="leave the rest in fp32")
+    casts: dict[tuple[int, np.dtype], gs.Variable] = {}
+    nodes = list(graph.nodes)
+    for tensor in [t for t in graph.tensors().values() if isinstance(t, gs.Variable)]:
+        if tensor.dtype == np.float32 and tensor not in graph.inputs and _made_in_half(tensor.inputs[0], tensor):
+            tensor.dtype = np.dtype(np.float16)
+    for node in nodes:
+        _set_output_dtype(node)
+        for index, tensor in enumerate(node.inputs):
+            if tensor.name and tensor.dtype in _CAST_TO:
+                wanted = np.dtype(np.float16 if _takes_half(node, index) else np.float32)
+                node.inputs[index] = _as(graph, casts, tensor, wanted)
+    for index, output in enumerate(graph.outputs):
+        if output.dtype == np.float16:
+            graph.outputs[index] = _restore_output(graph, output)
+    return graph.toposort()
+
+
+def _takes_half(node: gs.Node, index: int) -> bool:
+    """Whether a float input may be float16, by the operator's schema."""
+    schema = _schema(node)
+    formal = schema.inputs[min(index, len(schema.inputs) - 1)]
+    return node.op not in SQUARING_OPS and _allows_half(schema, formal.type_str)
+
+
+def _made_in_half(node: gs.Node, tensor: gs.Variable) -> bool:
+    """Whether a float32 output of `node` becomes float16."""
+    if node.op in ("Cast", "ConstantOfShape"):
+        return True
+    schema = _schema(node)
+    index = next(i for i, t in enumerate(node.outputs) if t is tensor)
+    formal = schema.outputs[min(index, len(schema.outputs) - 1)]
+    tied = any(f.type_str == formal.type_str for f in schema.inputs)
+    return tied and node.op not in SQUARING_OPS and _allows_half(schema, formal.type_str)
+
+
+def _schema(node: gs.Node) -> onnx.defs.OpSchema:
+    return onnx.defs.get_schema(node.op, FP16_SCALE_OPSET, node.domain or "")
+
+
+def _allows_half(schema: onnx.defs.OpSchema, type_str: str) -> bool:
+    allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
+    return "tensor(float16)" in allowed.get(type_str, [type_str])
+
+
+def _set_output_dtype(node: gs.Node) -> None:
+    """Attributes that name the output's dtype follow it."""
+    if not node.outputs or node.outputs[0].dtype != np.float16:
+        return
+    if node.op == "Cast":
+        node.attrs["to"] = onnx.TensorProto.FLOAT16
+    elif node.op == "ConstantOfShape":
+        value = node.attrs.get("value")
+        values = np.zeros(1, np.float32) if value is None else value.values
+        node.attrs["value"] = gs.Constant(f"{node.name}/value", _to_half(values))
+
+
+def _as(
+    graph: gs.Graph, casts: dict[tuple[int, np.dtype], gs.Variable], tensor: gs.Tensor, dtype: np.dtype
+) -> gs.Tensor:
+    """`tensor` in `dtype`: itself, a converted constant, or the output of a Cast, one for all its readers."""
+    if tensor.dtype == dtype:
+        return tensor
+    key = (id(tensor), dtype)
+    if key not in casts:
+        name = f"{tensor.name}/{dtype}"
+        if isinstance(tensor, gs.Constant):
+            values = tensor.values
+            casts[key] = gs.Constant(name, _to_half(values) if dtype == np.float16 else values.astype(dtype))
+        else:
+            casts[key] = gs.Variable(name, dtype=dtype, shape=tensor.shape)
+            cast = gs.Node("Cast", f"{name}/Cast", {"to": _CAST_TO[dtype]}, [tensor], [casts[key]])
+            graph.nodes.append(cast)
+    return casts[key]
+
+
+def _restore_output(graph: gs.Graph, output: gs.Variable) -> gs.Variable:
+    """A float32 tensor under the model output's own name; the float16 one gets another."""
+    restored = gs.Variable(output.name, dtype=np.dtype(np.float32), shape=output.shape)
+    output.name = f"{output.name}/float16"
+    graph.nodes.append(
+        gs.Node("Cast", f"{restored.name}/Cast", {"to": onnx.TensorProto.FLOAT}, [output], [restored])
+    )
+    return restored
+
+
+def _to_half(values: np.ndarray) -> np.ndarray:
+    """float16 values; what is beyond its range saturates, and what is not zero does not become zero."""
+    half = np.clip(values, _HALF.min, _HALF.max).astype(np.float16)
+    vanished = (half == 0) & (values != 0)
+    return np.where(vanished, np.copysign(_HALF.smallest_subnormal, values), half).astype(np.float16)

@@ -1,0 +1,248 @@
+"""Reading and writing ONNX models: everything that can be wrong with a model file is found here."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx.external_data_helper
+import onnx.inliner
+import onnx.version_converter
+import onnx_graphsurgeon as gs
+
+from trtq.data.samples import InputSpec
+from trtq.errors import InputError
+from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+LOWEST_OPSET = 13
+"""Per-channel DequantizeLinear starts here."""
+
+FP16_SCALE_OPSET = 19
+"""QuantizeLinear and DequantizeLinear take float16 scales from here on."""
+
+PROTOBUF_LIMIT = 2**31 - 2**20
+"""Models above this many bytes need their weights in a file of their own."""
+
+QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+@dataclass
+class Model:
+    """An ONNX model as a GraphSurgeon graph.
+
+    Attributes:
+        path: the file it was read from.
+        graph: every node has a unique name.
+        sha256: hash of the file and of its external data.
+    """
+
+    path: Path
+    graph: gs.Graph
+    sha256: str
+
+    @property
+    def inputs(self) -> list[InputSpec]:
+        """Name, dtype and shape of each model input; dynamic dimensions are strings or None."""
+        return [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape)) for t in self.graph.inputs]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the model already holds QuantizeLinear or DequantizeLinear nodes."""
+        return any(node.op in QDQ_OPS for node in self.graph.nodes)
+
+
+def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
+    """Read an ONNX model, upgrade its opset where Q/DQ needs it, and give every node a unique name.
+
+    Local functions are inlined; external data is read; opsets below `opset` are converted to it.
+
+    Raises:
+        InputError: the file is missing, not ONNX or truncated; external data is missing; an operator is
+            unknown; the opset cannot be upgraded; the model has no inputs or outputs.
+    """
+    path = Path(path)
+    proto = _read(path)
+    data_files = [path.parent / name for name in sorted(_external_files(proto))]
+    digest = sha256_file(path)
+    if data_files:
+        digest = sha256_bytes("".join([digest, *(sha256_file(f) for f in data_files)]).encode())
+    if proto.functions:
+        proto = onnx.inliner.inline_local_functions(proto)
+    _check_operators(proto, path)
+    proto = upgrade_opset(proto, opset, path)
+    try:
+        graph = gs.import_onnx(proto)
+    except Exception as error:
+        raise InputError("the ONNX graph cannot be read", file=path, cause=error) from error
+    if not graph.inputs or not graph.outputs:
+        raise InputError("the model has no inputs or no outputs", file=path)
+    for tensor in graph.inputs:
+        if tensor.shape is None or tensor.dtype is None:
+            raise InputError(f"model input '{tensor.name}' has no shape or no dtype", file=path)
+    name_nodes(graph)
+    return Model(path, graph, digest)
+
+
+def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
+    """`proto` at `opset` or above, through ONNX's version converter.
+
+    Raises:
+        InputError: the converter has no adapter for one of the model's operators.
+    """
+    if _opset(proto) >= opset:
+        return proto
+    try:
+        converted = onnx.version_converter.convert_version(proto, opset)
+    except Exception as error:
+        raise InputError(
+            f"the model's opset {_opset(proto)} cannot be upgraded to {opset}, which Q/DQ needs",
+            file=path,
+            cause=error,
+            remedy=f"export the model again at opset {opset} or above",
+        ) from error
+    converted.ir_version = max(converted.ir_version, 8)
+    return converted
+
+
+def name_nodes(graph: gs.Graph) -> None:
+    """Give unnamed nodes a name made of operator and position, and make every name unique."""
+    seen: set[str] = set()
+    for index, node in enumerate(graph.nodes):
+        base = node.name or f"{node.op}_{index}"
+        node.name, suffix = base, 1
+        while node.name in seen:
+            node.name, suffix = f"{base}_{suffix}", suffix + 1
+        seen.add(node.name)
+
+
+def export(graph: gs.Graph) -> ModelProto:
+    """The ONNX model of a graph, without GraphSurgeon's type check (models in the making lack types)."""
+    return gs.export_onnx(graph, do_type_check=False)
+
+
+def save_model(graph: gs.Graph, path: PathLike) -> None:
+    """Write a graph to `path` in one move; weights go to `<path>.data` beside it above 2 GB.
+
+    Raises:
+        InputError: the path cannot be written to.
+    """
+    path = Path(path)
+    proto = export(graph)
+    if weight_bytes(graph) < PROTOBUF_LIMIT:
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(proto.SerializeToString(deterministic=True))
+        return
+    location = f"{path.name}.data"
+    with atomic_path(path.with_name(location)) as data, atomic_path(path) as temporary:
+        data.unlink()
+        onnx.save_model(proto, temporary, save_as_external_data=True, location=data.name)
+        for tensor in onnx.external_data_helper._get_all_tensors(
+            stored := onnx.load(temporary, load_external_data=False)
+        ):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = location
+        temporary.write_bytes(stored.SerializeToString(deterministic=True))
+
+
+@contextlib.contextmanager
+def serialized(graph: gs.Graph) -> Iterator[bytes | Path]:
+    """The graph as ONNX Runtime and TensorRT load it: bytes, or a temporary file above 2 GB."""
+    if weight_bytes(graph) < PROTOBUF_LIMIT:
+        yield export(graph).SerializeToString(deterministic=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        save_model(graph, path := Path(folder) / "model.onnx")
+        yield path
+
+
+def weight_bytes(graph: gs.Graph) -> int:
+    """Bytes of all constants of the graph, without reading those that are still on disk."""
+    constants = (t for t in graph.tensors().values() if isinstance(t, gs.Constant))
+    return sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in constants)
+
+
+def _read(path: Path) -> ModelProto:
+    if not path.is_file():
+        raise InputError("the model does not exist", file=path, remedy="check the path")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, or an OSError
+        raise InputError(
+            "not an ONNX model, or a truncated one",
+            file=path,
+            cause=error,
+            remedy="export the model again, or copy the file again",
+        ) from error
+    if not proto.graph.node:
+        raise InputError("not an ONNX model: the file holds no graph", file=path)
+    if missing := [n for n in sorted(_external_files(proto)) if not (path.parent / n).is_file()]:
+        raise InputError(
+            "the model's external data is missing",
+            file=path,
+            cause=f"it keeps weights in {', '.join(missing)}",
+            remedy=f"put the file into {path.parent}",
+        )
+    try:
+        onnx.load_external_data_for_model(proto, str(path.parent))
+    except Exception as error:
+        raise InputError("the model's external data cannot be read", file=path, cause=error) from error
+    return proto
+
+
+def _external_files(proto: ModelProto) -> set[str]:
+    return {
+        entry.value
+        for tensor in onnx.external_data_helper._get_all_tensors(proto)
+        if onnx.external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _opset(proto: ModelProto) -> int:
+    return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+
+
+def _check_operators(proto: ModelProto, path: Path) -> None:
+    versions = {o.domain: o.version for o in proto.opset_import}
+    for node in _all_nodes(proto.graph):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if not onnx.defs.has(node.op_type, versions.get(domain, _opset(proto)), domain):
+            where = f"node '{node.name}'" if node.name else f"the node that makes '{node.output[0]}'"
+            kind = f"operator '{node.op_type}' of domain '{domain or 'ai.onnx'}'"
+            raise InputError(
+                f"unknown {kind}",
+                file=path,
+                cause=f"{where} uses it, and neither ONNX nor ONNX Runtime defines it",
+                remedy="export the model with standard ONNX operators",
+            )
+
+
+def _all_nodes(graph: Any) -> Iterable[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _all_nodes(attribute.g)
+            for subgraph in attribute.graphs:
+                yield from _all_nodes(subgraph)
+
+
+def matches(pattern: str, node: gs.Node) -> bool:
+    """Whether `pattern` names the node: `op:Type` by operator, else a name with * and ? wildcards."""
+    kind, _, operator = pattern.partition(":")
+    if kind == "op" and operator:
+        return bool(node.op == operator)
+    regex = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    return re.fullmatch(regex, node.name) is not None

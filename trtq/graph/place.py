@@ -1,0 +1,226 @@
+"""Placement: which nodes run in INT8, and on which edges Q/DQ goes, as small named rules.
+
+`SKIP_RULES` say, in order, why a weighted node stays in floating point; a node that none of them stops is
+quantized. `EDGE_RULES` then say which tensors get a quantizer in front of which consumer. They follow the
+paper's section 6 and TensorRT's "Q/DQ Layer-Placement Recommendations": quantize the inputs of weighted
+operators and not their outputs, and the residual input of a Conv + Add so that the addition fuses.
+Everything else (softmax, LayerNorm, GELU, pooling by average, other additions) stays floating point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trtq.errors import InputError
+from trtq.graph.model import Model, matches
+from trtq.graph.plan import Edge, NodePlan, Plan, Weight
+
+WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
+"""Operators that multiply by weights or by another activation: the candidates for INT8."""
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the rules look at: the folded graph, the user's patterns, and what is decided so far."""
+
+    graph: gs.Graph
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    quantized: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class SkipRule:
+    """Why a weighted node stays in floating point: `reason` returns the sentence, or None to let it pass."""
+
+    name: str
+    reason: Callable[[gs.Node, Placement], str | None]
+
+
+@dataclass(frozen=True)
+class EdgeRule:
+    """Where quantizers go: `edges` yields the edges and weights of one node."""
+
+    name: str
+    edges: Callable[[gs.Node, Placement], Iterator[Edge | Weight]]
+
+
+def place(model: Model, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Plan:
+    """Apply every rule to a folded model.
+
+    Args:
+        model: folded, not yet quantized.
+        include: if given, only nodes that match one of these patterns are quantized.
+        exclude: nodes that match one of these patterns stay in floating point. A pattern is a node name
+            with * and ?, or `op:Type`.
+
+    Raises:
+        InputError: the model holds Q/DQ already, a pattern matches nothing, or no node can be quantized.
+    """
+    if model.is_quantized:
+        raise InputError(
+            "the model is quantized already: it holds QuantizeLinear or DequantizeLinear nodes",
+            file=model.path,
+            remedy="quantize the fp32 model, or take this one straight to 'trtq build' and 'trtq gate'",
+        )
+    for pattern in (*include, *exclude):
+        if not any(matches(pattern, node) for node in model.graph.nodes):
+            raise InputError(
+                f"the pattern '{pattern}' matches no node",
+                file=model.path,
+                remedy="a pattern is a node name with * and ?, or op:Type (see 'trtq inspect MODEL')",
+            )
+    placement = Placement(model.graph, include, exclude)
+    nodes = [_decide(node, placement) for node in model.graph.nodes if node.op in WEIGHTED_OPS]
+    nodes += _in_subgraphs(model.graph)
+    placement.quantized.update(n.name for n in nodes if n.int8)
+    if not placement.quantized:
+        raise InputError(
+            "no node of the model can be quantized",
+            file=model.path,
+            cause="; ".join(f"{n.name} ({n.op}): {n.reason}" for n in nodes[:5])
+            or f"it has no {', '.join(WEIGHTED_OPS[:4])} node",
+        )
+    found = [
+        item for node in model.graph.nodes for rule in EDGE_RULES for item in rule.edges(node, placement)
+    ]
+    return Plan(
+        model=model.sha256,
+        nodes=nodes,
+        edges=[item for item in found if isinstance(item, Edge)],
+        weights=[item for item in found if isinstance(item, Weight)],
+    )
+
+
+def _decide(node: gs.Node, placement: Placement) -> NodePlan:
+    for rule in SKIP_RULES:
+        if reason := rule.reason(node, placement):
+            return NodePlan(node.name, node.op, False, rule.name, reason)
+    return NodePlan(node.name, node.op, True, "weighted", "its inputs are quantized")
+
+
+def _in_subgraphs(graph: gs.Graph) -> list[NodePlan]:
+    reason = "it is in the body of an If, Loop or Scan, which TensorRT does not fuse with quantizers"
+    inner = (n for node in graph.nodes for sub in node.attrs.values() for n in _nodes_of(sub))
+    return [NodePlan(n.name, n.op, False, "subgraph", reason) for n in inner if n.op in WEIGHTED_OPS]
+
+
+def _nodes_of(attribute: object) -> Iterable[gs.Node]:
+    if isinstance(attribute, gs.Graph):
+        for node in attribute.nodes:
+            yield node
+            for value in node.attrs.values():
+                yield from _nodes_of(value)
+
+
+# --- why a node stays in floating point -----------------------------------------------------------------
+
+
+def _excluded(node: gs.Node, placement: Placement) -> str | None:
+    for pattern in placement.exclude:
+        if matches(pattern, node):
+            return f"excluded by '{pattern}'"
+    if placement.include and not any(matches(pattern, node) for pattern in placement.include):
+        return "not among the included patterns"
+    return None
+
+
+def _no_int8_kernel(node: gs.Node, placement: Placement) -> str | None:
+    return {
+        "ConvTranspose": "TensorRT runs it in floating point even between Q/DQ, which would only cost",
+        "Einsum": "TensorRT does not fuse Q/DQ with Einsum; export it as MatMul to quantize it",
+        "LSTM": "TensorRT runs recurrent layers in floating point",
+        "GRU": "TensorRT runs recurrent layers in floating point",
+        "RNN": "TensorRT runs recurrent layers in floating point",
+    }.get(node.op)
+
+
+def _not_floating_point(node: gs.Node, placement: Placement) -> str | None:
+    dtypes = {np.dtype(t.dtype) for t in node.inputs[:2] if t.dtype is not None}
+    if strange := sorted(str(d) for d in dtypes if d not in FLOATS):
+        return f"its inputs are {', '.join(strange)}, not float32 or float16"
+    return None
+
+
+def _computed_weights(node: gs.Node, placement: Placement) -> str | None:
+    if node.op == "Conv" and not isinstance(node.inputs[1], gs.Constant):
+        return "its weights are computed at run time; TensorRT's INT8 convolution wants constant weights"
+    return None
+
+
+def _vector_operand(node: gs.Node, placement: Placement) -> str | None:
+    if node.op == "MatMul" and any(t.shape is not None and len(t.shape) < 2 for t in node.inputs[:2]):
+        return "one operand is a vector: there is no matrix product to run in INT8"
+    return None
+
+
+SKIP_RULES: tuple[SkipRule, ...] = (
+    SkipRule("excluded", _excluded),
+    SkipRule("no-int8-kernel", _no_int8_kernel),
+    SkipRule("not-floating-point", _not_floating_point),
+    SkipRule("computed-weights", _computed_weights),
+    SkipRule("vector-operand", _vector_operand),
+)
+
+
+# --- where quantizers go --------------------------------------------------------------------------------
+
+
+def _weighted_inputs(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight]:
+    """Both inputs of a quantized node: activations per tensor, constants per output channel (paper 3.4)."""
+    if node.name not in placement.quantized:
+        return
+    for index, tensor in enumerate(node.inputs[:2]):
+        if not isinstance(tensor, gs.Constant):
+            yield Edge(tensor.name, node.name, index, "weighted-input")
+        else:
+            yield Weight(tensor.name, node.name, index, _output_axis(node, index))
+
+
+def _output_axis(node: gs.Node, index: int) -> int:
+    """The axis of a constant operand that becomes output channels: only its scales factor out."""
+    rank = len(node.inputs[index].shape)
+    if node.op == "Conv":
+        return 0
+    if node.op == "Gemm":
+        transposed = node.attrs.get("transB" if index else "transA", 0)
+        return (0 if transposed else 1) if index else (1 if transposed else 0)
+    return rank - 1 if index else rank - 2
+
+
+def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight]:
+    """The other input of an Add that fuses with the quantized Conv in front of it.
+
+    Where both inputs come from such a Conv, the addition fuses with the one that is computed last.
+    """
+    if node.op != "Add" or len(node.inputs) != 2:
+        return
+    order = {n.name: i for i, n in enumerate(placement.graph.nodes)}
+    fusing = [
+        (order[t.inputs[0].name], index)
+        for index, t in enumerate(node.inputs)
+        if len(t.inputs) == 1
+        and t.inputs[0].op == "Conv"
+        and t.inputs[0].name in placement.quantized
+        and len(t.outputs) == 1
+        and t not in placement.graph.outputs
+    ]
+    if not fusing:
+        return
+    residual = node.inputs[1 - max(fusing)[1]]
+    if isinstance(residual, gs.Variable) and residual.dtype in FLOATS and residual.shape is not None:
+        conv_shape = node.inputs[max(fusing)[1]].shape
+        if conv_shape is None or len(residual.shape) == len(conv_shape):
+            yield Edge(residual.name, node.name, 1 - max(fusing)[1], "residual-add")
+
+
+EDGE_RULES: tuple[EdgeRule, ...] = (
+    EdgeRule("weighted-inputs", _weighted_inputs),
+    EdgeRule("residual-add", _residual_add),
+)

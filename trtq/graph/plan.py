@@ -1,0 +1,118 @@
+"""The plan: which nodes are INT8 and why the others are not, and where the quantizers go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trtq.errors import InputError
+from trtq.files import PathLike, read_json, write_json
+
+FORMAT = "trtq-plan-1"
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """A weighted node: quantized or not, by which rule, and the reason in words."""
+
+    name: str
+    op: str
+    int8: bool
+    rule: str
+    reason: str
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An activation that is quantized, per tensor, in front of input `index` of `node`."""
+
+    tensor: str
+    node: str
+    index: int
+    rule: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant that is quantized per channel along `axis`, for input `index` of `node`."""
+
+    tensor: str
+    node: str
+    index: int
+    axis: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The placement of one model; saved as `plan.json`.
+
+    Attributes:
+        model: SHA-256 of the fp32 model.
+        nodes: every weighted node.
+        edges: activations to quantize; several edges of one tensor share one Q/DQ pair.
+        weights: constants to quantize.
+    """
+
+    model: str
+    nodes: list[NodePlan]
+    edges: list[Edge]
+    weights: list[Weight]
+
+    @property
+    def tensors(self) -> list[str]:
+        """Activations that need a range, in the order of the graph, each once."""
+        return list(dict.fromkeys(edge.tensor for edge in self.edges))
+
+    @property
+    def int8_nodes(self) -> list[str]:
+        """Names of the nodes meant to run in INT8."""
+        return [node.name for node in self.nodes if node.int8]
+
+    def mac_share(self, names: set[str] | None = None) -> float | None:
+        """Share of the model's multiply-accumulates in the named nodes (default: those planned for INT8).
+
+        None where the multiply-accumulates of a node are not known.
+        """
+        names = set(self.int8_nodes) if names is None else names
+        if any(node.macs is None for node in self.nodes) or not self.nodes:
+            return None
+        total = sum(node.macs or 0 for node in self.nodes)
+        return sum(node.macs or 0 for node in self.nodes if node.name in names) / total if total else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The plan in JSON values.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are not a plan of this format.
+        """
+        if value["format"] != FORMAT:
+            raise ValueError(f"the format is {value['format']}, not {FORMAT}")
+        return cls(
+            value["model"],
+            [NodePlan(**node) for node in value["nodes"]],
+            [Edge(**edge) for edge in value["edges"]],
+            [Weight(**weight) for weight in value["weights"]],
+        )
+
+    def save(self, path: PathLike) -> None:
+        """Write `plan.json` in one move."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: PathLike) -> Plan:
+        """Read a plan.
+
+        Raises:
+            InputError: the file is missing, not JSON, or not a plan.
+        """
+        try:
+            return cls.from_json(read_json(path, "plan"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("not a plan of trtq", file=path, cause=error) from error

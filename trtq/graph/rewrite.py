@@ -1,0 +1,127 @@
+"""Rewriting: a folded fp32 graph, a plan and scales become an explicit Q/DQ graph.
+
+What TensorRT asks for: zero-point 0, every scale positive, activations per tensor, weights per output
+channel, biases in floating point. Tensors that several nodes read get one Q/DQ pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from trtq.errors import InputError
+from trtq.graph.plan import Plan
+from trtq.numerics import amax_per_channel, quantize, scale_from_amax
+
+WEIGHT_FORMS = ("int8", "qdq")
+"""`int8`: int8 initializers + DequantizeLinear; `qdq`: float initializers + a Q/DQ pair."""
+
+
+def rewrite(
+    graph: gs.Graph, plan: Plan, scales: Mapping[str, np.float32], *, weights: str = "int8"
+) -> gs.Graph:
+    """A copy of `graph` with Q/DQ where `plan` says.
+
+    Args:
+        graph: folded, or that graph in half (`convert_to_half`); is not changed.
+        scales: activation tensor -> float32 scale (amax / 127), > 0.
+        weights: one of `WEIGHT_FORMS`.
+
+    Raises:
+        InputError: a tensor of the plan has no scale, or the plan does not fit the graph.
+    """
+    if missing := [t for t in plan.tensors if t not in scales]:
+        raise InputError(
+            f"{len(missing)} tensors of the plan have no scale in the table",
+            cause=f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
+            remedy="calibrate this model again; a table belongs to one model",
+        )
+    graph = graph.copy()
+    nodes = {node.name: node for node in graph.nodes}
+    if unknown := ({e.node for e in plan.edges} | {w.node for w in plan.weights}) - nodes.keys():
+        raise InputError(
+            "the plan belongs to another model", cause=f"the model has no node '{sorted(unknown)[0]}'"
+        )
+    pairs: dict[tuple[str, int | None], gs.Variable] = {}
+    for edge in plan.edges:
+        inputs = nodes[edge.node].inputs
+        if (edge.tensor, None) not in pairs:
+            source, scale = inputs[edge.index], scales[edge.tensor]
+            pairs[edge.tensor, None] = _quantize_activation(graph, source, scale)
+        inputs[edge.index] = pairs[edge.tensor, None]
+    for weight in plan.weights:
+        inputs, key = nodes[weight.node].inputs, (weight.tensor, weight.axis)
+        if key not in pairs:
+            pairs[key] = _quantize_weight(graph, inputs[weight.index], weight.axis, weights)
+        inputs[weight.index] = pairs[key]
+    return graph.cleanup().toposort()
+
+
+def weight_scale(weight: NDArray, axis: int) -> NDArray[np.float32]:
+    """Per-channel max scales of a weight, shape (channels,) along `axis` (paper 4.1)."""
+    return scale_from_amax(amax_per_channel(weight, axis))
+
+
+def _quantize_activation(graph: gs.Graph, tensor: gs.Tensor, scale: np.float32) -> gs.Variable:
+    dtype = np.dtype(tensor.dtype)
+    value = np.array(scale, dtype)
+    if not (np.isfinite(value) and value > 0):
+        raise InputError(f"the scale {scale} of '{tensor.name}' is not a positive finite {dtype}")
+    constants = [
+        gs.Constant(f"{tensor.name}/scale", value),
+        gs.Constant(f"{tensor.name}/zero_point", np.zeros((), np.int8)),
+    ]
+    return _dequantize(graph, tensor.name, _quantize_node(graph, tensor, constants), constants, dtype)
+
+
+def _quantize_weight(graph: gs.Graph, tensor: gs.Constant, axis: int, form: str) -> gs.Variable:
+    values = tensor.values
+    dtype = values.dtype
+    scale = weight_scale(values, axis).astype(dtype)
+    scale = np.where(scale > 0, scale, np.finfo(dtype).smallest_subnormal)  # float16 may underflow
+    name = f"{tensor.name}/{axis}"
+    constants = [
+        gs.Constant(f"{name}/scale", scale),
+        gs.Constant(f"{name}/zero_point", np.zeros(scale.shape, np.int8)),
+    ]
+    if form == "int8":
+        codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
+        quantized: gs.Tensor = gs.Constant(f"{name}/int8", codes)
+    else:
+        quantized = _quantize_node(graph, tensor, constants, axis, name)
+    return _dequantize(graph, name, quantized, constants, dtype, axis)
+
+
+def _quantize_node(
+    graph: gs.Graph,
+    tensor: gs.Tensor,
+    constants: list[gs.Constant],
+    axis: int | None = None,
+    name: str | None = None,
+) -> gs.Variable:
+    name = name or tensor.name
+    output = gs.Variable(f"{name}/quantized", dtype=np.int8, shape=tensor.shape)
+    attrs = {} if axis is None else {"axis": axis}
+    graph.nodes.append(
+        gs.Node("QuantizeLinear", f"{name}/QuantizeLinear", attrs, [tensor, *constants], [output])
+    )
+    return output
+
+
+def _dequantize(
+    graph: gs.Graph,
+    name: str,
+    quantized: gs.Tensor,
+    constants: list[gs.Constant],
+    dtype: np.dtype,
+    axis: int | None = None,
+) -> gs.Variable:
+    output = gs.Variable(f"{name}/dequantized", dtype=dtype, shape=quantized.shape)
+    attrs = {} if axis is None else {"axis": axis}
+    graph.nodes.append(
+        gs.Node("DequantizeLinear", f"{name}/DequantizeLinear", attrs, [quantized, *constants], [output])
+    )
+    return output
