@@ -53,6 +53,11 @@ def test_message_is_read_field_by_field() -> None:
     assert compiled.unread == ("Name: from another version, LayerType: novel",)
 
 
+@pytest.mark.parametrize("text", ["", "Autotuning format combination"])
+def test_a_message_of_another_kind_is_not_taken_for_an_empty_engine(text: str) -> None:
+    assert parse_layers(text).unread == (text,)
+
+
 def test_kernels_and_bytes_by_hand() -> None:
     compiled = parse_layers(MESSAGE, batch=7)
     assert compiled.kernels == 1  # the shape call writes nothing

@@ -119,7 +119,8 @@ class Compiled:
     Attributes:
         layers: its steps, in the order they are issued.
         batch: the batch size of the optimization profile's optimum, 1 for a static model.
-        unread: lines of the message that could not be read; not counted anywhere.
+        unread: lines of the message that could not be read; not counted anywhere. Not empty: what is said
+            here about the engine is incomplete.
     """
 
     layers: tuple[CompiledLayer, ...]
@@ -198,9 +199,11 @@ def parse_layers(message: str, batch: int = 1) -> Compiled:
     the fields come in a fixed order and each is read up to the marker that must follow it.
 
     Args:
-        message: the whole message, beginning with `HEADER`.
+        message: the whole message, beginning with `HEADER`; any other text counts as unread.
         batch: recorded in the result.
     """
+    if not message.startswith(HEADER):
+        return Compiled((), batch, (message,))
     body, _, _ = message.removeprefix(HEADER).partition("\n\nI/O Tensors:")
     layers, unread = [], []
     for line in re.split(r"^(?=Name: )", body, flags=re.MULTILINE):

@@ -203,7 +203,7 @@ def _logger(trt: Any) -> Any:
             super().__init__()
             self.errors: list[str] = []
             self.warnings: list[str] = []
-            self.layers = HEADER
+            self.layers = ""
 
         def log(self, level: Any, message: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):

@@ -6,14 +6,10 @@ the outputs have k times as many rows as the targets, k consecutive rows make on
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +17,7 @@ from numpy.typing import NDArray
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.gate import similarity
+from trtq.scripts import load_function
 
 Arrays = dict[str, NDArray]
 Float = NDArray[np.float64]
@@ -103,8 +100,7 @@ def load_metric(spec: str) -> Metric:
         InputError: unknown name, or the file or function is missing or does not import.
     """
     if ".py:" in spec:
-        path, _, function = spec.rpartition(":")
-        return _metric_of_file(spec, Path(path), function)
+        return _metric_of_file(spec)
     name, _, selection = spec.partition("@")
     output, _, target = selection.partition(":")
     if name not in _BUILT_IN:
@@ -311,10 +307,8 @@ _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {
 }
 
 
-def _metric_of_file(spec: str, path: Path, name: str) -> Metric:
-    function = getattr(_import_file(path), name, None)
-    if not callable(function):
-        raise InputError(f"the metric's file has no function {name!r}", file=path)
+def _metric_of_file(spec: str) -> Metric:
+    path, name, function = load_function(spec, "metric")
 
     def checked(outputs: Arrays, targets: Arrays) -> float:
         try:
@@ -329,23 +323,6 @@ def _metric_of_file(spec: str, path: Path, name: str) -> Metric:
         return float(value)
 
     return Metric(spec, f"{sha256_file(path)}:{name}", function=checked)
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise InputError("the metric's file does not exist", file=path)
-    spec = importlib.util.spec_from_file_location(f"trtq_metric_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise InputError(
-            "the metric's file does not import", file=path, cause=f"{type(error).__name__}: {error}"
-        ) from error
-    return module
 
 
 def _read_only(arrays: Arrays) -> Arrays:

@@ -48,7 +48,11 @@ def convert_to_half(graph: gs.Graph) -> gs.Graph:
     casts: dict[tuple[int, np.dtype], gs.Variable] = {}
     nodes = list(graph.nodes)
     for tensor in [t for t in graph.tensors().values() if isinstance(t, gs.Variable)]:
-        if tensor.dtype == np.float32 and tensor not in graph.inputs and _made_in_half(tensor.inputs[0], tensor):
+        if (
+            tensor.dtype == np.float32
+            and tensor not in graph.inputs
+            and _made_in_half(tensor.inputs[0], tensor)
+        ):
             tensor.dtype = np.dtype(np.float16)
     for node in nodes:
         _set_output_dtype(node)

@@ -9,8 +9,8 @@ Everything else (softmax, LayerNorm, GELU, pooling by average, other additions) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from trtq.errors import InputError
 from trtq.graph.model import Model, matches
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
+from trtq.graph.shapes import concrete_shapes, macs
 
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 """Operators that multiply by weights or by another activation: the candidates for INT8."""
@@ -51,7 +52,13 @@ class EdgeRule:
     edges: Callable[[gs.Node, Placement], Iterator[Edge | Weight]]
 
 
-def place(model: Model, *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Plan:
+def place(
+    model: Model,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Plan:
     """Apply every rule to a folded model.
 
     Args:
@@ -59,6 +66,7 @@ def place(model: Model, *, include: Sequence[str] = (), exclude: Sequence[str] =
         include: if given, only nodes that match one of these patterns are quantized.
         exclude: nodes that match one of these patterns stay in floating point. A pattern is a node name
             with * and ?, or `op:Type`.
+        input_shapes: model input name -> shape for which multiply-accumulates are counted.
 
     Raises:
         InputError: the model holds Q/DQ already, a pattern matches nothing, or no node can be quantized.
@@ -77,7 +85,9 @@ def place(model: Model, *, include: Sequence[str] = (), exclude: Sequence[str] =
                 remedy="a pattern is a node name with * and ?, or op:Type (see 'trtq inspect MODEL')",
             )
     placement = Placement(model.graph, include, exclude)
-    nodes = [_decide(node, placement) for node in model.graph.nodes if node.op in WEIGHTED_OPS]
+    shapes = concrete_shapes(model.graph, input_shapes) if input_shapes else {}
+    weighted = [node for node in model.graph.nodes if node.op in WEIGHTED_OPS]
+    nodes = [replace(_decide(node, placement), macs=macs(node, shapes)) for node in weighted]
     nodes += _in_subgraphs(model.graph)
     placement.quantized.update(n.name for n in nodes if n.int8)
     if not placement.quantized:
@@ -148,12 +158,6 @@ def _not_floating_point(node: gs.Node, placement: Placement) -> str | None:
     return None
 
 
-def _computed_weights(node: gs.Node, placement: Placement) -> str | None:
-    if node.op == "Conv" and not isinstance(node.inputs[1], gs.Constant):
-        return "its weights are computed at run time; TensorRT's INT8 convolution wants constant weights"
-    return None
-
-
 def _vector_operand(node: gs.Node, placement: Placement) -> str | None:
     if node.op == "MatMul" and any(t.shape is not None and len(t.shape) < 2 for t in node.inputs[:2]):
         return "one operand is a vector: there is no matrix product to run in INT8"
@@ -164,7 +168,6 @@ SKIP_RULES: tuple[SkipRule, ...] = (
     SkipRule("excluded", _excluded),
     SkipRule("no-int8-kernel", _no_int8_kernel),
     SkipRule("not-floating-point", _not_floating_point),
-    SkipRule("computed-weights", _computed_weights),
     SkipRule("vector-operand", _vector_operand),
 )
 

@@ -59,9 +59,9 @@ def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dic
 
 
 def macs(node: gs.Node, shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """Multiply-accumulates of a Conv, ConvTranspose, Gemm or MatMul; 0 for others, None if unknown."""
+    """Multiply-accumulates of a Conv, ConvTranspose, Gemm or MatMul; None if unknown, as for others."""
     if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
-        return 0
+        return None
     first, second, out = (shapes.get(t.name) for t in (*node.inputs[:2], node.outputs[0]))
     if first is None or second is None or out is None:
         return None

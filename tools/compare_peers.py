@@ -1,0 +1,403 @@
+"""Compare trtq with NVIDIA ModelOpt and ONNX Runtime's quantizer on real models and data.
+
+Every tool quantizes each model with the same calibration rows in a process of its own, which is
+timed and whose peak memory is taken. All resulting int8 models are then measured by the same code:
+
+    metric, drop, SQNR    ONNX Runtime on the CPU, Q/DQ executed as written, against the fp32 model
+    kernels, MB moved,    the engine that TensorRT-RTX builds from it without a GPU: kernels, megabytes
+    int8 MACs             they read and write for 8 rows, int8 share of the multiply-accumulates
+
+One table per model goes to stdout, everything to WORK/comparison.json. Results are kept in WORK: a
+rerun only does what is missing or whose model, data or tool has changed; failures are tried again.
+
+`trtq deploy` does more than the others in its time: sensitivity, gate and engine are included.
+
+The zoo holds `models/*.onnx` with `cifar10/`, `imagenet_sample/` and `stsb/` (calibration and
+evaluation data). The peers get a virtual environment of their own, about 1 GB with PyTorch's CPU
+build: point pip at an index that serves it, otherwise CUDA libraries come along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trtq import files
+from trtq.errors import InputError, TrtqError
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_BATCH = 16
+ENGINE_BATCH = 8
+TARGET = "8.6"
+"""Compute capability of the engines; set, so that every machine compares the same ones."""
+
+Arrays = dict[str, np.ndarray]
+
+RUNS = (
+    "modelopt max",
+    "modelopt entropy",
+    "ort minmax",
+    "ort minmax-float-bias",
+    "ort percentile-99.99",
+    "trtq max",
+    "trtq entropy",
+    "trtq deploy",
+)
+HEAVY = ("ort percentile-99.99",)
+"""Tools and methods that only run on request: this one keeps every activation of every sample in memory."""
+
+# ModelOpt's onnx extra insists on onnxruntime-gpu and CuPy; these are the packages it uses on a CPU.
+PEER_PACKAGES = [
+    ["torch==2.13.0"],
+    ["--no-deps", "nvidia-modelopt==0.47.*"],
+    [
+        *("onnxruntime==1.31.*", "onnx==1.21.*", "onnx-graphsurgeon>=0.6.1", "onnxconverter-common==1.16.*"),
+        *("onnxscript", "onnxslim", "polygraphy>=0.53.4", "lief", "ml_dtypes", "ninja", "numpy", "omegaconf"),
+        *("nvidia-ml-py>=12", "packaging", "pulp<4", "pydantic", "PyYAML", "regex", "rich", "safetensors"),
+        *("scipy", "setuptools", "tqdm"),
+    ],
+]
+
+
+def load_cifar10(zoo: Path, part: str) -> Arrays:
+    with np.load(zoo / "cifar10" / f"{part}.npz") as archive:
+        images, labels = archive["images"], archive["labels"]
+    mean, deviation = (np.array(v, np.float32) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    pixels = (images / np.float32(255) - mean) / deviation
+    return {"input": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), "label": labels}
+
+
+def load_imagenet_sample(zoo: Path, part: str) -> Arrays:
+    from PIL import Image
+
+    folder = zoo / "imagenet_sample"
+    with open(folder / f"{part}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    images = np.stack([np.asarray(Image.open(folder / part / row["file"]).convert("RGB")) for row in rows])
+    pixels = (images / np.float32(255) - np.float32(0.498)) / np.float32(0.502)
+    return {
+        "input": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)),
+        "label": np.array([int(row["label"]) for row in rows]),
+    }
+
+
+def load_stsb(zoo: Path, part: str) -> Arrays:
+    with np.load(zoo / "stsb" / f"{part}.npz") as archive:
+        return dict(archive)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of the zoo with its data.
+
+    Attributes:
+        name: of the model's file, without `.onnx`.
+        load: (zoo, "calib" or "eval") -> the model's inputs and, under `target`, the answers.
+        target: what `load` calls the answers.
+        metric: in trtq's syntax; a file is relative to the zoo.
+    """
+
+    name: str
+    load: Callable[[Path, str], Arrays]
+    target: str
+    metric: str
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("resnet20_cifar10", load_cifar10, "label", "top1"),
+        Case("efficientnet_lite0", load_imagenet_sample, "label", "top1"),
+        Case("minilm_l6", load_stsb, "score", "stsb/metric.py:spearman"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """One case on this machine: `folder` holds its data, the quantized models, logs and kept results."""
+
+    case: Case
+    zoo: Path
+    folder: Path
+
+    @property
+    def fp32(self) -> Path:
+        return self.zoo / "models" / f"{self.case.name}.onnx"
+
+    @property
+    def calib(self) -> Path:
+        return self.folder / "calib.npz"
+
+    @property
+    def eval(self) -> Path:
+        return self.folder / "eval.npz"
+
+    @property
+    def metric(self) -> str:
+        return str(self.zoo / self.case.metric) if ".py:" in self.case.metric else self.case.metric
+
+    def file(self, run: str, suffix: str) -> Path:
+        return self.folder / f"{run.replace(' ', '-')}{suffix}"
+
+
+def install_peers(environment: Path) -> Path:
+    """The Python of the peers' virtual environment, made or completed where needed."""
+    python = environment / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    installed, wanted = environment / "installed.json", json.dumps(PEER_PACKAGES)
+    if not (installed.exists() and installed.read_text() == wanted):
+        say(f"installing the peers into {environment}")
+        venv.create(environment, with_pip=True)
+        files.write_text(environment / ".gitignore", "*\n")
+        for packages in PEER_PACKAGES:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        files.write_text(installed, wanted)
+    return python
+
+
+def prepare_data(place: Workplace, rows: int | None) -> None:
+    """Write `calib.npz` (at most `rows` rows, inputs only) and `eval.npz` (inputs and target)."""
+    save_npz(place.eval, place.case.load(place.zoo, "eval"))
+    calib = place.case.load(place.zoo, "calib")
+    del calib[place.case.target]
+    save_npz(place.calib, {name: array[:rows] for name, array in calib.items()})
+
+
+def save_npz(path: Path, arrays: Arrays) -> None:
+    with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def quantize(run: str, place: Workplace, peers_python: Path) -> dict[str, Any]:
+    """Let one tool quantize one model: time, memory, exit code, and `model` or `error`."""
+    output, command = quantize_command(run, place, peers_python)
+    arguments = [str(word) for word in command]
+    inputs = [files.sha256_file(path) for path in (place.fp32, place.calib)]
+    key = files.sha256_json([arguments, *inputs, tool_identity(run)])
+    record = place.file(run, ".quantized.json")
+    if (kept := read_record(record, key)) and output.exists():
+        return kept
+    say(f"{place.case.name}: {run}")
+    output.unlink(missing_ok=True)
+    log = place.file(run, ".log")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        usage = pool.submit(run_measured, arguments, log).result()
+    if not output.exists():
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return {**usage, "error": lines[-1] if lines else "no output"}
+    return write_record(record, key, {**usage, "model": str(output)})
+
+
+def quantize_command(run: str, place: Workplace, peers_python: Path) -> tuple[Path, list[object]]:
+    """The model that a run writes, and its command line."""
+    tool, method = run.split()
+    output = place.file(run, ".onnx")
+    if run == "trtq deploy":
+        folder = place.file(run, "")
+        evaluation = ["--eval", place.eval, "--metric", place.metric]
+        deploy = ["trtq", "deploy", place.fp32, "--data", place.calib, *evaluation, "-o", folder]
+        return folder / "model.int8.onnx", deploy
+    if tool == "trtq":
+        data = ["--data", place.calib, "--method", method]
+        return output, ["trtq", "quantize", place.fp32, *data, "-o", output]
+    worker = [peers_python, ROOT / "tools" / "peer_worker.py"]
+    return output, [*worker, place.fp32, place.calib, tool, method, output, "--batch", CPU_BATCH]
+
+
+def run_measured(command: list[str], log: Path) -> dict[str, Any]:
+    """Wall time, CPU time and peak resident memory of `command`, whose output goes to `log`.
+
+    Meant for a fresh small process: a child starts with its parent's peak memory as its own.
+    """
+    import resource
+
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    start = time.perf_counter()
+    with open(log, "w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+    seconds = time.perf_counter() - start
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_bytes": usage.ru_maxrss * 1024,  # Linux counts in KiB
+        "exit_code": done.returncode,
+    }
+
+
+def tool_identity(run: str) -> object:
+    """What must be the same for a kept result of `run` to hold."""
+    if run.startswith("trtq"):
+        return [files.sha256_file(path) for path in sorted((ROOT / "trtq").rglob("*.py"))]
+    return [PEER_PACKAGES, files.sha256_file(ROOT / "tools" / "peer_worker.py")]
+
+
+def read_record(path: Path, key: str) -> dict[str, Any] | None:
+    """The value kept in `path` if it was written under `key`."""
+    record = files.read_json(path, "kept result") if path.exists() else {}
+    return record.get("value") if record.get("key") == key else None
+
+
+def write_record(path: Path, key: str, value: dict[str, Any]) -> dict[str, Any]:
+    files.write_json(path, {"key": key, "value": value})
+    return value
+
+
+def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
+    """Metric and SQNR of an ONNX model on the evaluation data, and what TensorRT-RTX makes of it."""
+    from trtq.data.load import load_samples
+    from trtq.gate import execute, similarity
+    from trtq.gate.metrics import load_metric
+    from trtq.graph.model import load_model
+
+    metric = load_metric(place.metric)
+    identity = [files.sha256_file(path) for path in (place.fp32, model, place.eval)]
+    builder = [importlib.metadata.version("tensorrt_rtx"), TARGET, ENGINE_BATCH]
+    settings = [metric.fingerprint, execute.fingerprint(model), *builder]
+    key = files.sha256_json([*identity, *settings])
+    record = place.file(run, ".measured.json")
+    if kept := read_record(record, key):
+        return kept
+    say(f"{place.case.name}: measuring {run}")
+    samples = load_samples(str(place.eval), load_model(place.fp32).inputs)
+    reference, outputs = simulate(place.fp32, place.eval), simulate(model, place.eval)
+    compared = similarity.compare(reference, outputs)
+    value = {
+        "metric": metric.value(outputs, dict(samples.targets), reference),
+        "sqnr_db": min(similar.sqnr_db for similar in compared.values()),
+        "engine": describe_engine(model, samples.row_shapes(), place.file(run, ".plan")),
+    }
+    return write_record(record, key, value)
+
+
+@functools.lru_cache(maxsize=2)  # the fp32 model and the one compared with it
+def simulate(model: Path, data: Path) -> Arrays:
+    """The model's outputs on all rows of `data`, by ONNX Runtime with Q/DQ as written."""
+    from trtq.data.load import load_samples
+    from trtq.gate.execute import run_model
+    from trtq.graph.model import load_model
+
+    samples = load_samples(str(data), load_model(model).inputs)
+    return run_model(model, samples, batch_size=CPU_BATCH).arrays
+
+
+def describe_engine(model: Path, rows: Mapping[str, set[tuple[int, ...]]], plan: Path) -> dict[str, Any]:
+    """The engine TensorRT-RTX builds at a fixed batch: kernels, bytes, int8 MACs; or the `error`.
+
+    Args:
+        rows: input name -> the one shape of its rows.
+    """
+    from trtq.backends import tensorrt_rtx
+    from trtq.backends.compiled import int8_nodes
+    from trtq.backends.interface import Range
+    from trtq.graph.model import load_model, save_model
+    from trtq.graph.shapes import concrete_shapes, macs
+
+    graph = load_model(model).graph
+    shapes = {name: (ENGINE_BATCH, *shape) for name, (shape,) in rows.items()}
+    named = plan.with_suffix(".named.onnx")  # the engine's kernels are matched to nodes by name
+    save_model(graph, named)
+    profile = {name: Range(shape, shape, shape) for name, shape in shapes.items()}
+    try:
+        compiled = tensorrt_rtx.build(named, plan, profile=profile, targets=[TARGET]).compiled
+    except InputError as error:
+        return {"error": f"{error.problem}: {error.cause}"}
+    tensors = concrete_shapes(graph, shapes)
+    work = {node.name: macs(node, tensors) or 0 for node in graph.nodes}
+    int8 = sum(work[name] for name in int8_nodes(compiled.layers, work))
+    return {
+        "kernels": compiled.kernels,
+        "bytes_moved": compiled.bytes_moved(),
+        "int8_macs": int8 / sum(work.values()),
+    }
+
+
+def table(case: Case, rows: list[dict[str, Any]]) -> str:
+    """The results of one model, aligned; `rows` begin with fp32, and errors follow below."""
+    metric = case.metric.rpartition(":")[2]
+    header = ["", metric, "drop", "SQNR dB", "s", "CPU s", "GB", "kernels", "MB", "int8 MACs"]
+    lines = [header, *(table_row(row, rows[0]["metric"]) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [case.name]
+    for first, *others in lines:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        text.append("  ".join(cells).rstrip())
+    for row in rows:
+        error = row.get("error") or row.get("engine", {}).get("error")
+        text += [f"{row['run']}: {' '.join(error.split())[:200]}"] if error else []
+    return "\n".join(text)
+
+
+def table_row(row: dict[str, Any], fp32: float) -> list[str]:
+    quality = cost = engine = ["-", "-", "-"]
+    if "metric" in row:
+        drop = (fp32 - row["metric"]) / abs(fp32)
+        quality = [f"{row['metric']:.4f}", f"{drop:.2%}", f"{row['sqnr_db']:.1f}"]
+    if "seconds" in row:
+        cost = [f"{row['seconds']:.1f}", f"{row['cpu_seconds']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+    if "kernels" in row.get("engine", {}):
+        built = row["engine"]
+        engine = [str(built["kernels"]), f"{built['bytes_moved'] / 1e6:.1f}", f"{built['int8_macs']:.1%}"]
+    return [row["run"], *quality, *cost, *engine]
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Run what is missing, print the tables and write `comparison.json`."""
+    runs = arguments.runs or [run for run in RUNS if arguments.heavy or run not in HEAVY]
+    python = install_peers(arguments.peers_env.absolute())
+    results = {}
+    for name in arguments.models:
+        place = Workplace(CASES[name], arguments.zoo.absolute(), arguments.work.absolute() / name)
+        prepare_data(place, arguments.samples)
+        rows = [{"run": "fp32", **measure("fp32", place.fp32, place)}]
+        for run in runs:
+            row = {"run": run, **quantize(run, place, python)}
+            rows.append(row if "error" in row else {**row, **measure(run, Path(row["model"]), place)})
+        results[name] = rows
+        print(table(CASES[name], rows), end="\n\n", flush=True)
+    files.write_json(arguments.work / "comparison.json", results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    zoo = os.environ.get("TRTQ_ZOO")
+    parser.add_argument("--zoo", type=Path, default=zoo, required=zoo is None, help="default: $TRTQ_ZOO")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="default: build/peers")
+    parser.add_argument("--peers-env", type=Path, default=ROOT / ".peers", help="default: .peers")
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, help="default: all, heavy ones only with --heavy")
+    parser.add_argument(
+        "--heavy", action="store_true", help=f"also {', '.join(HEAVY)}: 17 GB on EfficientNet"
+    )
+    parser.add_argument("--samples", type=int, help="rows of calibration data (default: all there are)")
+    arguments = parser.parse_args()
+    try:
+        compare(arguments)
+    except TrtqError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What a person watches while a long job runs: lines of text and progress, on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+Advance = Callable[[int], object]
+"""Called with the number of rows just done."""
+
+_LABEL = 12
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Console:
+    """Prints steps and progress; `quiet` prints nothing, as a library should by default."""
+
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._stream = stream or sys.stderr
+        self._quiet = quiet
+
+    def say(self, label: str, text: str) -> None:
+        """One finished step: a short label and what came of it; further lines are indented."""
+        if not self._quiet:
+            indented = text.replace("\n", "\n" + " " * (_LABEL + 2))
+            print(f"  {label:<{_LABEL}}{indented}", file=self._stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Something that did not stop the job but should be known."""
+        self.say("warning", text)
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Advance]:
+        """A progress bar on a terminal, a plain line every few seconds elsewhere."""
+        if self._quiet:
+            yield lambda rows: None
+        elif self._stream.isatty():
+            from tqdm import tqdm
+
+            bar = tqdm(
+                total=total, desc=f"  {label:<{_LABEL - 1}}", unit="row", leave=False, file=self._stream
+            )
+            with bar:
+                yield bar.update
+        else:
+            yield self._lines(label, total)
+
+    def _lines(self, label: str, total: int) -> Advance:
+        done, last = 0, time.monotonic()
+
+        def advance(rows: int) -> None:
+            nonlocal done, last
+            done += rows
+            if done < total and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                self.say(label, f"{done} of {total} rows")
+
+        return advance
+
+
+SILENT = Console(quiet=True)

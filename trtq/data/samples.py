@@ -1,0 +1,159 @@
+"""Samples: the rows a model is run on, and the targets its outputs are scored against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtq.data.batches import Arrays
+from trtq.errors import InputError
+from trtq.files import sha256_json
+
+
+class InputSpec(NamedTuple):
+    """A model input: dynamic dimensions of `shape` are strings or None; the first axis is the batch."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {'x'.join('?' if d is None else str(d) for d in self.shape)}"
+
+
+class Column(Protocol):
+    """Rows of one input, each without the batch axis: an array, a list, or something read row by row."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def rows_of(column: Column) -> list[Any]:
+    """All rows of a column, read."""
+    return [column[index] for index in range(len(column))]
+
+
+class Mapped:
+    """A column whose rows are computed from those of another one when they are read."""
+
+    def __init__(self, rows: Column, function: Callable[[Any], NDArray]) -> None:
+        self._rows, self._function = rows, function
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> NDArray:
+        return self._function(self._rows[index])
+
+
+class Picked:
+    """Some rows of a column, in the given order."""
+
+    def __init__(self, rows: Column, indices: Sequence[int]) -> None:
+        self._rows, self._indices = rows, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[self._indices[index]]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows for a model, and targets. `len` is the number of rows.
+
+    Attributes:
+        source: where they come from, as the user wrote it.
+        specs: the model's inputs.
+        columns: input name -> rows (see `Column`), all of one length.
+        targets: target name -> array; its first axis is the rows, or every group of k consecutive rows.
+        hash: SHA-256 of rows, targets and preprocessing, whatever the files are called.
+    """
+
+    source: str
+    specs: tuple[InputSpec, ...]
+    columns: Mapping[str, Column]
+    targets: Mapping[str, NDArray]
+    hash: str
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    @property
+    def group(self) -> int:
+        """How many consecutive rows make one sample: 1 unless there are fewer targets than rows."""
+        return len(self) // len(next(iter(self.targets.values()))) if self.targets else 1
+
+    def rows(self) -> Iterator[Arrays]:
+        """One feed per row: input name -> array of the model's dtype, with a leading axis of 1.
+
+        Raises:
+            InputError: a row's shape or dtype is not what the model takes, or it is not finite.
+        """
+        for index in range(len(self)):
+            yield {spec.name: self._row(spec, index)[None] for spec in self.specs}
+
+    def row_shapes(self) -> dict[str, set[tuple[int, ...]]]:
+        """Input name -> shapes of its rows, without the batch axis."""
+        return {spec.name: self._shapes(spec) for spec in self.specs}
+
+    def subset(self, groups: Sequence[int]) -> Samples:
+        """The samples at positions `groups`, each with its k rows, and their targets."""
+        rows = [self.group * g + i for g in groups for i in range(self.group)]
+        return replace(
+            self,
+            columns={name: Picked(column, rows) for name, column in self.columns.items()},
+            targets={name: array[list(groups)] for name, array in self.targets.items()},
+            hash=sha256_json([self.hash, list(groups)]),
+        )
+
+    def split(self, every: int = 4) -> tuple[Samples, Samples]:
+        """The samples without every `every`-th one, and those; nothing is random about it."""
+        groups = range(len(self) // self.group)
+        held_back = [g for g in groups if g % every == every - 1]
+        return self.subset([g for g in groups if g % every != every - 1]), self.subset(held_back)
+
+    def _shapes(self, spec: InputSpec) -> set[tuple[int, ...]]:
+        static = tuple(d for d in spec.shape[1:] if isinstance(d, int))
+        if len(static) == len(spec.shape) - 1:
+            return {static}
+        column = self.columns[spec.name]
+        if isinstance(column, np.ndarray):
+            return {column.shape[1:]}
+        return {np.shape(row) for row in rows_of(column)}
+
+    def _row(self, spec: InputSpec, index: int) -> NDArray:
+        row = np.asarray(self.columns[spec.name][index])
+        where = f"row {index} of input '{spec.name}'"
+        expected = spec.shape[1:]
+        if len(row.shape) != len(expected) or any(
+            isinstance(want, int) and want != got for want, got in zip(expected, row.shape, strict=True)
+        ):
+            raise InputError(
+                f"{where} has shape {row.shape}; the model takes {spec}",
+                file=self.source,
+                remedy="the first axis of the data is the rows; images may need `layout`, `resize` or `crop`"
+                f" in the recipe's [preprocess.{spec.name}]",
+            )
+        if not _castable(row.dtype, spec.dtype):
+            raise InputError(
+                f"{where} is {row.dtype}; the model takes {spec}",
+                file=self.source,
+                remedy=f"convert it, or say how in the recipe's [preprocess.{spec.name}] (scale, mean, std)",
+            )
+        if row.dtype.kind == "f" and not np.isfinite(row).all():
+            raise InputError(f"{where} holds NaN or infinite values", file=self.source)
+        return np.ascontiguousarray(row, dtype=spec.dtype)
+
+
+def _castable(source: np.dtype, target: np.dtype) -> bool:
+    """Between floats, between integers, and from bool to integers; never from integers to floats."""
+    if target.kind == "f":
+        return source.kind == "f"
+    return source.kind == target.kind or (target.kind in "iu" and source.kind in "biu")

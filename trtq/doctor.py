@@ -1,0 +1,147 @@
+"""What is installed, what therefore works here, and what to install for the rest."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import packages_distributions, version
+
+from trtq.backends.interface import Gpu, find_gpu
+from trtq.backends.tensorrt_rtx import supported_targets
+
+REQUIRED = ("numpy", "onnx", "onnx_graphsurgeon", "onnxruntime", "polygraphy", "numba")
+"""Modules that trtq depends on."""
+
+OPTIONAL = ("tensorrt_rtx", "tensorrt", "pycuda", "torch")
+"""Modules that make more of trtq work."""
+
+_WITHOUT_CALIBRATORS = 11
+"""First major version of TensorRT that has no IInt8Calibrator."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        section: the heading it stands under.
+        name: what was looked for.
+        ok: whether it is here, or works.
+        detail: version or device, or why it is not ok.
+        remedy: what to do about it, or empty.
+    """
+
+    section: str
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def diagnose() -> list[Check]:
+    """Look at the machine and the packages, and say what works with them. Never raises, runs no kernel."""
+    distributions = packages_distributions()
+    versions = {
+        module: version(distributions[module][0]) if module in distributions else None
+        for module in REQUIRED + OPTIONAL
+    }
+    gpu = find_gpu()
+    device = f"{gpu.name}, compute capability {gpu.compute_capability}" if gpu else "no NVIDIA GPU or driver"
+    return [
+        Check("Machine", "python", True, f"{platform.python_version()}, {platform.platform()}"),
+        Check("Machine", "gpu", gpu is not None, device),
+        *(_package(module, installed) for module, installed in versions.items()),
+        *_abilities(versions, gpu),
+    ]
+
+
+def as_text(checks: Sequence[Check]) -> str:
+    """The findings as plain text, aligned, under their headings."""
+    width = max(len(check.name) for check in checks)
+    lines: list[str] = []
+    section = ""
+    for check in checks:
+        if check.section != section:
+            section = check.section
+            lines += ["", section] if lines else [section]
+        lines.append(f"  {'ok' if check.ok else '--'}  {check.name:<{width}}  {check.detail}")
+        if check.remedy:
+            lines.append(f"      {'':<{width}}  remedy: {check.remedy}")
+    return "\n".join(lines)
+
+
+def _package(module: str, installed: str | None) -> Check:
+    if installed is None:
+        remedy = "pip install --upgrade trtq" if module in REQUIRED else ""
+        return Check("Packages", module, False, "not installed", remedy)
+    return Check("Packages", module, True, installed)
+
+
+def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Check]:
+    targets, rtx_problem = _rtx_builder(versions["tensorrt_rtx"])
+    providers, ort_problem = _execution_providers()
+    tensorrt = versions["tensorrt"]
+    need_gpu = "use a machine with an NVIDIA GPU and driver"
+    builders = [f"tensorrt_rtx, for {', '.join(targets)}"] if targets else []
+    builders += [f"tensorrt {tensorrt}"] if tensorrt and gpu else []
+    runners = ["tensorrt_rtx"] if gpu and gpu.compute_capability in targets else []
+    runners += ["tensorrt"] if tensorrt and gpu else []
+
+    if gpu is None:
+        no_runner, runner_remedy = "no NVIDIA GPU or driver", need_gpu
+    else:
+        no_runner = f"nothing installed runs on compute capability {gpu.compute_capability}"
+        runner_remedy = "pip install 'trtq[tensorrt]' (or 'trtq[rtx]' on a GPU it supports)"
+
+    missing = []
+    if tensorrt is None or int(tensorrt.split(".")[0]) >= _WITHOUT_CALIBRATORS:
+        missing.append("pip install 'tensorrt>=8.6,<11'")
+    if versions["pycuda"] is None:
+        missing.append("pip install 'trtq[cuda]'")
+    if gpu is None:
+        missing.append(need_gpu)
+
+    gate = "measured on the engine" if runners else "measured on the ONNX Runtime simulation"
+    return [
+        _ability("build engines", builders, rtx_problem, "pip install 'trtq[rtx]'"),
+        _ability("run engines", runners, no_runner, runner_remedy),
+        _ability(
+            "INT8 calibrators",
+            [] if missing else [f"tensorrt {tensorrt}, pycuda {versions['pycuda']}"],
+            "needs tensorrt 8.6 to 10, pycuda and a GPU",
+            "; ".join(missing),
+        ),
+        _ability("simulate INT8", providers, ort_problem, "pip install onnxruntime"),
+        _ability("gate", [gate] if runners or providers else [], ort_problem, "pip install onnxruntime"),
+    ]
+
+
+def _ability(name: str, means: Sequence[str], problem: str, remedy: str) -> Check:
+    section = "What works here"
+    if means:
+        return Check(section, name, True, "; ".join(means))
+    return Check(section, name, False, problem, remedy)
+
+
+def _rtx_builder(installed: str | None) -> tuple[tuple[str, ...], str]:
+    """The targets of a builder that was really created; or none, and why."""
+    if installed is None:
+        return (), "tensorrt_rtx is not installed"
+    try:
+        import tensorrt_rtx as trt
+
+        trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
+        return supported_targets(), ""
+    except Exception as error:  # a broken installation fails in many ways: libraries, bindings, versions
+        return (), f"tensorrt_rtx {installed} is installed and does not work: {error}"
+
+
+def _execution_providers() -> tuple[list[str], str]:
+    """ONNX Runtime's execution providers; or none, and why."""
+    try:
+        import onnxruntime
+
+        return onnxruntime.get_available_providers(), ""
+    except Exception as error:  # as above
+        return [], f"onnxruntime does not import: {error}"

@@ -1,0 +1,188 @@
+"""Recipes: all options of a job in one TOML file; the command line's win over them.
+
+Every option is one field of `Recipe`, which the command line makes its arguments from. A recipe may also
+hold `[preprocess.<input>]` tables (see `trtq.data.preprocess`), which have no command-line form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from trtq.errors import InputError
+from trtq.files import PathLike
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _option(
+    help: str,
+    kind: type = str,
+    *,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    default: Any = None,
+    path: bool = False,
+    flags: tuple[str, ...] = (),
+) -> Any:
+    metadata = {
+        "help": help, "kind": kind, "metavar": metavar, "choices": choices, "path": path, "flags": flags
+    }  # fmt: skip
+    if kind is list:
+        return field(default=(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of a job; None or empty where nothing was said."""
+
+    model: str | None = _option("fp32 ONNX model", metavar="MODEL", path=True)
+    data: str | None = _option(
+        "calibration data: .npz, a folder, a .csv of images, or script.py:function",
+        metavar="CALIB",
+        path=True,
+    )
+    eval: str | None = _option(
+        "evaluation data, with targets where the metric needs them", metavar="EVAL", path=True
+    )
+    metric: str | None = _option(
+        "top1, top5, accuracy, f1, miou, cosine, or file.py:function (higher is better)",
+        metavar="M",
+        path=True,
+    )
+    output: str | None = _option("where to write the results", metavar="OUT", path=True, flags=("-o",))
+    method: str = _option(
+        "max, entropy, mse, percentile:P, or auto (measured choice)", metavar="M", default="auto"
+    )
+    max_drop: str = _option("largest allowed relative drop of the metric", metavar="1%", default="1%")
+    confidence: float | None = _option(
+        "confidence at which the bound must clear the margin", float, metavar="C"
+    )
+    require_engine: bool = _option(
+        "a verdict that was simulated on the CPU is inconclusive", bool, default=False
+    )
+    min_int8: str | None = _option(
+        "smallest share of multiply-accumulates that the engine runs in INT8", metavar="90%"
+    )
+    include: tuple[str, ...] = _option("quantize only nodes that match: name with * and ?, or op:Type", list)
+    exclude: tuple[str, ...] = _option("leave nodes that match in floating point (repeatable)", list)
+    weights: str = _option(
+        "form of the weights: int8 initializers, or float + Q/DQ", choices=("int8", "qdq"), default="int8"
+    )
+    rest: str = _option("precision of what is not quantized", choices=("fp32", "fp16"), default="fp32")
+    backend: str = _option("builder of the engine", choices=("tensorrt-rtx",), default="tensorrt-rtx")
+    target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", list)
+    profile: tuple[str, ...] = _option(
+        "optimization profile NAME:MIN,OPT,MAX, such as input:1x3x224x224,8x3x224x224,32x3x224x224", list
+    )
+    batch: int | None = _option("batch size the engine is tuned for, and evaluated with", int, metavar="N")
+    threads: int | None = _option("CPU threads; default: all", int, metavar="N")
+    cache: str | None = _option(
+        "cache of statistics, tables and outputs; default: $TRTQ_CACHE or the user's cache folder",
+        metavar="DIR",
+        path=True,
+    )
+    preprocess: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: PathLike) -> Recipe:
+        """Read a recipe; relative paths in it are relative to its folder.
+
+        Raises:
+            InputError: missing, not TOML, an unknown option, or a value of the wrong kind.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError("cannot read the recipe", file=path, cause=error) from error
+        given = {name.replace("-", "_"): value for name, value in values.items()}
+        for name, value in given.items():
+            _check(name, value, path)
+        return cls()._with(given, path.parent)
+
+    def merged(self, given: Mapping[str, Any]) -> Recipe:
+        """This recipe with what the command line gave instead; None and empty lists are not given."""
+        known = {f.name for f in dataclasses.fields(self)}
+        named = {n: v for n, v in given.items() if n in known and v is not None and v != []}
+        return self._with(named, Path())
+
+    def need(self, *names: str) -> None:
+        """Make sure that options are there.
+
+        Raises:
+            InputError: one is not.
+        """
+        for name in names:
+            if getattr(self, name) is None:
+                option = flag(name) if name != "model" else "MODEL"
+                raise InputError(
+                    f"{option} is missing", remedy="give it on the command line or in the recipe"
+                )
+
+    def dumps(self) -> str:
+        """The recipe as TOML; `load` gives it back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+        return tomli_w.dumps({n: v for n, v in plain.items() if v is not None and v not in ([], {})})
+
+    def _with(self, values: Mapping[str, Any], base: Path) -> Recipe:
+        changes: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        for option in options():
+            if option.name in changes and option.metadata["path"]:
+                changes[option.name] = _absolute(changes[option.name], base, option.name == "metric")
+        return dataclasses.replace(self, **changes)
+
+
+def options(names: Iterable[str] | None = None) -> list[dataclasses.Field[Any]]:
+    """The fields that are options, all or those named, in the order of the recipe."""
+    wanted = None if names is None else set(names)
+    return [f for f in dataclasses.fields(Recipe) if f.metadata and (wanted is None or f.name in wanted)]
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def _absolute(value: str, base: Path, is_metric: bool) -> str:
+    """A path as an absolute one; names of metrics stay."""
+    if is_metric and ".py:" not in value:
+        return value
+    return os.path.abspath(base / value)
+
+
+def _check(name: str, value: Any, path: Path) -> None:
+    fields = {f.name: f for f in dataclasses.fields(Recipe)}
+    if name not in fields:
+        close = difflib.get_close_matches(name, fields, 1)
+        raise InputError(
+            f"the recipe has an unknown option '{name}'",
+            file=path,
+            remedy=f"did you mean '{close[0]}'?" if close else f"options: {', '.join(fields)}",
+        )
+    kinds: dict[Any, Any] = {float: (float, int), None: (dict,)}
+    metadata = fields[name].metadata
+    kind = metadata["kind"] if metadata else None
+    allowed: tuple[type, ...] = kinds.get(kind, (kind,))
+    of_strings = (
+        kind is not list or all(isinstance(v, str) for v in value) if isinstance(value, list) else True
+    )
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool) or not of_strings:
+        wanted = "a list of strings" if kind is list else "a table" if kind is None else kind.__name__
+        raise InputError(f"the recipe's option '{name}' is {value!r}, not {wanted}", file=path)
+    if metadata and metadata["choices"] and value not in metadata["choices"]:
+        choices = ", ".join(metadata["choices"])
+        raise InputError(f"the recipe's option '{name}' is {value!r}", file=path, remedy=f"use {choices}")
