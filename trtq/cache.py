@@ -99,11 +99,11 @@ class Cache:
             return None
         return content
 
-    def store(self, key: Key, content: bytes) -> None:
-        """Keep `content` under `key`."""
+    def store(self, key: Key, content: bytes, notes: Mapping[str, Any] | None = None) -> None:
+        """Keep `content` under `key`; `notes` are JSON values kept beside it."""
         path = self.path(key)
         write_bytes(path, content)
-        write_json(_record_path(path), {"sha256": sha256_bytes(content), **key.to_json()})
+        write_json(_record_path(path), {"sha256": sha256_bytes(content), **key.to_json(), **(notes or {})})
 
     def entries(self) -> Iterator[Entry]:
         """Every entry of the cache, verified, in the order of their paths."""

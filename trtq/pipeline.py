@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.evaluation import outputs_of
-from trtq.files import PathLike, sha256_file, write_json, write_text
+from trtq.files import sha256_file, write_json, write_text
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.verdict import Verdict, decide, parse_margin
 from trtq.graph.fold import fold
@@ -93,16 +93,11 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     model = prepare(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess)
     evaluation = load_samples(recipe.eval, model.inputs, recipe.preprocess)
-    if metric.needs_targets and not evaluation.targets:
-        raise InputError(
-            f"the metric '{metric.name}' needs targets, and the evaluation data has none",
-            file=recipe.eval,
-            remedy="add an array of labels, or use the metric 'cosine', which needs none",
-        )
+    need_targets(metric, evaluation)
     console.say("data", f"{len(data)} rows to calibrate, {len(evaluation)} to evaluate")
     profile = profile_for(model, recipe, data)
     plan = place(
-        model, include=recipe.include, exclude=recipe.exclude, input_shapes=_opt_shapes(model, profile, data)
+        model, include=recipe.include, exclude=recipe.exclude, input_shapes=opt_shapes(model, profile)
     )
     console.say("plan", plan_text(plan))
     graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
@@ -117,7 +112,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         covered = coverage(plan, build.compiled)
         size = build.engine.stat().st_size / 1e6
         console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
-        checks = () if least is None else (_share_check(covered, least),)
+        checks = () if least is None else (share_check(covered, least),)
         candidate = build.engine if _engine_runs_here(recipe, console) else int8
         verdict = gate(
             model.path,
@@ -166,42 +161,45 @@ def calibrate(
     Args:
         graph: `model`'s graph in the precision of the rest, for measuring the methods.
     """
-    metadata: dict[str, Any] = {
-        "method": recipe.method,
-        "model": model.sha256,
-        "data": data.hash,
-        "rows": len(data),
-        "trtq": trtq.__version__,
-    }
     key = Key(
         "table",
         model.sha256,
         data.hash,
-        {"method": recipe.method, "tensors": plan.tensors, "weights": recipe.weights, "rest": recipe.rest},
+        {"requested": recipe.method, "tensors": plan.tensors, "weights": recipe.weights, "rest": recipe.rest},
     )
-    if (content := cache.fetch(key)) is not None:
-        stored = Table.load(cache.path(key))
-        console.say("calibration", f"from the cache, nothing was run ({stored.metadata['method']})")
-        return dataclasses.replace(stored, metadata={k: v for k, v in stored.metadata.items()})
+    if cache.fetch(key) is not None:
+        table = Table.load(cache.path(key))
+        console.say("calibration", f"{table.metadata['method']}, from the cache; nothing was run")
+        return dataclasses.replace(table, metadata={n: table.metadata[n] for n in table.metadata["names"]})
+    notes: dict[str, Any] = {"model": model.sha256, "data": data.hash, "rows": len(data)}
+    notes |= {"trtq": trtq.__version__, "requested": recipe.method}
     if recipe.method == "auto":
-        fitting, held_back = data.split() if len(data) // data.group >= FEWEST_TO_SPLIT else (data, data)
-        fitted = statistics_of(model, plan, fitting, recipe, cache, console)
+        enough = len(data) // data.group >= FEWEST_TO_SPLIT
+        fitting, held_back = data.split() if enough else (data, data)
+        statistics = statistics_of(model, plan, fitting, recipe, cache, console)
         choice = choose_method(
-            model, graph, plan, fitted, held_back, cache, console,
-            weights=recipe.weights, threads=recipe.threads,
-        )  # fmt: skip
+            model,
+            graph,
+            plan,
+            statistics,
+            held_back,
+            cache,
+            console,
+            weights=recipe.weights,
+            threads=recipe.threads,
+        )
         console.say("method", choice_text(choice))
-        metadata |= {"method": str(choice.method), "tried": dict(choice.sqnr_db), "held_back": choice.rows}
-        method = choice.method
-        statistics = Statistics.empty(plan.tensors)
-        statistics.merge(fitted)
-        if held_back is not fitting:
+        if enough:
             statistics.merge(statistics_of(model, plan, held_back, recipe, cache, console))
+        method = choice.method
+        notes |= {"method": str(method), "sqnr_db": dict(choice.sqnr_db), "held_back": choice.rows}
     else:
         method = parse_method(recipe.method)
         statistics = statistics_of(model, plan, data, recipe, cache, console)
+        notes |= {"method": str(method)}
     scales = scales_from(statistics, method)
-    table = Table({name: scales[name] for name in plan.tensors}, metadata=metadata)
+    table = Table({name: scales[name] for name in plan.tensors}, metadata=notes)
+    cache.store(key, table.to_bytes(), {**notes, "names": list(notes)})
     return table
 
 
@@ -220,3 +218,175 @@ def statistics_of(
     seconds = time.perf_counter() - started
     console.say("statistics", f"{len(data)} rows, {len(plan.tensors)} tensors in {seconds:.1f} s")
     return statistics
+
+
+def gate(
+    reference: Path,
+    candidate: Path,
+    evaluation: Samples,
+    metric: Metric,
+    cache: Cache,
+    console: Console,
+    *,
+    max_drop: float,
+    recipe: Recipe,
+    reference_sha256: str | None = None,
+) -> Verdict:
+    """The verdict on a candidate (ONNX model or engine) against a reference, by the recipe's options."""
+    results = []
+    for model, sha256, label in ((reference, reference_sha256, "reference"), (candidate, None, "candidate")):
+        outputs, cached = outputs_of(
+            model,
+            evaluation,
+            cache,
+            console,
+            label=label,
+            sha256=sha256,
+            batch_size=recipe.batch,
+            threads=recipe.threads,
+        )
+        if cached:
+            console.say("gate", f"outputs of the {label} from the cache, nothing was run")
+        results.append(outputs)
+    verdict = decide(
+        results[0].arrays,
+        results[1].arrays,
+        dict(evaluation.targets),
+        metric,
+        max_drop=max_drop,
+        confidence=recipe.confidence,
+        executor=results[1].executor,
+    )
+    return verdict.require_engine() if recipe.require_engine else verdict
+
+
+def need_targets(metric: Metric, samples: Samples) -> None:
+    """Make sure that the samples have the targets that the metric needs.
+
+    Raises:
+        InputError: they have none.
+    """
+    if metric.needs_targets and not samples.targets:
+        raise InputError(
+            f"the metric '{metric.name}' needs targets, and the evaluation data has none",
+            file=samples.source,
+            remedy="add an array of labels, or use the metric 'cosine', which needs none",
+        )
+
+
+def open_cache(recipe: Recipe, console: Console) -> Cache:
+    """The recipe's cache, or the user's."""
+    return Cache(Path(recipe.cache) if recipe.cache else default_root(), console.warn)
+
+
+def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
+    """The recipe's optimization profile, or one from the model's dynamic axes and the data's shapes."""
+    if recipe.profile:
+        return parse_profile(recipe.profile)
+    shapes = data.row_shapes() if data is not None else {}
+    dimensions = {spec.name: spec.shape for spec in model.inputs}
+    return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH)
+
+
+def parse_share(text: str) -> float:
+    """The fraction that "90%" or "0.9" means.
+
+    Raises:
+        InputError: not a number from 0 to 100 %.
+    """
+    try:
+        share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise InputError(f"{text!r} is no share", remedy="write it as 90% or 0.9")
+    return share
+
+
+def plan_text(plan: Plan) -> str:
+    """What the plan does, in a few lines."""
+    share = plan.mac_share()
+    of_macs = "" if share is None else f", {share:.1%} of the multiply-accumulates"
+    lines = [f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes to INT8{of_macs}"]
+    lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8]
+    return "\n".join(lines)
+
+
+def choice_text(choice: Choice) -> str:
+    """The methods tried, best first."""
+    ranked = sorted(choice.sqnr_db.items(), key=lambda item: -item[1])
+    tried = ", ".join(f"{name} {value:.1f} dB" for name, value in ranked)
+    source = " (from the cache, nothing was run)" if choice.cached else ""
+    return f"{choice.method}: best of {tried} on {choice.rows} rows held back{source}"
+
+
+def manifest(
+    recipe: Recipe, command: str, model: Model, data: Samples, evaluation: Samples, folder: Path
+) -> dict[str, Any]:
+    """What went in and what came out: hashes, versions and the exact command."""
+    packages = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "tensorrt-rtx")
+    assert recipe.metric is not None
+    return {
+        "command": command,
+        "versions": {"trtq": trtq.__version__} | {name: version(name) for name in packages},
+        "inputs": {
+            "model": {"file": str(model.path), "sha256": model.sha256},
+            "data": {"source": data.source, "rows": len(data), "sha256": data.hash},
+            "eval": {"source": evaluation.source, "rows": len(evaluation), "sha256": evaluation.hash},
+            "metric": {"name": recipe.metric, "fingerprint": load_metric(recipe.metric).fingerprint},
+        },
+        "outputs": {
+            path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.iterdir())
+        },
+    }
+
+
+def _metric(recipe: Recipe) -> Metric:
+    recipe.need("metric")
+    assert recipe.metric is not None
+    return load_metric(recipe.metric)
+
+
+def opt_shapes(model: Model, profile: Profile) -> dict[str, tuple[int, ...]]:
+    """Input shapes for which multiply-accumulates are counted: the profile's opt, or the static ones."""
+    static = {s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in model.inputs}
+    return {name: profile[name].opt if name in profile else shape for name, shape in static.items()}
+
+
+def share_check(covered: Coverage, least: float) -> Check:
+    """Whether the engine runs at least the share `least` in INT8."""
+    message = f"the engine runs {covered.share:.1%} in INT8, at least {least:.1%} were asked for"
+    return Check(f"int8 share at least {least:.1%}", covered.share >= least, message)
+
+
+def _engine_runs_here(recipe: Recipe, console: Console) -> bool:
+    """Whether the engine can be gated itself; otherwise its ONNX model is simulated, and says so."""
+    gpu = find_gpu()
+    if gpu is None:
+        return False
+    if gpu.compute_capability in (recipe.target or tensorrt_rtx.supported_targets()):
+        return True
+    console.warn(f"{gpu.name} ({gpu.compute_capability}) is no target of the engine; the gate simulates it")
+    return False
+
+
+@contextlib.contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A folder beside `output` whose files are moved into it at the end, or thrown away."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise InputError(
+            "cannot write to the output folder",
+            file=output,
+            cause=error.strerror,
+            remedy="check its permissions, or choose another with -o",
+        ) from error
+    try:
+        yield folder
+        for path in sorted(folder.iterdir()):
+            os.replace(path, output / path.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import tomli_w
 
+from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError
 from trtq.files import PathLike
 
@@ -186,3 +187,9 @@ def _check(name: str, value: Any, path: Path) -> None:
     if metadata and metadata["choices"] and value not in metadata["choices"]:
         choices = ", ".join(metadata["choices"])
         raise InputError(f"the recipe's option '{name}' is {value!r}", file=path, remedy=f"use {choices}")
+    if name == "preprocess":
+        for input_name, steps in value.items():
+            try:
+                Preprocess.parse(input_name, steps)
+            except InputError as error:
+                raise InputError(error.problem, file=path, remedy=error.remedy) from error

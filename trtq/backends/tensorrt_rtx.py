@@ -78,7 +78,7 @@ def build(
             a profile that does not fit; an output path that cannot be written to.
     """
     trt = _tensorrt_rtx()
-    targets = _checked_targets(targets)
+    targets = check_targets(targets)
     model, engine = Path(model), Path(engine)
     if not model.is_file():
         raise InputError("the model does not exist", file=model, remedy="check the path")
@@ -236,7 +236,13 @@ def _compile(
     return plan, log.layers, tuple(dict.fromkeys(log.warnings))
 
 
-def _checked_targets(targets: Sequence[str]) -> tuple[str, ...]:
+def check_targets(targets: Sequence[str]) -> tuple[str, ...]:
+    """The targets to build for: those given, each once, or this machine's; empty for the builder's own set.
+
+    Raises:
+        MissingBackendError: tensorrt_rtx is not installed.
+        InputError: the builder does not know a target.
+    """
     supported = supported_targets()
     if not targets:
         gpu = find_gpu()

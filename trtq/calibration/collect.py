@@ -24,7 +24,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.model import serialized
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 
 def collect(

@@ -81,11 +81,12 @@ def amax_entropy(histogram: Histogram) -> float:
     |x|. For every candidate of i >= 128 bins, P is the first i bins with all larger values added to the
     last one; Q is the first i bins without them, merged into 128 levels of i // 128 bins (the last level
     takes the rest) whose mass is spread evenly over those of their bins that P does not leave empty;
-    amax = (i + 0.5) bins. Three things the talk leaves open: the first bin takes the count of the second,
+    amax = (i + 0.5) bins. Four things the talk leaves open: the first bin takes the count of the second,
     as in NVIDIA's pytorch-quantization, because the exact zeros behind a ReLU cost nothing at any scale;
     a last bin that is empty but for the larger values counts as one that P does not leave empty, so that
-    an outlier behind a gap does not make every candidate but itself infinitely bad; and a level that Q
-    leaves without mass where P has some gets one value's worth.
+    an outlier behind a gap does not make every candidate but itself infinitely bad; a last level that Q
+    leaves without mass where P has some gets one value's worth; and a candidate must keep half of the
+    values, since P and Q agree perfectly where everything saturates.
     """
     counts, width = _trimmed(histogram, 2 * 2048)
     if counts.size <= LEVELS:  # nothing but zeros
@@ -110,12 +111,13 @@ def amax_entropy(histogram: Histogram) -> float:
         kept = mass[candidates]
         tail = total - kept
         p_last = counts[last] + tail
-        q_last = kept - mass[start]
+        lone = (kept == mass[start]) & (tail > 0)  # the last level holds nothing but the larger values
+        q_last = kept - mass[start] + lone
         bins_last = occupied[candidates] - occupied[start] + ((counts[last] == 0) & (tail > 0))
         cross = shared + level_cost(q_last + tail, q_last, bins_last)
         own = plogp[last] + p_last * np.log(np.maximum(p_last, 1))
-        with np.errstate(divide="ignore"):
-            divergence = np.where(kept > 0, (own - cross) / total + np.log(kept / total), math.inf)
+        divergence = (own - cross) / total + np.log(np.maximum(kept + lone, 1) / total)
+        divergence[2 * kept < total] = math.inf
         index = int(np.argmin(divergence))
         if divergence[index] < best_divergence - 1e-12:
             best, best_divergence = int(candidates[index]), float(divergence[index])

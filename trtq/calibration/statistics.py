@@ -13,6 +13,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,12 +170,20 @@ class Statistics:
         write_bytes(path, self.to_bytes())
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray]) -> Statistics:
-        """Statistics from the arrays of their `.npz`.
+    def from_bytes(cls, content: bytes) -> Statistics:
+        """Statistics from the bytes of their `.npz`.
 
         Raises:
-            ValueError, KeyError: the arrays are not statistics of this format.
+            ValueError: they are not statistics of this format.
         """
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return cls._from_arrays(dict(arrays))
+        except Exception as error:  # zipfile, zlib and numpy each raise their own
+            raise ValueError(f"not statistics: {error}") from error
+
+    @classmethod
+    def _from_arrays(cls, arrays: Mapping[str, NDArray]) -> Statistics:
         if str(arrays["format"]) != FORMAT:
             raise ValueError(f"the format is {arrays['format']}, not {FORMAT}")
         counts = arrays["counts"].astype(np.int64)
@@ -197,7 +206,6 @@ class Statistics:
             InputError: the file is missing, damaged or not statistics.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls.from_arrays(dict(arrays))
-        except Exception as error:  # zipfile, zlib and numpy each raise their own
+            return cls.from_bytes(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
             raise InputError("cannot read the statistics", file=path, cause=error) from error

@@ -78,13 +78,11 @@ def _assemble(
             f"the data has no array '{missing[0]}'",
             file=source,
             cause=f"the model takes {', '.join(map(str, specs))}; the data has {', '.join(arrays) or 'none'}",
-            remedy=f'rename the array, or name it in the recipe: [preprocess.{specs[0].name}] from = "..."',
+            remedy=f'rename the array, or name it in the recipe: [preprocess.INPUT] from = "..."',
         )
     raw = {name: arrays[key] for name, key in sources.items()}
     targets = {
-        name: column if isinstance(column, np.ndarray) else np.asarray(rows_of(column))
-        for name, column in arrays.items()
-        if name not in sources.values()
+        name: _target(name, column, source) for name, column in arrays.items() if name not in sources.values()
     }
     lengths = {name: len(column) for name, column in raw.items()}
     rows = next(iter(lengths.values()))
@@ -107,6 +105,17 @@ def _assemble(
     return samples
 
 
+def _target(name: str, column: Column, source: str) -> NDArray:
+    if isinstance(column, np.ndarray):
+        return column
+    rows = rows_of(column)
+    if len({np.shape(row) for row in rows}) > 1:
+        raise InputError(
+            f"target '{name}' changes its shape from row to row", file=source, remedy="pad it to one shape"
+        )
+    return np.asarray(rows)
+
+
 def _hash(
     raw: Mapping[str, Column], targets: Mapping[str, NDArray], recipes: Mapping[str, Preprocess]
 ) -> str:
@@ -121,7 +130,7 @@ def _hash(
                 for array in [column] if isinstance(column, np.ndarray) else rows_of(column):
                     array = np.ascontiguousarray(array)
                     digest.update(f"{array.dtype.str}{array.shape}\n".encode())
-                    digest.update(array.tobytes() if array.dtype.kind == "U" else array.data)
+                    digest.update(array.tobytes() if array.dtype.kind in "UMm" else array.data)
     for name, recipe in sorted(recipes.items()):
         digest.update(f"preprocess {name} {json.dumps(recipe.options, sort_keys=True)}\n".encode())
     return digest.hexdigest()
@@ -159,6 +168,8 @@ def _from_folder(
         names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     else:
         names, target_columns = _read_csv(table)
+        if not (folder / names[0]).is_file() and (table.parent / names[0]).is_file():
+            folder = table.parent
     if not names:
         raise InputError("the folder holds no .npz and no images", file=folder)
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -207,7 +218,7 @@ def _image_folder(path: Path) -> tuple[Path, Path | None]:
 
 def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             records = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError("cannot read the CSV", file=path, cause=error) from error
@@ -237,13 +248,15 @@ def _from_script(spec: str, inputs: Sequence[str]) -> dict[str, Column]:
     path, name, function = load_function(spec, "data")
     try:
         feeds = [{key: np.asarray(value) for key, value in feed.items()} for feed in function()]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             f"the data script's '{name}' failed", file=path, cause=f"{type(error).__name__}: {error}"
         ) from error
     if not feeds:
         raise InputError(f"the data script's '{name}' gave no data", file=path)
     for index, feed in enumerate(feeds):
+        if objects := [key for key, array in feed.items() if array.dtype == object]:
+            raise InputError(f"item {index} has '{objects[0]}', which is no array of numbers", file=path)
         if len({len(feed[i]) if feed[i].ndim else -1 for i in inputs if i in feed}) > 1:
             shapes = {i: feed[i].shape for i in inputs if i in feed}
             raise InputError(f"item {index} has inputs of different batch sizes: {shapes}", file=path)
@@ -254,10 +267,20 @@ def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, 
     """The rows of several sets of arrays behind one another; as one array where all shapes agree."""
     parts = list(parts)
     columns: dict[str, Column] = {}
+    anchor = next(iter(parts[0]), "")
+    sizes = [len(np.atleast_1d(part[anchor])) for part in parts if anchor in part]
+    first = sizes[0] if sizes else 0
     for name in parts[0]:
         if any(name not in part for part in parts):
             raise InputError(f"not every part of the data has an array '{name}'", file=source)
         arrays = [np.atleast_1d(part[name]) for part in parts]
+        share = len(arrays[0])
+        if any(len(a) * first != share * n for a, n in zip(arrays, sizes, strict=True)):
+            raise InputError(
+                f"the rows of array '{name}' do not keep step with those of '{anchor}' from part to part",
+                file=source,
+                remedy="give every part one target for every row, or for every k consecutive rows",
+            )
         if len({(a.shape[1:], a.dtype) for a in arrays}) == 1:
             columns[name] = np.concatenate(arrays)
         else:

@@ -43,11 +43,15 @@ class Preprocess:
         Raises:
             InputError: an unknown option or a value that is not one.
         """
+        if not isinstance(options, Mapping):
+            raise InputError(
+                f"preprocess.{name} is {options!r}, not a table", remedy=f"use {', '.join(OPTIONS)}"
+            )
         checks: dict[str, Callable[[Any], object]] = {
             "from": lambda v: isinstance(v, str) or _fail(),
             "scale": _number,
-            "mean": lambda v: np.asarray(v, np.float32),
-            "std": lambda v: np.all(np.asarray(v, np.float32) != 0) or _fail(),
+            "mean": _per_channel,
+            "std": lambda v: np.all(_per_channel(v) != 0) or _fail(),
             "layout": lambda v: v in ("NCHW", "NHWC") or _fail(),
             "color": lambda v: v in ("RGB", "BGR") or _fail(),
             "resize": _size,
@@ -72,18 +76,33 @@ class Preprocess:
     def __call__(self, row: NDArray) -> NDArray:
         """A row of the model's input from a row of the data."""
         options = self.options
+        self._check_axes(row)
         if "resize" in options or "crop" in options:
             row = _resize_and_crop(row, options.get("resize"), options.get("crop"))
         if options.get("color") == "BGR":
             row = row[..., ::-1]
         if {"scale", "mean", "std"} & options.keys():
             row = row.astype(np.float32) * np.float32(_number(options.get("scale", 1)))
-            row = (row - np.asarray(options.get("mean", 0), np.float32)) / np.asarray(
-                options.get("std", 1), np.float32
-            )
+            row = (row - _per_channel(options.get("mean", 0))) / _per_channel(options.get("std", 1))
         if options.get("layout") == "NCHW":
             row = np.moveaxis(row, -1, 0)
         return row
+
+    def _check_axes(self, row: NDArray) -> None:
+        """Refuse a row without the axes that the options speak of, rather than mix up its pixels."""
+        if row.ndim != 3 and {"layout", "color"} & self.options.keys():
+            raise InputError(
+                f"`layout` and `color` take rows of (height, width, channels), not of shape {row.shape}",
+                remedy=f"take them out of the recipe's [preprocess.{self.name}], or reshape the data",
+            )
+        channels = row.shape[-1] if row.ndim else 1
+        for option in ("mean", "std"):
+            count = _per_channel(self.options.get(option, 0)).size
+            if count not in (1, channels):
+                raise InputError(
+                    f"[preprocess.{self.name}] {option} has {count} values for rows of shape {row.shape}",
+                    remedy="give one number, or one for each channel; the channels are the last axis of the data",
+                )
 
 
 def decode_image(path: Path) -> NDArray[np.uint8]:
@@ -125,6 +144,14 @@ def _resize_and_crop(row: NDArray, resize: Any, crop: Any) -> NDArray:
 
 def _number(value: Any) -> float:
     return float(Fraction(value)) if isinstance(value, str) else float(value)
+
+
+def _per_channel(value: Any) -> NDArray[np.float32]:
+    """A number as shape (), or one per channel as shape (channels,)."""
+    values = np.asarray(value, np.float32)
+    if values.ndim > 1 or values.size == 0 or not np.isfinite(values).all():
+        raise ValueError(value)
+    return values
 
 
 def _size(value: Any) -> None:

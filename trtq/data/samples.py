@@ -105,12 +105,13 @@ class Samples:
 
     def subset(self, groups: Sequence[int]) -> Samples:
         """The samples at positions `groups`, each with its k rows, and their targets."""
+        groups = [int(g) for g in groups]
         rows = [self.group * g + i for g in groups for i in range(self.group)]
         return replace(
             self,
             columns={name: Picked(column, rows) for name, column in self.columns.items()},
-            targets={name: array[list(groups)] for name, array in self.targets.items()},
-            hash=sha256_json([self.hash, list(groups)]),
+            targets={name: array[groups] for name, array in self.targets.items()},
+            hash=sha256_json([self.hash, groups]),
         )
 
     def split(self, every: int = 4) -> tuple[Samples, Samples]:
@@ -149,7 +150,14 @@ class Samples:
             )
         if row.dtype.kind == "f" and not np.isfinite(row).all():
             raise InputError(f"{where} holds NaN or infinite values", file=self.source)
-        return np.ascontiguousarray(row, dtype=spec.dtype)
+        with np.errstate(over="ignore"):
+            cast = np.ascontiguousarray(row, dtype=spec.dtype)
+        fits = np.isfinite(cast).all() if spec.dtype.kind == "f" else np.array_equal(cast, row)
+        if not fits:
+            raise InputError(
+                f"{where} holds {row.dtype} values beyond the model's {spec.dtype}", file=self.source
+            )
+        return cast
 
 
 def _castable(source: np.dtype, target: np.dtype) -> bool:

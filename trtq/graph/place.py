@@ -108,6 +108,19 @@ def place(
     )
 
 
+def placed(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Plan:
+    """The placement that a model already has: weighted nodes are INT8 where both operands come from Q/DQ."""
+    shapes = concrete_shapes(model.graph, input_shapes) if input_shapes else {}
+
+    def decide(node: gs.Node) -> NodePlan:
+        int8 = all(t.inputs and t.inputs[0].op == "DequantizeLinear" for t in node.inputs[:2])
+        reason = "both operands are dequantized" if int8 else "not both operands are dequantized"
+        return NodePlan(node.name, node.op, int8, "as-given", reason, macs(node, shapes))
+
+    weighted = [node for node in model.graph.nodes if node.op in WEIGHTED_OPS]
+    return Plan(model.sha256, [decide(node) for node in weighted], [], [])
+
+
 def _decide(node: gs.Node, placement: Placement) -> NodePlan:
     for rule in SKIP_RULES:
         if reason := rule.reason(node, placement):

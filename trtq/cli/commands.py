@@ -1,0 +1,331 @@
+"""The commands: each reads its options, calls one step of the pipeline, and prints the result."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtq.console import Console
+from trtq.errors import ExitCode, InputError
+from trtq.files import write_json, write_text
+from trtq.recipe import Recipe
+
+_PLACEMENT = ("include", "exclude", "weights", "rest")
+_CALIBRATION = ("data", "method", "cache", "threads")
+_ENGINE = ("backend", "target", "profile", "batch", "min_int8")
+_GATE = ("eval", "metric", "max_drop", "confidence", "require_engine")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that is not an option of recipes."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(*self.names, **self.settings)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: `options` are names of recipe options, `arguments` those that are its own."""
+
+    name: str
+    summary: str
+    run: Callable[[argparse.Namespace], int]
+    options: tuple[str, ...] = ()
+    arguments: tuple[Argument, ...] = ()
+
+
+def _argument(*names: str, **settings: Any) -> Argument:
+    return Argument(names, settings)
+
+
+def recipe_of(given: argparse.Namespace) -> Recipe:
+    """The recipe file's options with the command line's on top."""
+    base = Recipe.load(given.recipe) if given.recipe else Recipe()
+    return base.merged(vars(given))
+
+
+def _console(given: argparse.Namespace) -> Console:
+    return Console(quiet=given.quiet)
+
+
+def _deploy(given: argparse.Namespace) -> int:
+    return _run_deploy(recipe_of(given), given)
+
+
+def _run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
+    from trtq.pipeline import deploy
+
+    started = time.perf_counter()
+    result = deploy(recipe, given.command_line, _console(given))
+    print(result.verdict.text().splitlines()[0])
+    for check in result.checks:
+        print(f"{'PASS' if check.ok else 'FAIL'}  {check.message}")
+    print(
+        f"{result.folder}/report.html and {result.folder}/model.plan, {time.perf_counter() - started:.1f} s"
+    )
+    return result.exit_code
+
+
+def _demo(given: argparse.Namespace) -> int:
+    folder = Path(__file__).parent.parent / "demo"
+    bundled = {
+        "model": str(folder / "digits.onnx"),
+        "data": str(folder / "calib.npz"),
+        "eval": str(folder / "eval.npz"),
+        "metric": "top1",
+        "output": given.output or "trtq-demo",
+    }
+    return _run_deploy(recipe_of(given).merged(bundled), given)
+
+
+def _calibrate(given: argparse.Namespace) -> int:
+    from trtq import pipeline
+    from trtq.data.load import load_samples
+    from trtq.graph.half import convert_to_half
+    from trtq.graph.place import place
+
+    recipe, console = recipe_of(given), _console(given)
+    recipe.need("model", "data", "output")
+    assert recipe.data is not None
+    assert recipe.output is not None
+    model = pipeline.prepare(recipe)
+    data = load_samples(recipe.data, model.inputs, recipe.preprocess)
+    plan = place(model, include=recipe.include, exclude=recipe.exclude)
+    graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
+    cache = pipeline.open_cache(recipe, console)
+    table = pipeline.calibrate(model, graph, plan, data, recipe, cache, console)
+    table.save(recipe.output)
+    print(f"{recipe.output}: {len(table.scales)} tensors, method {table.metadata['method']}")
+    return ExitCode.PASS
+
+
+def _quantize(given: argparse.Namespace) -> int:
+    from trtq import pipeline
+    from trtq.calibration.table import Table
+    from trtq.data.load import load_samples
+    from trtq.graph.half import convert_to_half
+    from trtq.graph.model import save_model
+    from trtq.graph.place import place
+    from trtq.graph.rewrite import rewrite
+
+    recipe, console = recipe_of(given), _console(given)
+    recipe.need("model", "output")
+    assert recipe.output is not None
+    if (given.table is None) == (recipe.data is None):
+        raise InputError("give either --table or --data", remedy="a table has the scales, data make them")
+    model = pipeline.prepare(recipe)
+    plan = place(model, include=recipe.include, exclude=recipe.exclude)
+    graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
+    if recipe.data is None:
+        table = Table.load(given.table)
+        if table.metadata.get("model", model.sha256) != model.sha256:
+            raise InputError(
+                "the table was made for another model",
+                file=given.table,
+                cause=f"it is for {table.metadata['model'][:16]}…, this one is {model.sha256[:16]}…",
+                remedy="calibrate this model",
+            )
+    else:
+        data = load_samples(recipe.data, model.inputs, recipe.preprocess)
+        cache = pipeline.open_cache(recipe, console)
+        table = pipeline.calibrate(model, graph, plan, data, recipe, cache, console)
+    save_model(rewrite(graph, plan, table.scales, weights=recipe.weights), Path(recipe.output))
+    print(f"{recipe.output}: {pipeline.plan_text(plan)}")
+    return ExitCode.PASS
+
+
+def _build(given: argparse.Namespace) -> int:
+    from trtq import pipeline
+    from trtq.backends import tensorrt_rtx
+    from trtq.coverage import coverage
+    from trtq.data.load import load_samples
+    from trtq.graph.model import load_model
+    from trtq.graph.place import placed
+
+    recipe = recipe_of(given)
+    recipe.need("model", "output")
+    assert recipe.model is not None
+    assert recipe.output is not None
+    least = None if recipe.min_int8 is None else pipeline.parse_share(recipe.min_int8)
+    model = load_model(recipe.model)
+    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    profile = pipeline.profile_for(model, recipe, data)
+    built = tensorrt_rtx.build(recipe.model, recipe.output, profile=profile, targets=recipe.target)
+    covered = coverage(placed(model, pipeline.opt_shapes(model, profile)), built.compiled)
+    print(f"{built.engine}: {built.engine.stat().st_size / 1e6:.1f} MB, {built.compiled.kernels} kernels")
+    print(covered.text())
+    if least is not None and covered.share < least:
+        print(f"FAIL  {pipeline.share_check(covered, least).message}")
+        return ExitCode.FAIL
+    return ExitCode.PASS
+
+
+def _gate(given: argparse.Namespace) -> int:
+    from trtq import pipeline
+    from trtq.data.load import load_samples
+    from trtq.files import sha256_file
+    from trtq.gate.execute import ENGINE_SUFFIXES
+    from trtq.gate.metrics import load_metric
+    from trtq.gate.verdict import parse_margin
+    from trtq.graph.model import load_model
+    from trtq.report.junit import junit_xml
+
+    recipe, console = recipe_of(given), _console(given)
+    recipe.need("eval", "metric")
+    assert recipe.eval is not None
+    assert recipe.metric is not None
+    reference, candidate = Path(given.reference), Path(given.candidate)
+    if reference.suffix in ENGINE_SUFFIXES:
+        raise InputError(
+            "the reference is an engine", file=reference, remedy="give the fp32 ONNX model first"
+        )
+    sha256_file(candidate)
+    model = load_model(reference)
+    max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
+    samples = load_samples(recipe.eval, model.inputs, recipe.preprocess)
+    pipeline.need_targets(metric, samples)
+    verdict = pipeline.gate(
+        reference,
+        candidate,
+        samples,
+        metric,
+        pipeline.open_cache(recipe, console),
+        console,
+        max_drop=max_drop,
+        recipe=recipe,
+        reference_sha256=model.sha256,
+    )
+    if given.json:
+        write_json(given.json, verdict.to_json())
+    if given.junit:
+        write_text(given.junit, junit_xml(verdict))
+    print(verdict.text())
+    return verdict.exit_code
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    from trtq.inspection import inspect
+
+    found = inspect(given.file)
+    print(json.dumps(found.to_json(), indent=2) if given.json else found.text())
+    return ExitCode.PASS
+
+
+def _cache(given: argparse.Namespace) -> int:
+    from trtq.cache import Cache, default_root
+
+    cache = Cache(Path(given.cache) if given.cache else default_root())
+    entries = list(cache.entries())
+    if given.action == "prune":
+        age = 86400 * given.days
+        removed = cache.prune(lambda e: not e.problem and time.time() - e.path.stat().st_mtime < age)
+        print(f"{len(removed)} of {len(entries)} entries removed from {cache.root}")
+        return ExitCode.PASS
+    if given.action == "show":
+        for entry in entries:
+            print(json.dumps({"path": str(entry.path), "problem": entry.problem, **entry.key}, indent=2))
+        return ExitCode.PASS
+    shown = entries if given.action == "list" else [e for e in entries if e.problem]
+    for entry in shown:
+        what = entry.key.get("requested") or entry.key.get("executor", "").partition(":")[0]
+        state = entry.problem or "ok"
+        print(f"{entry.size:>12,}  {state:<4}  {entry.path.relative_to(cache.root)}  {what}")
+    damaged = sum(entry.problem is not None for entry in entries)
+    print(f"{len(entries)} entries, {damaged} damaged, in {cache.root}")
+    return ExitCode.FAIL if given.action == "verify" and damaged else ExitCode.PASS
+
+
+def _report(given: argparse.Namespace) -> int:
+    from trtq.report.html import write_report
+
+    print(write_report(given.folder))
+    return ExitCode.PASS
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from trtq.doctor import as_text, diagnose
+
+    print(as_text(diagnose()))
+    return ExitCode.PASS
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        "demo",
+        "run the main job on a bundled model and data: calibrate, quantize, build, gate",
+        _demo,
+        ("output", "method", "confidence", "max_drop", *_PLACEMENT, "target", "batch", "threads", "cache"),
+    ),
+    Command(
+        "deploy",
+        "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
+        _deploy,
+        ("model", "output", *_CALIBRATION, *_GATE, *_PLACEMENT, *_ENGINE),
+    ),
+    Command(
+        "calibrate",
+        "make a calibration table from data",
+        _calibrate,
+        ("model", "output", *_CALIBRATION, *_PLACEMENT),
+    ),
+    Command(
+        "quantize",
+        "insert Q/DQ: write an explicit INT8 model",
+        _quantize,
+        ("model", "output", *_CALIBRATION, *_PLACEMENT),
+        (_argument("--table", metavar="TABLE", help="take the scales from this table"),),
+    ),
+    Command(
+        "build",
+        "build an engine from an ONNX model and say what it runs in INT8",
+        _build,
+        ("model", "output", "data", *_ENGINE),
+    ),
+    Command(
+        "gate",
+        "compare a candidate's accuracy with a reference's and decide",
+        _gate,
+        (*_GATE, "batch", "threads", "cache"),
+        (
+            _argument("reference", metavar="REFERENCE", help="the fp32 ONNX model"),
+            _argument("candidate", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"),
+            _argument("--json", metavar="F", help="write the verdict as JSON"),
+            _argument("--junit", metavar="F", help="write the verdict as JUnit XML"),
+        ),
+    ),
+    Command(
+        "inspect",
+        "describe a model, plan, table, engine or statistics file",
+        _inspect,
+        arguments=(
+            _argument("file", metavar="FILE"),
+            _argument("--json", action="store_true", help="print JSON"),
+        ),
+    ),
+    Command(
+        "cache",
+        "list, show, verify or prune what is cached",
+        _cache,
+        arguments=(
+            _argument("action", choices=("list", "show", "verify", "prune")),
+            _argument("--cache", metavar="DIR", help="default: $TRTQ_CACHE or the user's cache folder"),
+            _argument("--days", type=float, default=30.0, help="prune: keep entries younger than this (30)"),
+        ),
+    ),
+    Command(
+        "report",
+        "write report.html again from a folder of results",
+        _report,
+        arguments=(_argument("folder", metavar="DIR"),),
+    ),
+    Command("doctor", "what is installed, what works here, and what to install for the rest", _doctor),
+)

@@ -1,0 +1,102 @@
+"""`trtq`: parses the command line, runs one command, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import trtq
+from trtq.cli import commands
+from trtq.errors import ExitCode, InputError, TrtqError
+from trtq.recipe import flag, options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage is an error like any other: one message, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, remedy=f"see '{self.prog} --help'")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (`trtq.errors.ExitCode`)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        given = parser().parse_args(arguments)
+        given.command_line = shlex.join(["trtq", *arguments])
+        return int(given.run(given))
+    except TrtqError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"trtq: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        print("trtq: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return int(ExitCode.PASS)
+    except Exception as error:
+        if debug:
+            raise
+        print(
+            f"trtq: internal error: {type(error).__name__}: {error}\n"
+            "  remedy: run again with --debug and report what it shows",
+            file=sys.stderr,
+        )
+        return int(ExitCode.BAD_INPUT)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = _Parser(
+        prog="trtq",
+        description="INT8 deployment for TensorRT: from a trained ONNX model to an engine proved accurate.",
+        epilog="Exit codes: 0 pass, 1 gate failed, 2 bad usage or input, 3 inconclusive, 4 backend missing.",
+    )
+    root.add_argument("--version", action="version", version=f"trtq {trtq.__version__}")
+    subparsers = root.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for command in commands.COMMANDS:
+        sub = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
+        for argument in command.arguments:
+            argument.add_to(sub)
+        if command.options:
+            sub.add_argument("--recipe", metavar="FILE.toml", help="options in a file; the command line wins")
+            for name in command.options:
+                _add_option(sub, name, positional=name == "model")
+        sub.add_argument("-q", "--quiet", action="store_true", help="print the result only")
+        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        sub.set_defaults(run=command.run)
+    return root
+
+
+def _add_option(sub: argparse.ArgumentParser, name: str, *, positional: bool) -> None:
+    (field,) = options([name])
+    metadata = field.metadata
+    if positional:
+        sub.add_argument(name, nargs="?", metavar=metadata["metavar"], help=metadata["help"])
+        return
+    names = (*metadata["flags"], flag(name))
+    if metadata["kind"] is bool:
+        sub.add_argument(*names, action="store_const", const=True, help=metadata["help"])
+    elif metadata["kind"] is list:
+        sub.add_argument(*names, action="append", metavar="X", help=metadata["help"])
+    else:
+        default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
+        sub.add_argument(
+            *names,
+            type=metadata["kind"],
+            choices=metadata["choices"],
+            metavar=metadata["metavar"],
+            help=(metadata["help"] + default).replace("%", "%%"),
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""`trtq inspect`: what a file is and what is in it, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtq.backends.tensorrt_rtx import describe_plan
+from trtq.calibration.statistics import Statistics
+from trtq.calibration.table import Table, tensorrt_version
+from trtq.errors import InputError
+from trtq.files import PathLike
+from trtq.gate.execute import ENGINE_SUFFIXES
+from trtq.graph.model import load_model
+from trtq.graph.place import placed
+from trtq.graph.plan import Plan
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A file: what kind it is, and its content as lines and as JSON values."""
+
+    kind: str
+    lines: list[str]
+    values: dict[str, Any]
+
+    def text(self) -> str:
+        return "\n".join([self.kind, *(f"  {line}" for line in self.lines)])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, **self.values}
+
+
+def inspect(path: PathLike) -> Inspection:
+    """Describe an ONNX model, a plan, a table, an engine or statistics.
+
+    Engines are not deserialized: a plan file is code, and one from an untrusted source must not be loaded.
+
+    Raises:
+        InputError: missing, or none of these.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("the file does not exist", file=path, remedy="check the path")
+    if path.suffix == ".onnx":
+        return _model(path)
+    if path.suffix in ENGINE_SUFFIXES:
+        return _engine(path)
+    if path.suffix == ".json":
+        return _plan(path)
+    if path.suffix == ".npz":
+        return _statistics(path)
+    return _table(path)
+
+
+def _model(path: Path) -> Inspection:
+    model = load_model(path)
+    plan = placed(model, None)
+    ops = Counter(node.op for node in model.graph.nodes)
+    state = f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes between Q/DQ"
+    lines = [
+        f"sha256    {model.sha256}",
+        f"opset     {model.graph.opset} (as loaded), IR {model.graph.ir_version}",
+        *(f"input     {spec}" for spec in model.inputs),
+        *(f"output    {t.name} {t.dtype} {t.shape}" for t in model.graph.outputs),
+        f"quantized {state if model.is_quantized else 'no'}",
+        "nodes     " + ", ".join(f"{op} {count}" for op, count in ops.most_common()),
+        *(f"weighted  {node.name} ({node.op}): {node.reason}" for node in plan.nodes),
+    ]
+    values = {
+        "sha256": model.sha256,
+        "opset": model.graph.opset,
+        "inputs": [str(spec) for spec in model.inputs],
+        "quantized": model.is_quantized,
+        "operators": dict(ops),
+        "weighted": plan.to_json()["nodes"],
+    }
+    return Inspection("ONNX model", lines, values)
+
+
+def _engine(path: Path) -> Inspection:
+    found = describe_plan(path)
+    build = found["build"]
+    lines = [f"{name:<9} {found[name]}" for name in ("sha256", "bytes", "version")]
+    lines.append(f"targets   {', '.join(found['targets']) or 'not known'}")
+    if build is None:
+        lines.append(f"kernels   not known: the record {path.name}.json is missing or of another engine")
+        return Inspection("engine of TensorRT for RTX (plan file)", lines, found)
+    compiled = build["compiled"]
+    megabytes = compiled.bytes_moved() / 1e6
+    datatypes = Counter(
+        "/".join(sorted({t.datatype for t in layer.inputs})) for layer in compiled.layers if layer.computes
+    )
+    lines += [
+        f"model     {build['model']} ({build['model_sha256'][:16]}…)",
+        f"profile   {build['profile'] or 'static'}",
+        f"kernels   {compiled.kernels}, about {megabytes:.1f} MB moved at batch {compiled.batch}",
+        "compute   " + ", ".join(f"{count} kernels read {types}" for types, count in datatypes.most_common()),
+        "caution   a plan file is code: load only plans you built or trust",
+    ]
+    return Inspection(
+        "engine of TensorRT for RTX (plan file)",
+        lines,
+        {**found, "build": {**build, "compiled": compiled.to_json()}},
+    )
+
+
+def _plan(path: Path) -> Inspection:
+    plan = Plan.load(path)
+    share = plan.mac_share()
+    lines = [
+        f"model     {plan.model}",
+        f"int8      {len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes"
+        + ("" if share is None else f", {share:.1%} of the multiply-accumulates"),
+        f"ranges    {len(plan.tensors)} activations, {len(plan.weights)} weights",
+        *(f"float     {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8),
+    ]
+    return Inspection("plan", lines, plan.to_json())
+
+
+def _statistics(path: Path) -> Inspection:
+    statistics = Statistics.load(path)
+    histograms = statistics.histograms.items()
+    lines = [f"rows      {statistics.rows}"]
+    lines += [f"tensor    {name}: {h.low:.5g} to {h.high:.5g}, {h.total} values" for name, h in histograms]
+    values = {name: {"low": h.low, "high": h.high, "values": h.total} for name, h in histograms}
+    return Inspection("statistics", lines, {"rows": statistics.rows, "tensors": values})
+
+
+def _table(path: Path) -> Inspection:
+    table = Table.load(path)
+    lines = [
+        f"header    {table.header} (TensorRT {tensorrt_version(table.version)})",
+        *(f"{name:<9} {value}" for name, value in table.metadata.items() if isinstance(value, str | int)),
+        *(f"tensor    {n}: scale {float(s):.6g}, amax {float(s) * 127:.5g}" for n, s in table.scales.items()),
+    ]
+    return Inspection("calibration table", lines, table.to_json())
