@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,13 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "confidence": (lambda c: 0.5 < c < 1, "between 0.5 and 1"),
+    "batch": (lambda n: n >= 1, "from 1"),
+    "threads": (lambda n: n >= 1, "from 1"),
+}
 
 
 def _option(
@@ -96,6 +103,12 @@ class Recipe:
         path=True,
     )
     preprocess: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, (allowed, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not allowed(value):
+                raise InputError(f"{flag(name)} is {value}", remedy=f"use a number {expected}")
 
     @classmethod
     def load(cls, path: PathLike) -> Recipe:
@@ -188,8 +201,8 @@ def _check(name: str, value: Any, path: Path) -> None:
         choices = ", ".join(metadata["choices"])
         raise InputError(f"the recipe's option '{name}' is {value!r}", file=path, remedy=f"use {choices}")
     if name == "preprocess":
-        for input_name, steps in value.items():
-            try:
+        try:
+            for input_name, steps in value.items():
                 Preprocess.parse(input_name, steps)
-            except InputError as error:
-                raise InputError(error.problem, file=path, remedy=error.remedy) from error
+        except InputError as error:
+            raise InputError(error.problem, file=path, remedy=error.remedy) from error

@@ -73,12 +73,12 @@ def _assemble(
     arrays: Mapping[str, Column],
 ) -> Samples:
     sources = {s.name: recipes[s.name].source if s.name in recipes else s.name for s in specs}
-    if missing := [name for name in sources.values() if name not in arrays]:
+    if missing := [name for name, array in sources.items() if array not in arrays]:
         raise InputError(
-            f"the data has no array '{missing[0]}'",
+            f"the data has no array '{sources[missing[0]]}'",
             file=source,
             cause=f"the model takes {', '.join(map(str, specs))}; the data has {', '.join(arrays) or 'none'}",
-            remedy=f'rename the array, or name it in the recipe: [preprocess.INPUT] from = "..."',
+            remedy=f'rename the array, or name it in the recipe: [preprocess.{missing[0]}] from = "..."',
         )
     raw = {name: arrays[key] for name, key in sources.items()}
     targets = {
@@ -265,17 +265,14 @@ def _from_script(spec: str, inputs: Sequence[str]) -> dict[str, Column]:
 
 def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, Column]:
     """The rows of several sets of arrays behind one another; as one array where all shapes agree."""
-    parts = list(parts)
+    parts = [{name: np.atleast_1d(array) for name, array in part.items()} for part in parts]
     columns: dict[str, Column] = {}
     anchor = next(iter(parts[0]), "")
-    sizes = [len(np.atleast_1d(part[anchor])) for part in parts if anchor in part]
-    first = sizes[0] if sizes else 0
     for name in parts[0]:
         if any(name not in part for part in parts):
             raise InputError(f"not every part of the data has an array '{name}'", file=source)
-        arrays = [np.atleast_1d(part[name]) for part in parts]
-        share = len(arrays[0])
-        if any(len(a) * first != share * n for a, n in zip(arrays, sizes, strict=True)):
+        arrays = [part[name] for part in parts]
+        if any(len(p[name]) * len(parts[0][anchor]) != len(arrays[0]) * len(p[anchor]) for p in parts):
             raise InputError(
                 f"the rows of array '{name}' do not keep step with those of '{anchor}' from part to part",
                 file=source,

@@ -101,7 +101,7 @@ class Preprocess:
             if count not in (1, channels):
                 raise InputError(
                     f"[preprocess.{self.name}] {option} has {count} values for rows of shape {row.shape}",
-                    remedy="give one number, or one for each channel; the channels are the last axis of the data",
+                    remedy="give one number, or one per channel; the channels are the last axis of the data",
                 )
 
 

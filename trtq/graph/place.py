@@ -103,7 +103,7 @@ def place(
     return Plan(
         model=model.sha256,
         nodes=nodes,
-        edges=[item for item in found if isinstance(item, Edge)],
+        edges=share_ranges(model.graph, [item for item in found if isinstance(item, Edge)]),
         weights=[item for item in found if isinstance(item, Weight)],
     )
 
@@ -194,7 +194,7 @@ def _weighted_inputs(node: gs.Node, placement: Placement) -> Iterator[Edge | Wei
         return
     for index, tensor in enumerate(node.inputs[:2]):
         if not isinstance(tensor, gs.Constant):
-            yield Edge(tensor.name, node.name, index, "weighted-input")
+            yield Edge(tensor.name, node.name, index, "weighted-input", tensor.name)
         else:
             yield Weight(tensor.name, node.name, index, _output_axis(node, index))
 
@@ -233,10 +233,71 @@ def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
     if isinstance(residual, gs.Variable) and residual.dtype in FLOATS and residual.shape is not None:
         conv_shape = node.inputs[max(fusing)[1]].shape
         if conv_shape is None or len(residual.shape) == len(conv_shape):
-            yield Edge(residual.name, node.name, 1 - max(fusing)[1], "residual-add")
+            yield Edge(residual.name, node.name, 1 - max(fusing)[1], "residual-add", residual.name)
 
 
 EDGE_RULES: tuple[EdgeRule, ...] = (
     EdgeRule("weighted-inputs", _weighted_inputs),
     EdgeRule("residual-add", _residual_add),
 )
+
+
+# --- one range for values that are only moved -------------------------------------------------------------
+
+MOVING_OPS = frozenset(
+    {
+        "DepthToSpace",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "MaxPool",
+        "Pad",
+        "Reshape",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+"""Operators that commute with quantization: what comes out was in their first input (or is a zero)."""
+
+
+def share_ranges(graph: gs.Graph, edges: Sequence[Edge]) -> list[Edge]:
+    """Edges where a tensor that only holds moved values of another quantized tensor takes its range.
+
+    ::
+
+        x ─┬─ Q/DQ ── Conv
+           └─ MaxPool ── Q/DQ (x's range) ── Conv
+
+    Quantizing then commutes with the moving operator, so TensorRT reads x once, in INT8.
+    """
+    tensors, ranges = graph.tensors(), {edge.tensor for edge in edges}
+    shared = []
+    for edge in edges:
+        source, origin = tensors[edge.tensor], edge.tensor
+        while _only_moved(source):
+            source = source.inputs[0].inputs[0]
+            origin = source.name if source.name in ranges else origin
+        shared.append(replace(edge, range=origin))
+    return shared
+
+
+def _only_moved(tensor: gs.Tensor) -> bool:
+    if len(tensor.inputs) != 1 or tensor.inputs[0].op not in MOVING_OPS:
+        return False
+    return tensor.inputs[0].op != "Pad" or _pads_with_zero(tensor.inputs[0])
+
+
+def _pads_with_zero(pad: gs.Node) -> bool:
+    value = pad.inputs[2] if len(pad.inputs) > 2 else None
+    if pad.attrs.get("mode", "constant") != "constant":
+        return False
+    return (
+        value is None
+        or not value.name
+        or (isinstance(value, gs.Constant) and bool(np.all(value.values == 0)))
+    )

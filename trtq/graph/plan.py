@@ -26,12 +26,17 @@ class NodePlan:
 
 @dataclass(frozen=True)
 class Edge:
-    """An activation that is quantized, per tensor, in front of input `index` of `node`."""
+    """An activation that is quantized, per tensor, in front of input `index` of `node`.
+
+    Attributes:
+        range: the tensor whose range it takes; another one where an operator in between only moves values.
+    """
 
     tensor: str
     node: str
     index: int
     rule: str
+    range: str
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Plan:
     @property
     def tensors(self) -> list[str]:
         """Activations that need a range, in the order of the graph, each once."""
-        return list(dict.fromkeys(edge.tensor for edge in self.edges))
+        return list(dict.fromkeys(edge.range for edge in self.edges))
 
     @property
     def int8_nodes(self) -> list[str]:

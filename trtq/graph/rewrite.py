@@ -49,7 +49,7 @@ def rewrite(
     for edge in plan.edges:
         inputs = nodes[edge.node].inputs
         if (edge.tensor, None) not in pairs:
-            source, scale = inputs[edge.index], scales[edge.tensor]
+            source, scale = inputs[edge.index], scales[edge.range]
             pairs[edge.tensor, None] = _quantize_activation(graph, source, scale)
         inputs[edge.index] = pairs[edge.tensor, None]
     for weight in plan.weights:

@@ -1,0 +1,175 @@
+"""Recipes: what is written is read back, and what is wrong is said before any work starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtq.errors import InputError
+from trtq.graph.rewrite import WEIGHT_FORMS
+from trtq.recipe import Recipe, options
+
+text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
+texts = st.lists(text, max_size=3).map(tuple)
+path = text.map(os.path.abspath)
+
+
+def maybe(strategy: st.SearchStrategy) -> st.SearchStrategy:
+    return st.none() | strategy
+
+
+recipes = st.builds(
+    Recipe,
+    model=maybe(path),
+    data=maybe(path),
+    eval=maybe(path),
+    metric=maybe(st.sampled_from(["top1", "cosine@logits", os.path.abspath("metric.py:score")])),
+    output=maybe(path),
+    method=st.sampled_from(["auto", "percentile:99.99"]),
+    max_drop=text,
+    confidence=maybe(st.floats(0.5, 1, exclude_min=True, exclude_max=True)),
+    require_engine=st.booleans(),
+    min_int8=maybe(text),
+    include=texts,
+    exclude=texts,
+    weights=st.sampled_from(["int8", "qdq"]),
+    rest=st.sampled_from(["fp32", "fp16"]),
+    target=texts,
+    profile=texts,
+    batch=maybe(st.integers(1, 64)),
+    threads=maybe(st.integers(1, 64)),
+    cache=maybe(path),
+    preprocess=st.dictionaries(
+        text,
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "from": text,
+                "scale": st.sampled_from(["1/255", 0.5, 2]),
+                "mean": st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=3),
+                "std": st.floats(0.125, 1),
+                "layout": st.sampled_from(["NCHW", "NHWC"]),
+                "resize": st.integers(1, 300) | st.just([224, 160]),
+            },
+        ),
+        max_size=2,
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recipes") / "recipe.toml"
+
+
+def load(file: Path, content: str) -> Recipe:
+    file.write_text(content, encoding="utf-8")
+    return Recipe.load(file)
+
+
+@given(recipe=recipes)
+def test_loading_gives_back_what_was_dumped(recipe: Recipe, file: Path) -> None:
+    content = recipe.dumps()
+    assert load(file, content) == recipe
+    assert Recipe.load(file).dumps() == content
+
+
+def test_the_round_trip_covers_every_field() -> None:
+    """`backend` has one choice; all others are drawn above."""
+    assert {f.name for f in fields(Recipe)} - {"backend"} == set(recipes.example_keys)
+
+
+def test_relative_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    recipe = load(
+        Path("jobs/r.toml"), 'model = "a.onnx"\ndata = "../calib.npz"\neval = "/e.npz"\nmetric = "m.py:f"'
+    )
+    assert recipe.model == str(tmp_path / "jobs" / "a.onnx")
+    assert recipe.data == str(tmp_path / "calib.npz")
+    assert recipe.eval == "/e.npz"
+    assert recipe.metric == str(tmp_path / "jobs" / "m.py:f")
+    assert recipe.merged({"model": "b.onnx"}).model == str(tmp_path / "b.onnx")
+    assert load(Path("jobs/r.toml"), 'metric = "top1"').metric == "top1"
+
+
+def test_the_command_line_wins_where_it_says_something(file: Path) -> None:
+    recipe = load(file, 'method = "max"\nexclude = ["a"]\nbatch = 4\nconfidence = 0.9')
+    said = {"method": "mse", "exclude": [], "batch": None, "confidence": 0.95, "debug": True}
+    merged = recipe.merged(said)
+    assert asdict(merged) == {**asdict(recipe), "method": "mse", "confidence": 0.95}
+    assert recipe.merged({"exclude": ["b", "c"]}).exclude == ("b", "c")
+
+
+def test_an_empty_recipe_has_the_defaults(file: Path) -> None:
+    assert load(file, "") == Recipe()
+    assert (Recipe().method, Recipe().max_drop, Recipe().weights) == ("auto", "1%", "int8")
+
+
+def test_choices_are_those_of_what_takes_them() -> None:
+    (weights,) = options(["weights"])
+    assert weights.metadata["choices"] == WEIGHT_FORMS
+
+
+def test_keys_may_be_written_as_on_the_command_line(file: Path) -> None:
+    assert load(file, 'max-drop = "2%"').max_drop == "2%"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("metod = 'max'", ["metod", "did you mean 'method'?"]),
+        ("zzz = 1", ["zzz", "max_drop", "preprocess"]),
+        ("max_drop = 0.01", ["max_drop", "0.01"]),
+        ("batch = '4'", ["batch", "'4'"]),
+        ("batch = true", ["batch", "True"]),
+        ("require_engine = 1", ["require_engine"]),
+        ("exclude = 'a'", ["exclude", "list of strings"]),
+        ("exclude = ['a', 1]", ["exclude", "list of strings"]),
+        ("weights = 'int4'", ["weights", "int8, qdq"]),
+        ("preprocess = 3", ["preprocess", "table"]),
+        ("[preprocess]\nx = 3", ["preprocess.x", "table"]),
+        ("[preprocess.x]\nshift = 3", ["shift", "from, scale, mean, std, layout, resize, crop, color"]),
+        ("[preprocess.x]\nscale = '1/0'", ["scale", "1/0"]),
+        ("[preprocess.x]\nstd = [1, 0, 1]", ["std"]),
+        ("model = ", ["cannot read the recipe"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_file(content: str, words: list[str], file: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(file, content)
+    assert caught.value.file == str(file)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given_options",
+    [{"confidence": 0.5}, {"confidence": 1.0}, {"confidence": float("nan")}, {"batch": 0}, {"threads": -1}],
+)
+def test_numbers_out_of_range_are_refused_at_once(given_options: dict[str, float]) -> None:
+    (name,) = given_options
+    with pytest.raises(InputError, match=f"--{name}"):
+        Recipe().merged(given_options)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_an_unreadable_recipe(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match="cannot read the recipe"):
+        Recipe.load(file)
+
+
+def test_what_is_missing_is_asked_for() -> None:
+    Recipe(model="m", data="d").need("model", "data")
+    with pytest.raises(InputError, match="--eval is missing"):
+        Recipe(model="m").need("model", "eval")
+    with pytest.raises(InputError, match="MODEL is missing"):
+        Recipe().need("model")
