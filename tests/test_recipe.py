@@ -23,28 +23,27 @@ def maybe(strategy: st.SearchStrategy) -> st.SearchStrategy:
     return st.none() | strategy
 
 
-recipes = st.builds(
-    Recipe,
-    model=maybe(path),
-    data=maybe(path),
-    eval=maybe(path),
-    metric=maybe(st.sampled_from(["top1", "cosine@logits", os.path.abspath("metric.py:score")])),
-    output=maybe(path),
-    method=st.sampled_from(["auto", "percentile:99.99"]),
-    max_drop=text,
-    confidence=maybe(st.floats(0.5, 1, exclude_min=True, exclude_max=True)),
-    require_engine=st.booleans(),
-    min_int8=maybe(text),
-    include=texts,
-    exclude=texts,
-    weights=st.sampled_from(["int8", "qdq"]),
-    rest=st.sampled_from(["fp32", "fp16"]),
-    target=texts,
-    profile=texts,
-    batch=maybe(st.integers(1, 64)),
-    threads=maybe(st.integers(1, 64)),
-    cache=maybe(path),
-    preprocess=st.dictionaries(
+drawn: dict[str, st.SearchStrategy] = {
+    "model": maybe(path),
+    "data": maybe(path),
+    "eval": maybe(path),
+    "metric": maybe(st.sampled_from(["top1", "cosine@logits", os.path.abspath("metric.py:score")])),
+    "output": maybe(path),
+    "method": st.sampled_from(["auto", "percentile:99.99"]),
+    "max_drop": text,
+    "confidence": maybe(st.floats(0.5, 1, exclude_min=True, exclude_max=True)),
+    "require_engine": st.booleans(),
+    "min_int8": maybe(text),
+    "include": texts,
+    "exclude": texts,
+    "weights": st.sampled_from(["int8", "qdq"]),
+    "rest": st.sampled_from(["fp32", "fp16"]),
+    "target": texts,
+    "profile": texts,
+    "batch": maybe(st.integers(1, 64)),
+    "threads": maybe(st.integers(1, 64)),
+    "cache": maybe(path),
+    "preprocess": st.dictionaries(
         text,
         st.fixed_dictionaries(
             {},
@@ -59,7 +58,8 @@ recipes = st.builds(
         ),
         max_size=2,
     ),
-)
+}
+recipes = st.builds(Recipe, **drawn)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_loading_gives_back_what_was_dumped(recipe: Recipe, file: Path) -> None:
 
 def test_the_round_trip_covers_every_field() -> None:
     """`backend` has one choice; all others are drawn above."""
-    assert {f.name for f in fields(Recipe)} - {"backend"} == set(recipes.example_keys)
+    assert {f.name for f in fields(Recipe)} - {"backend"} == set(drawn)
 
 
 def test_relative_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +137,7 @@ def test_keys_may_be_written_as_on_the_command_line(file: Path) -> None:
         ("[preprocess.x]\nshift = 3", ["shift", "from, scale, mean, std, layout, resize, crop, color"]),
         ("[preprocess.x]\nscale = '1/0'", ["scale", "1/0"]),
         ("[preprocess.x]\nstd = [1, 0, 1]", ["std"]),
+        ("confidence = 2.0", ["confidence is 2.0", "between 0.5 and 1"]),
         ("model = ", ["cannot read the recipe"]),
     ],
 )

@@ -19,6 +19,7 @@ from trtq.cache import Cache
 from trtq.calibration.methods import Method, parse_method
 from trtq.calibration.statistics import Statistics
 from trtq.console import Console
+from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.evaluation import outputs_of
 from trtq.gate.similarity import sqnr_db
@@ -39,55 +40,65 @@ class Choice:
         method: the best one.
         sqnr_db: candidate -> SQNR of the outputs on the rows held back, averaged over outputs.
         rows: how many rows were held back.
-        cached: whether nothing had to be run.
     """
 
     method: Method
     sqnr_db: Mapping[str, float]
     rows: int
-    cached: bool
 
 
-def scales_from(statistics: Statistics, method: Method) -> dict[str, np.float32]:
-    """Tensor -> float32 scale (amax / 127) by one method."""
+def scales_from(
+    statistics: Statistics, method: Method, exceptions: Mapping[str, Method] | None = None
+) -> dict[str, np.float32]:
+    """Tensor -> float32 scale (amax / 127) by one method, or by the tensor's own among `exceptions`."""
+    exceptions = exceptions or {}
     return {
-        name: np.float32(scale_from_amax(method.amax(histogram)))
+        name: np.float32(scale_from_amax(exceptions.get(name, method).amax(histogram)))
         for name, histogram in statistics.histograms.items()
     }
 
 
-def choose_method(
-    model: Model,
-    graph: gs.Graph,
-    plan: Plan,
-    statistics: Statistics,
-    held_back: Samples,
-    cache: Cache,
-    console: Console,
-    *,
-    weights: str = "int8",
-    threads: int | None = None,
-) -> Choice:
-    """The candidate with the best outputs on `held_back`; the earlier one if two are equal.
+@dataclass(frozen=True)
+class Measure:
+    """Scores scales by the model's outputs on rows held back.
 
-    Args:
+    Attributes:
         model: the fp32 model; its outputs are the reference.
         graph: the folded graph that `plan` is for, which may be in half.
-        statistics: of rows that are not among `held_back`.
+        held_back: rows that the scales were not made from.
     """
-    reference, cached = outputs_of(
-        model.path, held_back, cache, console, label="fp32", sha256=model.sha256, threads=threads
-    )
-    scores: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        for name in CANDIDATES:
+
+    model: Model
+    graph: gs.Graph
+    plan: Plan
+    held_back: Samples
+    cache: Cache
+    console: Console
+    weights: str = "int8"
+    threads: int | None = None
+
+    def sqnr_db(self, scales: Mapping[str, np.float32], label: str) -> float:
+        """SQNR of the quantized model's outputs, averaged over outputs."""
+        reference = self._outputs(self.model.path, "fp32", self.model.sha256)
+        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
             candidate = Path(folder) / "candidate.onnx"
-            scales = scales_from(statistics, parse_method(name))
-            save_model(rewrite(graph, plan, scales, weights=weights), candidate)
-            outputs, known = outputs_of(candidate, held_back, cache, console, label=name, threads=threads)
-            cached = cached and known
-            scores[name] = float(
-                np.mean([sqnr_db(r, outputs.arrays[n])[0] for n, r in reference.arrays.items()])
-            )
+            save_model(rewrite(self.graph, self.plan, scales, weights=self.weights), candidate)
+            outputs = self._outputs(candidate, label)
+        return float(np.mean([sqnr_db(expected, outputs[n])[0] for n, expected in reference.items()]))
+
+    def _outputs(self, model: Path, label: str, sha256: str | None = None) -> Arrays:
+        outputs, _ = outputs_of(
+            model, self.held_back, self.cache, self.console, label=label, sha256=sha256, threads=self.threads
+        )
+        return outputs.arrays
+
+
+def choose_method(measure: Measure, statistics: Statistics) -> Choice:
+    """The candidate with the best outputs on the rows held back; the earlier one if two are equal.
+
+    Args:
+        statistics: of rows that are not among those.
+    """
+    scores = {name: measure.sqnr_db(scales_from(statistics, parse_method(name)), name) for name in CANDIDATES}
     best = max(scores, key=scores.__getitem__)
-    return Choice(parse_method(best), scores, len(held_back), cached)
+    return Choice(parse_method(best), scores, len(measure.held_back))

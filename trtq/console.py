@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 Advance = Callable[[int], object]
-"""Called with the number of rows just done."""
+"""Called with how many rows, or runs, were just done."""
 
 _LABEL = 12
 _SECONDS_BETWEEN_LINES = 10.0
@@ -33,7 +33,7 @@ class Console:
         self.say("warning", text)
 
     @contextlib.contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Advance]:
+    def progress(self, label: str, total: int, unit: str = "row") -> Iterator[Advance]:
         """A progress bar on a terminal, a plain line every few seconds elsewhere."""
         if self._quiet:
             yield lambda rows: None
@@ -41,14 +41,14 @@ class Console:
             from tqdm import tqdm
 
             bar = tqdm(
-                total=total, desc=f"  {label:<{_LABEL - 1}}", unit="row", leave=False, file=self._stream
+                total=total, desc=f"  {label:<{_LABEL - 1}}", unit=unit, leave=False, file=self._stream
             )
             with bar:
                 yield bar.update
         else:
-            yield self._lines(label, total)
+            yield self._lines(label, total, unit)
 
-    def _lines(self, label: str, total: int) -> Advance:
+    def _lines(self, label: str, total: int, unit: str) -> Advance:
         done, last = 0, time.monotonic()
 
         def advance(rows: int) -> None:
@@ -56,7 +56,7 @@ class Console:
             done += rows
             if done < total and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                self.say(label, f"{done} of {total} rows")
+                self.say(label, f"{done} of {total} {unit}s")
 
         return advance
 

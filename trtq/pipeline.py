@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,10 @@ from trtq.backends import tensorrt_rtx
 from trtq.backends.interface import OPT_BATCH, Build, Profile, find_gpu, parse_profile, profiles_from
 from trtq.cache import Cache, Key, default_root
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import Method, parse_method
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
-from trtq.choose import Choice, choose_method, scales_from
+from trtq.choose import CANDIDATES, Choice, Measure, choose_method, scales_from
 from trtq.console import SILENT, Console
 from trtq.coverage import Coverage, coverage
 from trtq.data.load import load_samples
@@ -41,6 +41,7 @@ from trtq.graph.place import place
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
 from trtq.recipe import Recipe
+from trtq.refine import refine_ranges
 from trtq.report.html import write_report
 from trtq.report.junit import Check, junit_xml
 
@@ -155,8 +156,8 @@ def calibrate(
 ) -> Table:
     """The table of the plan's tensors, by the recipe's method; from the cache where it is there.
 
-    With `auto` every fourth sample is held back to measure the methods on; the scales are then those of the
-    best method on all samples, which costs no further pass: the statistics of both parts add up.
+    With `auto` every fourth sample is held back to measure on; the scales are then made from all samples,
+    which costs no further pass: the statistics of both parts add up.
 
     Args:
         graph: `model`'s graph in the precision of the rest, for measuring the methods.
@@ -174,33 +175,66 @@ def calibrate(
     notes: dict[str, Any] = {"model": model.sha256, "data": data.hash, "rows": len(data)}
     notes |= {"trtq": trtq.__version__, "requested": recipe.method}
     if recipe.method == "auto":
-        enough = len(data) // data.group >= FEWEST_TO_SPLIT
-        fitting, held_back = data.split() if enough else (data, data)
-        statistics = statistics_of(model, plan, fitting, recipe, cache, console)
-        choice = choose_method(
-            model,
-            graph,
-            plan,
-            statistics,
-            held_back,
-            cache,
-            console,
-            weights=recipe.weights,
-            threads=recipe.threads,
-        )
-        console.say("method", choice_text(choice))
-        if enough:
-            statistics.merge(statistics_of(model, plan, held_back, recipe, cache, console))
-        method = choice.method
-        notes |= {"method": str(method), "sqnr_db": dict(choice.sqnr_db), "held_back": choice.rows}
+        method, exceptions, statistics, measured = _search(model, graph, plan, data, recipe, cache, console)
+        notes |= measured
     else:
-        method = parse_method(recipe.method)
+        method, exceptions = parse_method(recipe.method), {}
         statistics = statistics_of(model, plan, data, recipe, cache, console)
-        notes |= {"method": str(method)}
-    scales = scales_from(statistics, method)
+    notes |= {"method": str(method)}
+    scales = scales_from(statistics, method, exceptions)
     table = Table({name: scales[name] for name in plan.tensors}, metadata=notes)
     cache.store(key, table.to_bytes(), {**notes, "names": list(notes)})
     return table
+
+
+def _search(
+    model: Model,
+    graph: gs.Graph,
+    plan: Plan,
+    data: Samples,
+    recipe: Recipe,
+    cache: Cache,
+    console: Console,
+) -> tuple[Method, Mapping[str, Method], Statistics, dict[str, Any]]:
+    """`--method auto`: the best method, the tensors that do better with another, statistics, and notes.
+
+    The ranges that the search changed are kept only if they do better on the rows held back, too.
+    """
+    enough = len(data) // data.group >= FEWEST_TO_SPLIT
+    fitting, held_back = data.split() if enough else (data, data)
+    statistics = statistics_of(model, plan, fitting, recipe, cache, console)
+    measure = Measure(model, graph, plan, held_back, cache, console, recipe.weights, recipe.threads)
+    choice = choose_method(measure, statistics)
+    console.say("method", choice_text(choice))
+    others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
+    refined = refine_ranges(
+        graph,
+        plan,
+        statistics,
+        choice.method,
+        others,
+        fitting,
+        console,
+        weights=recipe.weights,
+        workers=recipe.threads,
+    )
+    before = choice.sqnr_db[str(choice.method)]
+    after = measure.sqnr_db(scales_from(statistics, choice.method, refined.exceptions), "ranges")
+    exceptions = refined.exceptions if after > before else {}
+    console.say(
+        "ranges",
+        f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own: "
+        f"{before:.1f} -> {max(before, after):.1f} dB on the rows held back",
+    )
+    if enough:
+        statistics.merge(statistics_of(model, plan, held_back, recipe, cache, console))
+    notes = {
+        "sqnr_db": dict(choice.sqnr_db),
+        "sqnr_db_with_exceptions": after,
+        "held_back": len(held_back),
+        "exceptions": {tensor: str(own) for tensor, own in exceptions.items()},
+    }
+    return choice.method, exceptions, statistics, notes
 
 
 def statistics_of(
@@ -316,8 +350,7 @@ def choice_text(choice: Choice) -> str:
     """The methods tried, best first."""
     ranked = sorted(choice.sqnr_db.items(), key=lambda item: -item[1])
     tried = ", ".join(f"{name} {value:.1f} dB" for name, value in ranked)
-    source = " (from the cache, nothing was run)" if choice.cached else ""
-    return f"{choice.method}: best of {tried} on {choice.rows} rows held back{source}"
+    return f"{choice.method}: best of {tried} on {choice.rows} rows held back"
 
 
 def manifest(

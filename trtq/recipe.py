@@ -125,7 +125,12 @@ class Recipe:
         given = {name.replace("-", "_"): value for name, value in values.items()}
         for name, value in given.items():
             _check(name, value, path)
-        return cls()._with(given, path.parent)
+        try:
+            for input_name, steps in given.get("preprocess", {}).items():
+                Preprocess.parse(input_name, steps)
+            return cls()._with(given, path.parent)
+        except InputError as error:
+            raise InputError(error.problem, file=path, remedy=error.remedy) from error
 
     def merged(self, given: Mapping[str, Any]) -> Recipe:
         """This recipe with what the command line gave instead; None and empty lists are not given."""
@@ -200,9 +205,3 @@ def _check(name: str, value: Any, path: Path) -> None:
     if metadata and metadata["choices"] and value not in metadata["choices"]:
         choices = ", ".join(metadata["choices"])
         raise InputError(f"the recipe's option '{name}' is {value!r}", file=path, remedy=f"use {choices}")
-    if name == "preprocess":
-        try:
-            for input_name, steps in value.items():
-                Preprocess.parse(input_name, steps)
-        except InputError as error:
-            raise InputError(error.problem, file=path, remedy=error.remedy) from error

@@ -23,6 +23,7 @@ Arrays = Mapping[str, NDArray]
 
 def net(text: str, *, opset: int = 17, ir_version: int = 8, **constants: ArrayLike) -> onnx.ModelProto:
     """`g (inputs) => (outputs) { nodes }` in ONNX's text form; each node is called like its first output."""
+    text = text.replace("<>", "")  # which the parser does not take for no attributes
     model = onnx.parser.parse_model(f'<ir_version: {ir_version}, opset_import: ["": {opset}]> {text}')
     for name, values in constants.items():
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
@@ -66,7 +67,11 @@ def run(model: onnx.ModelProto | gs.Graph | Path, feed: Arrays) -> dict[str, NDA
 
 def tensor(model: onnx.ModelProto | gs.Graph, name: str, feed: Arrays) -> NDArray:
     """The value of one tensor inside a model."""
-    proto = export(model) if isinstance(model, gs.Graph) else onnx.ModelProto.FromString(model.SerializeToString())
+    proto = (
+        export(model)
+        if isinstance(model, gs.Graph)
+        else onnx.ModelProto.FromString(model.SerializeToString())
+    )
     del proto.graph.output[:]
     proto.graph.output.append(onnx.ValueInfoProto(name=name))
     return run(proto, feed)[name]
@@ -75,7 +80,9 @@ def tensor(model: onnx.ModelProto | gs.Graph, name: str, feed: Arrays) -> NDArra
 def max_scales(model: onnx.ModelProto | gs.Graph, plan: Plan, feed: Arrays) -> dict[str, np.float32]:
     """Scale of every tensor of the plan from the largest magnitude that one feed shows."""
     return {
-        name: np.float32(scale_from_amax(np.abs(feed[name] if name in feed else tensor(model, name, feed)).max()))
+        name: np.float32(
+            scale_from_amax(np.abs(feed[name] if name in feed else tensor(model, name, feed)).max())
+        )
         for name in plan.tensors
     }
 

@@ -56,6 +56,11 @@ def parse_method(text: str) -> Method:
     )
 
 
+def scaled(method: Method, factor: float) -> Method:
+    """`method` with its amax multiplied by `factor`, but never above the largest |x|."""
+    return Method(f"{method}*{factor:g}", lambda h: min(method.amax(h) * factor, h.amax))
+
+
 def amax_max(histogram: Histogram) -> float:
     """The largest |x| seen, exactly (paper 3.3, "Max")."""
     return histogram.amax

@@ -222,9 +222,11 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
             records = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError("cannot read the CSV", file=path, cause=error) from error
-    if not records or not records[0].get("file"):
+    if not records or not all(record.get("file") for record in records):
         raise InputError(
-            "the CSV lists no images", file=path, remedy="it needs a header with a column `file`, and rows"
+            "the CSV does not list images",
+            file=path,
+            remedy="it needs a header with a column `file`, and a file in every row",
         )
     targets: dict[str, Column] = {}
     for name in records[0]:
@@ -233,7 +235,7 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
         values = [record[name] for record in records]
         try:
             targets[name] = np.array([int(value) for value in values], np.int64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             try:
                 targets[name] = np.array([float(value) for value in values], np.float64)
             except (TypeError, ValueError):
@@ -247,7 +249,8 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
 def _from_script(spec: str, inputs: Sequence[str]) -> dict[str, Column]:
     path, name, function = load_function(spec, "data")
     try:
-        feeds = [{key: np.asarray(value) for key, value in feed.items()} for feed in function()]
+        # copied: loaders may fill one buffer again and again
+        feeds = [{key: np.array(value) for key, value in feed.items()} for feed in function()]
     except (Exception, SystemExit) as error:
         raise InputError(
             f"the data script's '{name}' failed", file=path, cause=f"{type(error).__name__}: {error}"
@@ -268,7 +271,7 @@ def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, 
     parts = [{name: np.atleast_1d(array) for name, array in part.items()} for part in parts]
     columns: dict[str, Column] = {}
     anchor = next(iter(parts[0]), "")
-    for name in parts[0]:
+    for name in dict.fromkeys(name for part in parts for name in part):
         if any(name not in part for part in parts):
             raise InputError(f"not every part of the data has an array '{name}'", file=source)
         arrays = [part[name] for part in parts]

@@ -155,8 +155,8 @@ def _per_channel(value: Any) -> NDArray[np.float32]:
 
 
 def _size(value: Any) -> None:
-    sides = [value] if isinstance(value, int) else value
-    if not 1 <= len(sides) <= 2 or any(not isinstance(s, int) or s < 1 for s in sides):
+    sides = [value, value] if isinstance(value, int) else value
+    if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
         raise ValueError(value)
 
 

@@ -151,7 +151,7 @@ class Samples:
         if row.dtype.kind == "f" and not np.isfinite(row).all():
             raise InputError(f"{where} holds NaN or infinite values", file=self.source)
         with np.errstate(over="ignore"):
-            cast = np.ascontiguousarray(row, dtype=spec.dtype)
+            cast = np.asarray(row, dtype=spec.dtype, order="C")
         fits = np.isfinite(cast).all() if spec.dtype.kind == "f" else np.array_equal(cast, row)
         if not fits:
             raise InputError(

@@ -57,7 +57,7 @@ def fold_batch_norm(graph: gs.Graph) -> None:
             producer.attrs["beta"] = 1.0
         dtype = weight.values.dtype
         new_weight = _scale_output_channels(producer, weight.values.astype(np.float64), gain)
-        new_bias = (np.broadcast_to(old_bias, gain.shape) - mean) * gain + beta
+        new_bias = (old_bias - mean) * gain + beta
         producer.inputs = [
             producer.inputs[0],
             gs.Constant(f"{norm.name}/folded_weight", new_weight.astype(dtype)),

@@ -71,8 +71,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
             unknown; the opset cannot be upgraded; the model has no inputs or outputs.
     """
     path = Path(path)
-    proto = _read(path)
-    data_files = [path.parent / name for name in sorted(_external_files(proto))]
+    proto, data_files = _read(path)
     digest = sha256_file(path)
     if data_files:
         digest = sha256_bytes("".join([digest, *(sha256_file(f) for f in data_files)]).encode())
@@ -87,8 +86,8 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     if not graph.inputs or not graph.outputs:
         raise InputError("the model has no inputs or no outputs", file=path)
     for tensor in graph.inputs:
-        if tensor.shape is None or tensor.dtype is None:
-            raise InputError(f"model input '{tensor.name}' has no shape or no dtype", file=path)
+        if tensor.shape is None or tensor.dtype is None or isinstance(tensor.dtype, int):  # int: bfloat16
+            raise InputError(f"model input '{tensor.name}' has no shape, or no dtype of NumPy's", file=path)
     name_nodes(graph)
     return Model(path, graph, digest)
 
@@ -115,9 +114,10 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
 
 
 def name_nodes(graph: gs.Graph) -> None:
-    """Give unnamed nodes a name made of operator and position, and make every name unique."""
+    """Give unnamed nodes a name made of operator and position, and make every name unique, bodies included."""
     seen: set[str] = set()
-    for index, node in enumerate(graph.nodes):
+    bodies = graph.subgraphs(recursive=True)
+    for index, node in enumerate(node for body in (graph, *bodies) for node in body.nodes):
         base = node.name or f"{node.op}_{index}"
         node.name, suffix = base, 1
         while node.name in seen:
@@ -172,7 +172,8 @@ def weight_bytes(graph: gs.Graph) -> int:
     return sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in constants)
 
 
-def _read(path: Path) -> ModelProto:
+def _read(path: Path) -> tuple[ModelProto, list[Path]]:
+    """The model with its weights, and the files that they were read from."""
     if not path.is_file():
         raise InputError("the model does not exist", file=path, remedy="check the path")
     try:
@@ -186,7 +187,8 @@ def _read(path: Path) -> ModelProto:
         ) from error
     if not proto.graph.node:
         raise InputError("not an ONNX model: the file holds no graph", file=path)
-    if missing := [n for n in sorted(_external_files(proto)) if not (path.parent / n).is_file()]:
+    data_files = [path.parent / name for name in sorted(_external_files(proto))]
+    if missing := [file.name for file in data_files if not file.is_file()]:
         raise InputError(
             "the model's external data is missing",
             file=path,
@@ -197,7 +199,7 @@ def _read(path: Path) -> ModelProto:
         onnx.load_external_data_for_model(proto, str(path.parent))
     except Exception as error:
         raise InputError("the model's external data cannot be read", file=path, cause=error) from error
-    return proto
+    return proto, data_files
 
 
 def _external_files(proto: ModelProto) -> set[str]:
@@ -224,7 +226,7 @@ def _check_operators(proto: ModelProto, path: Path) -> None:
             raise InputError(
                 f"unknown {kind}",
                 file=path,
-                cause=f"{where} uses it, and neither ONNX nor ONNX Runtime defines it",
+                cause=f"{where} uses it, and ONNX does not define it",
                 remedy="export the model with standard ONNX operators",
             )
 

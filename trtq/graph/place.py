@@ -9,7 +9,7 @@ Everything else (softmax, LayerNorm, GELU, pooling by average, other additions) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -105,6 +105,7 @@ def place(
         nodes=nodes,
         edges=share_ranges(model.graph, [item for item in found if isinstance(item, Edge)]),
         weights=[item for item in found if isinstance(item, Weight)],
+        batch=next((shape[0] for shape in (input_shapes or {}).values() if len(shape)), 1),
     )
 
 
@@ -130,16 +131,8 @@ def _decide(node: gs.Node, placement: Placement) -> NodePlan:
 
 def _in_subgraphs(graph: gs.Graph) -> list[NodePlan]:
     reason = "it is in the body of an If, Loop or Scan, which TensorRT does not fuse with quantizers"
-    inner = (n for node in graph.nodes for sub in node.attrs.values() for n in _nodes_of(sub))
+    inner = (node for body in graph.subgraphs(recursive=True) for node in body.nodes)
     return [NodePlan(n.name, n.op, False, "subgraph", reason) for n in inner if n.op in WEIGHTED_OPS]
-
-
-def _nodes_of(attribute: object) -> Iterable[gs.Node]:
-    if isinstance(attribute, gs.Graph):
-        for node in attribute.nodes:
-            yield node
-            for value in node.attrs.values():
-                yield from _nodes_of(value)
 
 
 # --- why a node stays in floating point -----------------------------------------------------------------
@@ -211,7 +204,7 @@ def _output_axis(node: gs.Node, index: int) -> int:
 
 
 def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight]:
-    """The other input of an Add that fuses with the quantized Conv in front of it.
+    """The other input, of the same shape, of an Add that fuses with the quantized Conv in front of it.
 
     Where both inputs come from such a Conv, the addition fuses with the one that is computed last.
     """
@@ -229,11 +222,17 @@ def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
     ]
     if not fusing:
         return
-    residual = node.inputs[1 - max(fusing)[1]]
-    if isinstance(residual, gs.Variable) and residual.dtype in FLOATS and residual.shape is not None:
-        conv_shape = node.inputs[max(fusing)[1]].shape
-        if conv_shape is None or len(residual.shape) == len(conv_shape):
-            yield Edge(residual.name, node.name, 1 - max(fusing)[1], "residual-add", residual.name)
+    index = max(fusing)[1]
+    residual, conv_shape = node.inputs[1 - index], node.inputs[index].shape
+    if not isinstance(residual, gs.Variable) or residual.dtype not in FLOATS or residual.shape is None:
+        return
+    if conv_shape is None or _same_shape(residual.shape, conv_shape):
+        yield Edge(residual.name, node.name, 1 - index, "residual-add", residual.name)
+
+
+def _same_shape(a: Sequence[int | str | None], b: Sequence[int | str | None]) -> bool:
+    """Whether neither tensor is broadcast against the other, as far as the dimensions are known."""
+    return len(a) == len(b) and all((m == 1) == (n == 1) for m, n in zip(a, b, strict=True))
 
 
 EDGE_RULES: tuple[EdgeRule, ...] = (

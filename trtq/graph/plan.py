@@ -58,12 +58,14 @@ class Plan:
         nodes: every weighted node.
         edges: activations to quantize; several edges of one tensor share one Q/DQ pair.
         weights: constants to quantize.
+        batch: the batch size for which multiply-accumulates are counted.
     """
 
     model: str
     nodes: list[NodePlan]
     edges: list[Edge]
     weights: list[Weight]
+    batch: int = 1
 
     @property
     def tensors(self) -> list[str]:
@@ -104,6 +106,7 @@ class Plan:
             [NodePlan(**node) for node in value["nodes"]],
             [Edge(**edge) for edge in value["edges"]],
             [Weight(**weight) for weight in value["weights"]],
+            value["batch"],
         )
 
     def save(self, path: PathLike) -> None:

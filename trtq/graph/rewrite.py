@@ -6,7 +6,7 @@ channel, biases in floating point. Tensors that several nodes read get one Q/DQ 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -45,12 +45,14 @@ def rewrite(
         raise InputError(
             "the plan belongs to another model", cause=f"the model has no node '{sorted(unknown)[0]}'"
         )
+    ranges: dict[str, list[gs.Constant]] = {}
     pairs: dict[tuple[str, int | None], gs.Variable] = {}
     for edge in plan.edges:
         inputs = nodes[edge.node].inputs
+        if edge.range not in ranges:
+            ranges[edge.range] = _range(edge.range, scales[edge.range], inputs[edge.index].dtype)
         if (edge.tensor, None) not in pairs:
-            source, scale = inputs[edge.index], scales[edge.range]
-            pairs[edge.tensor, None] = _quantize_activation(graph, source, scale)
+            pairs[edge.tensor, None] = _quantize_activation(graph, inputs[edge.index], ranges[edge.range])
         inputs[edge.index] = pairs[edge.tensor, None]
     for weight in plan.weights:
         inputs, key = nodes[weight.node].inputs, (weight.tensor, weight.axis)
@@ -60,21 +62,45 @@ def rewrite(
     return graph.cleanup().toposort()
 
 
+def scales_as_inputs(graph: gs.Graph, tensors: Iterable[str]) -> dict[str, str]:
+    """Turn the scales of a rewritten graph's activations into model inputs, in place.
+
+    One session then serves any ranges.
+
+    Returns:
+        tensor -> name of the input that holds its scale, a scalar of the tensor's dtype.
+    """
+    names = {}
+    constants = graph.tensors()
+    for tensor in tensors:
+        constant = constants[f"{tensor}/scale"]
+        variable = gs.Variable(constant.name, constant.dtype, [])
+        for node in list(constant.outputs):
+            node.inputs = [variable if t is constant else t for t in node.inputs]
+        graph.inputs.append(variable)
+        names[tensor] = variable.name
+    return names
+
+
 def weight_scale(weight: NDArray, axis: int) -> NDArray[np.float32]:
     """Per-channel max scales of a weight, shape (channels,) along `axis` (paper 4.1)."""
     return scale_from_amax(amax_per_channel(weight, axis))
 
 
-def _quantize_activation(graph: gs.Graph, tensor: gs.Tensor, scale: np.float32) -> gs.Variable:
-    dtype = np.dtype(tensor.dtype)
+def _range(name: str, scale: np.float32, dtype: np.dtype) -> list[gs.Constant]:
+    """Scale and zero-point of an activation, in the dtype of the tensors that have this range."""
     value = np.array(scale, dtype)
     if not (np.isfinite(value) and value > 0):
-        raise InputError(f"the scale {scale} of '{tensor.name}' is not a positive finite {dtype}")
-    constants = [
-        gs.Constant(f"{tensor.name}/scale", value),
-        gs.Constant(f"{tensor.name}/zero_point", np.zeros((), np.int8)),
+        raise InputError(f"the scale {scale} of '{name}' is not a positive finite {np.dtype(dtype)}")
+    return [
+        gs.Constant(f"{name}/scale", value),
+        gs.Constant(f"{name}/zero_point", np.zeros((), np.int8)),
     ]
-    return _dequantize(graph, tensor.name, _quantize_node(graph, tensor, constants), constants, dtype)
+
+
+def _quantize_activation(graph: gs.Graph, tensor: gs.Tensor, constants: list[gs.Constant]) -> gs.Variable:
+    quantized = _quantize_node(graph, tensor, constants)
+    return _dequantize(graph, tensor.name, quantized, constants, tensor.dtype)
 
 
 def _quantize_weight(graph: gs.Graph, tensor: gs.Constant, axis: int, form: str) -> gs.Variable:

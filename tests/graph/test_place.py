@@ -1,0 +1,560 @@
+"""The placement rules, each on the smallest graph that shows it.
+
+In the drawings `==>` is an edge that gets a Q/DQ pair, `-->` one that stays in floating point, and `[w]`
+a constant that is quantized per channel.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import loaded, net, normal
+from numpy.typing import NDArray
+
+from trtq.errors import InputError
+from trtq.graph.fold import fold
+from trtq.graph.place import WEIGHTED_OPS, place
+from trtq.graph.plan import Edge, NodePlan, Plan, Weight
+from trtq.graph.rewrite import weight_scale
+from trtq.numerics import quantize
+
+KERNEL = normal(4, 4, 3, 3)
+SAME = "Conv<pads = [1,1,1,1]>"
+
+
+class Placed:
+    """The plan of one model."""
+
+    def __init__(self, model: onnx.ModelProto, folder: Path, **options: Any) -> None:
+        self.model = loaded(model, folder)
+        fold(self.model.graph)
+        self.plan = place(self.model, **options)
+
+    @property
+    def edges(self) -> set[tuple[str, str, int, str]]:
+        return {(e.tensor, e.node, e.index, e.rule) for e in self.plan.edges}
+
+    @property
+    def weights(self) -> set[tuple[str, str, int, int]]:
+        return {(w.tensor, w.node, w.index, w.axis) for w in self.plan.weights}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return {n.name: n.rule for n in self.plan.nodes if not n.int8}
+
+    def reason(self, name: str) -> str:
+        return next(n.reason for n in self.plan.nodes if n.name == name)
+
+
+def images(nodes: str, *, inputs: str = "float[N,4,8,8] x", **constants: Any) -> onnx.ModelProto:
+    constants = {
+        name: values
+        for name, values in {"w": KERNEL, "v": KERNEL, **constants}.items()
+        if f"{name})" in nodes or f"{name}," in nodes
+    }
+    return net(f"g ({inputs}) => (float[?,?,?,?] y) {{ {nodes} }}", **constants)
+
+
+# -- weighted inputs
+
+
+def test_conv(tmp_path: Path) -> None:
+    """x ==> Conv --> y
+    [w, axis 0] ^   ^ b --> (the bias stays in floating point)
+    """
+    placed = Placed(images(f"y = {SAME}(x, w, b)", b=normal(4)), tmp_path)
+    assert placed.edges == {("x", "y", 0, "weighted-input")}
+    assert placed.weights == {("w", "y", 1, 0)}
+    assert placed.plan.nodes == [NodePlan("y", "Conv", True, "weighted", "its inputs are quantized")]
+
+
+def test_conv_with_a_computed_weight(tmp_path: Path) -> None:
+    """x ==> Conv --> y
+    k ====> ^ (an activation: per tensor)
+    """
+    placed = Placed(images("y = Conv(x, k)", inputs="float[N,4,8,8] x, float[4,4,3,3] k"), tmp_path)
+    assert placed.edges == {("x", "y", 0, "weighted-input"), ("k", "y", 1, "weighted-input")}
+    assert not placed.weights
+
+
+@pytest.mark.parametrize("trans", [0, 1])
+def test_gemm_constant_right(trans: int, tmp_path: Path) -> None:
+    """x ==> Gemm --> y
+    [w] --^ axis 1 of (K, N), axis 0 of (N, K) with transB
+    """
+    model = net(
+        f"g (float[M,6] x) => (float[M,5] y) {{ y = Gemm<transB = {trans}>(x, w, b) }}",
+        w=normal(5, 6) if trans else normal(6, 5),
+        b=normal(5),
+    )
+    placed = Placed(model, tmp_path)
+    assert placed.edges == {("x", "y", 0, "weighted-input")}
+    assert placed.weights == {("w", "y", 1, 1 - trans)}
+
+
+@pytest.mark.parametrize("trans", [0, 1])
+def test_gemm_constant_left(trans: int, tmp_path: Path) -> None:
+    """[w] --> Gemm --> y     axis 0 of (M, K), axis 1 of (K, M) with transA
+    x =======^
+    """
+    model = net(
+        f"g (float[6,N] x) => (float[5,N] y) {{ y = Gemm<transA = {trans}>(w, x) }}",
+        w=normal(6, 5) if trans else normal(5, 6),
+    )
+    placed = Placed(model, tmp_path)
+    assert placed.edges == {("x", "y", 1, "weighted-input")}
+    assert placed.weights == {("w", "y", 0, trans)}
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_matmul_constant_right(batch: tuple[int, ...], tmp_path: Path) -> None:
+    """x ==> MatMul --> y
+    [w, last axis] ^
+    """
+    model = net("g (float[3,M,6] x) => (float[3,M,5] y) { y = MatMul(x, w) }", w=normal(*batch, 6, 5))
+    placed = Placed(model, tmp_path)
+    assert placed.edges == {("x", "y", 0, "weighted-input")}
+    assert placed.weights == {("w", "y", 1, len(batch) + 1)}
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_matmul_constant_left(batch: tuple[int, ...], tmp_path: Path) -> None:
+    """[w, last axis but one] --> MatMul --> y
+    x ==================> ^
+    """
+    model = net("g (float[3,6,N] x) => (float[3,5,N] y) { y = MatMul(w, x) }", w=normal(*batch, 5, 6))
+    placed = Placed(model, tmp_path)
+    assert placed.edges == {("x", "y", 1, "weighted-input")}
+    assert placed.weights == {("w", "y", 0, len(batch))}
+
+
+def test_matmul_of_two_activations(tmp_path: Path) -> None:
+    """q ==> MatMul --> y
+    k ====> ^
+    """
+    placed = Placed(
+        net("g (float[N,2,5,6] q, float[N,2,6,5] k) => (float[N,2,5,5] y) { y = MatMul(q, k) }"), tmp_path
+    )
+    assert placed.edges == {("q", "y", 0, "weighted-input"), ("k", "y", 1, "weighted-input")}
+    assert not placed.weights
+
+
+def test_an_input_read_by_several_nodes_needs_one_range(tmp_path: Path) -> None:
+    """x ==> MatMul q --> MatMul y
+    x ==> MatMul k ------^      (and q, k are themselves quantized in front of y)
+    """
+    model = net(
+        "g (float[5,6] x) => (float[5,5] y) { q = MatMul(x, w) k = MatMul(x, v) t = Transpose(k) y = MatMul(q, t) }",
+        w=normal(6, 6),
+        v=normal(6, 6, seed=1),
+    )
+    placed = Placed(model, tmp_path)
+    assert placed.plan.tensors == ["x", "q", "t"]
+    assert {(e.node, e.index) for e in placed.plan.edges} == {("q", 0), ("k", 0), ("y", 0), ("y", 1)}
+
+
+def channelwise(weight: NDArray, axis: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The integer codes and the scales of a weight."""
+    scale = weight_scale(weight, axis)
+    return quantize(weight, scale, axis=axis, narrow=True).astype(np.float64), scale.astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    ("op", "weight_shape", "input_shape", "left", "attributes"),
+    [
+        ("Gemm", (6, 5), (4, 6), False, {}),
+        ("Gemm", (5, 6), (4, 6), False, {"transB": 1}),
+        ("Gemm", (5, 6), (6, 4), True, {}),
+        ("Gemm", (6, 5), (6, 4), True, {"transA": 1}),
+        ("MatMul", (6, 5), (4, 6), False, {}),
+        ("MatMul", (3, 6, 5), (3, 4, 6), False, {}),
+        ("MatMul", (5, 6), (6, 4), True, {}),
+        ("MatMul", (3, 5, 6), (3, 6, 4), True, {}),
+    ],
+)
+def test_the_scales_of_a_constant_factor_out(
+    op: str,
+    weight_shape: tuple[int, ...],
+    input_shape: tuple[int, ...],
+    left: bool,
+    attributes: dict[str, int],
+    tmp_path: Path,
+) -> None:
+    """codes . x, then times the scales along one output axis, is the product with the quantized weight.
+
+    Only then can the multiplication run in INT8. Every channel has a magnitude of its own, so with the
+    scales along another axis this fails.
+    """
+    spread = np.logspace(-3, 3, num=int(np.prod(weight_shape))).reshape(weight_shape)
+    weight = normal(*weight_shape) * np.random.default_rng(1).permuted(spread).astype(np.float32)
+    arguments = "w, x" if left else "x, w"
+    listed = ", ".join(f"{k} = {v}" for k, v in attributes.items())
+    model = net(
+        f"g (float[{','.join(map(str, input_shape))}] x) => (float[{','.join('?' * len(input_shape))}] y)"
+        f" {{ y = {op}<{listed}>({arguments}) }}",
+        w=weight,
+    )
+    (planned,) = Placed(model, tmp_path).plan.weights
+    codes, scale = channelwise(weight, planned.axis)
+    shape = [1] * weight.ndim
+    shape[planned.axis] = -1
+
+    def product(w: NDArray[np.float64]) -> NDArray[np.float64]:
+        w = w.T if attributes else w
+        return w @ x if left else x @ w
+
+    x = normal(*input_shape, seed=2).astype(np.float64)
+    factored = product(codes) * (scale[:, None] if left else scale)
+    np.testing.assert_allclose(factored, product(codes * scale.reshape(shape)), rtol=1e-12)
+
+
+# -- residual additions
+
+
+def test_identity_residual(tmp_path: Path) -> None:
+    """x ==> Conv c --> Add y
+    x =============> ^      (one pair for both)
+    """
+    placed = Placed(images(f"c = {SAME}(x, w) y = Add(c, x)"), tmp_path)
+    assert placed.edges == {("x", "c", 0, "weighted-input"), ("x", "y", 1, "residual-add")}
+    assert placed.plan.tensors == ["x"]
+
+
+def test_identity_residual_the_other_way_round(tmp_path: Path) -> None:
+    """x =============> Add y
+    x ==> Conv c --> ^
+    """
+    placed = Placed(images(f"c = {SAME}(x, w) y = Add(x, c)"), tmp_path)
+    assert ("x", "y", 0, "residual-add") in placed.edges
+
+
+def test_residual_of_two_convolutions(tmp_path: Path) -> None:
+    """x ==> Conv a ==> Add y      (a is the residual of b, which is computed last)
+    x ==> Conv b --> ^
+    """
+    placed = Placed(images(f"a = {SAME}(x, w) b = {SAME}(x, v) y = Add(a, b)"), tmp_path)
+    last = [n.name for n in placed.model.graph.nodes if n.op == "Conv"][-1]
+    (edge,) = [e for e in placed.plan.edges if e.rule == "residual-add"]
+    assert {edge.tensor, last} == {"a", "b"}
+
+
+def test_residual_beside_an_excluded_convolution(tmp_path: Path) -> None:
+    """x --> Conv a ==> Add y      (a stays in floating point, so only b can fuse)
+    x ==> Conv b --> ^
+    """
+    placed = Placed(images(f"a = {SAME}(x, w) b = {SAME}(x, v) y = Add(b, a)"), tmp_path, exclude=["a"])
+    assert placed.edges == {("x", "b", 0, "weighted-input"), ("a", "y", 1, "residual-add")}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "inputs"),
+    [
+        (f"c = {SAME}(x, w) y = Add(c, z)", "float[N,4,8,8] x, float[8,8] z"),
+        (f"c = {SAME}(x, w) p = GlobalAveragePool(x) y = Add(c, p)", "float[N,4,8,8] x"),
+        (f"c = {SAME}(x, w) y = Add(c, z)", "float[N,4,8,8] x, float[1,4,8,8] z"),
+        (f"p = GlobalAveragePool(x) c = {SAME}(p, w) y = Add(c, x)", "float[N,4,8,8] x"),
+        (f"c = {SAME}(x, w) y = Add(c, s)", "float[N,4,8,8] x"),
+        (f"c = {SAME}(x, w) r = Relu(c) y = Add(r, x)", "float[N,4,8,8] x"),
+        (f"c = {SAME}(x, w) r = Relu(c) t = Add(c, x) y = Add(t, r)", "float[N,4,8,8] x"),
+        (f"c = {SAME}(x, w) y = Add(c, c)", "float[N,4,8,8] x"),
+        (f"c = {SAME}(x, w) y = Sub(c, x)", "float[N,4,8,8] x"),
+        (f"c = {SAME}(x, w) m = Abs(x) t = Abs(m) u = Add(m, t) y = Mul(c, u)", "float[N,4,8,8] x"),
+    ],
+    ids=[
+        "rank", "per channel", "batch of one", "broadcast convolution", "constant", "not behind the Conv",
+        "Conv read twice", "both the same", "no Add", "no Conv",
+    ],
+)  # fmt: skip
+def test_additions_that_do_not_fuse(nodes: str, inputs: str, tmp_path: Path) -> None:
+    """x ==> Conv --> Add y      (no quantizer: the addition stays a kernel of its own)
+    other --------> ^
+    """
+    placed = Placed(images(nodes, inputs=inputs, s=normal(1, 4, 8, 8)), tmp_path)
+    assert {e.rule for e in placed.plan.edges} == {"weighted-input"}
+
+
+def test_a_convolution_that_is_an_output_does_not_fuse(tmp_path: Path) -> None:
+    """x ==> Conv c --> Add y
+    c --> (output)
+    """
+    model = images(f"c = {SAME}(x, w) y = Add(c, x)")
+    model.graph.output.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.FLOAT, ["N", 4, 8, 8]))
+    assert Placed(model, tmp_path).edges == {("x", "c", 0, "weighted-input")}
+
+
+def test_matmul_does_not_fuse_with_an_addition(tmp_path: Path) -> None:
+    """x ==> MatMul m --> Add y
+    x ---------------> ^
+    """
+    model = net("g (float[N,6] x) => (float[N,6] y) { m = MatMul(x, w) y = Add(m, x) }", w=normal(6, 6))
+    assert Placed(model, tmp_path).edges == {("x", "m", 0, "weighted-input")}
+
+
+# -- patterns
+
+CHAIN = f"a = {SAME}(x, w) r = Relu(a) y = {SAME}(r, v)"
+
+
+def test_excluded_node(tmp_path: Path) -> None:
+    """x --> Conv a --> Relu ==> Conv y"""
+    placed = Placed(images(CHAIN), tmp_path, exclude=["a"])
+    assert placed.skipped == {"a": "excluded"}
+    assert placed.reason("a") == "excluded by 'a'"
+    assert placed.edges == {("r", "y", 0, "weighted-input")}
+    assert placed.weights == {("v", "y", 1, 0)}
+
+
+def test_included_node(tmp_path: Path) -> None:
+    """x ==> Conv a --> Relu --> Conv y"""
+    placed = Placed(images(CHAIN), tmp_path, include=["a"])
+    assert placed.skipped == {"y": "excluded"}
+    assert placed.edges == {("x", "a", 0, "weighted-input")}
+
+
+def test_exclusion_wins_over_inclusion(tmp_path: Path) -> None:
+    placed = Placed(
+        images(CHAIN), tmp_path, include=["op:Conv"], exclude=["y"]
+    )
+    assert placed.skipped == {"y": "excluded"}
+
+
+def test_excluded_operator(tmp_path: Path) -> None:
+    """x --> Conv a --> MatMul y <== [u]"""
+    model = images(f"a = {SAME}(x, w) y = MatMul(a, u)", u=normal(8, 8))
+    assert Placed(model, tmp_path, exclude=["op:Conv"]).skipped == {"a": "excluded"}
+
+
+@pytest.mark.parametrize("name", ["a*", "a?", "a[0]", "a]", "a.(b)|c+$", "op/Conv", "a b"])
+def test_names_full_of_pattern_characters(name: str, tmp_path: Path) -> None:
+    model = images(CHAIN)
+    model.graph.node[0].name = name
+    assert Placed(model, tmp_path, exclude=[name]).skipped == {name: "excluded"}
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("pattern", ["b", "op:Gemm", "Relu", "a?", ""])
+def test_a_pattern_that_matches_nothing(option: str, pattern: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="matches no node"):
+        Placed(images(CHAIN), tmp_path, **{option: [pattern]})
+
+
+# -- nodes that stay in floating point
+
+
+def with_matmul(nodes: str, inputs: str = "float[N,4,8,8] x", **constants: Any) -> onnx.ModelProto:
+    """`nodes` make `t` beside a MatMul that is quantized."""
+    return net(
+        f"g ({inputs}, float[N,6] m) => (float[?,?] y, float t) {{ y = MatMul(m, u) {nodes} }}",
+        u=normal(6, 6),
+        **constants,
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "node", "reason"),
+    [
+        (with_matmul("t = ConvTranspose(x, w)", w=KERNEL), "t", "floating point even between Q/DQ"),
+        (
+            with_matmul('t = Einsum<equation = "nchw,cd->nd">(x, w)', w=normal(4, 5)),
+            "t",
+            "export it as MatMul",
+        ),
+        (
+            with_matmul(
+                "t = LSTM<hidden_size = 2>(x, w, r)", "float[S,N,8] x", w=normal(1, 8, 8), r=normal(1, 8, 2)
+            ),
+            "t",
+            "recurrent",
+        ),
+        (
+            with_matmul(
+                "t = GRU<hidden_size = 2>(x, w, r)", "float[S,N,8] x", w=normal(1, 6, 8), r=normal(1, 6, 2)
+            ),
+            "t",
+            "recurrent",
+        ),
+        (
+            with_matmul(
+                "t = RNN<hidden_size = 2>(x, w, r)", "float[S,N,8] x", w=normal(1, 2, 8), r=normal(1, 2, 2)
+            ),
+            "t",
+            "recurrent",
+        ),
+    ],
+    ids=["ConvTranspose", "Einsum", "LSTM", "GRU", "RNN"],
+)
+def test_operators_without_an_int8_kernel(
+    model: onnx.ModelProto, node: str, reason: str, tmp_path: Path
+) -> None:
+    """x --> op t
+    m ==> MatMul y
+    """
+    placed = Placed(model, tmp_path)
+    assert placed.skipped == {node: "no-int8-kernel"}
+    assert reason in placed.reason(node)
+    assert placed.edges == {("m", "y", 0, "weighted-input")}
+
+
+def test_integer_matmul(tmp_path: Path) -> None:
+    """i (int32) --> MatMul t
+    m (float) ==> MatMul y
+    """
+    model = with_matmul("t = MatMul(i, j)", "int32[N,4] i", j=np.ones((4, 4), np.int32))
+    model.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.INT32
+    placed = Placed(model, tmp_path)
+    assert placed.skipped == {"t": "not-floating-point"}
+    assert "int32" in placed.reason("t")
+
+
+@pytest.mark.parametrize("arguments", ["x, v", "v, x"])
+def test_vectors(arguments: str, tmp_path: Path) -> None:
+    """x --> MatMul t <-- v (a vector)
+    m ==> MatMul y
+    """
+    placed = Placed(with_matmul(f"t = MatMul({arguments})", "float[4,4] x", v=normal(4)), tmp_path)
+    assert placed.skipped == {"t": "vector-operand"}
+
+
+def test_bodies_of_control_flow(tmp_path: Path) -> None:
+    """c --> If y { MatMul, or If { MatMul } }
+    x ==> MatMul t
+    """
+    model = net(
+        """g (float[N,4] x, bool c) => (float[N,4] y) {
+            t = MatMul(x, w)
+            y = If(c) <
+                then_branch = one () => (float[N,4] a) { a = MatMul(t, w) },
+                else_branch = two () => (float[N,4] b) {
+                    b = If(c) <then_branch = three () => (float[N,4] d) { d = MatMul(t, w) },
+                               else_branch = four () => (float[N,4] e) { e = Relu(t) }>
+                }
+            >
+        }""",
+        w=normal(4, 4),
+    )
+    placed = Placed(model, tmp_path)
+    assert [(n.op, n.int8, n.rule) for n in placed.plan.nodes] == [
+        ("MatMul", True, "weighted"),
+        ("MatMul", False, "subgraph"),
+        ("MatMul", False, "subgraph"),
+    ]
+    assert len({n.name for n in placed.plan.nodes}) == 3
+    assert placed.edges == {("x", "t", 0, "weighted-input")}
+
+
+# -- models that cannot be placed
+
+
+def test_nothing_to_quantize(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no node of the model can be quantized[\s\S]*it has no Conv"):
+        Placed(net("g (float[N] x) => (float[N] y) { y = Relu(x) }"), tmp_path)
+
+
+def test_everything_excluded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no node[\s\S]*a \(Conv\): excluded by '\*'"):
+        Placed(images(CHAIN), tmp_path, exclude=["*"])
+
+
+def test_a_model_that_is_quantized_already(tmp_path: Path) -> None:
+    model = net(
+        "g (float[N,4] x) => (float[N,4] y) { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
+        " y = MatMul(d, w) }",
+        s=np.float32(0.1),
+        z=np.int8(0),
+        w=normal(4, 4),
+    )
+    with pytest.raises(InputError, match=r"quantized already[\s\S]*trtq gate"):
+        Placed(model, tmp_path)
+
+
+# -- the plan as a whole
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    ops=st.lists(st.sampled_from(["conv", "relu", "up", "add", "abs"]), min_size=1, max_size=8),
+    data=st.data(),
+)
+def test_every_weighted_node_is_in_the_plan_once(
+    ops: list[str], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tensors, nodes = ["x"], []
+    for index, op in enumerate(["conv", *ops]):
+        name, source = f"t{index}", data.draw(st.sampled_from(tensors))
+        other = data.draw(st.sampled_from(tensors))
+        nodes.append({
+            "conv": f"{name} = {SAME}({source}, w)",
+            "relu": f"{name} = Relu({source})",
+            "up": f"{name} = ConvTranspose<pads = [1,1,1,1]>({source}, w)",
+            "add": f"{name} = Add({source}, {other})",
+            "abs": f"{name} = Abs({source})",
+        }[op])  # fmt: skip
+        tensors.append(name)
+    every = ", ".join(tensors)
+    model = images(f"{' '.join(nodes)} y = Sum({every})")
+    placed = Placed(model, tmp_path_factory.mktemp("model"))
+    weighted = [n.name for n in placed.model.graph.nodes if n.op in WEIGHTED_OPS]
+    assert [n.name for n in placed.plan.nodes] == weighted
+    assert all(n.reason and n.rule for n in placed.plan.nodes)
+    assert set(placed.plan.int8_nodes) == {w.node for w in placed.plan.weights}
+    assert len(placed.plan.edges) == len({(e.node, e.index) for e in placed.plan.edges})
+
+
+def test_share_of_the_multiply_accumulates(tmp_path: Path) -> None:
+    """a: 8 x 8 positions x 4 x 4 x 9 = 9216; y: 8 x 8 x 4 x 2 = 512."""
+    model = images(f"a = {SAME}(x, w) y = Conv(a, k)", k=normal(2, 4, 1, 1))
+    placed = Placed(model, tmp_path, exclude=["y"], input_shapes={"x": (1, 4, 8, 8)})
+    assert [n.macs for n in placed.plan.nodes] == [9216, 512]
+    assert placed.plan.mac_share() == 9216 / (9216 + 512)
+    assert placed.plan.mac_share({"y"}) == 512 / (9216 + 512)
+    assert Placed(model, tmp_path).plan.mac_share() is None
+
+
+def test_plan_as_json(tmp_path: Path) -> None:
+    plan = Placed(images(f"c = {SAME}(x, w) y = Add(c, x)"), tmp_path, input_shapes={"x": (1, 4, 8, 8)}).plan
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.edges[0] == Edge("x", "c", 0, "weighted-input", "x")
+    assert plan.weights == [Weight("w", "c", 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "3",
+        '"text"',
+        "{}",
+        '{"format": "trtq-plan-0", "model": "", "nodes": [], "edges": [], "weights": []}',
+        '{"format": "trtq-plan-1", "model": "", "nodes": [], "edges": []}',
+        '{"format": "trtq-plan-1", "model": "", "nodes": 3, "edges": [], "weights": []}',
+        '{"format": "trtq-plan-1", "model": "", "nodes": ["a"], "edges": [], "weights": []}',
+        '{"format": "trtq-plan-1", "model": "", "nodes": [], "edges": [{"tensor": "x"}], "weights": []}',
+        '{"format": "trtq-plan-1", "model": "", "nodes": [], "edges": [], "weights": [{"what": "x"}]}',
+    ],
+)
+def test_a_damaged_plan(content: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(InputError, match="plan") as caught:
+        Plan.load(tmp_path / "plan.json")
+    assert caught.value.file == str(tmp_path / "plan.json")
+
+
+def test_a_missing_plan(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the plan"):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_plan_json_is_plain(tmp_path: Path) -> None:
+    plan = Placed(images(f"y = {SAME}(x, w)"), tmp_path).plan
+    assert json.loads(json.dumps(plan.to_json())) == plan.to_json()

@@ -1,0 +1,163 @@
+"""The range of each tensor by its effect on the outputs: a search beyond one method for all.
+
+The tensor whose rounding matters most is not the one with the largest error of its own: what a residual
+stream loses, every later layer sees. So, after one method is chosen for all, each tensor in the order of
+the graph tries every other method and some narrower ranges, and keeps the one with the best
+signal-to-quantization-noise ratio of the model's outputs. Scales are run-time inputs of one session.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trtq.backends.onnxruntime import simulation_session
+from trtq.calibration.methods import Method, scaled
+from trtq.calibration.statistics import Statistics
+from trtq.choose import scales_from
+from trtq.console import Console
+from trtq.data.batches import Arrays, Batch, batches
+from trtq.data.samples import Samples
+from trtq.gate.similarity import sqnr_db
+from trtq.graph.model import serialized
+from trtq.graph.plan import Plan
+from trtq.graph.rewrite import rewrite, scales_as_inputs
+from trtq.numerics import scale_from_amax
+
+NARROWER = (0.9, 0.8, 0.65)
+"""Factors on the chosen method's amax that are tried as well."""
+
+FEWEST_ROWS, MOST_ROWS = 16, 128
+MAC_BUDGET = 3e12
+"""Rows are as many as fit into this many multiply-accumulates for the whole search, within those bounds."""
+
+LEAST_GAIN_DB = 0.01
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What the search found: the tensors that do better with a method of their own."""
+
+    exceptions: Mapping[str, Method]
+    rows: int
+    runs: int
+
+
+def refine_ranges(
+    graph: gs.Graph,
+    plan: Plan,
+    statistics: Statistics,
+    start: Method,
+    methods: Sequence[Method],
+    samples: Samples,
+    console: Console,
+    *,
+    weights: str = "int8",
+    workers: int | None = None,
+) -> Refinement:
+    """One pass of coordinate search over the tensors' ranges.
+
+    The result depends on neither the number of workers nor the time it takes: every run is on one thread,
+    and the number of rows follows from the model's multiply-accumulates.
+
+    Args:
+        graph: folded, in the precision of the rest.
+        statistics: of the plan's tensors.
+        start: the method for tensors that no other does better for.
+        methods: the others to try, besides `NARROWER` ranges of `start`.
+        samples: the rows to measure on; an evenly spread part of them is used.
+        workers: runs at once; default: one for each processor.
+    """
+    options = {
+        tensor: _options(
+            tensor, statistics, [*methods, *(scaled(start, factor) for factor in NARROWER)], start
+        )
+        for tensor in plan.tensors
+    }
+    runs = sum(len(tried) for tried in options.values())
+    rows = _row_count(plan, runs, len(samples))
+    part = _spread(samples, rows)
+    reference = _Runner(graph, {})
+    expected = [reference.run(batch, {}) for batch in part]
+    current = scales_from(statistics, start)
+    quantized = rewrite(graph, plan, current, weights=weights)
+    runner = _Runner(quantized, scales_as_inputs(quantized, plan.tensors))
+    exceptions: dict[str, Method] = {}
+
+    def score(scales: Mapping[str, np.float32]) -> float:
+        found = [runner.run(batch, scales) for batch in part]
+        return float(np.mean([_sqnr(expected, found, name) for name in expected[0]]))
+
+    best = score(current)
+    with (
+        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+        console.progress("ranges", runs, "run") as advance,
+    ):
+        for tensor, tried in options.items():
+            trials = [{**current, tensor: scale} for scale in tried.values()]
+            scores = list(pool.map(score, trials))
+            advance(len(trials))
+            if scores and max(scores) > best + LEAST_GAIN_DB:
+                index = int(np.argmax(scores))
+                best, current = scores[index], trials[index]
+                exceptions[tensor] = list(tried)[index]
+    return Refinement(exceptions, rows, runs)
+
+
+def _options(
+    tensor: str, statistics: Statistics, methods: Sequence[Method], start: Method
+) -> dict[Method, np.float32]:
+    """Methods whose scale for the tensor differs by 1 % or more from `start`'s and from each other's."""
+    histogram = statistics.histograms[tensor]
+    seen = [float(scale_from_amax(start.amax(histogram)))]
+    options: dict[Method, np.float32] = {}
+    for method in methods:
+        scale = scale_from_amax(method.amax(histogram))
+        if all(abs(float(scale) / other - 1) >= 0.01 for other in seen):
+            seen.append(float(scale))
+            options[method] = np.float32(scale)
+    return options
+
+
+def _row_count(plan: Plan, runs: int, available: int) -> int:
+    per_row = sum(node.macs or 0 for node in plan.nodes) / max(plan.batch, 1)
+    affordable = MAC_BUDGET / max(per_row * runs, 1)
+    return int(min(available, MOST_ROWS, max(FEWEST_ROWS, affordable)))
+
+
+def _spread(samples: Samples, rows: int) -> list[Batch]:
+    """About `rows` rows, as whole samples evenly spread over the data, in batches."""
+    groups = len(samples) // samples.group
+    wanted = max(rows // samples.group, 1)
+    chosen = sorted({i * groups // wanted for i in range(wanted)})
+    sizes = {spec.shape[0] for spec in samples.specs if spec.shape and isinstance(spec.shape[0], int)}
+    fixed = max(sizes, default=0)
+    return list(batches(samples.subset(chosen).rows(), fixed or BATCH, fixed or 1))
+
+
+def _sqnr(expected: Sequence[Arrays], found: Sequence[Arrays], name: str) -> float:
+    parts = ([outputs[name].ravel() for outputs in side] for side in (expected, found))
+    reference, candidate = (np.concatenate(list(part)) for part in parts)
+    return float(sqnr_db(reference, candidate)[0])
+
+
+class _Runner:
+    """A graph's session; scales go in through its `inputs` (tensor -> input name)."""
+
+    def __init__(self, graph: gs.Graph, inputs: Mapping[str, str]) -> None:
+        with serialized(graph) as source:
+            self._session = simulation_session(source, threads=1)
+        self._names = [tensor.name for tensor in graph.outputs]
+        self._inputs = inputs
+        self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
+
+    def run(self, batch: Batch, scales: Mapping[str, np.float32]) -> Arrays:
+        feed = {name: np.array(scales[t], self._dtypes[name]) for t, name in self._inputs.items()}
+        outputs = self._session.run(self._names, {**batch.feed, **feed})
+        return dict(zip(self._names, outputs, strict=True))
