@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import trtq
+from trtq import __version__
 from trtq.errors import InputError
 from trtq.files import PathLike, sha256_bytes, sha256_json, write_bytes, write_json
 
@@ -48,7 +48,7 @@ class Key:
             "kind": self.kind,
             "model": self.model,
             "data": self.data,
-            "trtq": trtq.__version__,
+            "trtq": __version__,
             **self.detail,
         }
 
@@ -109,7 +109,8 @@ class Cache:
         """Every entry of the cache, verified, in the order of their paths."""
         for suffix in sorted(set(SUFFIXES.values())):
             for path in sorted(Path(self.root).glob(f"*/*/*.{suffix}")):
-                yield _entry(path)
+                if entry := _entry(path):
+                    yield entry
 
     def prune(self, keep: Callable[[Entry], bool]) -> list[Entry]:
         """Remove and return the entries that `keep` does not want."""
@@ -128,14 +129,19 @@ def remove(path: PathLike) -> None:
         raise InputError("cannot remove the cache entry", file=path, cause=error.strerror) from error
 
 
-def _entry(path: Path) -> Entry:
+def _entry(path: Path) -> Entry | None:
+    """The entry at `path`, verified; None where another process has just removed it."""
+    try:
+        size = path.lstat().st_size
+    except FileNotFoundError:
+        return None
     try:
         content, record = _read(path)
     except (OSError, ValueError) as error:
-        return Entry(path, {}, path.stat().st_size, f"unreadable: {error}")
+        return Entry(path, {}, size, f"unreadable: {error}")
     damaged = record.get("sha256") != sha256_bytes(content)
     key = {name: value for name, value in record.items() if name != "sha256"}
-    return Entry(path, key, len(content), "its hash does not match" if damaged else None)
+    return Entry(path, key, size, "its hash does not match" if damaged else None)
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:

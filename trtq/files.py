@@ -24,10 +24,12 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     writer or Ctrl-C never sees half a file. Missing parent folders are made.
 
     Raises:
-        InputError: the folder cannot be written to, or the disk is full.
+        InputError: the folder cannot be written to, the disk is full, or `path` is a folder or a device.
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a device such as /dev/null would be replaced by a file
+            raise OSError("it is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)

@@ -353,3 +353,28 @@ def test_zoo_stsb(zoo: Path) -> None:
     assert (len(samples), samples.group, list(samples.targets)) == (512, 2, ["score"])
     kept, held_back = samples.split()
     assert (len(kept), len(held_back), len(held_back.targets["score"])) == (384, 128, 64)
+
+
+def test_a_script_may_fill_one_buffer_again_and_again(tmp_path: Path) -> None:
+    body = (
+        "def feeds():\n    x = np.zeros((1, 3), np.float32)\n    for i in range(3):\n"
+        "        x[:] = i\n        yield {'x': x}\n"
+    )
+    samples = load_samples(script(tmp_path, body), [vector()])
+    np.testing.assert_array_equal(stacked(samples, "x")[:, 0], [0, 1, 2])
+
+
+def test_an_array_that_only_later_parts_have_is_not_dropped(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=X)
+    np.savez(tmp_path / "b.npz", x=X, label=LABELS)
+    assert "not every part of the data has an array 'label'" in message_of(tmp_path, [vector()])
+
+
+def test_a_row_of_the_csv_without_a_file(folder: Path) -> None:
+    (folder / "t.csv").write_text("label,file\n1,0.png\n2\n")
+    assert "row 1 of the CSV names no file" in message_of(folder, IMAGE, SPEC)
+
+
+def test_a_label_beyond_int64_is_a_float(folder: Path) -> None:
+    (folder / "t.csv").write_text(f"file,label\n0.png,{10**20}\n")
+    np.testing.assert_array_equal(load_samples(str(folder), IMAGE, SPEC).targets["label"], [1e20])

@@ -140,3 +140,10 @@ def test_a_file_that_is_no_image(content, tmp_path) -> None:
         file.write_bytes(content)
     with pytest.raises(InputError, match="cannot read the image"):
         decode_image(file)
+
+
+@pytest.mark.parametrize("option", ["resize", "crop"])
+@pytest.mark.parametrize("value", [[8], [8, 8, 3], []])
+def test_a_size_is_one_number_or_two(option, value) -> None:
+    with pytest.raises(InputError, match=option):
+        Preprocess.parse("x", {option: value})

@@ -147,3 +147,9 @@ def test_a_split_is_disjoint_complete_and_strided(groups: int, k: int, every: in
 
 def test_without_targets_a_group_is_a_row() -> None:
     assert samples_of(np.zeros((6, 1), np.float32)).group == 1
+
+
+def test_an_input_that_is_one_number_per_row() -> None:
+    samples = samples_of(np.array([5, 6, 7]), np.int64, ("N",))
+    assert [row["x"].shape for row in samples.rows()] == [(1,)] * 3
+    assert [int(row["x"][0]) for row in samples.rows()] == [5, 6, 7]

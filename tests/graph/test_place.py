@@ -319,9 +319,7 @@ def test_included_node(tmp_path: Path) -> None:
 
 
 def test_exclusion_wins_over_inclusion(tmp_path: Path) -> None:
-    placed = Placed(
-        images(CHAIN), tmp_path, include=["op:Conv"], exclude=["y"]
-    )
+    placed = Placed(images(CHAIN), tmp_path, include=["op:Conv"], exclude=["y"])
     assert placed.skipped == {"y": "excluded"}
 
 

@@ -55,26 +55,34 @@ def collect(
     size = _fixed_batch(graph)
     feeds = batches(samples.rows(), size, size)
     lock = threading.Lock()
+    stop = threading.Event()
 
     def work() -> Statistics:
         statistics = Statistics.empty(tensors)
-        while (batch := _next(feeds, lock)) is not None:
-            values = dict(batch.feed)
-            if session is not None:
-                values.update(zip(fetched, _run(session, fetched, batch), strict=True))
-            for name in tensors:
-                _add(statistics, name, values[name], batch)
-            statistics.rows += batch.rows
-            if progress:
-                with lock:
-                    progress(batch.rows)
+        try:
+            while not stop.is_set() and (batch := _next(feeds, lock)) is not None:
+                values = dict(batch.feed)
+                if session is not None:
+                    values.update(zip(fetched, _run(session, fetched, batch), strict=True))
+                for name in tensors:
+                    _add(statistics, name, values[name], batch)
+                statistics.rows += batch.rows
+                if progress:
+                    with lock:
+                        progress(batch.rows)
+        except BaseException:
+            stop.set()
+            raise
         return statistics
 
     workers = min(workers or os.cpu_count() or 1, max(len(samples), 1))
     total = Statistics.empty(tensors)
     with ThreadPoolExecutor(workers) as pool:
-        for shard in pool.map(lambda _: work(), range(workers)):
-            total.merge(shard)
+        try:
+            for shard in pool.map(lambda _: work(), range(workers)):
+                total.merge(shard)
+        finally:  # Ctrl-C reaches only this thread
+            stop.set()
     return total
 
 
@@ -87,7 +95,7 @@ def _run(session: Any, names: list[str], batch: Batch) -> list[Any]:
     try:
         return list(session.run(names, batch.feed))
     except Exception as error:
-        raise InputError(f"the model does not run on row {batch.start} of the data", cause=error) from error
+        raise InputError(f"the model does not run on {_rows(batch)} of the data", cause=error) from error
 
 
 def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch) -> None:
@@ -98,10 +106,16 @@ def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch) ->
         statistics.histograms[name].add(values)
     except NonFiniteError as error:
         raise InputError(
-            f"tensor '{name}' is not finite for row {batch.start} of the data",
+            f"tensor '{name}' is not finite for {_rows(batch)} of the data",
             cause=f"{error} are NaN or infinite",
             remedy="look at that sample, or at the model: an fp32 model must be finite on its own data",
         ) from error
+
+
+def _rows(batch: Batch) -> str:
+    """The batch's rows, for a message."""
+    last = batch.start + batch.rows - 1
+    return f"row {last}" if batch.rows == 1 else f"rows {batch.start} to {last}"
 
 
 def _only(graph: gs.Graph, tensors: Sequence[str]) -> gs.Graph:

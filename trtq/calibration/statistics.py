@@ -77,7 +77,7 @@ class Histogram:
             limit = _bits_of_power(self.exponent)
             scale = np.float32(1 / self.bin_width)
             position = kernels.count(flat.view(np.int32), flat, position, scale, limit, extrema, self.counts)
-            low, high = (float(x) for x in _ordered(extrema).view(np.float32))
+            low, high = (float(x) + 0.0 for x in _ordered(extrema).view(np.float32))  # -0.0 becomes 0.0
             if not (math.isfinite(low) and math.isfinite(high)) and flat.size:
                 raise NonFiniteError(f"{np.count_nonzero(~np.isfinite(flat))} of {flat.size} values")
             self.low, self.high = low, high

@@ -24,7 +24,7 @@ from trtq.files import PathLike, read_json, sha256_bytes, write_bytes, write_jso
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration", "EntropyCalibration", "LegacyCalibration")
 
-_HEADER = re.compile(r"TRT-(\d+)-(\w+)")
+_HEADER = re.compile(r"TRT-([1-9]\d{3,5})-(\w+)", re.ASCII)
 _ROW = re.compile(r"(?P<name>.+): (?P<scale>[0-9a-fA-F]{8})")
 
 
@@ -50,7 +50,17 @@ class Table:
         return f"TRT-{self.version}-{self.algorithm}"
 
     def to_bytes(self) -> bytes:
-        """The file in TensorRT's format."""
+        """The file in TensorRT's format.
+
+        Raises:
+            InputError: a tensor's name has a line break, which the format cannot hold.
+        """
+        if broken := [name for name in self.scales if "\n" in name]:
+            raise InputError(
+                f"a calibration table cannot hold the tensor name {broken[0]!r}",
+                cause="its format has one line per tensor",
+                remedy="rename the tensor in the model",
+            )
         rows = (f"{name}: {_to_hex(scale)}\n" for name, scale in self.scales.items())
         return (self.header + "\n" + "".join(rows)).encode()
 
@@ -71,10 +81,10 @@ class Table:
             )
 
         try:
-            lines = content.decode().splitlines()
+            lines = content.decode().split("\n")
         except UnicodeDecodeError as error:
             raise bad(1, "it is not text") from error
-        header = _HEADER.fullmatch(lines[0].strip()) if lines else None
+        header = _HEADER.fullmatch(lines[0].strip())
         if header is None:
             raise bad(1, "the header 'TRT-<version>-<algorithm>' is missing")
         scales: dict[str, np.float32] = {}

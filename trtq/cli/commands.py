@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from trtq.console import Console
+from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.errors import ExitCode, InputError
 from trtq.files import write_json, write_text
 from trtq.recipe import Recipe
@@ -21,42 +18,6 @@ _ENGINE = ("backend", "target", "profile", "batch", "min_int8")
 _GATE = ("eval", "metric", "max_drop", "confidence", "require_engine")
 
 
-@dataclass(frozen=True)
-class Argument:
-    """An argument that is not an option of recipes."""
-
-    names: tuple[str, ...]
-    settings: dict[str, Any]
-
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(*self.names, **self.settings)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command: `options` are names of recipe options, `arguments` those that are its own."""
-
-    name: str
-    summary: str
-    run: Callable[[argparse.Namespace], int]
-    options: tuple[str, ...] = ()
-    arguments: tuple[Argument, ...] = ()
-
-
-def _argument(*names: str, **settings: Any) -> Argument:
-    return Argument(names, settings)
-
-
-def recipe_of(given: argparse.Namespace) -> Recipe:
-    """The recipe file's options with the command line's on top."""
-    base = Recipe.load(given.recipe) if given.recipe else Recipe()
-    return base.merged(vars(given))
-
-
-def _console(given: argparse.Namespace) -> Console:
-    return Console(quiet=given.quiet)
-
-
 def _deploy(given: argparse.Namespace) -> int:
     return _run_deploy(recipe_of(given), given)
 
@@ -65,7 +26,7 @@ def _run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
     from trtq.pipeline import deploy
 
     started = time.perf_counter()
-    result = deploy(recipe, given.command_line, _console(given))
+    result = deploy(recipe, given.command_line, console_of(given))
     print(result.verdict.text().splitlines()[0])
     for check in result.checks:
         print(f"{'PASS' if check.ok else 'FAIL'}  {check.message}")
@@ -93,7 +54,7 @@ def _calibrate(given: argparse.Namespace) -> int:
     from trtq.graph.half import convert_to_half
     from trtq.graph.place import place
 
-    recipe, console = recipe_of(given), _console(given)
+    recipe, console = recipe_of(given), console_of(given)
     recipe.need("model", "data", "output")
     assert recipe.data is not None
     assert recipe.output is not None
@@ -117,7 +78,7 @@ def _quantize(given: argparse.Namespace) -> int:
     from trtq.graph.place import place
     from trtq.graph.rewrite import rewrite
 
-    recipe, console = recipe_of(given), _console(given)
+    recipe, console = recipe_of(given), console_of(given)
     recipe.need("model", "output")
     assert recipe.output is not None
     if (given.table is None) == (recipe.data is None):
@@ -179,7 +140,7 @@ def _gate(given: argparse.Namespace) -> int:
     from trtq.graph.model import load_model
     from trtq.report.junit import junit_xml
 
-    recipe, console = recipe_of(given), _console(given)
+    recipe, console = recipe_of(given), console_of(given)
     recipe.need("eval", "metric")
     assert recipe.eval is not None
     assert recipe.metric is not None
@@ -282,7 +243,7 @@ COMMANDS: tuple[Command, ...] = (
         "insert Q/DQ: write an explicit INT8 model",
         _quantize,
         ("model", "output", *_CALIBRATION, *_PLACEMENT),
-        (_argument("--table", metavar="TABLE", help="take the scales from this table"),),
+        (argument("--table", metavar="TABLE", help="take the scales from this table"),),
     ),
     Command(
         "build",
@@ -296,10 +257,10 @@ COMMANDS: tuple[Command, ...] = (
         _gate,
         (*_GATE, "batch", "threads", "cache"),
         (
-            _argument("reference", metavar="REFERENCE", help="the fp32 ONNX model"),
-            _argument("candidate", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"),
-            _argument("--json", metavar="F", help="write the verdict as JSON"),
-            _argument("--junit", metavar="F", help="write the verdict as JUnit XML"),
+            argument("reference", metavar="REFERENCE", help="the fp32 ONNX model"),
+            argument("candidate", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"),
+            argument("--json", metavar="F", help="write the verdict as JSON"),
+            argument("--junit", metavar="F", help="write the verdict as JUnit XML"),
         ),
     ),
     Command(
@@ -307,8 +268,8 @@ COMMANDS: tuple[Command, ...] = (
         "describe a model, plan, table, engine or statistics file",
         _inspect,
         arguments=(
-            _argument("file", metavar="FILE"),
-            _argument("--json", action="store_true", help="print JSON"),
+            argument("file", metavar="FILE"),
+            argument("--json", action="store_true", help="print JSON"),
         ),
     ),
     Command(
@@ -316,16 +277,16 @@ COMMANDS: tuple[Command, ...] = (
         "list, show, verify or prune what is cached",
         _cache,
         arguments=(
-            _argument("action", choices=("list", "show", "verify", "prune")),
-            _argument("--cache", metavar="DIR", help="default: $TRTQ_CACHE or the user's cache folder"),
-            _argument("--days", type=float, default=30.0, help="prune: keep entries younger than this (30)"),
+            argument("action", choices=("list", "show", "verify", "prune")),
+            argument("--cache", metavar="DIR", help="default: $TRTQ_CACHE or the user's cache folder"),
+            argument("--days", type=float, default=30.0, help="prune: keep entries younger than this (30)"),
         ),
     ),
     Command(
         "report",
         "write report.html again from a folder of results",
         _report,
-        arguments=(_argument("folder", metavar="DIR"),),
+        arguments=(argument("folder", metavar="DIR"),),
     ),
     Command("doctor", "what is installed, what works here, and what to install for the rest", _doctor),
 )

@@ -222,12 +222,12 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
             records = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError("cannot read the CSV", file=path, cause=error) from error
-    if not records or not all(record.get("file") for record in records):
+    if not records or not records[0].get("file"):
         raise InputError(
-            "the CSV does not list images",
-            file=path,
-            remedy="it needs a header with a column `file`, and a file in every row",
+            "the CSV lists no images", file=path, remedy="it needs a header with a column `file`, and rows"
         )
+    if empty := [index for index, record in enumerate(records) if not record["file"]]:
+        raise InputError(f"row {empty[0]} of the CSV names no file", file=path)
     targets: dict[str, Column] = {}
     for name in records[0]:
         if name == "file" or name is None:

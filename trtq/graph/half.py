@@ -13,7 +13,6 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
-from trtq.graph.model import FP16_SCALE_OPSET
 
 SQUARING_OPS = frozenset({"Pow", "ReduceL2", "ReduceSumSquare"})
 """Operators that stay float32: the square of 257 is beyond float16's range."""
@@ -51,14 +50,14 @@ def convert_to_half(graph: gs.Graph) -> gs.Graph:
         if (
             tensor.dtype == np.float32
             and tensor not in graph.inputs
-            and _made_in_half(tensor.inputs[0], tensor)
+            and _made_in_half(tensor.inputs[0], tensor, graph.opset)
         ):
             tensor.dtype = np.dtype(np.float16)
     for node in nodes:
         _set_output_dtype(node)
         for index, tensor in enumerate(node.inputs):
             if tensor.name and tensor.dtype in _CAST_TO:
-                wanted = np.dtype(np.float16 if _takes_half(node, index) else np.float32)
+                wanted = np.dtype(np.float16 if _takes_half(node, index, graph.opset) else np.float32)
                 node.inputs[index] = _as(graph, casts, tensor, wanted)
     for index, output in enumerate(graph.outputs):
         if output.dtype == np.float16:
@@ -66,26 +65,26 @@ def convert_to_half(graph: gs.Graph) -> gs.Graph:
     return graph.toposort()
 
 
-def _takes_half(node: gs.Node, index: int) -> bool:
+def _takes_half(node: gs.Node, index: int, opset: int) -> bool:
     """Whether a float input may be float16, by the operator's schema."""
-    schema = _schema(node)
+    schema = _schema(node, opset)
     formal = schema.inputs[min(index, len(schema.inputs) - 1)]
     return node.op not in SQUARING_OPS and _allows_half(schema, formal.type_str)
 
 
-def _made_in_half(node: gs.Node, tensor: gs.Variable) -> bool:
+def _made_in_half(node: gs.Node, tensor: gs.Variable, opset: int) -> bool:
     """Whether a float32 output of `node` becomes float16."""
     if node.op in ("Cast", "ConstantOfShape"):
         return True
-    schema = _schema(node)
+    schema = _schema(node, opset)
     index = next(i for i, t in enumerate(node.outputs) if t is tensor)
     formal = schema.outputs[min(index, len(schema.outputs) - 1)]
     tied = any(f.type_str == formal.type_str for f in schema.inputs)
     return tied and node.op not in SQUARING_OPS and _allows_half(schema, formal.type_str)
 
 
-def _schema(node: gs.Node) -> onnx.defs.OpSchema:
-    return onnx.defs.get_schema(node.op, FP16_SCALE_OPSET, node.domain or "")
+def _schema(node: gs.Node, opset: int) -> onnx.defs.OpSchema:
+    return onnx.defs.get_schema(node.op, opset, node.domain or "")
 
 
 def _allows_half(schema: onnx.defs.OpSchema, type_str: str) -> bool:
