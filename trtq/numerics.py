@@ -106,7 +106,7 @@ def dequantize(
     codes, scale = np.asarray(codes), np.asarray(scale)
     dtype = scale.dtype if np.issubdtype(scale.dtype, np.floating) else np.dtype(np.float64)
     centred = codes.astype(np.int32) - _along(np.asarray(zero_point, dtype=np.int32), axis, codes.ndim)
-    return centred.astype(dtype) * _along(scale.astype(dtype), axis, codes.ndim)
+    return (centred * _along(scale, axis, codes.ndim)).astype(dtype)  # in float64: rounded once
 
 
 def fake_quantize(

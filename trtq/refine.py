@@ -33,7 +33,7 @@ NARROWER = (0.9, 0.8, 0.65)
 """Factors on the chosen method's amax that are tried as well."""
 
 FEWEST_ROWS, MOST_ROWS = 16, 128
-MAC_BUDGET = 3e12
+MAC_BUDGET = 2e12
 """Rows are as many as fit into this many multiply-accumulates for the whole search, within those bounds."""
 
 LEAST_GAIN_DB = 0.01

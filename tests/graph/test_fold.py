@@ -90,9 +90,9 @@ def test_batch_norm_goes_into_gemm(attributes: str, bias_shape: tuple[int, ...] 
     }
     if bias_shape is not None:
         constants["b"] = normal(*bias_shape, seed=3)
+    arguments = "x, w, b" if "b" in constants else "x, w"
     model = net(
-        f"g (float[A,B] x) => (float[N,5] y) {{ c = Gemm<{attributes}>(x, w{', b' if 'b' in constants else ''})"
-        f" {NORM.format('')} }}",
+        f"g (float[A,B] x) => (float[N,5] y) {{ c = Gemm<{attributes}>({arguments}) {NORM.format('')} }}",
         **constants,
     )
     x = normal(4, 3, seed=1)
@@ -144,7 +144,8 @@ def test_float16_weights_stay_float16() -> None:
         ("c = Abs(x) y = BatchNormalization(c, gamma, beta, mean, variance)", "y", 1),
         ("w2 = Mul(x, x) c = Conv(x, w2) y = BatchNormalization(c, gamma, beta, mean, variance)", "y", 1),
         (
-            "g2 = ReduceSum<keepdims=0>(x, a) c = Conv(x, w) y = BatchNormalization(c, g2, beta, mean, variance)",
+            "g2 = ReduceSum<keepdims=0>(x, a) c = Conv(x, w)"
+            " y = BatchNormalization(c, g2, beta, mean, variance)",
             "y",
             1,
         ),
@@ -177,9 +178,15 @@ def test_batch_norm_in_training_mode_stays() -> None:
 
 
 def padded(
-    pads: list[int], *, opset: int = 13, value: Any = None, axes: list[int] | None = None, mode: str = "constant",
-    conv: str = "", rank: int = 4,
-) -> onnx.ModelProto:  # fmt: skip
+    pads: list[int],
+    *,
+    opset: int = 13,
+    value: Any = None,
+    axes: list[int] | None = None,
+    mode: str = "constant",
+    conv: str = "",
+    rank: int = 4,
+) -> onnx.ModelProto:
     constants: dict[str, Any] = {"w": normal(5, 3, *[3] * (rank - 2)), "pads": np.int64(pads)}
     if value is not None:
         constants["value"] = np.float32(value)
@@ -273,7 +280,8 @@ def test_a_pad_by_computed_amounts_stays() -> None:
 
 def test_what_does_not_depend_on_the_inputs_is_evaluated() -> None:
     model = net(
-        "g (float[N,3] x) => (float[N,5] y) { t = Transpose(w) u = Add(t, b) v = Mul(u, u) y = MatMul(x, v) }",
+        "g (float[N,3] x) => (float[N,5] y) { t = Transpose(w) u = Add(t, b)"
+        " v = Mul(u, u) y = MatMul(x, v) }",
         w=normal(5, 3),
         b=normal(5),
     )
@@ -286,7 +294,7 @@ def test_every_tensor_has_a_dtype_and_known_dimensions() -> None:
     model = net(
         "g (float[N,3,8,8] x) => (float[?,?,?,?] y) { c = Conv(x, w) s = Shape(c) r = Relu(c)"
         " k = Greater(r, z) f = Cast<to = 1>(k) y = Mul(r, f) }",
-        w=normal(16, 3, 3, 3) * np.ones((16, 3, 3, 3), np.float32),
+        w=normal(16, 3, 3, 3),
         z=np.float32(0),
     )
     graph = folded(model, normal(2, 3, 8, 8))

@@ -151,7 +151,8 @@ def test_an_input_read_by_several_nodes_needs_one_range(tmp_path: Path) -> None:
     x ==> MatMul k ------^      (and q, k are themselves quantized in front of y)
     """
     model = net(
-        "g (float[5,6] x) => (float[5,5] y) { q = MatMul(x, w) k = MatMul(x, v) t = Transpose(k) y = MatMul(q, t) }",
+        "g (float[5,6] x) => (float[5,5] y) { q = MatMul(x, w) k = MatMul(x, v)"
+        " t = Transpose(k) y = MatMul(q, t) }",
         w=normal(6, 6),
         v=normal(6, 6, seed=1),
     )
@@ -295,6 +296,62 @@ def test_matmul_does_not_fuse_with_an_addition(tmp_path: Path) -> None:
     """
     model = net("g (float[N,6] x) => (float[N,6] y) { m = MatMul(x, w) y = Add(m, x) }", w=normal(6, 6))
     assert Placed(model, tmp_path).edges == {("x", "m", 0, "weighted-input")}
+
+
+# -- one range for values that are only moved
+
+
+def ranges(nodes: str, folder: Path, **constants: Any) -> dict[str, str]:
+    """Quantized tensor -> the tensor whose range it takes."""
+    placed = Placed(images(nodes, **constants), folder)
+    assert set(placed.plan.tensors) == {e.range for e in placed.plan.edges}
+    return {e.tensor: e.range for e in placed.plan.edges}
+
+
+POOL = "MaxPool<kernel_shape = [2,2], strides = [2,2]>"
+
+
+def test_moved_values_take_the_range_of_where_they_come_from(tmp_path: Path) -> None:
+    """x ==> Conv a
+    x --> MaxPool p ==> Conv b      (p's pair has x's range)
+    """
+    nodes = f"a = {SAME}(x, w) p = {POOL}(x) b = {SAME}(p, v) q = {POOL}(a) y = Mul(q, b)"
+    assert ranges(nodes, tmp_path) == {"x": "x", "p": "x"}
+
+
+def test_the_range_is_that_of_the_farthest_quantized_tensor(tmp_path: Path) -> None:
+    """x ==> Conv a
+    x --> MaxPool p ==> Conv b
+          MaxPool p --> Transpose t ==> Conv c
+    """
+    nodes = (
+        f"a = {SAME}(x, w) p = {POOL}(x) b = {SAME}(p, v) t = Transpose<perm = [0,1,3,2]>(p)"
+        f" c = {SAME}(t, w) m = Mul(b, c) q = {POOL}(a) y = Mul(m, q)"
+    )
+    assert ranges(nodes, tmp_path) == {"x": "x", "p": "x", "t": "x"}
+
+
+def test_without_a_quantized_origin_moved_values_keep_their_own_range(tmp_path: Path) -> None:
+    """x --> MaxPool p ==> Conv y      (x itself is not quantized)"""
+    assert ranges(f"p = {POOL}(x) y = {SAME}(p, w)", tmp_path) == {"p": "p"}
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "Relu(x)",
+        "AveragePool<kernel_shape = [1,1]>(x)",
+        "Pad(x, pads, one)",
+        'Pad<mode = "reflect">(x, pads)',
+    ],
+)
+def test_changed_values_keep_their_own_range(between: str, tmp_path: Path) -> None:
+    """x ==> Conv a
+    x --> Relu p ==> Conv b
+    """
+    nodes = f"a = {SAME}(x, w) p = {between} b = {SAME}(p, v) e = ReduceMax<keepdims = 1>(b) y = Mul(a, e)"
+    constants = {"pads": np.int64([0, 0, 1, 1, 0, 0, 1, 1]), "one": np.float32(1)}
+    assert ranges(nodes, tmp_path, **constants) == {"x": "x", "p": "p"}
 
 
 # -- patterns

@@ -117,7 +117,8 @@ def test_a_tensor_that_several_nodes_read_gets_one_pair(tmp_path: Path) -> None:
 def test_a_weight_that_several_nodes_read_is_stored_once_per_axis(tmp_path: Path) -> None:
     model, plan = placed(
         net(
-            "g (float[N,8] x) => (float[N,8] y) { a = MatMul(x, w) b = MatMul(a, w) y = Gemm<transB = 1>(b, w) }",
+            "g (float[N,8] x) => (float[N,8] y) { a = MatMul(x, w) b = MatMul(a, w)"
+            " y = Gemm<transB = 1>(b, w) }",
             w=normal(8, 8),
         ),
         tmp_path,
@@ -229,3 +230,15 @@ def test_the_engine_of_the_model_as_it_was_runs_nothing_in_int8(tmp_path: Path) 
     model, plan = placed(net(RESIDUAL, w=normal(16, 16, 3, 3)), tmp_path)
     compiled = engine(model.graph, tmp_path, x=(1, 16, 8, 8)).compiled
     assert not int8_nodes(compiled.layers, plan.int8_nodes)
+
+
+def test_codes_stay_symmetric_where_a_float16_scale_is_rounded_down() -> None:
+    """A channel of 1e-6 has the scale 7.9e-9, which float16 cannot hold: its codes saturate at 127."""
+    weight = np.float16([[1, -1], [1e-6, -1e-6], [3e-4, -3e-4]])
+    graph = graph_of(
+        net("g (float16[N,2] x) => (float16[N,3] y) { y = Gemm<transB = 1>(x, w) }", opset=19, w=weight)
+    )
+    plan = place(Model(Path("model.onnx"), graph, ""))
+    tensors = rewrite(graph, plan, {"x": np.float32(0.02)}).tensors()
+    assert (tensors["w/0/scale"].values > 0).all()
+    assert tensors["w/0/int8"].values.min() >= -127

@@ -114,7 +114,7 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
 
 
 def name_nodes(graph: gs.Graph) -> None:
-    """Give unnamed nodes a name made of operator and position, and make every name unique, bodies included."""
+    """Give unnamed nodes, those of bodies too, a name of operator and position; make every name unique."""
     seen: set[str] = set()
     bodies = graph.subgraphs(recursive=True)
     for index, node in enumerate(node for body in (graph, *bodies) for node in body.nodes):

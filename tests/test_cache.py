@@ -1,0 +1,201 @@
+"""The cache: what comes back is what was stored, or nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import trtq
+from trtq.cache import SUFFIXES, Cache, Key, default_root, remove
+from trtq.errors import InputError
+
+KEY = Key("table", "a" * 64, "b" * 64, {"method": "max", "tensors": ["x", "y"]})
+CONTENT = bytes(range(256)) * 50
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """An empty cache that keeps what it reports in `reports`."""
+    return Cache(tmp_path / "cache", reports.append)
+
+
+reports: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_reports() -> None:
+    reports.clear()
+
+
+def record_of(cache: Cache, key: Key = KEY) -> Path:
+    return Path(f"{cache.path(key)}.json")
+
+
+def test_what_is_stored_comes_back(cache: Cache) -> None:
+    assert cache.fetch(KEY) is None
+    cache.store(KEY, CONTENT)
+    assert cache.fetch(KEY) == CONTENT
+    assert Cache(cache.root).fetch(replace(KEY, detail={"tensors": ["x", "y"], "method": "max"})) == CONTENT
+    assert reports == []
+
+
+def test_layout(cache: Cache) -> None:
+    cache.store(KEY, CONTENT, {"name": "net"})
+    path = cache.path(KEY)
+    assert path.parent == cache.root / ("a" * 16) / ("b" * 16)
+    assert path.name.startswith("table-")
+    assert path.suffix == ".cache"
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, f"{path.name}.json"])
+    record = json.loads(record_of(cache).read_text())
+    assert record.pop("sha256")
+    assert record == {
+        "kind": "table",
+        "model": "a" * 64,
+        "data": "b" * 64,
+        "trtq": trtq.__version__,
+        "method": "max",
+        "tensors": ["x", "y"],
+        "name": "net",
+    }
+
+
+def test_every_component_of_a_key_counts(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [
+        KEY,
+        replace(KEY, kind="statistics"),
+        replace(KEY, kind="outputs"),
+        replace(KEY, model="a" * 63 + "c"),
+        replace(KEY, data="b" * 63 + "c"),
+        replace(KEY, detail={}),
+        replace(KEY, detail={"method": "max", "tensors": ["y", "x"]}),
+        replace(KEY, detail={"method": "mse", "tensors": ["x", "y"]}),
+        replace(KEY, detail={**KEY.detail, "executor": "simulation"}),
+    ]
+    for index, key in enumerate(keys):
+        cache.store(key, b"%d" % index)
+    assert [cache.fetch(key) for key in keys] == [b"%d" % index for index in range(len(keys))]
+    monkeypatch.setattr("trtq.cache.__version__", "0.0.0")
+    assert cache.fetch(KEY) is None
+
+
+def test_damaged_content_is_reported_and_replaced(cache: Cache) -> None:
+    for damaged in (CONTENT[:-1], b"", CONTENT[:100] + b"?" + CONTENT[101:]):
+        cache.store(KEY, CONTENT)
+        cache.path(KEY).write_bytes(damaged)
+        assert cache.fetch(KEY) is None
+        (report,) = reports
+        assert str(cache.path(KEY)) in report
+        assert "hash does not match" in report
+        reports.clear()
+    cache.store(KEY, CONTENT)
+    assert cache.fetch(KEY) == CONTENT
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"sha256": 1}'])
+def test_damaged_record_is_reported(cache: Cache, damage: bytes) -> None:
+    cache.store(KEY, CONTENT)
+    record_of(cache).write_bytes(damage)
+    assert cache.fetch(KEY) is None
+    assert len(reports) == 1
+    (entry,) = cache.entries()
+    assert entry.problem
+    assert entry.size == len(CONTENT)
+
+
+def test_content_or_record_that_is_missing_is_no_entry(cache: Cache) -> None:
+    """As a writer leaves them that was stopped between the two, or one who removes them."""
+    for missing in (record_of(cache), cache.path(KEY)):
+        cache.store(KEY, CONTENT)
+        missing.unlink()
+        assert cache.fetch(KEY) is None
+        assert reports == []
+
+
+def test_content_that_is_a_folder_is_reported(cache: Cache) -> None:
+    cache.store(KEY, CONTENT)
+    cache.path(KEY).unlink()
+    cache.path(KEY).mkdir()
+    assert cache.fetch(KEY) is None
+    assert len(reports) == 1
+    with pytest.raises(InputError, match="cannot remove"):
+        cache.prune(lambda entry: False)
+
+
+WRITER = """
+import hashlib, sys
+from pathlib import Path
+from trtq.cache import Cache, Key
+content = hashlib.sha512(b"content").digest() * 4096
+key = Key("statistics", "a" * 64, "b" * 64)
+cache = Cache(Path(sys.argv[1]), lambda line: sys.exit(line))
+for _ in range(60):
+    before = cache.fetch(key)
+    assert before in (None, content)
+    cache.store(key, content)
+    assert cache.fetch(key) == content
+"""
+
+
+def test_concurrent_writers_and_readers_see_whole_entries(cache: Cache) -> None:
+    command = [sys.executable, "-c", WRITER, str(cache.root)]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [(w.communicate()[1], w.returncode) for w in writers] == [("", 0)] * 4
+    (entry,) = cache.entries()
+    assert entry.problem is None
+    assert len(list(entry.path.parent.iterdir())) == 2
+
+
+def stored(cache: Cache) -> list[Key]:
+    keys = [replace(KEY, kind=kind, model=model * 64) for kind in SUFFIXES for model in "cd"]
+    for key in keys:
+        cache.store(key, key.kind.encode())
+    return keys
+
+
+def test_entries(cache: Cache) -> None:
+    assert list(cache.entries()) == []
+    keys = stored(cache)
+    damaged = cache.path(keys[0])
+    damaged.write_bytes(b"?")
+    (cache.root / "README").write_text("no entry")
+    entries = list(cache.entries())
+    assert {e.path for e in entries} == {cache.path(key) for key in keys}
+    assert [e.path for e in entries if e.problem] == [damaged]
+    assert all(e.size == e.path.stat().st_size for e in entries)
+    assert {(e.key["kind"], e.key["model"][0]) for e in entries} == {(k.kind, k.model[0]) for k in keys}
+
+
+def test_an_entry_that_vanishes_while_they_are_listed(cache: Cache) -> None:
+    stored(cache)
+    tables = [e.path for e in cache.entries() if e.path.suffix == ".cache"]
+    listing = cache.entries()
+    assert next(listing).path == tables[0]
+    remove(tables[1])
+    assert tables[1] not in [e.path for e in listing]
+
+
+def test_prune(cache: Cache) -> None:
+    keys = stored(cache)
+    removed = cache.prune(lambda entry: entry.key["kind"] == "table")
+    assert {e.path for e in removed} == {cache.path(k) for k in keys if k.kind != "table"}
+    assert {e.path for e in cache.entries()} == {cache.path(k) for k in keys if k.kind == "table"}
+    left = [p for p in cache.root.rglob("*") if p.is_file()]
+    assert len(left) == 4  # two tables and their records
+    remove(removed[0].path)  # once more does no harm
+
+
+def test_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRTQ_CACHE", "/somewhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert default_root() == Path("/somewhere")
+    monkeypatch.setenv("TRTQ_CACHE", "")
+    assert default_root() == Path("/xdg/trtq/calib_cache")
+    monkeypatch.delenv("TRTQ_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_root() == Path("/home/user/.cache/trtq/calib_cache")

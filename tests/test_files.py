@@ -1,0 +1,223 @@
+"""Files that are written whole or not at all, whatever goes wrong, and hashes against known ones."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trtq import files
+from trtq.errors import ExitCode, InputError, MissingBackendError, TrtqError
+
+# -- writing
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_the_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "on the way" / "file.bin"
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert not path.exists()
+        temporary.write_bytes(b"whole")
+    assert contents(path.parent) == {"file.bin": b"whole"}
+
+
+@pytest.mark.parametrize("stopped", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_whatever_stops_the_writer_leaves_the_old_file(tmp_path: Path, stopped: type, old: bytes | None) -> None:
+    path = tmp_path / "file.bin"
+    if old is not None:
+        path.write_bytes(old)
+    before = contents(tmp_path)
+    with pytest.raises(stopped), files.atomic_path(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise stopped
+    assert contents(tmp_path) == before
+
+
+def test_a_new_file_has_the_mode_of_any_other(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").write_bytes(b"")
+    files.write_bytes(tmp_path / "ours", b"")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "ours")]
+    assert modes[0] == modes[1]
+
+
+@pytest.fixture
+def unwritable() -> Iterator[Path]:
+    """A folder without write permission, and a user whom that stops."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "old.bin").write_bytes(b"old")
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("name", ["old.bin", "new.bin", "folder/new.bin"])
+def test_an_unwritable_folder(unwritable: Path, name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        files.write_bytes(unwritable / name, b"new")
+    assert caught.value.file == str(unwritable / name)
+    assert caught.value.cause == "Permission denied"
+    assert caught.value.remedy
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(InputError, match="cannot write the file"):
+        files.write_bytes(tmp_path / "file" / "new.bin", b"new")
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_neither_folders_nor_devices_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(InputError, match="not a regular file"):
+            files.write_bytes(tmp_path / name, b"new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+WRITE_TOO_MUCH = """
+import resource, sys
+from trtq import errors, files
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+try:
+    files.write_bytes(sys.argv[1], bytes(1 << 17))
+except errors.InputError as error:
+    sys.exit(f"{error.problem}: {error.cause}")
+"""
+
+
+def test_a_file_that_the_system_refuses_halfway(tmp_path: Path) -> None:
+    """A limit on the size of files fails in write(2), as a full disk does."""
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", WRITE_TOO_MUCH, path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "cannot write the file: File too large\n")
+    assert contents(tmp_path) == {"file.bin": b"old"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    path = small_disk / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(InputError) as caught:
+        files.write_bytes(path, bytes(1 << 17))
+    assert caught.value.cause == "No space left on device"
+    assert contents(small_disk) == {"file.bin": b"old"}
+
+
+# -- text, JSON and hashes
+
+
+def test_text_is_utf8(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "text", "Käfer\n")
+    assert (tmp_path / "text").read_bytes() == b"K\xc3\xa4fer\n"
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None, True], "a": {"ü": ""}}
+    files.write_json(tmp_path / "x.json", value)
+    assert files.read_json(tmp_path / "x.json", "plan") == value
+    assert (tmp_path / "x.json").read_text() == json.dumps(value, indent=2) + "\n"
+
+
+def test_json_without_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(tmp_path / "x.json", {"score": float("nan")})
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe", b"{'a': 1}"])
+def test_json_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot read the plan") as caught:
+        files.read_json(path, "plan")
+    assert caught.value.file == str(path)
+    assert caught.value.cause
+
+
+def test_hashes(tmp_path: Path) -> None:
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
+    assert files.sha256_bytes(b"abc") == abc
+    assert files.sha256_bytes(memoryview(b"abc")) == abc
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert files.sha256_file(tmp_path / "abc") == abc
+    million = "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"  # appendix B.3
+    (tmp_path / "million").write_bytes(b"a" * 10**6 + b"")
+    assert files.sha256_file(tmp_path / "million") == million
+
+
+def test_a_file_longer_than_one_block_is_hashed_whole(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 10000
+    (tmp_path / "long").write_bytes(content)
+    assert files.sha256_file(tmp_path / "long") == files.sha256_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["missing", "."])
+def test_a_file_that_cannot_be_hashed(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="cannot read the file"):
+        files.sha256_file(tmp_path / name)
+
+
+def test_json_hash_is_of_the_value() -> None:
+    assert files.sha256_json({"a": 1, "b": [1, 2]}) == files.sha256_json({"b": [1, 2], "a": 1})
+    assert files.sha256_json({"a": 1, "b": [1, 2]}) == files.sha256_bytes(b'{"a":1,"b":[1,2]}')
+    different = [{}, [], None, "", "1", 1, 1.5, {"a": 1}, {"a": "1"}, {"b": 1}, [[1], 2], [1, [2]]]
+    assert len({files.sha256_json(value) for value in different}) == len(different)
+
+
+# -- errors
+
+
+def test_an_error_names_problem_file_cause_and_remedy() -> None:
+    error = InputError("it is broken", file=Path("a/b.onnx"), cause=ValueError(" why\n"), remedy="mend it")
+    assert str(error) == "it is broken\n  file:   a/b.onnx\n  cause:  why\n  remedy: mend it"
+    assert (error.problem, error.file, error.cause, error.remedy) == ("it is broken", "a/b.onnx", "why", "mend it")
+    assert str(InputError("it is broken")) == "it is broken"
+
+
+def test_exit_codes() -> None:
+    assert [code.value for code in ExitCode] == [0, 1, 2, 3, 4]
+    for error, code in ((InputError, 2), (MissingBackendError, 4)):
+        with contextlib.suppress(TrtqError):
+            assert error("x").exit_code == code
+            raise error("x")
