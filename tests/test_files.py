@@ -36,14 +36,21 @@ def test_the_file_appears_when_it_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stopped", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_whatever_stops_the_writer_leaves_the_old_file(tmp_path: Path, stopped: type, old: bytes | None) -> None:
+def test_whatever_stops_the_writer_leaves_the_old_file(
+    tmp_path: Path, stopped: type, old: bytes | None
+) -> None:
     path = tmp_path / "file.bin"
     if old is not None:
         path.write_bytes(old)
     before = contents(tmp_path)
-    with pytest.raises(stopped), files.atomic_path(path) as temporary:
-        temporary.write_bytes(b"half")
-        raise stopped
+
+    def write() -> None:
+        with files.atomic_path(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise stopped
+
+    with pytest.raises(stopped):
+        write()
     assert contents(tmp_path) == before
 
 
@@ -211,7 +218,12 @@ def test_json_hash_is_of_the_value() -> None:
 def test_an_error_names_problem_file_cause_and_remedy() -> None:
     error = InputError("it is broken", file=Path("a/b.onnx"), cause=ValueError(" why\n"), remedy="mend it")
     assert str(error) == "it is broken\n  file:   a/b.onnx\n  cause:  why\n  remedy: mend it"
-    assert (error.problem, error.file, error.cause, error.remedy) == ("it is broken", "a/b.onnx", "why", "mend it")
+    assert (error.problem, error.file, error.cause, error.remedy) == (
+        "it is broken",
+        "a/b.onnx",
+        "why",
+        "mend it",
+    )
     assert str(InputError("it is broken")) == "it is broken"
 
 

@@ -43,7 +43,9 @@ def test_scale_quantization_is_the_papers(bits, alpha):
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 12, 16])
-@pytest.mark.parametrize(("beta", "alpha"), [(-1.0, 1.0), (0.0, 6.0), (-0.278, 11.3), (-5.0, -0.5), (2.0, 3.0)])
+@pytest.mark.parametrize(
+    ("beta", "alpha"), [(-1.0, 1.0), (0.0, 6.0), (-0.278, 11.3), (-5.0, -0.5), (2.0, 3.0)]
+)
 def test_affine_quantization_is_the_papers(bits, beta, alpha):
     x = np.random.default_rng(bits).uniform(beta - 0.5, alpha + 0.5, size=4096)
     scale, zero_point = numerics.affine_parameters(beta, alpha, bits)
@@ -79,7 +81,9 @@ def test_affine_per_channel_and_a_range_of_width_zero():
     np.testing.assert_array_equal(zero_point, [-128, 100 - 128, -3 - 128])
 
 
-@pytest.mark.parametrize(("low", "high"), [(1.0, 0.0), (np.nan, 1.0), (0.0, np.inf), ([0.0, 2.0], [1.0, 1.0])])
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 0.0), (np.nan, 1.0), (0.0, np.inf), ([0.0, 2.0], [1.0, 1.0])]
+)
 def test_affine_range_must_be_one(low, high):
     with pytest.raises(ValueError, match="low <= high"):
         numerics.affine_parameters(low, high)
@@ -89,7 +93,9 @@ def test_affine_range_must_be_one(low, high):
 
 
 def test_halves_round_to_even():
-    x = np.array([0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, -3.5, 126.5, -126.5, 0.49999997, 0.50000006], np.float32)
+    x = np.array(
+        [0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, -3.5, 126.5, -126.5, 0.49999997, 0.50000006], np.float32
+    )
     expected = [0, 2, 2, 4, 0, -2, -2, -4, 126, -126, 0, 1]
     np.testing.assert_array_equal(numerics.quantize(x, 1.0), expected)
     np.testing.assert_array_equal(numerics.quantize(x * np.float32(0.25), 0.25), expected)

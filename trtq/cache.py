@@ -26,6 +26,8 @@ from trtq.files import PathLike, sha256_bytes, sha256_json, write_bytes, write_j
 SUFFIXES = {"statistics": "npz", "table": "cache", "outputs": "npz"}
 """Kinds of content and their file names' suffixes."""
 
+_OTHER_FOLDER = "give another folder with --cache or $TRTQ_CACHE"
+
 
 @dataclass(frozen=True)
 class Key:
@@ -78,6 +80,10 @@ class Cache:
     root: Path
     report: Callable[[str], object] = print
 
+    def __post_init__(self) -> None:
+        if self.root.exists() and not self.root.is_dir():
+            raise InputError("the cache is not a folder", file=self.root, remedy=_OTHER_FOLDER)
+
     def path(self, key: Key) -> Path:
         """Where the content of `key` is kept."""
         digest = sha256_json(key.to_json())[:16]
@@ -102,8 +108,14 @@ class Cache:
     def store(self, key: Key, content: bytes, notes: Mapping[str, Any] | None = None) -> None:
         """Keep `content` under `key`; `notes` are JSON values kept beside it."""
         path = self.path(key)
-        write_bytes(path, content)
-        write_json(_record_path(path), {"sha256": sha256_bytes(content), **key.to_json(), **(notes or {})})
+        record = {"sha256": sha256_bytes(content), **key.to_json(), **(notes or {})}
+        try:
+            write_bytes(path, content)
+            write_json(_record_path(path), record)
+        except InputError as error:
+            raise InputError(
+                "cannot write to the cache", file=error.file, cause=error.cause, remedy=_OTHER_FOLDER
+            ) from error
 
     def entries(self) -> Iterator[Entry]:
         """Every entry of the cache, verified, in the order of their paths."""

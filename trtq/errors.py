@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
+from collections.abc import Iterator
 
 
 class ExitCode(enum.IntEnum):
@@ -55,3 +57,14 @@ class MissingBackendError(TrtqError):
     """A package, a GPU or a driver that the job needs is not here."""
 
     exit_code = ExitCode.MISSING_BACKEND
+
+
+@contextlib.contextmanager
+def about(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Name `file` in an input error from within that names none."""
+    try:
+        yield
+    except InputError as error:
+        if error.file is not None:
+            raise
+        raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error

@@ -6,12 +6,17 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trtq.errors import InputError
+
+if sys.platform != "win32":
+    import fcntl
 
 PathLike = str | os.PathLike[str]
 
@@ -44,6 +49,34 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged_folder(output: PathLike) -> Iterator[Path]:
+    """Yield a hidden folder whose files are moved into `output` at the end, or thrown away.
+
+    It is in `output`, or in the folder above that exists, so that every move is one rename. `output` is made
+    only when there is something to move; other processes that move files into it wait.
+
+    Raises:
+        InputError: the folder cannot be written to, or the disk is full.
+    """
+    output = Path(output)
+    home = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=home))
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+    try:
+        yield folder
+        _move_files(folder, output)
+    except InputError as error:
+        if error.file is None or not Path(error.file).is_relative_to(folder):
+            raise
+        file = output / Path(error.file).relative_to(folder)
+        raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -91,13 +124,40 @@ def sha256_file(path: PathLike) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise InputError("cannot read the file", file=path, cause=error.strerror) from error
+        raise InputError(
+            "cannot read the file", file=path, cause=error.strerror, remedy="check the path"
+        ) from error
     return digest.hexdigest()
 
 
 def sha256_json(value: Any) -> str:
     """Hash of a JSON value, the same whatever the order of its keys."""
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _move_files(folder: Path, output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with _locked(output):
+            for path in sorted(folder.iterdir()):
+                os.replace(path, output / path.name)
+    except OSError as error:
+        raise _cannot_write(output, error) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that do the same out of `folder`, where the file system can lock."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _cannot_write(path: Path, error: OSError) -> InputError:

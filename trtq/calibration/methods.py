@@ -90,15 +90,17 @@ def amax_entropy(histogram: Histogram) -> float:
     as in NVIDIA's pytorch-quantization, because the exact zeros behind a ReLU cost nothing at any scale;
     a last bin that is empty but for the larger values counts as one that P does not leave empty, so that
     an outlier behind a gap does not make every candidate but itself infinitely bad; a last level that Q
-    leaves without mass where P has some gets one value's worth; and a candidate must keep half of the
-    values, since P and Q agree perfectly where everything saturates.
+    leaves without mass where P has some gets that of the least occupied bin, but at most 1/10000 of all;
+    and a candidate must keep half of the values, since P and Q agree perfectly where everything saturates.
+    Of equals the lowest is taken.
     """
     counts, width = _trimmed(histogram, 2 * 2048)
-    if counts.size <= LEVELS:  # nothing but zeros
+    if counts.size <= LEVELS:  # zeros, or too small for more bins
         return histogram.amax
     counts[0] = counts[1]
-    total = counts.sum()
     mass = _cumulative(counts)
+    total = mass[-1]
+    least = min(counts[counts > 0].min(), total / 10000)
     occupied = _cumulative(counts > 0)
     plogp = _cumulative(counts * np.log(np.maximum(counts, 1)))
 
@@ -106,7 +108,7 @@ def amax_entropy(histogram: Histogram) -> float:
         """Sum of P * log Q over a level, before both are normalised."""
         return level_mass * np.log(np.where(q_mass > 0, q_mass, 1.0) / np.maximum(bins, 1))
 
-    best, best_divergence = counts.size, math.inf
+    divergences = []
     for merged in range(1, counts.size // LEVELS + 1):
         candidates = np.arange(merged * LEVELS, min((merged + 1) * LEVELS, counts.size + 1))
         edges = np.arange(LEVELS) * merged
@@ -114,18 +116,16 @@ def amax_entropy(histogram: Histogram) -> float:
         shared = level_cost(levels, levels, np.diff(occupied[edges])).sum()
         start, last = edges[-1], candidates - 1
         kept = mass[candidates]
-        tail = total - kept
+        kept_last, tail = kept - mass[start], total - kept
         p_last = counts[last] + tail
-        lone = (kept == mass[start]) & (tail > 0)  # the last level holds nothing but the larger values
-        q_last = kept - mass[start] + lone
+        added = np.where((kept_last == 0) & (tail > 0), least, 0.0)
         bins_last = occupied[candidates] - occupied[start] + ((counts[last] == 0) & (tail > 0))
-        cross = shared + level_cost(q_last + tail, q_last, bins_last)
+        cross = shared + level_cost(kept_last + tail, kept_last + added, bins_last)
         own = plogp[last] + p_last * np.log(np.maximum(p_last, 1))
-        divergence = (own - cross) / total + np.log(np.maximum(kept + lone, 1) / total)
-        divergence[2 * kept < total] = math.inf
-        index = int(np.argmin(divergence))
-        if divergence[index] < best_divergence - 1e-12:
-            best, best_divergence = int(candidates[index]), float(divergence[index])
+        divergence = (own - cross) / total + np.log((kept + added) / total)
+        divergences.append(np.where(2 * kept < total, math.inf, divergence))
+    divergence = np.concatenate(divergences)
+    best = LEVELS + int(np.argmax(divergence <= divergence.min() + 1e-12))
     return min((best + 0.5) * width, histogram.amax)
 
 

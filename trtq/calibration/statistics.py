@@ -180,7 +180,7 @@ class Statistics:
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 return cls._from_arrays(dict(arrays))
         except Exception as error:  # zipfile, zlib and numpy each raise their own
-            raise ValueError(f"not statistics: {error}") from error
+            raise ValueError(f"not statistics of trtq: {error!r}") from error
 
     @classmethod
     def _from_arrays(cls, arrays: Mapping[str, NDArray]) -> Statistics:

@@ -11,8 +11,7 @@ method, model, data and tool version are in `<table>.json`, which TensorRT does 
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,18 @@ from trtq.errors import InputError
 from trtq.files import PathLike, read_json, sha256_bytes, write_bytes, write_json
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration", "EntropyCalibration", "LegacyCalibration")
+
+ENCODINGS: dict[str, Callable[[np.float32], np.float32]] = {
+    "scale": lambda value: value,
+    "little-endian": lambda value: value.byteswap(),
+    "amax": lambda value: value / np.float32(127),
+    "inverse": lambda value: np.float32(1) / value,
+}
+"""What a row's big-endian float32 is, and the scale it means. TensorRT writes scales; tools around it also
+write scales byte-swapped, amax, and 127 / amax."""
+
+_LAST_PATCHES = {(8, 6): 1, (10, 0): 1, (10, 13): 3, (10, 14): 1, (10, 15): 1, (10, 16): 1}
+"""Last patch of each minor version that has one, so that "10.16" names a release."""
 
 _HEADER = re.compile(r"TRT-([1-9]\d{3,5})-(\w+)", re.ASCII)
 _ROW = re.compile(r"(?P<name>.+): (?P<scale>[0-9a-fA-F]{8})")
@@ -65,19 +76,24 @@ class Table:
         return (self.header + "\n" + "".join(rows)).encode()
 
     @classmethod
-    def from_bytes(cls, content: bytes, file: PathLike | None = None) -> Table:
+    def from_bytes(cls, content: bytes, file: PathLike | None = None, encoding: str = "scale") -> Table:
         """Parse a file in TensorRT's format.
+
+        Args:
+            encoding: what the rows hold, one of `ENCODINGS`.
 
         Raises:
             InputError: a header, row or scale that is not one (with its line), or two scales for one tensor.
         """
 
-        def bad(line: int, problem: str) -> InputError:
+        def bad(
+            line: int, problem: str, remedy: str = "calibrate again, or copy the file again"
+        ) -> InputError:
             return InputError(
                 "not a calibration table of TensorRT",
                 file=file,
                 cause=f"line {line}: {problem}",
-                remedy="calibrate again, or copy the file again",
+                remedy=remedy,
             )
 
         try:
@@ -87,19 +103,30 @@ class Table:
         header = _HEADER.fullmatch(lines[0].strip())
         if header is None:
             raise bad(1, "the header 'TRT-<version>-<algorithm>' is missing")
-        scales: dict[str, np.float32] = {}
+        values: dict[str, np.float32] = {}
+        numbers: dict[str, int] = {}
         for number, line in enumerate(lines[1:], start=2):
             if not line.strip():
                 continue
             row = _ROW.fullmatch(line.rstrip())
             if row is None:
                 raise bad(number, f"'{line[:80]}' is not 'tensor: 8 hex digits'")
-            name, scale = row["name"], _from_hex(row["scale"])
-            if not (np.isfinite(scale) and scale > 0):
-                raise bad(number, f"the scale of '{name}' is {scale}, not a positive finite number")
-            if name in scales:
+            name = row["name"]
+            if name in values:
                 raise bad(number, f"a second scale for '{name}'")
-            scales[name] = scale
+            values[name], numbers[name] = _from_hex(row["scale"]), number
+        with np.errstate(all="ignore"):
+            scales = {name: ENCODINGS[encoding](value) for name, value in values.items()}
+            swapped = [ENCODINGS["little-endian"](value) for value in values.values()]
+        for name, scale in scales.items():
+            if _is_scale(scale):
+                continue
+            problem = f"the scale of '{name}' is {scale}, not a positive finite number"
+            if encoding == "scale" and all(1e-6 < value < 1e4 for value in swapped):
+                low, high = min(swapped), max(swapped)
+                problem += f"; with their bytes reversed all {len(swapped)} are from {low:.3g} to {high:.3g}"
+                raise bad(numbers[name], problem, "read it with --encoding little-endian")
+            raise bad(numbers[name], problem)
         return cls(scales, int(header[1]), header[2])
 
     def save(self, path: PathLike) -> None:
@@ -109,8 +136,11 @@ class Table:
         write_json(metadata_path(path), {"sha256": sha256_bytes(content), **self.metadata})
 
     @classmethod
-    def load(cls, path: PathLike) -> Table:
+    def load(cls, path: PathLike, encoding: str = "scale") -> Table:
         """Read a table, with its metadata where `<path>.json` lies beside it and belongs to it.
+
+        Args:
+            encoding: what the rows hold, one of `ENCODINGS`.
 
         Raises:
             InputError: missing, unreadable or not a table; or the metadata beside it is not JSON.
@@ -119,7 +149,7 @@ class Table:
             content = Path(path).read_bytes()
         except OSError as error:
             raise InputError("cannot read the calibration table", file=path, cause=error.strerror) from error
-        table = cls.from_bytes(content, path)
+        table = cls.from_bytes(content, path, encoding)
         beside = metadata_path(path)
         if not beside.exists():
             return table
@@ -148,9 +178,34 @@ def tensorrt_version(number: int) -> str:
     return f"{number // unit}.{number % unit // 100}.{number % 100}"
 
 
+def version_number(text: str) -> int:
+    """A header's version from what people write, the inverse of `tensorrt_version`: "8.6.1" -> 8601.
+
+    Without a patch it is the last one of that minor version: "10.16" -> 101601.
+
+    Raises:
+        InputError: not a version, or one without calibration tables.
+    """
+    match = re.fullmatch(r"(\d{1,2})\.(\d{1,2})(?:\.(\d{1,2}))?(?:\.\d+)?", text, re.ASCII)
+    if match is None:
+        raise InputError(f"{text!r} is not a version of TensorRT", remedy="write it as 8.6.1 or 10.16")
+    major, minor = int(match[1]), int(match[2])
+    if not 5 <= major <= 10:
+        cause = "calibrators and their tables were removed in TensorRT 11" if major > 10 else None
+        raise InputError(
+            f"TensorRT {text} reads no calibration table", cause=cause, remedy="use a version from 5 to 10.16"
+        )
+    patch = _LAST_PATCHES.get((major, minor), 0) if match[3] is None else int(match[3])
+    return major * (10000 if major >= 10 else 1000) + minor * 100 + patch
+
+
+def _is_scale(value: np.float32) -> bool:
+    return bool(np.isfinite(value) and value > 0)
+
+
 def _to_hex(scale: np.float32) -> str:
-    return struct.pack(">f", scale).hex()
+    return f"{np.float32(scale).view(np.uint32):08x}"
 
 
 def _from_hex(digits: str) -> np.float32:
-    return np.float32(struct.unpack(">f", bytes.fromhex(digits))[0])
+    return np.uint32(int(digits, 16)).view(np.float32)

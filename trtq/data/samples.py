@@ -149,7 +149,11 @@ class Samples:
                 remedy=f"convert it, or say how in the recipe's [preprocess.{spec.name}] (scale, mean, std)",
             )
         if row.dtype.kind == "f" and not np.isfinite(row).all():
-            raise InputError(f"{where} holds NaN or infinite values", file=self.source)
+            raise InputError(
+                f"{where} holds NaN or infinite values",
+                file=self.source,
+                remedy="repair that row, or leave it out",
+            )
         with np.errstate(over="ignore"):
             cast = np.asarray(row, dtype=spec.dtype, order="C")
         fits = np.isfinite(cast).all() if spec.dtype.kind == "f" else np.array_equal(cast, row)

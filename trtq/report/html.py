@@ -11,7 +11,7 @@ from trtq.backends.compiled import Compiled
 from trtq.backends.tensorrt_rtx import describe_plan
 from trtq.calibration.table import Table
 from trtq.coverage import Coverage, coverage
-from trtq.errors import InputError
+from trtq.errors import InputError, about
 from trtq.files import PathLike, read_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Plan
@@ -36,7 +36,14 @@ def write_report(folder: PathLike) -> Path:
         InputError: a file of the results is missing or damaged.
     """
     folder = Path(folder)
-    verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))
+    if not (folder / "verdict.json").is_file():
+        raise InputError(
+            "the folder holds no results",
+            file=folder,
+            remedy="give one that 'trtq deploy -o' or 'demo' wrote",
+        )
+    with about(folder / "verdict.json"):
+        verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))
     plan, table = Plan.load(folder / "plan.json"), Table.load(folder / "calibration.cache")
     engine = describe_plan(folder / "model.plan")
     if engine["build"] is None:
@@ -62,9 +69,8 @@ def write_report(folder: PathLike) -> Path:
 
 def _headline(verdict: Verdict) -> str:
     name = verdict.outcome.value
-    return (
-        f'<h1><span class="badge {name}">{name.upper()}</span> {escape(verdict.text().splitlines()[0])}</h1>'
-    )
+    summary = verdict.text().splitlines()[0].removeprefix(name.upper()).strip()
+    return f'<h1><span class="badge {name}">{name.upper()}</span> {escape(summary)}</h1>'
 
 
 def _section(title: str, body: str) -> str:
@@ -84,7 +90,7 @@ def _interval(verdict: Verdict) -> str:
     span = (right - left) or 1.0
 
     def x(value: float) -> float:
-        return 30 + 640 * (value - left) / span
+        return 60 + 580 * (value - left) / span
 
     ticks = "".join(
         f'<line x1="{x(v):.1f}" x2="{x(v):.1f}" y1="14" y2="46" stroke="{colour}" stroke-width="2"/>'
@@ -108,15 +114,24 @@ def _methods(metadata: Any) -> str:
     tried: dict[str, float] = metadata.get("sqnr_db", {})
     if not tried:
         return text
-    best = max(*tried.values(), 1.0)
-    rows_html = [
-        [escape(name), f"{value:.2f} dB", f'<div class="bar" style="width:{max(value, 0) / best:.0%}"></div>']
-        for name, value in sorted(tried.items(), key=lambda item: -item[1])
-    ]
-    held_back = (
-        f"<p>Signal to quantization noise of the outputs on {metadata['held_back']} rows held back:</p>"
-    )
-    return text + held_back + _table(["method", "SQNR", ""], rows_html)
+    widest = max(*tried.values(), 1.0)
+    rows_html = []
+    for name, value in sorted(tried.items(), key=lambda item: -item[1]):
+        width = 20 * max(value, 0) / widest
+        rows_html.append(
+            [escape(name), f"{value:.2f} dB", f'<div class="bar" style="width:{width:.1f}rem"></div>']
+        )
+    text += f"<p>Signal to quantization noise of the outputs on {metadata['held_back']} rows held back:</p>"
+    text += _table(["method", "SQNR", ""], rows_html)
+    own: dict[str, str] = metadata.get("exceptions", {})
+    if own:
+        gain = f"{metadata['sqnr_db_with_exceptions']:.2f} dB"
+        listed = _table(
+            ["tensor", "method"], [[f"<code>{escape(t)}</code>", escape(m)] for t, m in own.items()]
+        )
+        summary = f"{len(own)} tensors do better with their own: {gain}"
+        text += f"<details><summary>{summary}</summary>{listed}</details>"
+    return text
 
 
 def _engine(engine: dict[str, Any], compiled: Compiled, covered: Coverage) -> str:
@@ -125,7 +140,7 @@ def _engine(engine: dict[str, Any], compiled: Compiled, covered: Coverage) -> st
     lines = [
         f"TensorRT for RTX {engine['version']}, {engine['bytes'] / 1e6:.1f} MB",
         f"built for compute capabilities {targets}",
-        f"{compiled.kernels} kernels; about {megabytes:.1f} MB moved at batch {compiled.batch} (static estimate)",
+        f"{compiled.kernels} kernels; about {megabytes:.1f} MB moved at batch {compiled.batch} (an estimate)",
         *covered.text().splitlines(),
     ]
     return _paragraphs(lines)
