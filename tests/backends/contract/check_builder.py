@@ -1,0 +1,111 @@
+"""Every name of TensorRT's API that `trtq` uses, looked up in NVIDIA's own bindings.
+
+Run by tests/backends/test_tensorrt.py, once for each version. What a version lacks must be exactly what
+`Dialect` keeps `trtq` from using there.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import tensorrt_bindings as trt
+
+import trtq.backends
+from trtq.backends.dialect import dialect_of
+from trtq.backends.network import logger
+
+MAJOR = int(trt.__version__.split(".")[0])
+MODULES = ("network.py", "tensorrt.py", "device.py")
+CLASSES = {
+    "builder": "Builder",
+    "config": "IBuilderConfig",
+    "network": "INetworkDefinition",
+    "layer": "ILayer",
+    "output": "ITensor",
+    "parser": "OnnxParser",
+    "error": "ParserError",
+    "runtime": "Runtime",
+    "engine": "ICudaEngine",
+    "runtime_config": "IRuntimeConfig",
+    "context": "IExecutionContext",
+    "inspector": "EngineInspector",
+}
+"""Name of a variable in those modules -> the class it is of."""
+
+RTX_ONLY = {
+    "trt.DynamicShapesKernelSpecializationStrategy",
+    "trt.DynamicShapesKernelSpecializationStrategy.EAGER",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+}
+MISSING = {
+    8: {
+        "trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+        "trt.BuilderFlag.STRIP_PLAN",
+        "IBuilderConfig.progress_monitor",
+        "ParserError.node_name",
+        "ParserError.node_operator",
+        "ICudaEngine.create_runtime_config",
+    },
+    10: set(),
+    11: {
+        "trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
+        "trt.BuilderFlag.INT8",
+        "trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
+        "IBuilderConfig.int8_calibrator",
+        "IBuilderConfig.set_calibration_profile",
+        "ILayer.precision",
+        "ILayer.set_output_type",
+    },
+}
+
+
+def used_names() -> set[str]:
+    """Dotted names below `trt`, and attributes of the variables in `CLASSES`, in the modules' source."""
+    folder, names = Path(trtq.backends.__file__).parent, set()
+    for module in MODULES:
+        for node in ast.walk(ast.parse((folder / module).read_text())):
+            if isinstance(node, ast.Attribute):
+                variable, *attributes = ast.unparse(node).removeprefix("self._").split(".")
+                if variable == "trt" and attributes and not attributes[0].startswith("__"):
+                    names.add(".".join(["trt", *attributes[:2]]))
+                elif variable in CLASSES and len(attributes) == 1:
+                    names.add(f"{CLASSES[variable]}.{attributes[0]}")
+    return names
+
+
+def exists(name: str) -> bool:
+    found = trt
+    for part in name.removeprefix("trt.").split("."):
+        found = getattr(found, part, None)
+    return found is not None
+
+
+def test_only_what_the_dialect_excludes_is_missing() -> None:
+    names = used_names() - RTX_ONLY - {"ParserError.strerror"}  # `error` is an OSError elsewhere
+    assert len(names) > 50  # the search itself works
+    assert {name for name in names if not exists(name)} == MISSING[MAJOR]
+
+
+def test_dialect() -> None:
+    dialect = dialect_of(trt)
+    assert dialect.name == {8: "TensorRT 8.6", 10: "TensorRT 10", 11: "TensorRT 11"}[MAJOR]
+    assert dialect.weak_typing == hasattr(trt, "IInt8Calibrator") == hasattr(trt.BuilderFlag, "FP16")
+    flags = trt.NetworkDefinitionCreationFlag
+    assert dialect.strong_typing == hasattr(flags, "STRONGLY_TYPED")
+    assert dialect.named_parser_errors == hasattr(trt.ParserError, "node_name")
+    assert all(hasattr(trt.BuilderFlag, flag) for flag in dialect.flags)
+    assert ("BF16" in dialect.flags) == hasattr(trt.BuilderFlag, "BF16")
+    assert ("strip_weights" in dialect.options) == hasattr(trt.BuilderFlag, "STRIP_PLAN")
+    if dialect.explicit_batch:
+        assert hasattr(flags, "EXPLICIT_BATCH")
+
+
+def test_logger_is_one_of_nvidias() -> None:
+    log = logger(trt)
+    assert isinstance(log, trt.ILogger)
+    severity = trt.ILogger.Severity
+    log.log(severity.ERROR, "broken")
+    log.log(severity.WARNING, "careful ")
+    log.log(severity.VERBOSE, "Layers:\nName: x")
+    assert (log.errors, log.warnings, log.layers) == (["broken"], ["careful"], "Layers:\nName: x")

@@ -1,0 +1,50 @@
+"""Calibrators: the contract with NVIDIA's own classes, each version in a process of its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from contract.bindings import run_checks
+
+from trtq.backends.calibrators import CudaDevice
+from trtq.errors import MissingBackendError
+
+
+@pytest.fixture
+def downloads(request: pytest.FixtureRequest) -> Path:
+    """Where the bindings' wheels are kept (environment variable TRTQ_BINDINGS)."""
+    if folder := os.environ.get("TRTQ_BINDINGS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return Path(folder)
+    assert request.config.cache is not None
+    return request.config.cache.mkdir("tensorrt_bindings")
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.16.1"])
+def test_calibrators(version: str, downloads: Path, tmp_path: Path) -> None:
+    run_checks("check_calibrators.py", version, downloads, tmp_path)
+
+
+def test_tensorrt_11(downloads: Path, tmp_path: Path) -> None:
+    run_checks("check_without_calibrators.py", "11.4.0", downloads, tmp_path)
+
+
+def test_tensorrt_rtx_has_none() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    from trtq.backends.calibrators import table_calibrator
+    from trtq.calibration.table import Table
+
+    with pytest.raises(MissingBackendError, match="has no calibrators"):
+        table_calibrator(trt, Table({}))
+
+
+def test_cuda_device_without_pycuda_or_gpu() -> None:
+    try:
+        import pycuda.autoprimaryctx  # noqa: F401
+    except Exception:
+        with pytest.raises(MissingBackendError, match="needs PyCUDA and a GPU"):
+            CudaDevice()
+    else:
+        pytest.skip("there is a GPU with PyCUDA here")
