@@ -11,7 +11,8 @@ from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.samples import Samples
 from trtq.files import sha256_file
-from trtq.gate.execute import Outputs, fingerprint, run_model
+from trtq.gate.execute import ENGINE_SUFFIXES, Outputs, fingerprint, run_model
+from trtq.graph.model import model_sha256
 
 CACHED_BYTES = 1 << 28
 """Outputs above this size are not cached."""
@@ -33,12 +34,13 @@ def outputs_of(
     Args:
         model: an ONNX file, simulated on the CPU, or an engine, run on the GPU.
         label: what the progress is called.
-        sha256: hash of the model including its external data; default: of the file.
+        sha256: hash of the model including its external data; default: found here.
 
     Raises:
         InputError, MissingBackendError: as `run_model`.
     """
-    key = Key("outputs", sha256 or sha256_file(model), samples.hash, {"executor": fingerprint(model)})
+    sha256 = sha256 or (sha256_file(model) if model.suffix in ENGINE_SUFFIXES else model_sha256(model))
+    key = Key("outputs", sha256, samples.hash, {"executor": fingerprint(model)})
     if (content := cache.fetch(key)) is not None:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             arrays = {name: stored[f"output.{name}"] for name in stored["names"].tolist()}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +14,15 @@ import onnx_graphsurgeon as gs
 
 import trtq
 from trtq.backends import tensorrt_rtx
-from trtq.backends.interface import OPT_BATCH, Build, Profile, find_gpu, parse_profile, profiles_from
+from trtq.backends.interface import (
+    OPT_BATCH,
+    Build,
+    Profile,
+    check_profile,
+    find_gpu,
+    parse_profile,
+    profiles_from,
+)
 from trtq.cache import Cache, Key, default_root
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import Method, parse_method
@@ -29,11 +33,12 @@ from trtq.console import SILENT, Console
 from trtq.coverage import Coverage, coverage
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
-from trtq.errors import ExitCode, InputError
+from trtq.errors import ExitCode, InputError, about
 from trtq.evaluation import outputs_of
-from trtq.files import sha256_file, write_json, write_text
+from trtq.files import sha256_file, staged_folder, write_json, write_text
+from trtq.gate.execute import Outputs
 from trtq.gate.metrics import Metric, load_metric
-from trtq.gate.verdict import Verdict, decide, parse_margin
+from trtq.gate.verdict import Verdict, decide, parse_margin, score_reference
 from trtq.graph.fold import fold
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model, save_model
@@ -101,9 +106,10 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         model, include=recipe.include, exclude=recipe.exclude, input_shapes=opt_shapes(model, profile)
     )
     console.say("plan", plan_text(plan))
+    reference = reference_outputs(model, evaluation, metric, cache, console, recipe)
     graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
-    table = calibrate(model, graph, plan, data, recipe, cache, console)
-    with _staging(Path(recipe.output)) as folder:
+    with staged_folder(recipe.output) as folder:
+        table = calibrate(model, graph, plan, data, recipe, cache, console)
         int8 = folder / "model.int8.onnx"
         save_model(rewrite(graph, plan, table.scales, weights=recipe.weights), int8)
         plan.save(folder / "plan.json")
@@ -116,13 +122,12 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         checks = () if least is None else (share_check(covered, least),)
         candidate = build.engine if _engine_runs_here(recipe, console) else int8
         verdict = gate(
-            model.path,
+            reference,
             candidate,
             evaluation,
             metric,
             cache,
             console,
-            reference_sha256=model.sha256,
             max_drop=max_drop,
             recipe=recipe,
         )
@@ -246,7 +251,7 @@ def statistics_of(
         console.say("statistics", f"{len(data)} rows from the cache, nothing was run")
         return Statistics.from_bytes(content)
     started = time.perf_counter()
-    with console.progress("statistics", len(data)) as advance:
+    with console.progress("statistics", len(data)) as advance, about(data.source):
         statistics = collect(model.graph, plan.tensors, data, workers=recipe.threads, progress=advance)
     cache.store(key, statistics.to_bytes())
     seconds = time.perf_counter() - started
@@ -254,8 +259,23 @@ def statistics_of(
     return statistics
 
 
+def reference_outputs(
+    model: Model, evaluation: Samples, metric: Metric, cache: Cache, console: Console, recipe: Recipe
+) -> Outputs:
+    """The fp32 model's outputs on the evaluation data, scored once: what is wrong with data, labels or
+    metric is found before anything takes long.
+
+    Raises:
+        InputError: the model does not run on the data, or its outputs cannot be scored.
+    """
+    reference = _evaluate(model.path, "reference", evaluation, cache, console, recipe, model.sha256)
+    with about(evaluation.source):
+        score_reference(reference.arrays, dict(evaluation.targets), metric)
+    return reference
+
+
 def gate(
-    reference: Path,
+    reference: Outputs,
     candidate: Path,
     evaluation: Samples,
     metric: Metric,
@@ -264,34 +284,48 @@ def gate(
     *,
     max_drop: float,
     recipe: Recipe,
-    reference_sha256: str | None = None,
 ) -> Verdict:
-    """The verdict on a candidate (ONNX model or engine) against a reference, by the recipe's options."""
-    results = []
-    for model, sha256, label in ((reference, reference_sha256, "reference"), (candidate, None, "candidate")):
-        outputs, cached = outputs_of(
-            model,
-            evaluation,
-            cache,
-            console,
-            label=label,
-            sha256=sha256,
-            batch_size=recipe.batch,
-            threads=recipe.threads,
+    """The verdict on a candidate (ONNX model or engine) by the recipe's options.
+
+    Args:
+        reference: see `reference_outputs`.
+    """
+    outputs = _evaluate(candidate, "candidate", evaluation, cache, console, recipe)
+    with about(candidate):
+        verdict = decide(
+            reference.arrays,
+            outputs.arrays,
+            dict(evaluation.targets),
+            metric,
+            max_drop=max_drop,
+            confidence=recipe.confidence,
+            executor=outputs.executor,
         )
-        if cached:
-            console.say("gate", f"outputs of the {label} from the cache, nothing was run")
-        results.append(outputs)
-    verdict = decide(
-        results[0].arrays,
-        results[1].arrays,
-        dict(evaluation.targets),
-        metric,
-        max_drop=max_drop,
-        confidence=recipe.confidence,
-        executor=results[1].executor,
-    )
     return verdict.require_engine() if recipe.require_engine else verdict
+
+
+def _evaluate(
+    model: Path,
+    label: str,
+    evaluation: Samples,
+    cache: Cache,
+    console: Console,
+    recipe: Recipe,
+    sha256: str | None = None,
+) -> Outputs:
+    outputs, cached = outputs_of(
+        model,
+        evaluation,
+        cache,
+        console,
+        label=label,
+        sha256=sha256,
+        batch_size=recipe.batch,
+        threads=recipe.threads,
+    )
+    if cached:
+        console.say("gate", f"outputs of the {label} from the cache, nothing was run")
+    return outputs
 
 
 def need_targets(metric: Metric, samples: Samples) -> None:
@@ -315,10 +349,12 @@ def open_cache(recipe: Recipe, console: Console) -> Cache:
 
 def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
     """The recipe's optimization profile, or one from the model's dynamic axes and the data's shapes."""
-    if recipe.profile:
-        return parse_profile(recipe.profile)
-    shapes = data.row_shapes() if data is not None else {}
     dimensions = {spec.name: spec.shape for spec in model.inputs}
+    if recipe.profile:
+        profile = parse_profile(recipe.profile)
+        check_profile(profile, dimensions, model.path)
+        return profile
+    shapes = data.row_shapes() if data is not None else {}
     return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH)
 
 
@@ -402,24 +438,3 @@ def _engine_runs_here(recipe: Recipe, console: Console) -> bool:
         return True
     console.warn(f"{gpu.name} ({gpu.compute_capability}) is no target of the engine; the gate simulates it")
     return False
-
-
-@contextlib.contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A folder beside `output` whose files are moved into it at the end, or thrown away."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise InputError(
-            "cannot write to the output folder",
-            file=output,
-            cause=error.strerror,
-            remedy="check its permissions, or choose another with -o",
-        ) from error
-    try:
-        yield folder
-        for path in sorted(folder.iterdir()):
-            os.replace(path, output / path.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

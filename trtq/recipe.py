@@ -18,7 +18,7 @@ from typing import Any
 import tomli_w
 
 from trtq.data.preprocess import Preprocess
-from trtq.errors import InputError
+from trtq.errors import InputError, about
 from trtq.files import PathLike
 
 if sys.version_info >= (3, 11):
@@ -125,12 +125,10 @@ class Recipe:
         given = {name.replace("-", "_"): value for name, value in values.items()}
         for name, value in given.items():
             _check(name, value, path)
-        try:
+        with about(path):
             for input_name, steps in given.get("preprocess", {}).items():
                 Preprocess.parse(input_name, steps)
             return cls()._with(given, path.parent)
-        except InputError as error:
-            raise InputError(error.problem, file=path, remedy=error.remedy) from error
 
     def merged(self, given: Mapping[str, Any]) -> Recipe:
         """This recipe with what the command line gave instead; None and empty lists are not given."""

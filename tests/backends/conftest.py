@@ -40,3 +40,13 @@ def zoo() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no model zoo: set TRTQ_ZOO (looked in {folder.name})")
     return folder
+
+
+@pytest.fixture
+def downloads(request: pytest.FixtureRequest) -> Path:
+    """Where the bindings' wheels are kept (environment variable TRTQ_BINDINGS)."""
+    if folder := os.environ.get("TRTQ_BINDINGS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return Path(folder)
+    assert request.config.cache is not None
+    return request.config.cache.mkdir("tensorrt_bindings")

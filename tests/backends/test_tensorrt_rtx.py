@@ -13,6 +13,7 @@ from small_nets import Net
 
 from trtq.backends import tensorrt_rtx
 from trtq.backends.interface import Build, Range
+from trtq.backends.record import sidecar
 from trtq.errors import InputError, MissingBackendError
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -196,7 +197,7 @@ def test_records_of_other_engines_are_ignored(
     quantized: onnx.ModelProto, build_engine: Callable[..., Build]
 ) -> None:
     engine = build_engine(quantized, PROFILE).engine
-    record = tensorrt_rtx.sidecar(engine)
+    record = sidecar(engine)
     record.write_text(record.read_text().replace(tensorrt_rtx.describe_plan(engine)["sha256"], "0" * 64))
     assert tensorrt_rtx.describe_plan(engine)["build"] is None
     record.write_text("{}")

@@ -157,9 +157,11 @@ def test_an_engine_runs_on_a_gpu_or_says_what_is_missing(tmp_path):
         run_model(tmp_path / "none.plan", rows_of(x))
 
 
-def test_fingerprint():
+def test_fingerprint(tmp_path):
     import onnxruntime
 
     assert onnxruntime.__version__ in fingerprint("m.onnx")
     trt = pytest.importorskip("tensorrt_rtx")
-    assert fingerprint("m.plan") == f"tensorrt_rtx-{trt.__version__}"
+    model = save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], ["n", 3], ["n", 3])
+    plan = build_engine(tmp_path / "m.plan", model)
+    assert fingerprint(plan) == f"tensorrt_rtx-{trt.__version__}"

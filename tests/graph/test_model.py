@@ -38,8 +38,8 @@ def test_a_file_of_another_kind(content: bytes, tmp_path: Path) -> None:
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nothing.onnx"):
-        with pytest.raises(InputError, match="does not exist"):
+    for path, problem in ((tmp_path, "is a folder"), (tmp_path / "nothing.onnx", "does not exist")):
+        with pytest.raises(InputError, match=problem):
             load_model(path)
 
 

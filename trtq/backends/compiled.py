@@ -1,4 +1,4 @@
-"""What a compiled engine really runs, read from the builder's log without a GPU.
+"""What a compiled engine really runs: from the builder's log without a GPU, or from the engine inspector.
 
 With `ProfilingVerbosity.DETAILED` and a VERBOSE logger, TensorRT for RTX logs one message that begins
 with ``Layers:`` and has one line per step of the compiled graph::
@@ -12,11 +12,17 @@ with ``Layers:`` and has one line per step of the compiled graph::
 convolution or matmul with its neighbours), `kgen` (a generated kernel: pointwise, softmax, or fused
 attention when its name begins with `_gemm`), `avgpool`, `maxpool`, ..., and for what is not a kernel
 `shape_call`, `signal`, `wait`.
+
+TensorRT proper logs no such message; its engine inspector gives JSON, which needs the engine on a GPU
+(`parse_inspection`). Beside the kinds above, for what it compiles as one region, it has kinds of its own:
+`CaskConvolution`, `CaskGemmConvolution`, `CudaDepthwiseConvolution`, `CaskDeconvolutionV2`,
+`PointWiseV2`, `Reformat`, `NoOp`, ...
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -38,6 +44,18 @@ _BITS = {
     "Int4": 4,
     "FP4": 4,
 }
+
+_INSPECTED = {
+    **{name: name for name in _BITS},
+    **{"FP32": "Float", "FP16": "Half", "BF16": "BFloat16", "INT8": "Int8"},
+}
+"""Words for datatypes in the engine inspector's output, of all versions -> ours."""
+
+_REGION_KINDS = ("correlation", "gemm", "deconv", "runtime_fusion")
+_CONVERSION = re.compile("(MulMinMaxRounCast|CastMul|Cast|Move|Resh|Tran|Repl|Conc)+")
+"""Names of generated kernels are their steps: here quantize, dequantize, and moving data."""
+
+_LAYER_KINDS = re.compile(r"conv|gemm|matrixmultiply", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +100,10 @@ class CompiledLayer:
         """Whether it is a kernel on the GPU.
 
         A kernel writes something. Steps without an output are host-side bookkeeping: `shape_call`
-        computes dynamic shapes, `signal` and `wait` order the streams.
+        computes dynamic shapes, `signal` and `wait` order the streams. `NoOp` and `Constant` are layers
+        of the network that TensorRT needs no kernel for.
         """
-        return bool(self.outputs)
+        return bool(self.outputs) and self.kind not in ("NoOp", "Constant")
 
     @property
     def computes(self) -> bool:
@@ -93,7 +112,8 @@ class CompiledLayer:
         Pointwise kernels name those nodes too (for a bias, an activation, a padding), but do not.
         """
         fused = self.kind == "kgen" and self.name.startswith("_gemm")
-        return fused or self.kind in ("correlation", "gemm", "deconv", "runtime_fusion")
+        fused |= self.kind == "fusion" and "Fc" in self.name
+        return fused or self.kind in _REGION_KINDS or _LAYER_KINDS.search(self.kind) is not None
 
     @property
     def int8(self) -> bool:
@@ -105,11 +125,24 @@ class CompiledLayer:
           attention only when the softmax is quantized as well, so this stands for both matmuls.
         - `deconv`, `runtime_fusion`: never. A fusion may read Int8 on both sides, but it casts to
           floating point before it multiplies (`CastMulFc`).
+        - layers of TensorRT proper: both operands are Int8, as above.
         """
-        int8 = [t.datatype == "Int8" for t in self.inputs + self.constants]
-        if self.kind in ("correlation", "gemm"):
-            return sum(int8) >= 2
-        return self.computes and self.kind == "kgen" and sum(int8) >= 3
+        int8 = sum(t.datatype == "Int8" for t in self.inputs + self.constants)
+        if not self.computes or self.kind in ("deconv", "runtime_fusion"):
+            return False
+        return int8 >= (3 if self.kind == "kgen" else 2)
+
+    @property
+    def converts(self) -> bool:
+        """Whether it does nothing but change datatype or layout: Q/DQ and reformats that fused with nothing.
+
+        `Reformat` layers of TensorRT proper, and generated kernels of RTX whose name lists only the
+        steps of a (de)quantization and of moving data. Fused Q/DQ are not listed: they cost nothing.
+        """
+        if self.kind == "Reformat":
+            return True
+        steps = self.name.removeprefix("__myl_").partition("_myl")[0]
+        return self.kind == "kgen" and _CONVERSION.fullmatch(steps) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +247,63 @@ def parse_layers(message: str, batch: int = 1) -> Compiled:
         except ValueError:
             unread.append(line)
     return Compiled(tuple(layers), batch, tuple(unread))
+
+
+def parse_inspection(text: str, batch: int = 1) -> Compiled:
+    """Read the engine inspector's JSON (`LayerInformationFormat.JSON`) of an engine built DETAILED.
+
+    Up to TensorRT 10 a tensor has `Format/Datatype`, a phrase that names both; from 11 on it has `Datatype`
+    and `Format`. Weights and biases become the layer's constants, with their count as dimensions.
+
+    Args:
+        batch: recorded in the result.
+
+    Raises:
+        ValueError: it is not JSON with a list of layers.
+    """
+    value = json.loads(text)
+    if not isinstance(value, dict) or not isinstance(value.get("Layers"), list):
+        raise ValueError("the engine inspector's output has no list 'Layers'")
+    read = [(layer, _inspected_layer(layer)) for layer in value["Layers"]]
+    return Compiled(
+        layers=tuple(layer for _, layer in read if layer is not None),
+        batch=batch,
+        unread=tuple(json.dumps(raw) for raw, layer in read if layer is None),
+    )
+
+
+def onnx_layers(metadata: str) -> tuple[str, ...]:
+    """ONNX node names in a layer's metadata: `[ONNX Layer: a]<0x1F>[ONNX Layer: b]`, other separators too."""
+    return tuple(re.findall(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\s]*(?:\[ONNX Layer: |$))", metadata))
+
+
+def _inspected_layer(layer: Any) -> CompiledLayer | None:
+    """A layer of the engine inspector, or None if it is not as expected."""
+    try:
+        constants = [
+            CompiledTensor(key.lower(), (int(layer[key]["Count"]),), _INSPECTED[layer[key]["Type"]], "")
+            for key in ("Weights", "Bias")
+            if layer.get(key, {}).get("Count")
+        ]
+        return CompiledLayer(
+            name=layer["Name"],
+            kind=layer["LayerType"],
+            inputs=tuple(_inspected_tensor(t) for t in layer["Inputs"]),
+            constants=(*constants, *(_inspected_tensor(t) for t in layer.get("Constants", ()))),
+            outputs=tuple(_inspected_tensor(t) for t in layer["Outputs"]),
+            onnx_nodes=onnx_layers(layer.get("Metadata", "")),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _inspected_tensor(tensor: dict[str, Any]) -> CompiledTensor:
+    phrase = tensor.get("Format/Datatype") or tensor.get("Datatype") or tensor["DataType"]
+    known = [_INSPECTED[word] for word in re.findall(r"\w+", phrase) if word in _INSPECTED]
+    if not known:
+        raise ValueError(f"no datatype in {phrase!r}")
+    dims = tuple(int(d) for d in tensor["Dimensions"])
+    return CompiledTensor(tensor["Name"], dims, known[0], tensor.get("Format", phrase))
 
 
 class _Reader:

@@ -9,10 +9,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from trtq.backends.compiled import Compiled
 from trtq.errors import InputError
+from trtq.files import PathLike
 
 OPT_BATCH = 8
 """Batch size an engine is tuned for when nothing else is asked."""
@@ -21,6 +22,7 @@ MAX_OVER_OPT = 4
 """Largest batch an engine takes, in multiples of the one it is tuned for."""
 
 Shape = tuple[int, ...]
+_SHAPE = r"[1-9]\d*(x[1-9]\d*)*"
 
 
 class Range(NamedTuple):
@@ -50,6 +52,62 @@ class Build:
     targets: tuple[str, ...]
     compiled: Compiled
     warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """How to build; the defaults are TensorRT's own. Not every version has every option (`Dialect`).
+
+    Attributes:
+        timing_cache: file of kernel timings, read if it is there and written after the build.
+        workspace: largest scratch memory of a kernel, in bytes; None: all of the device's.
+        optimization_level: 0 (fast build) to 5 (fast engine); TensorRT's default is 3.
+        version_compatible: the engine also runs on later versions of the same major version.
+        hardware_compatible: the engine also runs on later GPUs than this one (Ampere and newer).
+        dla_core: run on this DLA core what runs there, the rest on the GPU.
+        refit: the engine's weights may be replaced later.
+        strip_weights: leave the weights out of the plan; it must be refitted before it runs.
+        lower_precision: "fp16" or "bf16": a type that TensorRT may choose for what is not INT8. Versions
+            without this option take the types from the ONNX model (`trtq.graph.half`).
+    """
+
+    timing_cache: Path | None = None
+    workspace: int | None = None
+    optimization_level: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    dla_core: int | None = None
+    refit: bool = False
+    strip_weights: bool = False
+    lower_precision: str | None = None
+
+    def given(self) -> list[str]:
+        """Names of the options that differ from their defaults."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+
+
+DEFAULT_OPTIONS = BuildOptions()
+
+
+class Builder(Protocol):
+    """What a module that builds engines offers (`trtq.backends.builders` lists them)."""
+
+    def version(self) -> str:
+        """The installed version; MissingBackendError if there is none."""
+
+    def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
+        """The compute capabilities to build for, or an InputError."""
+
+    def build(
+        self,
+        model: PathLike,
+        engine: PathLike,
+        *,
+        profile: Profile | None = None,
+        targets: Sequence[str] = (),
+        options: BuildOptions = DEFAULT_OPTIONS,
+    ) -> Build:
+        """Compile an ONNX model into a plan file and record beside it what it runs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +151,7 @@ def profiles_from(
         if None in sizes[1:] and not rows:
             raise InputError(
                 f"input '{name}' has dynamic axes and there is no data to take their sizes from",
-                remedy=f"give its shapes, such as {name}:1x64,8x64,32x64",
+                remedy=f"give data, or its shapes with --profile, such as {name}:1x64,8x64,32x64",
             )
         if wrong := [shape for shape in rows if len(shape) != len(dims) - 1]:
             raise InputError(
@@ -126,7 +184,7 @@ def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
     profile = {}
     for text in texts:
         name, _, shapes = text.rpartition(":")
-        if not name or not re.fullmatch(r"\d+(x\d+)*(,\d+(x\d+)*){0,2}", shapes) or shapes.count(",") == 1:
+        if not name or not re.fullmatch(rf"{_SHAPE}(,{_SHAPE}){{0,2}}", shapes) or shapes.count(",") == 1:
             raise InputError(
                 f"'{text}' is not an optimization profile",
                 remedy="write NAME:MIN,OPT,MAX, such as input:1x3x224x224,8x3x224x224,32x3x224x224",
@@ -142,6 +200,40 @@ def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
             )
         profile[name] = Range(low, opt, high)
     return profile
+
+
+def check_profile(profile: Profile, inputs: Mapping[str, Sequence[int | str | None]], model: Path) -> None:
+    """Make sure that a profile fits a model.
+
+    Args:
+        inputs: model input name -> dimensions; one that is not a positive integer is dynamic.
+
+    Raises:
+        InputError: an unknown input, a shape that does not fit, or a dynamic input without a range.
+    """
+    dims = {n: ["?" if not isinstance(d, int) or d < 1 else d for d in shape] for n, shape in inputs.items()}
+    for name, shapes in profile.items():
+        if name not in dims:
+            raise InputError(
+                f"the optimization profile names '{name}', which is no input of the model",
+                file=model,
+                remedy=f"the inputs are {', '.join(dims)}",
+            )
+        for shape in shapes:
+            if len(shape) != len(dims[name]) or any(
+                d not in ("?", s) for d, s in zip(dims[name], shape, strict=True)
+            ):
+                raise InputError(
+                    f"the profile's shape {'x'.join(map(str, shape))} does not fit input '{name}'",
+                    file=model,
+                    remedy=f"its dimensions are {'x'.join(map(str, dims[name]))}, where ? is dynamic",
+                )
+    if missing := [name for name, d in dims.items() if "?" in d and name not in profile]:
+        raise InputError(
+            f"input '{missing[0]}' has dynamic axes and the optimization profile does not name it",
+            file=model,
+            remedy=f"its dimensions are {'x'.join(map(str, dims[missing[0]]))}; give min, opt and max",
+        )
 
 
 def find_gpu() -> Gpu | None:

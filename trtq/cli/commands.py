@@ -154,16 +154,10 @@ def _gate(given: argparse.Namespace) -> int:
     max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
     samples = load_samples(recipe.eval, model.inputs, recipe.preprocess)
     pipeline.need_targets(metric, samples)
+    cache = pipeline.open_cache(recipe, console)
+    expected = pipeline.reference_outputs(model, samples, metric, cache, console, recipe)
     verdict = pipeline.gate(
-        reference,
-        candidate,
-        samples,
-        metric,
-        pipeline.open_cache(recipe, console),
-        console,
-        max_drop=max_drop,
-        recipe=recipe,
-        reference_sha256=model.sha256,
+        expected, candidate, samples, metric, cache, console, max_drop=max_drop, recipe=recipe
     )
     if given.json:
         write_json(given.json, verdict.to_json())
@@ -187,6 +181,8 @@ def _cache(given: argparse.Namespace) -> int:
     cache = Cache(Path(given.cache) if given.cache else default_root())
     entries = list(cache.entries())
     if given.action == "prune":
+        if not given.days >= 0:
+            raise InputError(f"--days is {given.days}", remedy="use a number from 0")
         age = 86400 * given.days
         removed = cache.prune(lambda e: not e.problem and time.time() - e.path.stat().st_mtime < age)
         print(f"{len(removed)} of {len(entries)} entries removed from {cache.root}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 import traceback
@@ -14,6 +15,9 @@ import trtq
 from trtq.cli import commands
 from trtq.errors import ExitCode, InputError, TrtqError
 from trtq.recipe import flag, options
+
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
+"""Exit codes as a shell has them after SIGINT and SIGPIPE."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,18 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = parser().parse_args(arguments)
         given.command_line = shlex.join(["trtq", *arguments])
-        return int(given.run(given))
+        code = int(given.run(given))
+        _flush_output()
+        return code
     except TrtqError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"trtq: {error}", file=sys.stderr)
-        return int(error.exit_code)
+        return _report(error, debug)
     except KeyboardInterrupt:
         print("trtq: interrupted; nothing was written", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
-        return int(ExitCode.PASS)
+        _flush_output()
+        return _BROKEN_PIPE
+    except OSError as error:
+        cause = error.strerror or error
+        return _report(InputError("cannot read or write", file=error.filename, cause=cause), debug)
     except Exception as error:
         if debug:
             raise
@@ -51,6 +57,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return int(ExitCode.BAD_INPUT)
+
+
+def _report(error: TrtqError, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"trtq: {error}", file=sys.stderr)
+    return int(error.exit_code)
+
+
+def _flush_output() -> None:
+    """Write what is still to be written; that the reader has gone, as of `| head`, is no error."""
+    try:
+        if sys.stdout is not None:  # None: closed by the shell
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def parser() -> argparse.ArgumentParser:

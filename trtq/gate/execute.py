@@ -1,12 +1,14 @@
 """Run a model over samples: ONNX on the CPU as a simulation, or an engine on the GPU.
 
-Both run in Polygraphy's runners, batch by batch, so that memory holds one batch and the outputs.
+Both run batch by batch, so that memory holds one batch and the outputs; engines in Polygraphy's runner.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.backends.builders import engine_package
 from trtq.backends.interface import find_gpu
 from trtq.data.batches import batches
 from trtq.errors import InputError, MissingBackendError
@@ -77,7 +80,7 @@ def run_model(
         MissingBackendError: an engine, and no GPU, driver or TensorRT here.
     """
     is_engine = Path(model).suffix in ENGINE_SUFFIXES
-    runner = _engine_runner(Path(model)) if is_engine else _simulation_runner(model, threads)
+    runner: Any = engine_runner(Path(model)) if is_engine else _Simulation(model, threads)
     rows_total = len(samples)
     if rows_total == 0:
         raise InputError("the data has no rows")
@@ -110,31 +113,76 @@ def fingerprint(model: str | Path) -> str:
         MissingBackendError: an engine, and no TensorRT here.
     """
     if Path(model).suffix in ENGINE_SUFFIXES:
-        trt = _tensorrt()
+        trt = _tensorrt(_engine_package(Path(model)))
         return f"{trt.__name__}-{trt.__version__}"
     from trtq.backends.onnxruntime import simulation_fingerprint
 
     return simulation_fingerprint()
 
 
-def _simulation_runner(model: str | Path, threads: int | None) -> Any:
-    from polygraphy.backend.onnxrt import OnnxrtRunner
+class _Simulation:
+    """ONNX Runtime with the methods of Polygraphy's runners that `run_model` calls.
 
-    from trtq.backends.onnxruntime import simulation_session
+    Polygraphy's own `OnnxrtRunner` imports torch where that is installed: it takes seconds, and Ctrl-C in
+    the meantime is swallowed and ends in a crash.
+    """
 
-    return OnnxrtRunner(simulation_session(model, threads))
+    def __init__(self, model: str | Path, threads: int | None) -> None:
+        from trtq.backends.onnxruntime import simulation_session
+
+        self._session = simulation_session(model, threads)
+
+    def __enter__(self) -> _Simulation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        del self._session
+
+    def get_input_metadata(self, use_numpy_dtypes: bool) -> dict[str, Any]:
+        return {item.name: item for item in self._session.get_inputs()}
+
+    def infer(self, feed: Arrays) -> Arrays:
+        names = [item.name for item in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, feed), strict=True))
 
 
-def _engine_runner(model: Path) -> Any:
-    try:
-        content = model.read_bytes()
-    except OSError as error:
-        raise InputError("cannot read the engine", file=model, cause=error.strerror) from error
+def engine_runner(model: Path) -> Any:
+    """Polygraphy's runner of an engine, with the TensorRT that the plan is for.
+
+    Raises:
+        InputError: the file cannot be read, or this process runs engines of the other TensorRT.
+        MissingBackendError: no GPU, driver or TensorRT here.
+    """
+    package = _engine_package(model)
     _require_gpu(model)
-    _tensorrt()
+    _tensorrt(package)
+    _choose_package(package, model)
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    return TrtRunner(EngineFromBytes(content))
+    return TrtRunner(EngineFromBytes(model.read_bytes()))
+
+
+def _engine_package(model: Path) -> str:
+    try:
+        with model.open("rb") as file:
+            return engine_package(file.read(64))
+    except OSError as error:
+        raise InputError("cannot read the engine", file=model, cause=error.strerror) from error
+
+
+def _choose_package(package: str, model: Path) -> None:
+    """Let Polygraphy use the TensorRT that the plan is for: it decides when its TensorRT part is imported."""
+    from polygraphy import config
+
+    wanted = package == "tensorrt_rtx"
+    if wanted != config.USE_TENSORRT_RTX and "polygraphy.backend.trt" in sys.modules:
+        raise InputError(
+            "one process cannot run engines of both TensorRT and TensorRT for RTX",
+            file=model,
+            cause=f"this engine needs {package}, and the other one has been used already",
+            remedy="run them in two processes",
+        )
+    config.USE_TENSORRT_RTX = wanted
 
 
 def _require_gpu(model: Path) -> None:
@@ -149,13 +197,9 @@ def _require_gpu(model: Path) -> None:
         )
 
 
-def _tensorrt() -> Any:
-    """The TensorRT package that Polygraphy uses."""
-    from polygraphy import config
-
-    package = "tensorrt_rtx" if config.USE_TENSORRT_RTX else "tensorrt"
+def _tensorrt(package: str) -> Any:
     try:
-        return __import__(package)
+        return importlib.import_module(package)
     except ImportError as error:
         remedy = f"pip install {package.replace('_', '-')}"
         raise MissingBackendError(f"{package} is not installed", cause=error, remedy=remedy) from error

@@ -314,7 +314,7 @@ def _metric_of_file(spec: str) -> Metric:
         try:
             value = function(_read_only(outputs), _read_only(targets))
             value = value.item() if hasattr(value, "item") else value
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(
                 f"the metric {name!r} failed", file=path, cause=f"{type(error).__name__}: {error}"
             ) from error

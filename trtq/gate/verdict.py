@@ -176,21 +176,10 @@ def decide(
         raise InputError(f"the allowed drop must be between 0 and 1, not {max_drop}")
     if confidence is not None and not 0.5 < confidence < 1:
         raise InputError(f"the confidence must be between 0.5 and 1, not {confidence}")
-    if metric.name.partition("@")[0] == "sqnr":
-        raise InputError(
-            "sqnr cannot decide: a relative drop of decibels means nothing",
-            remedy="use cosine or a metric with labels; the SQNR is reported with every verdict",
-        )
+    reference_value = score_reference(reference, targets, metric)
     similarity.check_comparable(reference, candidate)
     candidate = {name: candidate[name] for name in reference}
     samples, k = rows_per_sample(reference, targets)
-    reference_value = metric.value(reference, targets, reference)
-    if not reference_value > 0:
-        raise InputError(
-            f"the reference scores {reference_value:g} in {metric.name}",
-            cause="a relative drop needs a reference above 0",
-            remedy="check labels and preprocessing, or use a metric whose good values are positive",
-        )
     broken = similarity.first_not_finite(candidate)
     if broken is not None:
         name, row = broken
@@ -243,6 +232,28 @@ def decide(
         worst_samples=similarity.worst_samples(reference, candidate, samples),
         notes=(_note(evidence, samples, max_drop, level),),
     )
+
+
+def score_reference(reference: Arrays, targets: Arrays, metric: Metric) -> float:
+    """The reference's value of the metric, which a relative drop is measured from.
+
+    Raises:
+        InputError: the outputs or targets do not suit the metric, the reference scores 0 or less, or the
+            metric is `sqnr`, whose decibels have no relative drop.
+    """
+    if metric.name.partition("@")[0] == "sqnr":
+        raise InputError(
+            "sqnr cannot decide: a relative drop of decibels means nothing",
+            remedy="use cosine or a metric with labels; the SQNR is reported with every verdict",
+        )
+    value = metric.value(reference, targets, reference)
+    if not value > 0:
+        raise InputError(
+            f"the reference scores {value:g} in {metric.name}",
+            cause="a relative drop needs a reference above 0",
+            remedy="check labels and preprocessing, or use a metric whose good values are positive",
+        )
+    return value
 
 
 def parse_margin(text: str) -> float:

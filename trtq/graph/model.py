@@ -64,7 +64,8 @@ class Model:
 def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     """Read an ONNX model, upgrade its opset where Q/DQ needs it, and give every node a unique name.
 
-    Local functions are inlined; external data is read; opsets below `opset` are converted to it.
+    Local functions are inlined; external data is read; opsets below `opset` are converted to it, and to
+    `FP16_SCALE_OPSET` where the model computes in float16.
 
     Raises:
         InputError: the file is missing, not ONNX or truncated; external data is missing; an operator is
@@ -72,13 +73,11 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     """
     path = Path(path)
     proto, data_files = _read(path)
-    digest = sha256_file(path)
-    if data_files:
-        digest = sha256_bytes("".join([digest, *(sha256_file(f) for f in data_files)]).encode())
+    _read_external_data(proto, path)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     _check_operators(proto, path)
-    proto = upgrade_opset(proto, opset, path)
+    proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
     try:
         graph = gs.import_onnx(proto)
     except Exception as error:
@@ -89,7 +88,17 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
         if tensor.shape is None or tensor.dtype is None or isinstance(tensor.dtype, int):  # int: bfloat16
             raise InputError(f"model input '{tensor.name}' has no shape, or no dtype of NumPy's", file=path)
     name_nodes(graph)
-    return Model(path, graph, digest)
+    return Model(path, graph, _sha256(path, data_files))
+
+
+def model_sha256(path: PathLike) -> str:
+    """Hash of an ONNX file and of its external data.
+
+    Raises:
+        InputError: the file is missing or not ONNX, or its external data is missing.
+    """
+    _, data_files = _read(Path(path))
+    return _sha256(Path(path), data_files)
 
 
 def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
@@ -173,9 +182,10 @@ def weight_bytes(graph: gs.Graph) -> int:
 
 
 def _read(path: Path) -> tuple[ModelProto, list[Path]]:
-    """The model with its weights, and the files that they were read from."""
+    """The model without the weights in its external data, and the files that hold those."""
     if not path.is_file():
-        raise InputError("the model does not exist", file=path, remedy="check the path")
+        problem = "the model is a folder, not a file" if path.is_dir() else "the model does not exist"
+        raise InputError(problem, file=path, remedy="check the path")
     try:
         proto = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, or an OSError
@@ -195,11 +205,30 @@ def _read(path: Path) -> tuple[ModelProto, list[Path]]:
             cause=f"it keeps weights in {', '.join(missing)}",
             remedy=f"put the file into {path.parent}",
         )
+    return proto, data_files
+
+
+def _read_external_data(proto: ModelProto, path: Path) -> None:
     try:
         onnx.load_external_data_for_model(proto, str(path.parent))
     except Exception as error:
-        raise InputError("the model's external data cannot be read", file=path, cause=error) from error
-    return proto, data_files
+        raise InputError(
+            "the model's external data cannot be read",
+            file=path,
+            cause=error,
+            remedy="copy the model and its data again, both from one export",
+        ) from error
+
+
+def _sha256(path: Path, data_files: list[Path]) -> str:
+    digests = [sha256_file(file) for file in (path, *data_files)]
+    return digests[0] if len(digests) == 1 else sha256_bytes("".join(digests).encode())
+
+
+def _holds_half(proto: ModelProto) -> bool:
+    types = {tensor.data_type for tensor in proto.graph.initializer}
+    types |= {value.type.tensor_type.elem_type for value in proto.graph.input}
+    return onnx.TensorProto.FLOAT16 in types
 
 
 def _external_files(proto: ModelProto) -> set[str]:

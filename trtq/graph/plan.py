@@ -123,4 +123,4 @@ class Plan:
         try:
             return cls.from_json(read_json(path, "plan"))
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError("not a plan of trtq", file=path, cause=error) from error
+            raise InputError("not a plan of trtq", file=path, cause=repr(error)) from error

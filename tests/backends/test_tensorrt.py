@@ -1,0 +1,210 @@
+"""TensorRT proper: its API as NVIDIA's bindings have it, what the ONNX parser makes of nodes, and refusals.
+
+Its builder needs TensorRT's libraries and a GPU. What is shared with TensorRT for RTX runs there.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from contract.bindings import run_checks
+from small_nets import Net
+
+from trtq.backends import tensorrt, tensorrt_rtx
+from trtq.backends.builders import builder, describe_engine, engine_package
+from trtq.backends.dialect import dialect_of
+from trtq.backends.interface import BuildOptions, find_gpu
+from trtq.backends.network import compile_plan, logger
+from trtq.backends.record import sidecar
+from trtq.errors import InputError, MissingBackendError
+from trtq.files import sha256_file
+
+NO_GPU = find_gpu() is None
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.16.1", "11.4.0"])
+def test_every_name_used_is_in_nvidias_bindings(version: str, downloads: Path, tmp_path: Path) -> None:
+    run_checks("check_builder.py", version, downloads, tmp_path)
+
+
+def module(version: str) -> types.ModuleType:
+    found = types.ModuleType("tensorrt")
+    found.__version__ = version
+    return found
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("8.6.1", "TensorRT 8.6"),
+        ("9.2.0", "TensorRT 8.6"),  # as 8.6 is asked, which 9 still understands
+        ("10.0.1", "TensorRT 10"),
+        ("10.16.1.11", "TensorRT 10"),
+        ("11.4.0.106", "TensorRT 11"),
+        ("12.0.0", "TensorRT 11"),
+    ],
+)
+def test_versions(version: str, name: str) -> None:
+    assert dialect_of(module(version)).name == name
+
+
+def test_versions_too_old() -> None:
+    with pytest.raises(InputError, match=r"8\.5\.3 is too old"):
+        dialect_of(module("8.5.3"))
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "problem"),
+    [
+        ("8.6.1", BuildOptions(strip_weights=True), "strip_weights"),
+        ("8.6.1", BuildOptions(lower_precision="bf16"), "bf16"),
+        ("11.4.0", BuildOptions(lower_precision="fp16"), "lower_precision"),
+        ("11.4.0", BuildOptions(dla_core=0, refit=True), "dla_core"),
+    ],
+)
+def test_options_that_a_version_lacks(version: str, options: BuildOptions, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        dialect_of(module(version)).check(options)
+
+
+def test_options_that_a_version_has() -> None:
+    everything = BuildOptions(
+        timing_cache=Path("t"),
+        workspace=1,
+        optimization_level=5,
+        version_compatible=True,
+        hardware_compatible=True,
+        dla_core=0,
+        refit=True,
+        strip_weights=True,
+        lower_precision="bf16",
+    )
+    dialect_of(module("10.16.1")).check(everything)
+    for version in ("8.6.1", "10.16.1", "11.4.0"):
+        dialect_of(module(version)).check(BuildOptions())
+    assert BuildOptions().given() == []
+    assert BuildOptions(refit=True, workspace=0).given() == ["workspace", "refit"]
+
+
+def test_rtx_refuses_options_it_ignores(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    net = Net()
+    onnx.save(net.model(net.op("Relu", net.input(2, 8))), tmp_path / "m.onnx")
+
+    def build(**options: object) -> None:
+        tensorrt_rtx.build(
+            tmp_path / "m.onnx", tmp_path / "m.plan", targets=["8.6"], options=BuildOptions(**options)
+        )
+
+    for options in ({"optimization_level": 5}, {"hardware_compatible": True}, {"version_compatible": True}):
+        with pytest.raises(InputError, match=f"TensorRT for RTX has no option {next(iter(options))}"):
+            build(**options)
+    if NO_GPU:
+        with pytest.raises(MissingBackendError, match="refittable engines on a GPU only"):
+            build(strip_weights=True)
+    build(workspace=1 << 28)
+    assert json.loads(sidecar(tmp_path / "m.plan").read_text())["options"] == {"workspace": str(1 << 28)}
+
+
+def test_a_version_11_network_builds_with_the_real_parser_and_builder(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    net = Net()
+    y = net.op("MatMul", net.qdq(net.input(8, 64)), net.weight(64, 32, axis=1), name="matmul")
+    onnx.save(net.model(y), tmp_path / "m.onnx")
+    seen = []
+
+    def prepare(builder: object, network: object, config: object) -> None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.SM86, 0)
+        seen.append(network.num_outputs)
+
+    made = compile_plan(
+        trt,
+        dialect_of(module("11.4.0")),
+        tmp_path / "m.onnx",
+        {},
+        BuildOptions(),
+        strongly_typed=True,
+        prepare=prepare,
+    )
+    assert seen == [1]
+    assert tensorrt_rtx.is_plan(bytes(memoryview(made.plan))[:64])
+
+
+def test_layers_of_onnx_nodes_in_a_parsed_network(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    net = Net()
+    x = net.input("N", 3, 8, 8)
+    x = net.op("Conv", x, net.weight(4, 3, 3, 3), np.zeros(4, np.float32), name="first/conv", pads=[1] * 4)
+    x = net.op("Relu", x, name="relu")
+    x = net.op("Flatten", net.op("GlobalAveragePool", x, name="pool"), name="flatten")
+    x = net.op("Gemm", x, net.weight(4, 5), np.ones(5, np.float32), name="head")
+    onnx.save(net.model(x), tmp_path / "m.onnx")
+    log = logger(trt)
+    built = trt.Builder(log)
+    network = built.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse_from_file(str(tmp_path / "m.onnx"))
+
+    def found(*nodes: str) -> set[object]:
+        return {layer.type for layer in tensorrt.layers_of(trt, network, nodes, tmp_path / "m.onnx")}
+
+    assert found("first/conv") == {trt.LayerType.CONVOLUTION}
+    assert trt.LayerType.MATRIX_MULTIPLY in found("head")  # and the bias
+    assert trt.LayerType.CONVOLUTION not in found("head")
+    assert found() == set()
+    with pytest.raises(InputError, match="no layer of node 'absent'"):
+        found("first/conv", "absent")
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")
+def test_without_gpu_or_package(tmp_path: Path) -> None:
+    with pytest.raises(MissingBackendError, match=r"TensorRT is not installed|on a GPU only"):
+        tensorrt.build(tmp_path / "m.onnx", tmp_path / "m.plan")
+    with pytest.raises(MissingBackendError, match="on a GPU only"):
+        tensorrt.check_targets(["8.6"])
+
+
+def test_builders_by_name() -> None:
+    assert builder("tensorrt-rtx") is tensorrt_rtx
+    assert builder("tensorrt") is tensorrt
+    with pytest.raises(InputError, match="choose among tensorrt-rtx, tensorrt"):
+        builder("tensorrt11")
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    assert builder() is tensorrt_rtx
+    assert builder().version() == __import__("tensorrt_rtx").__version__
+
+
+def test_the_package_that_runs_a_plan() -> None:
+    rtx = b"vtrt" + bytes(4) + (2).to_bytes(8, "little") + bytes(8) + bytes([1, 7, 1, 116]) + bytes(36)
+    assert len(rtx) == 64
+    assert engine_package(rtx) == "tensorrt_rtx"
+    assert engine_package(rtx[:24] + bytes([10, 16, 1, 11]) + rtx[28:]) == "tensorrt"
+    assert engine_package(b"ftrt" + rtx[4:]) == "tensorrt"
+    assert engine_package(b"") == "tensorrt"
+
+
+def test_engines_of_tensorrt_are_described_from_their_record(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    net = Net()
+    onnx.save(net.model(net.op("Relu", net.input(2, 8))), tmp_path / "m.onnx")
+    built = tensorrt_rtx.build(tmp_path / "m.onnx", tmp_path / "m.plan", targets=["8.6"])
+    assert describe_engine(built.engine) == {
+        "backend": "tensorrt-rtx",
+        **tensorrt_rtx.describe_plan(built.engine),
+    }
+    record = json.loads(sidecar(built.engine).read_text())
+    foreign = tmp_path / "other.plan"
+    foreign.write_bytes(b"ftrt of TensorRT")
+    with pytest.raises(InputError, match="not an engine"):
+        describe_engine(foreign)
+    record |= {"engine_sha256": sha256_file(foreign), "builder": "tensorrt", "version": "10.16.1"}
+    sidecar(foreign).write_text(json.dumps(record))
+    described = describe_engine(foreign)
+    assert (described["backend"], described["version"], described["bytes"]) == ("tensorrt", "10.16.1", 16)
+    assert described["build"]["compiled"] == built.compiled

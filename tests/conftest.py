@@ -1,0 +1,35 @@
+"""What end-to-end tests share: a cache of their own, and jobs that several of them look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs import Case, Deployed, Run, conv_case, trtq_command
+
+
+@pytest.fixture
+def trtq_run() -> Callable[..., Run]:
+    return trtq_command
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """`trtq demo`, run once for all tests that only look at it."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    root = tmp_path_factory.mktemp("demo")
+    folder, cache = root / "out", root / "cache"
+    return Deployed(folder, cache, trtq_command("demo", "-o", folder, "--cache", cache))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Conv, Relu, pooling and a MatMul; any batch size."""
+    return conv_case(tmp_path_factory.mktemp("small"), "N")

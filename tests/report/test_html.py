@@ -1,0 +1,131 @@
+"""`report.html`: it says what the files beside it say, and needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from jobs import Deployed
+
+from trtq.errors import InputError
+from trtq.report.html import write_report
+
+
+class Page(HTMLParser):
+    """Texts, attributes and whether every tag is closed in order."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":  # the only tag that HTML leaves open
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.words)
+
+
+def copied(demo: Deployed, folder: Path) -> Path:
+    shutil.copytree(demo.folder, folder, dirs_exist_ok=True)
+    return folder
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_the_report_is_a_page_of_its_own(demo: Deployed) -> None:
+    page = Page((demo.folder / "report.html").read_text())
+    assert page.open == []
+    assert page.links == []
+
+
+def test_the_report_says_verdict_method_and_every_node(demo: Deployed) -> None:
+    text = Page((demo.folder / "report.html").read_text()).text
+    verdict = json.loads((demo.folder / "verdict.json").read_text())
+    plan = json.loads((demo.folder / "plan.json").read_text())
+    assert "PASS" in text
+    assert f"{verdict['reference']:.4f}" in text
+    for node in plan["nodes"]:
+        assert node["name"] in text
+    method = json.loads((demo.folder / "calibration.cache.json").read_text())["method"]
+    assert method in text
+
+
+def test_the_report_is_the_same_again(demo: Deployed, tmp_path: Path) -> None:
+    again = write_report(copied(demo, tmp_path))
+    assert again.read_bytes() == (demo.folder / "report.html").read_bytes()
+
+
+@pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
+def test_the_badge_is_the_outcome(outcome: str, demo: Deployed, tmp_path: Path) -> None:
+    change(copied(demo, tmp_path) / "verdict.json", outcome=outcome)
+    content = write_report(tmp_path).read_text()
+    assert f'<span class="badge {outcome}">{outcome.upper()}</span>' in content
+    assert "badge pass" not in content
+
+
+def test_the_interval_is_drawn_to_scale(demo: Deployed, tmp_path: Path) -> None:
+    path = copied(demo, tmp_path) / "verdict.json"
+    change(path, relative_interval=[-0.01, 0.03], relative_drop=0.01, max_drop=0.02)
+    content = write_report(tmp_path).read_text()
+    zero, margin = (float(x) for x in re.findall(r'<line x1="([\d.]+)" x2="\1" y1="14"', content))
+    low, high = map(float, re.search(r'<line x1="([\d.]+)" x2="([\d.]+)" y1="30"', content).groups())  # type: ignore[union-attr]
+    (drop,) = map(float, re.findall(r'<circle cx="([\d.]+)"', content))
+    unit = (high - low) / 4  # 1 % of drop
+    assert [low + unit, low + 2 * unit, low + 3 * unit] == pytest.approx([zero, drop, margin], abs=0.2)
+
+
+def test_names_of_the_model_are_text_and_not_markup(demo: Deployed, tmp_path: Path) -> None:
+    path = copied(demo, tmp_path) / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["nodes"][0]["name"] = "<script>alert(1)</script>"
+    path.write_text(json.dumps(plan))
+    page = Page(write_report(tmp_path).read_text())
+    assert "<script>alert(1)</script>" in page.words
+    assert page.open == []
+
+
+def test_a_verdict_without_an_interval(demo: Deployed, tmp_path: Path) -> None:
+    path = copied(demo, tmp_path) / "verdict.json"
+    gone = dict.fromkeys(("relative_interval", "absolute_interval", "relative_drop", "candidate"))
+    change(path, outcome="fail", **gone)
+    content = write_report(tmp_path).read_text()
+    assert "<svg" not in content
+    assert "candidate not measurable" in content
+
+
+@pytest.mark.parametrize(
+    "name", ["verdict.json", "plan.json", "calibration.cache", "model.plan", "model.plan.json"]
+)
+def test_a_missing_file_is_named(name: str, demo: Deployed, tmp_path: Path) -> None:
+    (copied(demo, tmp_path) / name).unlink()
+    with pytest.raises(InputError) as raised:
+        write_report(tmp_path)
+    assert str(tmp_path) in (raised.value.file or "")
+
+
+@pytest.mark.parametrize(
+    "name", ["verdict.json", "plan.json", "calibration.cache", "model.plan", "model.plan.json"]
+)
+def test_a_damaged_file_is_named(name: str, demo: Deployed, tmp_path: Path) -> None:
+    (copied(demo, tmp_path) / name).write_text("5")
+    with pytest.raises(InputError) as raised:
+        write_report(tmp_path)
+    assert Path(raised.value.file or "").name == name

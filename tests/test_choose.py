@@ -1,0 +1,95 @@
+"""`--method auto`: every candidate is measured, and the best one wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+
+from trtq.cache import Cache
+from trtq.calibration.collect import collect
+from trtq.calibration.methods import parse_method
+from trtq.choose import CANDIDATES, Measure, choose_method, scales_from
+from trtq.console import SILENT
+from trtq.data.load import load_samples
+from trtq.graph.fold import fold
+from trtq.graph.model import load_model
+from trtq.graph.place import place
+
+
+def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, object]:
+    """A matmul with the rows of `x` held back, and the statistics of the same rows."""
+    graph = gs.Graph(opset=17)
+    graph.inputs = [gs.Variable("x", np.float32, ["N", x.shape[1]])]
+    graph.outputs = [gs.Variable("y", np.float32, ["N", weight.shape[1]])]
+    graph.nodes = [gs.Node("MatMul", "m", {}, [*graph.inputs, gs.Constant("w", weight)], graph.outputs)]
+    proto = gs.export_onnx(graph)
+    proto.ir_version = 10
+    onnx.save(proto, folder / "m.onnx")
+    np.savez(folder / "x.npz", x=x)
+    model = load_model(folder / "m.onnx")
+    fold(model.graph)
+    plan = place(model)
+    samples = load_samples(str(folder / "x.npz"), model.inputs)
+    statistics = collect(model.graph, plan.tensors, samples)
+    return Measure(model, model.graph, plan, samples, Cache(folder / "c"), SILENT), statistics
+
+
+def by_hand(x: np.ndarray, weight: np.ndarray, scale: float) -> float:
+    """SQNR in dB of x @ w with x per tensor and w per column in INT8, in float64."""
+    columns = np.abs(weight).max(axis=0) / 127
+    codes = np.clip(np.rint(weight / columns), -127, 127) * columns
+    quantized = np.clip(np.rint(x / scale), -128, 127) * scale
+    exact = x.astype(np.float64) @ weight
+    return float(10 * np.log10((exact**2).sum() / ((exact - quantized @ codes) ** 2).sum()))
+
+
+@pytest.fixture
+def arrays() -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return random.normal(size=(64, 32)).astype(np.float32), random.normal(size=(32, 8)).astype(np.float32)
+
+
+def test_the_score_is_the_sqnr_of_quantized_arithmetic(
+    arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    x, weight = arrays
+    measure, statistics = measured(tmp_path, x, weight)
+    for name in ("max", "percentile:99.9"):
+        scales = scales_from(statistics, parse_method(name))  # type: ignore[arg-type]
+        expected = by_hand(x, weight, float(scales["x"]))
+        assert measure.sqnr_db(scales, name) == pytest.approx(expected, abs=0.05)
+
+
+def test_the_best_candidate_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    x, weight = arrays
+    x[0, 0], weight[0] = 1000.0, 0.0  # an outlier that no output depends on: max wastes the range on it
+    measure, statistics = measured(tmp_path, x, weight)
+    choice = choose_method(measure, statistics)  # type: ignore[arg-type]
+    assert choice.sqnr_db.keys() == set(CANDIDATES)
+    assert choice.rows == 64
+    assert str(choice.method) != "max"
+    assert choice.sqnr_db[str(choice.method)] == max(choice.sqnr_db.values())
+    assert choice.sqnr_db[str(choice.method)] > choice.sqnr_db["max"] + 20
+
+
+def test_of_equals_the_first_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    _, weight = arrays
+    measure, statistics = measured(tmp_path, np.zeros((64, 32), np.float32), weight)
+    choice = choose_method(measure, statistics)  # type: ignore[arg-type]
+    assert len(set(choice.sqnr_db.values())) == 1
+    assert str(choice.method) == CANDIDATES[0]
+
+
+def test_scales_take_a_tensors_own_method(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    x, weight = arrays
+    _, statistics = measured(tmp_path, x, weight)
+    own = {"x": parse_method("percentile:50")}
+    scale = scales_from(statistics, parse_method("max"), own)["x"]  # type: ignore[arg-type]
+    assert scale.dtype == np.float32
+    assert scale == pytest.approx(np.median(np.abs(x)) / 127, rel=0.02)
+    plain = scales_from(statistics, parse_method("max"))["x"]  # type: ignore[arg-type]
+    assert plain == pytest.approx(np.abs(x).max() / 127, rel=1e-6)

@@ -1,0 +1,92 @@
+"""`trtq inspect`: every kind of file, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from jobs import Case, Deployed
+
+from trtq.calibration.statistics import Statistics
+from trtq.errors import InputError
+from trtq.files import sha256_file
+from trtq.inspection import inspect
+
+
+def test_an_fp32_model(small: Case) -> None:
+    found = inspect(small.model)
+    assert found.kind == "ONNX model"
+    assert found.values["sha256"] == sha256_file(small.model)
+    assert found.values["quantized"] is False
+    assert found.values["operators"] == {"Conv": 1, "Relu": 1, "MaxPool": 1, "Flatten": 1, "MatMul": 1}
+    assert found.values["inputs"] == ["x float32 Nx3x8x8"]
+    assert "quantized no" in found.text()
+
+
+def test_a_quantized_model(demo: Deployed) -> None:
+    found = inspect(demo.folder / "model.int8.onnx")
+    nodes = onnx.load(demo.folder / "model.int8.onnx").graph.node
+    assert found.values["quantized"] is True
+    dequantizers = sum(node.op_type == "DequantizeLinear" for node in nodes)
+    assert found.values["operators"]["DequantizeLinear"] == dequantizers
+    assert "17 of 17 weighted nodes between Q/DQ" in found.text()
+
+
+def test_a_table(demo: Deployed) -> None:
+    found = inspect(demo.folder / "calibration.cache")
+    lines = (demo.folder / "calibration.cache").read_text().splitlines()
+    assert found.kind == "calibration table"
+    assert found.values["header"] == lines[0]
+    assert len(found.values["tensors"]) == len(lines) - 1
+    name, _, digits = lines[1].rpartition(": ")
+    scale = np.frombuffer(bytes.fromhex(digits), ">f4")[0]
+    assert found.values["tensors"][name]["scale"] == scale
+    assert found.values["tensors"][name]["amax"] == pytest.approx(scale * 127)
+
+
+def test_a_plan(demo: Deployed) -> None:
+    found = inspect(demo.folder / "plan.json")
+    assert found.kind == "plan"
+    assert found.values == json.loads((demo.folder / "plan.json").read_text()) | {}
+    assert "17 of 17 weighted nodes, 100.0% of the multiply-accumulates" in found.text()
+
+
+def test_an_engine(demo: Deployed) -> None:
+    engine = demo.folder / "model.plan"
+    found = inspect(engine)
+    assert found.values["sha256"] == sha256_file(engine)
+    assert found.values["build"]["model_sha256"] == sha256_file(demo.folder / "model.int8.onnx")
+    assert "caution   a plan file is code" in found.text()
+    assert json.loads(json.dumps(found.to_json()))["bytes"] == engine.stat().st_size
+
+
+def test_an_engine_without_its_record(demo: Deployed, tmp_path: Path) -> None:
+    (tmp_path / "lone.plan").write_bytes((demo.folder / "model.plan").read_bytes())
+    found = inspect(tmp_path / "lone.plan")
+    assert found.values["build"] is None
+    assert "kernels   not known" in found.text()
+
+
+def test_statistics(demo: Deployed) -> None:
+    path = next(demo.cache.glob("*/*/statistics-*.npz"))
+    found = inspect(path)
+    assert found.kind == "statistics"
+    stored = Statistics.load(path)
+    assert found.values["rows"] == stored.rows
+    assert found.values["tensors"].keys() == stored.histograms.keys()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "a.plan", "a.json", "a.npz", "a.cache", "a"])
+def test_what_is_none_of_these_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(InputError) as raised:
+        inspect(tmp_path / name)
+    assert raised.value.file == str(tmp_path / name)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        inspect(tmp_path / "nowhere")

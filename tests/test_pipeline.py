@@ -1,0 +1,123 @@
+"""The library side of the workflow: what a call gives back, and the small decisions in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import Case
+
+from trtq import Recipe, deploy
+from trtq.backends.interface import Range
+from trtq.cache import Cache
+from trtq.calibration.collect import collect
+from trtq.calibration.methods import parse_method
+from trtq.calibration.table import Table
+from trtq.choose import scales_from
+from trtq.console import SILENT
+from trtq.data.load import load_samples
+from trtq.errors import ExitCode, InputError
+from trtq.graph.place import place
+from trtq.pipeline import calibrate, parse_share, prepare, profile_for, statistics_of
+
+
+def recipe_for(case: Case, output: Path, **options: object) -> Recipe:
+    recipe = Recipe(
+        model=str(case.model), data=str(case.data), eval=str(case.data), metric="cosine", output=str(output)
+    )
+    return dataclasses.replace(recipe, **options)  # type: ignore[arg-type]
+
+
+def test_deploy_is_a_library_call(small: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    done = deploy(recipe_for(small, tmp_path / "out", method="max"))
+    assert capsys.readouterr() == ("", "")
+    assert done.exit_code is ExitCode.PASS
+    assert done.build.engine == tmp_path / "out" / "model.plan"
+    assert done.build.engine.is_file()
+    assert [node.name for node in done.coverage.int8] == ["conv", "classes"]
+    assert done.verdict.to_json() == json.loads((tmp_path / "out" / "verdict.json").read_text())
+    stored = Table.load(tmp_path / "out" / "calibration.cache")
+    assert stored.scales == done.table.scales
+    with np.load(small.data) as data:
+        assert done.table.scales["x"] == np.float32(np.abs(data["x"]).max()) / np.float32(127)
+
+
+def test_a_failed_check_fails_a_passed_gate(small: Case, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    options = {"method": "max", "exclude": ("conv",), "min_int8": "99%"}
+    done = deploy(recipe_for(small, tmp_path / "out", **options))
+    assert done.verdict.exit_code is ExitCode.PASS
+    assert done.exit_code is ExitCode.FAIL
+
+
+def test_a_job_that_fails_late_keeps_the_old_results(
+    small: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    output = tmp_path / "out"
+    deploy(recipe_for(small, output, method="max"))
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr("trtq.pipeline.write_report", fail)
+    with pytest.raises(InputError, match="the disk is full"):
+        deploy(recipe_for(small, output, method="entropy"))
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_auto_merges_the_rows_held_back_into_the_scales(small: Case, tmp_path: Path) -> None:
+    recipe = recipe_for(small, tmp_path / "out")
+    model = prepare(recipe)
+    data = load_samples(str(small.data), model.inputs)
+    plan, cache = place(model), Cache(tmp_path / "c")
+    table = calibrate(model, model.graph, plan, data, recipe, cache, SILENT)
+    assert table.metadata["held_back"] == 10
+    assert table.metadata["method"] == max(table.metadata["sqnr_db"], key=table.metadata["sqnr_db"].get)
+    if not table.metadata["exceptions"]:
+        every_row = collect(model.graph, plan.tensors, data)
+        assert table.scales == scales_from(every_row, parse_method(table.metadata["method"]))
+
+
+def test_a_cached_table_is_the_table(small: Case, tmp_path: Path) -> None:
+    recipe = recipe_for(small, tmp_path / "out")
+    model = prepare(recipe)
+    data = load_samples(str(small.data), model.inputs)
+    plan, cache = place(model), Cache(tmp_path / "c")
+    tables = [calibrate(model, model.graph, plan, data, recipe, cache, SILENT) for _ in range(2)]
+    assert tables[0] == tables[1]
+
+
+def test_statistics_do_not_depend_on_the_threads(small: Case, tmp_path: Path) -> None:
+    contents = []
+    for threads in (1, 3):
+        recipe = recipe_for(small, tmp_path / "out", threads=threads)
+        model = prepare(recipe)
+        data = load_samples(str(small.data), model.inputs)
+        cache = Cache(tmp_path / str(threads))
+        contents.append(statistics_of(model, place(model), data, recipe, cache, SILENT).to_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_the_profile_is_the_recipes_or_the_datas(small: Case, tmp_path: Path) -> None:
+    recipe = recipe_for(small, tmp_path / "out", batch=2)
+    model = prepare(recipe)
+    assert profile_for(model, recipe, None) == {"x": Range((1, 3, 8, 8), (2, 3, 8, 8), (8, 3, 8, 8))}
+    own = dataclasses.replace(recipe, profile=("x:5x3x8x8",))
+    assert profile_for(model, own, None) == {"x": Range(*[(5, 3, 8, 8)] * 3)}
+
+
+@pytest.mark.parametrize(("text", "share"), [("90%", 0.9), (" 0.9 ", 0.9), ("0", 0), ("100%", 1), ("1", 1)])
+def test_shares(text: str, share: float) -> None:
+    assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["", "%", "90", "-1%", "nan", "101%", "half"])
+def test_what_is_no_share(text: str) -> None:
+    with pytest.raises(InputError, match="is no share"):
+        parse_share(text)

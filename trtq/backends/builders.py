@@ -1,0 +1,64 @@
+"""The builders by name, and what an engine of any of them is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any, cast
+
+from trtq.backends import tensorrt_rtx
+from trtq.backends.interface import Builder
+from trtq.backends.record import read_record
+from trtq.errors import InputError
+from trtq.files import PathLike, sha256_file
+
+BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+"""Name of a builder -> the Python package it needs and the module of `trtq.backends` that drives it."""
+
+DEFAULT = "tensorrt-rtx"
+
+
+def builder(name: str | None = None) -> Builder:
+    """The builder of that name, or the first one that is installed (`DEFAULT` where none is).
+
+    Raises:
+        InputError: there is no builder of that name.
+    """
+    if name is None:
+        name = next((n for n, package in BUILDERS.items() if importlib.util.find_spec(package)), DEFAULT)
+    if name not in BUILDERS:
+        raise InputError(f"there is no backend '{name}'", remedy=f"choose among {', '.join(BUILDERS)}")
+    return cast(Builder, importlib.import_module(f"trtq.backends.{BUILDERS[name]}"))
+
+
+def describe_engine(path: PathLike) -> dict[str, Any]:
+    """What an engine is, without loading it: `describe_plan` for RTX; for TensorRT what its record says.
+
+    Returns:
+        As `trtq.backends.tensorrt_rtx.describe_plan`, and `backend`.
+
+    Raises:
+        InputError: missing, damaged, or neither a plan of RTX nor one with a record beside it.
+    """
+    path = Path(path)
+    digest = sha256_file(path)
+    with path.open("rb") as file:
+        start = file.read(64)
+    record = None if tensorrt_rtx.is_plan(start) else read_record(path, digest)
+    if record is None:
+        return {"backend": tensorrt_rtx.NAME, **tensorrt_rtx.describe_plan(path)}
+    return {
+        "backend": record["builder"],
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "sha256": digest,
+        "version": record["version"],
+        "targets": record["targets"],
+        "build": record,
+    }
+
+
+def engine_package(content: bytes) -> str:
+    """The Python package that runs a plan with these first bytes: `tensorrt_rtx` or `tensorrt`."""
+    return "tensorrt_rtx" if tensorrt_rtx.is_plan(content) else "tensorrt"

@@ -1,0 +1,62 @@
+"""The record beside an engine: what made it and what it runs, so that nobody has to deserialize a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trtq.backends.compiled import Compiled
+from trtq.backends.interface import Build, BuildOptions, Profile
+from trtq.errors import InputError
+from trtq.files import PathLike, read_json, sha256_file, write_json
+
+
+def sidecar(engine: PathLike) -> Path:
+    """Where the record of an engine lies: `model.plan` -> `model.plan.json`."""
+    return Path(f"{Path(engine)}.json")
+
+
+def write_record(
+    build: Build, *, builder: str, version: str, model: Path, profile: Profile, options: BuildOptions
+) -> None:
+    """Write `<engine>.json`: builder, versions, hashes, targets, profile, options, warnings and kernels."""
+    write_json(
+        sidecar(build.engine),
+        {
+            "engine_sha256": sha256_file(build.engine),
+            "builder": builder,
+            "version": version,
+            "model": model.name,
+            "model_sha256": sha256_file(model),
+            "targets": list(build.targets),
+            "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.items()},
+            "options": {name: str(getattr(options, name)) for name in options.given()},
+            "warnings": list(build.warnings),
+            "compiled": build.compiled.to_json(),
+        },
+    )
+
+
+def read_record(engine: PathLike, digest: str) -> dict[str, Any] | None:
+    """The record of the engine whose SHA-256 is `digest`, with `compiled` as a `Compiled`.
+
+    None when there is no record or it belongs to another engine.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    path = sidecar(engine)
+    if not path.exists():
+        return None
+    record = read_json(path, "record of the engine")
+    try:
+        if record["engine_sha256"] != digest:
+            return None
+        return {**record, "compiled": Compiled.from_json(record["compiled"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            "the record of the engine is damaged",
+            file=path,
+            cause=repr(error),
+            remedy="delete it, or build the engine again",
+        ) from error

@@ -1,0 +1,98 @@
+"""`trtq bench`: time engines on the GPU, or compare what was compiled where there is none."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.errors import ExitCode, InputError
+from trtq.files import write_json
+from trtq.recipe import Recipe
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from trtq import bench
+    from trtq.backends.interface import find_gpu
+
+    gpu = find_gpu()
+    engines = _build_three(recipe_of(given), given) if given.three else [Path(e) for e in given.engines]
+    if gpu is not None:
+        console_of(given).say(
+            "caution", "a plan file is code and runs now: load only plans you built or trust"
+        )
+    results = bench.benchmark(engines, on_gpu=gpu is not None, runs=given.runs)
+    print(bench.text_of(results))
+    if gpu is not None:
+        print(f"Measured on {gpu.name}, compute capability {gpu.compute_capability}.")
+    if given.json:
+        write_json(given.json, {"gpu": gpu.name if gpu else None, "engines": [r.to_json() for r in results]})
+    return ExitCode.PASS
+
+
+def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
+    """FP32, FP16 and INT8 engines of one model, in the output folder."""
+    from trtq import bench, pipeline
+    from trtq.data.load import load_samples
+
+    if len(given.engines) != 1 or recipe.output is None:
+        raise InputError(
+            "--three takes one fp32 ONNX model and a folder", remedy="trtq bench M.onnx --three -o DIR"
+        )
+    folder = Path(recipe.output)
+    recipe = recipe.merged({"model": given.engines[0]})
+    model = pipeline.prepare(recipe)
+    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    profile = pipeline.profile_for(model, recipe, data)
+    int8 = Path(given.int8) if given.int8 else _quantize(recipe, given, model, data, folder)
+    builds = bench.build_three(
+        model.path, int8, folder, backend=recipe.backend, profile=profile, targets=recipe.target
+    )
+    return [build.engine for build in builds.values()]
+
+
+def _quantize(recipe: Recipe, given: argparse.Namespace, model: Any, data: Any, folder: Path) -> Path:
+    """The INT8 model, from --table or calibrated on --data."""
+    from trtq import pipeline
+    from trtq.calibration.table import Table
+    from trtq.graph.half import convert_to_half
+    from trtq.graph.model import save_model
+    from trtq.graph.place import place
+    from trtq.graph.rewrite import rewrite
+
+    console = console_of(given)
+    plan = place(model, include=recipe.include, exclude=recipe.exclude)
+    graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
+    if given.table:
+        table = Table.load(given.table)
+    elif data is not None:
+        table = pipeline.calibrate(
+            model, graph, plan, data, recipe, pipeline.open_cache(recipe, console), console
+        )
+    else:
+        raise InputError("--three needs scales for INT8", remedy="give --int8 MODEL, --table or --data")
+    path = folder / "model.int8.onnx"
+    save_model(rewrite(graph, plan, table.scales, weights=recipe.weights), path)
+    return path
+
+
+BENCH = Command(
+    "bench",
+    "time engines on the GPU; without one, compare what was compiled. Plan files are code: load only those"
+    " you built or trust",
+    _bench,
+    (
+        *("output", "data", "method", "cache", "threads"),
+        *("include", "exclude", "weights", "rest"),
+        *("backend", "target", "profile", "batch"),
+    ),
+    (
+        argument("engines", nargs="+", metavar="ENGINE", help="plan files; with --three an fp32 ONNX model"),
+        argument("--three", action="store_true", help="build FP32, FP16 and INT8 engines into -o DIR first"),
+        argument("--int8", metavar="MODEL", help="--three: the model with Q/DQ"),
+        argument("--table", metavar="TABLE", help="--three: take the scales from this table"),
+        argument("--runs", type=int, default=500, metavar="N", help="timed inferences per engine (500)"),
+        argument("--json", metavar="F", help="write the results as JSON"),
+    ),
+)

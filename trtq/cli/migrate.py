@@ -1,0 +1,36 @@
+"""`trtq migrate`: from TensorRT 10 with a calibration table to an explicit model and an engine."""
+
+from __future__ import annotations
+
+import argparse
+
+from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.cli.convert import READING
+
+
+def _migrate(given: argparse.Namespace) -> int:
+    from trtq.migrate import migrate
+
+    result = migrate(
+        recipe_of(given),
+        given.table,
+        encoding=given.encoding,
+        strict=given.strict,
+        command=given.command_line,
+        console=console_of(given),
+    )
+    print(result.text())
+    print(f"{result.folder}/model.int8.onnx and {result.folder}/model.plan")
+    return result.exit_code
+
+
+MIGRATE = Command(
+    "migrate",
+    "from TensorRT 10: an fp32 model and its calibration table become an explicit model and an engine",
+    _migrate,
+    (
+        "model", "output", "data", "eval", "metric", "max_drop", "confidence", "require_engine", "include",
+        "exclude", "weights", "rest", "backend", "target", "profile", "batch", "min_int8", "threads", "cache",
+    ),
+    (argument("--table", metavar="TABLE", required=True, help="calibration table of that model"), *READING),
+)  # fmt: skip
