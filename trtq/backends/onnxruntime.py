@@ -7,6 +7,10 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+from numpy.typing import NDArray
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.datatype import DataType
 
 from trtq.errors import InputError
 
@@ -48,6 +52,37 @@ def simulation_session(
         )
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise InputError("ONNX Runtime cannot load the model", file=file, cause=error) from error
+
+
+class SimulationRunner(BaseRunner):
+    """A runner of Polygraphy's for `simulation_session`.
+
+    Polygraphy's own `OnnxrtRunner` imports torch where that is installed: it takes seconds, and Ctrl-C in
+    the meantime is swallowed and ends in a crash.
+
+    Args:
+        model, threads: as for `simulation_session`.
+    """
+
+    def __init__(self, model: str | Path | bytes, threads: int | None = None) -> None:
+        super().__init__(prefix="trtq-simulation")
+        self._model, self._threads = model, threads
+
+    def activate_impl(self) -> None:
+        self._session = simulation_session(self._model, self._threads)
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        metadata = TensorMetadata()
+        for item in self._session.get_inputs():
+            metadata.add(item.name, DataType.from_dtype(item.type, "onnxruntime"), item.shape)
+        return metadata
+
+    def infer_impl(self, feed_dict: dict[str, NDArray]) -> dict[str, NDArray]:
+        names = [item.name for item in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, feed_dict), strict=True))
+
+    def deactivate_impl(self) -> None:
+        del self._session
 
 
 def simulation_fingerprint() -> str:

@@ -80,7 +80,7 @@ def run_model(
         MissingBackendError: an engine, and no GPU, driver or TensorRT here.
     """
     is_engine = Path(model).suffix in ENGINE_SUFFIXES
-    runner: Any = engine_runner(Path(model)) if is_engine else _Simulation(model, threads)
+    runner = engine_runner(Path(model)) if is_engine else _simulation_runner(model, threads)
     rows_total = len(samples)
     if rows_total == 0:
         raise InputError("the data has no rows")
@@ -120,30 +120,10 @@ def fingerprint(model: str | Path) -> str:
     return simulation_fingerprint()
 
 
-class _Simulation:
-    """ONNX Runtime with the methods of Polygraphy's runners that `run_model` calls.
+def _simulation_runner(model: str | Path, threads: int | None) -> Any:
+    from trtq.backends.onnxruntime import SimulationRunner
 
-    Polygraphy's own `OnnxrtRunner` imports torch where that is installed: it takes seconds, and Ctrl-C in
-    the meantime is swallowed and ends in a crash.
-    """
-
-    def __init__(self, model: str | Path, threads: int | None) -> None:
-        from trtq.backends.onnxruntime import simulation_session
-
-        self._session = simulation_session(model, threads)
-
-    def __enter__(self) -> _Simulation:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        del self._session
-
-    def get_input_metadata(self, use_numpy_dtypes: bool) -> dict[str, Any]:
-        return {item.name: item for item in self._session.get_inputs()}
-
-    def infer(self, feed: Arrays) -> Arrays:
-        names = [item.name for item in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, feed), strict=True))
+    return SimulationRunner(model, threads)
 
 
 def engine_runner(model: Path) -> Any:
