@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trtq.backends.interface import BuildOptions
 from trtq.errors import InputError
 from trtq.graph.rewrite import WEIGHT_FORMS
 from trtq.recipe import Recipe, options
@@ -43,6 +44,16 @@ drawn: dict[str, st.SearchStrategy] = {
     "batch": maybe(st.integers(1, 64)),
     "threads": maybe(st.integers(1, 64)),
     "cache": maybe(path),
+    "backend": st.sampled_from(["tensorrt-rtx", "tensorrt"]),
+    "timing_cache": maybe(path),
+    "workspace": maybe(st.integers(1, 2**40)),
+    "optimization_level": maybe(st.integers(0, 5)),
+    "version_compatible": st.booleans(),
+    "hardware_compatible": st.booleans(),
+    "dla_core": maybe(st.integers(0, 3)),
+    "refit": st.booleans(),
+    "strip_weights": st.booleans(),
+    "lower_precision": maybe(st.sampled_from(["fp16", "bf16"])),
     "preprocess": st.dictionaries(
         text,
         st.fixed_dictionaries(
@@ -80,8 +91,15 @@ def test_loading_gives_back_what_was_dumped(recipe: Recipe, file: Path) -> None:
 
 
 def test_the_round_trip_covers_every_field() -> None:
-    """`backend` has one choice; all others are drawn above."""
-    assert {f.name for f in fields(Recipe)} - {"backend"} == set(drawn)
+    assert {f.name for f in fields(Recipe)} == set(drawn)
+
+
+def test_the_builder_takes_its_options_from_the_recipe() -> None:
+    recipe = Recipe(timing_cache="/t.cache", workspace=1 << 30, refit=True)
+    assert recipe.build_options() == BuildOptions(
+        timing_cache=Path("/t.cache"), workspace=1 << 30, refit=True
+    )
+    assert Recipe().build_options() == BuildOptions()
 
 
 def test_relative_paths_are_relative_to_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from trtq.data.load import load_samples
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.place import place
-from trtq.refine import MOST_ROWS, Refinement, refine_ranges
+from trtq.refine import NARROWER, Refinement, refine_ranges
 
 
 def two_layers(folder: Path, outlier: float) -> Path:
@@ -56,7 +56,9 @@ def refined(folder: Path, *methods: str, workers: int | None = None) -> Refineme
 
 def test_a_narrower_range_is_found_where_it_is_better(tmp_path: Path) -> None:
     found = refined(two_layers(tmp_path, outlier=10.0))
-    assert str(found.exceptions["x"]) == "max*0.65"  # the narrowest that is tried: the rest lies within 1
+    assert (
+        str(found.exceptions["x"]) == f"max*{min(NARROWER):g}"
+    )  # the rest lies within 1
 
 
 def test_another_method_is_found_where_it_is_better(tmp_path: Path) -> None:
@@ -75,10 +77,10 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     chosen = [{tensor: str(method) for tensor, method in f.exceptions.items()} for f in found]
     assert chosen[0] == chosen[1]
     assert found[0].runs == found[1].runs
-    assert found[0].rows == found[1].rows == MOST_ROWS
+    assert found[0].rows == found[1].rows == 200  # all there are
 
 
 @pytest.mark.parametrize("methods", [("max",), ("max", "percentile:100")])
 def test_equal_ranges_are_not_tried(methods: tuple[str, ...], tmp_path: Path) -> None:
     alone = refined(two_layers(tmp_path, outlier=10.0))
-    assert refined(tmp_path, *methods).runs == alone.runs == 6  # two tensors, three narrower ranges
+    assert refined(tmp_path, *methods).runs == alone.runs == 2 * len(NARROWER)  # two tensors

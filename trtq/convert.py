@@ -25,7 +25,7 @@ from trtq.files import PathLike
 from trtq.graph.fold import fold, fold_constants
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, QDQ_OPS, Model, load_model
-from trtq.graph.place import FLOATS, MOVING_OPS, _only_moved, place
+from trtq.graph.place import FLOATS, MOVING_OPS, only_moved, place
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
 
@@ -141,13 +141,13 @@ class Source:
             yield (current := waiting.pop(0))
             for node in current.outputs:
                 keeps = node.op in _SAME_VALUES and node.inputs[0] is current
-                if keeps and (node.op in ("Cast", "Dropout") or _only_moved(node.outputs[0])):
+                if keeps and (node.op in ("Cast", "Dropout") or only_moved(node.outputs[0])):
                     waiting.append(node.outputs[0])
 
     @staticmethod
     def _origins(tensor: gs.Tensor) -> Iterator[gs.Tensor]:
         """The tensors in front of `tensor` that hold all of its values, perhaps with others."""
-        while tensor.inputs and (tensor.inputs[0].op in ("Cast", "Dropout") or _only_moved(tensor)):
+        while tensor.inputs and (tensor.inputs[0].op in ("Cast", "Dropout") or only_moved(tensor)):
             tensor = tensor.inputs[0].inputs[0]
             yield tensor
 

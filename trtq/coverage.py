@@ -19,6 +19,7 @@ class Coverage:
         mac_share: share of the multiply-accumulates of all weighted nodes that run in INT8, or None
             where the shapes of a node are not known.
         node_share: the same, counting nodes.
+        unread: kernels of the builder's list that could not be read; nodes in them count as floating point.
     """
 
     int8: list[NodePlan]
@@ -26,6 +27,7 @@ class Coverage:
     skipped: list[NodePlan]
     mac_share: float | None
     node_share: float
+    unread: int = 0
 
     @property
     def share(self) -> float:
@@ -38,6 +40,8 @@ class Coverage:
         counted = "weighted nodes" if self.mac_share is None else "multiply-accumulates"
         lines = [f"{len(self.int8)} of {total} weighted nodes in INT8, {self.share:.1%} of the {counted}"]
         lines += [f"meant for INT8 but run in floating point: {n.name} ({n.op})" for n in self.missed]
+        if self.unread:
+            lines.append(f"{self.unread} kernels could not be read; their nodes count as floating point")
         return "\n".join(lines)
 
 
@@ -49,5 +53,6 @@ def coverage(plan: Plan, compiled: Compiled) -> Coverage:
         missed=[n for n in plan.nodes if n.int8 and n.name not in running],
         skipped=[n for n in plan.nodes if not n.int8 and n.name not in running],
         mac_share=plan.mac_share(set(running)),
-        node_share=len(running) / len(plan.nodes),
+        node_share=len(running) / len(plan.nodes) if plan.nodes else 0.0,
+        unread=len(compiled.unread),
     )

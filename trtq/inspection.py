@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtq.backends.tensorrt_rtx import describe_plan
+from trtq.backends.builders import describe_engine
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table, tensorrt_version
 from trtq.errors import InputError
@@ -81,13 +81,13 @@ def _model(path: Path) -> Inspection:
 
 
 def _engine(path: Path) -> Inspection:
-    found = describe_plan(path)
+    found = describe_engine(path)
     build = found["build"]
     lines = [f"{name:<9} {found[name]}" for name in ("sha256", "bytes", "version")]
     lines.append(f"targets   {', '.join(found['targets']) or 'not known'}")
     if build is None:
         lines.append(f"kernels   not known: the record {path.name}.json is missing or of another engine")
-        return Inspection("engine of TensorRT for RTX (plan file)", lines, found)
+        return Inspection(f"engine of {found['backend']} (plan file)", lines, found)
     compiled = build["compiled"]
     megabytes = compiled.bytes_moved() / 1e6
     datatypes = Counter(
@@ -101,7 +101,7 @@ def _engine(path: Path) -> Inspection:
         "caution   a plan file is code: load only plans you built or trust",
     ]
     return Inspection(
-        "engine of TensorRT for RTX (plan file)",
+        f"engine of {found['backend']} (plan file)",
         lines,
         {**found, "build": {**build, "compiled": compiled.to_json()}},
     )

@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -200,13 +199,19 @@ def migrate(
     cache = pipeline.open_cache(recipe, console)
     if evaluation is not None and metric is not None:
         pipeline.need_targets(metric, evaluation)
-        pipeline.reference_outputs(model, evaluation, metric, cache, console, recipe)
+        pipeline.reference_outputs(model.path, evaluation, metric, cache, console, recipe)
     with staged_folder(recipe.output) as folder:
         int8 = folder / "model.int8.onnx"
         save_model(explicit.graph, int8)
         explicit.plan.save(folder / "plan.json")
         explicit.table.save(folder / "calibration.cache")
-        build = backend.build(int8, folder / "model.plan", profile=profile, targets=recipe.target)
+        build = backend.build(
+            int8,
+            folder / "model.plan",
+            profile=profile,
+            targets=recipe.target,
+            options=recipe.build_options(),
+        )
         covered = coverage(explicit.plan, build.compiled)
         migration = Migration(
             folder=Path(recipe.output),
@@ -215,7 +220,7 @@ def migrate(
             coverage=covered,
             checks=() if least is None else (pipeline.share_check(covered, least),),
         )
-        candidate = build.engine if pipeline._engine_runs_here(recipe, console) else int8
+        candidate = build.engine if pipeline.engine_runs_here(recipe, console) else int8
         if samples is not None:
             outputs = _outputs_of_all(source, given, candidate, samples, recipe, cache, console)
             migration = replace(migration, agreement=_agreement(outputs))
@@ -236,16 +241,12 @@ def migrate(
         for name, used in (("data", data), ("eval", evaluation)):
             if used is not None:
                 inputs[name] = {"source": used.source, "rows": len(used), "sha256": used.hash}
-        versions = {name: version(name) for name in ("trtq", "numpy", "onnx", "onnxruntime")}
         record = {
             "command": command,
-            "versions": {**versions, recipe.backend: backend.version()},
+            "versions": pipeline.versions(recipe),
             "inputs": inputs,
             **migration.to_json(),
-            "outputs": {
-                path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-                for path in sorted(folder.iterdir())
-            },
+            "outputs": pipeline.hashes_of(folder),
         }
         write_json(folder / "migration.json", record)
     return migration

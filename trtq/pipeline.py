@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 import trtq
-from trtq.backends import tensorrt_rtx
+from trtq.backends.builders import builder
 from trtq.backends.interface import (
     OPT_BATCH,
     Build,
@@ -25,17 +28,19 @@ from trtq.backends.interface import (
 )
 from trtq.cache import Cache, Key, default_root
 from trtq.calibration.collect import collect
+from trtq.calibration.foreign import read_table
 from trtq.calibration.methods import Method, parse_method
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
 from trtq.choose import CANDIDATES, Choice, Measure, choose_method, scales_from
 from trtq.console import SILENT, Console
+from trtq.convert import load_source, quantize_with_table, require_complete
 from trtq.coverage import Coverage, coverage
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError, about
 from trtq.evaluation import outputs_of
-from trtq.files import sha256_file, staged_folder, write_json, write_text
+from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
 from trtq.gate.execute import Outputs
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.verdict import Verdict, decide, parse_margin, score_reference
@@ -92,7 +97,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     assert recipe.data is not None
     assert recipe.eval is not None
     assert recipe.output is not None
-    tensorrt_rtx.check_targets(recipe.target)
+    backend = builder(recipe.backend)
+    backend.check_targets(recipe.target)
     max_drop, metric = parse_margin(recipe.max_drop), _metric(recipe)
     least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
     cache = open_cache(recipe, console)
@@ -106,7 +112,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         model, include=recipe.include, exclude=recipe.exclude, input_shapes=opt_shapes(model, profile)
     )
     console.say("plan", plan_text(plan))
-    reference = reference_outputs(model, evaluation, metric, cache, console, recipe)
+    reference = reference_outputs(model.path, evaluation, metric, cache, console, recipe)
     graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
     with staged_folder(recipe.output) as folder:
         table = calibrate(model, graph, plan, data, recipe, cache, console)
@@ -115,12 +121,18 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         plan.save(folder / "plan.json")
         table.save(folder / "calibration.cache")
         write_text(folder / "recipe.toml", recipe.dumps())
-        build = tensorrt_rtx.build(int8, folder / "model.plan", profile=profile, targets=recipe.target)
+        build = backend.build(
+            int8,
+            folder / "model.plan",
+            profile=profile,
+            targets=recipe.target,
+            options=recipe.build_options(),
+        )
         covered = coverage(plan, build.compiled)
         size = build.engine.stat().st_size / 1e6
         console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
         checks = () if least is None else (share_check(covered, least),)
-        candidate = build.engine if _engine_runs_here(recipe, console) else int8
+        candidate = build.engine if engine_runs_here(recipe, console) else int8
         verdict = gate(
             reference,
             candidate,
@@ -148,6 +160,45 @@ def prepare(recipe: Recipe) -> Model:
     model = load_model(recipe.model, opset=FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET)
     fold(model.graph)
     return model
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A Q/DQ graph, where its Q/DQ stands, and the scales it has."""
+
+    graph: gs.Graph
+    plan: Plan
+    table: Table
+
+
+def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quantized:
+    """The recipe's model with Q/DQ: scales from a table, or calibrated on the recipe's data.
+
+    Raises:
+        InputError: neither data nor table; the model, data or table cannot be used; the table lacks a scale.
+    """
+    recipe.need("model")
+    assert recipe.model is not None
+    if table is not None:
+        source = load_source(recipe.model, rest=recipe.rest)
+        explicit = quantize_with_table(
+            source,
+            read_table(table),
+            include=recipe.include,
+            exclude=recipe.exclude,
+            weights=recipe.weights,
+            rest=recipe.rest,
+        )
+        require_complete(explicit.fit, table)
+        return Quantized(explicit.graph, explicit.plan, explicit.table)
+    if recipe.data is None:
+        raise InputError("there is nothing to take the scales from", remedy="give --table or --data")
+    model = prepare(recipe)
+    data = load_samples(recipe.data, model.inputs, recipe.preprocess)
+    plan = place(model, include=recipe.include, exclude=recipe.exclude)
+    graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
+    made = calibrate(model, graph, plan, data, recipe, open_cache(recipe, console), console)
+    return Quantized(rewrite(graph, plan, made.scales, weights=recipe.weights), plan, made)
 
 
 def calibrate(
@@ -260,7 +311,7 @@ def statistics_of(
 
 
 def reference_outputs(
-    model: Model, evaluation: Samples, metric: Metric, cache: Cache, console: Console, recipe: Recipe
+    model: Path, evaluation: Samples, metric: Metric, cache: Cache, console: Console, recipe: Recipe
 ) -> Outputs:
     """The fp32 model's outputs on the evaluation data, scored once: what is wrong with data, labels or
     metric is found before anything takes long.
@@ -268,7 +319,7 @@ def reference_outputs(
     Raises:
         InputError: the model does not run on the data, or its outputs cannot be scored.
     """
-    reference = _evaluate(model.path, "reference", evaluation, cache, console, recipe, model.sha256)
+    reference = _evaluate(model, "reference", evaluation, cache, console, recipe)
     with about(evaluation.source):
         score_reference(reference.arrays, dict(evaluation.targets), metric)
     return reference
@@ -311,7 +362,6 @@ def _evaluate(
     cache: Cache,
     console: Console,
     recipe: Recipe,
-    sha256: str | None = None,
 ) -> Outputs:
     outputs, cached = outputs_of(
         model,
@@ -319,13 +369,91 @@ def _evaluate(
         cache,
         console,
         label=label,
-        sha256=sha256,
         batch_size=recipe.batch,
         threads=recipe.threads,
     )
     if cached:
         console.say("gate", f"outputs of the {label} from the cache, nothing was run")
     return outputs
+
+
+def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None) -> tuple[Build, Plan]:
+    """An engine that TensorRT 8.6 to 10.16 quantizes by itself, and the plan whose exclusions it obeys.
+
+    Args:
+        table: the scales; TensorRT measures nothing then.
+        algorithm: the calibrator of TensorRT's that measures them on the recipe's data otherwise; the table
+            it makes is kept beside the engine as `<engine>.cache`.
+
+    Raises:
+        InputError: another backend; both or neither of table and calibrator; or as the builder.
+        MissingBackendError: TensorRT, PyCUDA or a GPU is missing.
+    """
+    recipe.need("model", "output")
+    assert recipe.output is not None
+    if recipe.backend != "tensorrt":
+        raise InputError(
+            f"{recipe.backend} has no implicit quantization",
+            remedy="use --backend tensorrt (8.6 to 10.16), or quantize explicitly: trtq quantize --table",
+        )
+    from trtq.backends import calibrators, tensorrt
+
+    model = prepare(recipe)
+    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    profile = profile_for(model, recipe, data)
+    plan = place(
+        model, include=recipe.include, exclude=recipe.exclude, input_shapes=opt_shapes(model, profile)
+    )
+    if table is not None and algorithm is None:
+        make: Callable[[Any], Any] = partial(calibrators.table_calibrator, table=read_table(table))
+    elif table is None and algorithm is not None and data is not None:
+        make = partial(
+            calibrators.data_calibrator,
+            algorithm=algorithm,
+            samples=data,
+            model=model.sha256,
+            batch_size=plan.batch,
+            cache=Path(f"{recipe.output}.cache"),
+        )
+    else:
+        raise InputError("give either --table, or --calibrator with --data")
+    floating_point = [node.name for node in plan.nodes if not node.int8]
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        folded = Path(folder) / model.path.name
+        save_model(model.graph, folded)
+        build = tensorrt.build(
+            folded,
+            recipe.output,
+            profile=profile,
+            targets=recipe.target,
+            options=recipe.build_options(),
+            implicit=tensorrt.Implicit(make, floating_point),
+        )
+    return build, plan
+
+
+@contextlib.contextmanager
+def in_precision(model: Model, rest: str) -> Iterator[Path]:
+    """The file of a model in fp32 as it is, or of its conversion to fp16 while the context lasts.
+
+    Raises:
+        InputError: fp16 is asked for and the model is quantized already, or cannot be converted.
+    """
+    if rest == "fp32":
+        yield model.path
+        return
+    if model.is_quantized:
+        raise InputError(
+            "the model is quantized already and stays in its precision",
+            file=model.path,
+            remedy="quantize the fp32 model with --rest fp16",
+        )
+    upgraded = load_model(model.path, opset=FP16_SCALE_OPSET)
+    fold(upgraded.graph)
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        path = Path(folder) / model.path.name
+        save_model(convert_to_half(upgraded.graph), path)
+        yield path
 
 
 def need_targets(metric: Metric, samples: Samples) -> None:
@@ -393,21 +521,31 @@ def manifest(
     recipe: Recipe, command: str, model: Model, data: Samples, evaluation: Samples, folder: Path
 ) -> dict[str, Any]:
     """What went in and what came out: hashes, versions and the exact command."""
-    packages = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "tensorrt-rtx")
     assert recipe.metric is not None
     return {
         "command": command,
-        "versions": {"trtq": trtq.__version__} | {name: version(name) for name in packages},
+        "versions": versions(recipe),
         "inputs": {
             "model": {"file": str(model.path), "sha256": model.sha256},
             "data": {"source": data.source, "rows": len(data), "sha256": data.hash},
             "eval": {"source": evaluation.source, "rows": len(evaluation), "sha256": evaluation.hash},
             "metric": {"name": recipe.metric, "fingerprint": load_metric(recipe.metric).fingerprint},
         },
-        "outputs": {
-            path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-            for path in sorted(folder.iterdir())
-        },
+        "outputs": hashes_of(folder),
+    }
+
+
+def versions(recipe: Recipe) -> dict[str, str]:
+    """Versions of everything that the results depend on."""
+    packages = ("trtq", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy")
+    return {name: version(name) for name in packages} | {recipe.backend: builder(recipe.backend).version()}
+
+
+def hashes_of(folder: Path) -> dict[str, Any]:
+    """File name -> SHA-256 and size of every file in a folder, for the manifest."""
+    return {
+        path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.iterdir())
     }
 
 
@@ -429,12 +567,12 @@ def share_check(covered: Coverage, least: float) -> Check:
     return Check(f"int8 share at least {least:.1%}", covered.share >= least, message)
 
 
-def _engine_runs_here(recipe: Recipe, console: Console) -> bool:
+def engine_runs_here(recipe: Recipe, console: Console) -> bool:
     """Whether the engine can be gated itself; otherwise its ONNX model is simulated, and says so."""
     gpu = find_gpu()
     if gpu is None:
         return False
-    if gpu.compute_capability in (recipe.target or tensorrt_rtx.supported_targets()):
+    if gpu.compute_capability in builder(recipe.backend).check_targets(recipe.target):
         return True
     console.warn(f"{gpu.name} ({gpu.compute_capability}) is no target of the engine; the gate simulates it")
     return False

@@ -17,6 +17,7 @@ from typing import Any
 
 import tomli_w
 
+from trtq.backends.interface import BuildOptions
 from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError, about
 from trtq.files import PathLike
@@ -31,6 +32,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "confidence": (lambda c: 0.5 < c < 1, "between 0.5 and 1"),
     "batch": (lambda n: n >= 1, "from 1"),
     "threads": (lambda n: n >= 1, "from 1"),
+    "workspace": (lambda n: n >= 1, "from 1"),
+    "optimization_level": (lambda n: n in range(6), "from 0 to 5"),
+    "dla_core": (lambda n: n >= 0, "from 0"),
 }
 
 
@@ -90,7 +94,9 @@ class Recipe:
         "form of the weights: int8 initializers, or float + Q/DQ", choices=("int8", "qdq"), default="int8"
     )
     rest: str = _option("precision of what is not quantized", choices=("fp32", "fp16"), default="fp32")
-    backend: str = _option("builder of the engine", choices=("tensorrt-rtx",), default="tensorrt-rtx")
+    backend: str = _option(
+        "builder of the engine", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx"
+    )
     target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", list)
     profile: tuple[str, ...] = _option(
         "optimization profile NAME:MIN,OPT,MAX, such as input:1x3x224x224,8x3x224x224,32x3x224x224", list
@@ -101,6 +107,21 @@ class Recipe:
         "cache of statistics, tables and outputs; default: $TRTQ_CACHE or the user's cache folder",
         metavar="DIR",
         path=True,
+    )
+    timing_cache: str | None = _option(
+        "file of kernel timings, read and written by the build (TensorRT)", metavar="F", path=True
+    )
+    workspace: int | None = _option("largest scratch memory of a kernel, in bytes", int, metavar="N")
+    optimization_level: int | None = _option("0 (fast build) to 5 (fast engine) (TensorRT)", int, metavar="N")
+    version_compatible: bool = _option(
+        "the engine also runs on later versions of TensorRT", bool, default=False
+    )
+    hardware_compatible: bool = _option("the engine also runs on later GPUs (TensorRT)", bool, default=False)
+    dla_core: int | None = _option("run on this DLA core what runs there (TensorRT)", int, metavar="N")
+    refit: bool = _option("the engine's weights may be replaced later", bool, default=False)
+    strip_weights: bool = _option("leave the weights out; refit before running", bool, default=False)
+    lower_precision: str | None = _option(
+        "type that TensorRT up to 10 may choose for what is not INT8", choices=("fp16", "bf16")
     )
     preprocess: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -148,6 +169,11 @@ class Recipe:
                 raise InputError(
                     f"{option} is missing", remedy="give it on the command line or in the recipe"
                 )
+
+    def build_options(self) -> BuildOptions:
+        """The options of the builder."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(BuildOptions)}
+        return BuildOptions(**values | {"timing_cache": self.timing_cache and Path(self.timing_cache)})
 
     def dumps(self) -> str:
         """The recipe as TOML; `load` gives it back."""

@@ -29,10 +29,10 @@ from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite, scales_as_inputs
 from trtq.numerics import scale_from_amax
 
-NARROWER = (0.9, 0.8, 0.65)
+NARROWER = (0.9, 0.8, 0.7, 0.6, 0.5)
 """Factors on the chosen method's amax that are tried as well."""
 
-FEWEST_ROWS, MOST_ROWS = 16, 128
+FEWEST_ROWS, MOST_ROWS = 16, 256
 MAC_BUDGET = 2e12
 """Rows are as many as fit into this many multiply-accumulates for the whole search, within those bounds."""
 

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from onnxruntime import InferenceSession
 
-    from trtq.calibration.table import Table
-    from trtq.graph.model import Model
-
 
 class Int8OnnxFromPath(BaseLoader):
     """Functor that makes trtq's explicit INT8 (Q/DQ) model of an fp32 ONNX model."""
@@ -73,27 +70,13 @@ class Int8OnnxFromPath(BaseLoader):
         Raises:
             PolygraphyException: the model, data or table cannot be used.
         """
-        from trtq import pipeline
-        from trtq.data.load import load_samples
-        from trtq.graph.half import convert_to_half
         from trtq.graph.model import export
-        from trtq.graph.place import place
-        from trtq.graph.rewrite import rewrite
+        from trtq.pipeline import plan_text, quantize
 
-        recipe = self._recipe
         with _polygraphy_errors():
-            model = pipeline.prepare(recipe)
-            plan = place(model, include=recipe.include, exclude=recipe.exclude)
-            _LOG.say("plan", pipeline.plan_text(plan))
-            graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
-            if self._table is not None:
-                table = _load_table(self._table, model)
-            else:
-                assert recipe.data is not None
-                data = load_samples(recipe.data, model.inputs, recipe.preprocess)
-                cache = pipeline.open_cache(recipe, _LOG)
-                table = pipeline.calibrate(model, graph, plan, data, recipe, cache, _LOG)
-            return export(rewrite(graph, plan, table.scales, weights=recipe.weights))
+            quantized = quantize(self._recipe, self._table, _LOG)
+            _LOG.say("plan", plan_text(quantized.plan))
+            return export(quantized.graph)
 
 
 class MarkSharedOutputs(BaseLoader):
@@ -153,20 +136,6 @@ class SimulationFromOnnxBytes(BaseLoader):
         model_bytes, _ = util.invoke_if_callable(self._model_bytes)
         with _polygraphy_errors():
             return simulation_session(model_bytes)
-
-
-def _load_table(path: str, model: Model) -> Table:
-    from trtq.calibration.table import Table
-
-    table = Table.load(path)
-    if table.metadata.get("model", model.sha256) != model.sha256:
-        raise InputError(
-            "the table was made for another model",
-            file=path,
-            cause=f"it is for {table.metadata['model'][:16]}…, this one is {model.sha256[:16]}…",
-            remedy="calibrate this model",
-        )
-    return table
 
 
 class _Log(Console):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,6 @@ from contract.bindings import run_checks
 
 from trtq.backends.calibrators import CudaDevice
 from trtq.errors import MissingBackendError
-
-
-@pytest.fixture
-def downloads(request: pytest.FixtureRequest) -> Path:
-    """Where the bindings' wheels are kept (environment variable TRTQ_BINDINGS)."""
-    if folder := os.environ.get("TRTQ_BINDINGS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        return Path(folder)
-    assert request.config.cache is not None
-    return request.config.cache.mkdir("tensorrt_bindings")
 
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.16.1"])

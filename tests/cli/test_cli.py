@@ -234,7 +234,7 @@ def test_exit_4_for_an_engine_without_a_gpu(demo: Deployed, small: Case, trtq_ru
         (("deploy", "{model}", "{all}", "-o", "{model}"), "cannot write"),
         (("deploy", "{model}", "{all}", "--cache", "{model}"), "the cache is not a folder"),
         (("deploy", "{model}", "{all}", "--recipe", "nowhere.toml"), "cannot read the recipe"),
-        (("quantize", "{model}", "-o", "{folder}/q.onnx"), "give either --table or --data"),
+        (("quantize", "{model}", "-o", "{folder}/q.onnx"), "nothing to take the scales from"),
         (("cache", "prune", "--days", "nan"), "--days is nan"),
         (("report", "{folder}"), "the folder holds no results"),
         (("inspect", "{folder}"), "the file does not exist"),

@@ -7,8 +7,11 @@ read from a VERBOSE log (see `trtq.backends.compiled`).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +92,8 @@ def compile_plan(
         config.add_optimization_profile(ranges)
     _apply(trt, builder, config, options)
     prepare(builder, network, config)
-    plan = builder.build_serialized_network(network, config)
+    with _interrupt_afterwards():
+        plan = builder.build_serialized_network(network, config)
     if plan is None:
         cause = "\n".join(log.errors) or "the builder gives no reason"
         raise InputError(
@@ -131,6 +135,22 @@ def logger(trt: Any) -> Any:
 def opt_batch(profile: Profile) -> int:
     """The batch size that the engine is tuned for; 1 for a static model."""
     return next((shapes.opt[0] for shapes in profile.values() if shapes.opt), 1)
+
+
+@contextlib.contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Ctrl-C takes effect when the builder returns: inside its log callback it would be swallowed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _network_flags(trt: Any, dialect: Dialect, strongly_typed: bool) -> int:

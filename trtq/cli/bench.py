@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.errors import ExitCode, InputError
@@ -45,35 +44,20 @@ def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
     model = pipeline.prepare(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = pipeline.profile_for(model, recipe, data)
-    int8 = Path(given.int8) if given.int8 else _quantize(recipe, given, model, data, folder)
+    int8 = Path(given.int8) if given.int8 else _quantize(recipe, given, folder)
     builds = bench.build_three(
         model.path, int8, folder, backend=recipe.backend, profile=profile, targets=recipe.target
     )
     return [build.engine for build in builds.values()]
 
 
-def _quantize(recipe: Recipe, given: argparse.Namespace, model: Any, data: Any, folder: Path) -> Path:
+def _quantize(recipe: Recipe, given: argparse.Namespace, folder: Path) -> Path:
     """The INT8 model, from --table or calibrated on --data."""
-    from trtq import pipeline
-    from trtq.calibration.table import Table
-    from trtq.graph.half import convert_to_half
     from trtq.graph.model import save_model
-    from trtq.graph.place import place
-    from trtq.graph.rewrite import rewrite
+    from trtq.pipeline import quantize
 
-    console = console_of(given)
-    plan = place(model, include=recipe.include, exclude=recipe.exclude)
-    graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
-    if given.table:
-        table = Table.load(given.table)
-    elif data is not None:
-        table = pipeline.calibrate(
-            model, graph, plan, data, recipe, pipeline.open_cache(recipe, console), console
-        )
-    else:
-        raise InputError("--three needs scales for INT8", remedy="give --int8 MODEL, --table or --data")
     path = folder / "model.int8.onnx"
-    save_model(rewrite(graph, plan, table.scales, weights=recipe.weights), path)
+    save_model(quantize(recipe, given.table, console_of(given)).graph, path)
     return path
 
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
 
+from trtq.backends.interface import BuildOptions
+from trtq.calibration.table import ALGORITHMS
+from trtq.cli import convert
+from trtq.cli.bench import BENCH
 from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.cli.migrate import MIGRATE
 from trtq.errors import ExitCode, InputError
 from trtq.files import write_json, write_text
 from trtq.recipe import Recipe
@@ -15,6 +21,8 @@ from trtq.recipe import Recipe
 _PLACEMENT = ("include", "exclude", "weights", "rest")
 _CALIBRATION = ("data", "method", "cache", "threads")
 _ENGINE = ("backend", "target", "profile", "batch", "min_int8")
+_TENSOR_SAMPLES = 16
+_BUILDER = tuple(f.name for f in dataclasses.fields(BuildOptions))
 _GATE = ("eval", "metric", "max_drop", "confidence", "require_engine")
 
 
@@ -49,64 +57,35 @@ def _demo(given: argparse.Namespace) -> int:
 
 
 def _calibrate(given: argparse.Namespace) -> int:
-    from trtq import pipeline
-    from trtq.data.load import load_samples
-    from trtq.graph.half import convert_to_half
-    from trtq.graph.place import place
+    from trtq.pipeline import quantize
 
-    recipe, console = recipe_of(given), console_of(given)
-    recipe.need("model", "data", "output")
-    assert recipe.data is not None
+    recipe = recipe_of(given)
+    recipe.need("data", "output")
     assert recipe.output is not None
-    model = pipeline.prepare(recipe)
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess)
-    plan = place(model, include=recipe.include, exclude=recipe.exclude)
-    graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
-    cache = pipeline.open_cache(recipe, console)
-    table = pipeline.calibrate(model, graph, plan, data, recipe, cache, console)
+    table = quantize(recipe, None, console_of(given)).table
     table.save(recipe.output)
     print(f"{recipe.output}: {len(table.scales)} tensors, method {table.metadata['method']}")
     return ExitCode.PASS
 
 
 def _quantize(given: argparse.Namespace) -> int:
-    from trtq import pipeline
-    from trtq.calibration.table import Table
-    from trtq.data.load import load_samples
-    from trtq.graph.half import convert_to_half
     from trtq.graph.model import save_model
-    from trtq.graph.place import place
-    from trtq.graph.rewrite import rewrite
+    from trtq.pipeline import plan_text, quantize
 
-    recipe, console = recipe_of(given), console_of(given)
-    recipe.need("model", "output")
+    recipe = recipe_of(given)
+    recipe.need("output")
     assert recipe.output is not None
-    if (given.table is None) == (recipe.data is None):
+    if given.table is not None and given.data is not None:
         raise InputError("give either --table or --data", remedy="a table has the scales, data make them")
-    model = pipeline.prepare(recipe)
-    plan = place(model, include=recipe.include, exclude=recipe.exclude)
-    graph = convert_to_half(model.graph) if recipe.rest == "fp16" else model.graph
-    if recipe.data is None:
-        table = Table.load(given.table)
-        if table.metadata.get("model", model.sha256) != model.sha256:
-            raise InputError(
-                "the table was made for another model",
-                file=given.table,
-                cause=f"it is for {table.metadata['model'][:16]}…, this one is {model.sha256[:16]}…",
-                remedy="calibrate this model",
-            )
-    else:
-        data = load_samples(recipe.data, model.inputs, recipe.preprocess)
-        cache = pipeline.open_cache(recipe, console)
-        table = pipeline.calibrate(model, graph, plan, data, recipe, cache, console)
-    save_model(rewrite(graph, plan, table.scales, weights=recipe.weights), Path(recipe.output))
-    print(f"{recipe.output}: {pipeline.plan_text(plan)}")
+    quantized = quantize(recipe, given.table, console_of(given))
+    save_model(quantized.graph, recipe.output)
+    print(f"{recipe.output}: {plan_text(quantized.plan)}")
     return ExitCode.PASS
 
 
 def _build(given: argparse.Namespace) -> int:
     from trtq import pipeline
-    from trtq.backends import tensorrt_rtx
+    from trtq.backends.builders import builder
     from trtq.coverage import coverage
     from trtq.data.load import load_samples
     from trtq.graph.model import load_model
@@ -120,8 +99,19 @@ def _build(given: argparse.Namespace) -> int:
     model = load_model(recipe.model)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = pipeline.profile_for(model, recipe, data)
-    built = tensorrt_rtx.build(recipe.model, recipe.output, profile=profile, targets=recipe.target)
-    covered = coverage(placed(model, pipeline.opt_shapes(model, profile)), built.compiled)
+    if given.table is not None or given.calibrator is not None:
+        built, plan = pipeline.build_implicit(recipe, given.table, given.calibrator)
+    else:
+        plan = placed(model, pipeline.opt_shapes(model, profile))
+        with pipeline.in_precision(model, recipe.rest) as source:
+            built = builder(recipe.backend).build(
+                source,
+                recipe.output,
+                profile=profile,
+                targets=recipe.target,
+                options=recipe.build_options(),
+            )
+    covered = coverage(plan, built.compiled)
     print(f"{built.engine}: {built.engine.stat().st_size / 1e6:.1f} MB, {built.compiled.kernels} kernels")
     print(covered.text())
     if least is not None and covered.share < least:
@@ -133,29 +123,23 @@ def _build(given: argparse.Namespace) -> int:
 def _gate(given: argparse.Namespace) -> int:
     from trtq import pipeline
     from trtq.data.load import load_samples
-    from trtq.files import sha256_file
-    from trtq.gate.execute import ENGINE_SUFFIXES
+    from trtq.gate.execute import input_specs
     from trtq.gate.metrics import load_metric
     from trtq.gate.verdict import parse_margin
-    from trtq.graph.model import load_model
     from trtq.report.junit import junit_xml
+    from trtq.threeway import compare_three
 
     recipe, console = recipe_of(given), console_of(given)
     recipe.need("eval", "metric")
     assert recipe.eval is not None
     assert recipe.metric is not None
     reference, candidate = Path(given.reference), Path(given.candidate)
-    if reference.suffix in ENGINE_SUFFIXES:
-        raise InputError(
-            "the reference is an engine", file=reference, remedy="give the fp32 ONNX model first"
-        )
-    sha256_file(candidate)
-    model = load_model(reference)
     max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
-    samples = load_samples(recipe.eval, model.inputs, recipe.preprocess)
+    inputs = input_specs([reference, candidate])
+    samples = load_samples(recipe.eval, inputs, recipe.preprocess)
     pipeline.need_targets(metric, samples)
     cache = pipeline.open_cache(recipe, console)
-    expected = pipeline.reference_outputs(model, samples, metric, cache, console, recipe)
+    expected = pipeline.reference_outputs(reference, samples, metric, cache, console, recipe)
     verdict = pipeline.gate(
         expected, candidate, samples, metric, cache, console, max_drop=max_drop, recipe=recipe
     )
@@ -163,6 +147,11 @@ def _gate(given: argparse.Namespace) -> int:
         write_json(given.json, verdict.to_json())
     if given.junit:
         write_text(given.junit, junit_xml(verdict))
+    if given.tensors:
+        few = samples.subset(range(min(_TENSOR_SAMPLES, len(samples) // samples.group)))
+        compared = compare_three(reference, candidate, few, threads=recipe.threads)
+        write_json(given.tensors, compared.to_json())
+        print(compared.text())
     print(verdict.text())
     return verdict.exit_code
 
@@ -178,6 +167,8 @@ def _inspect(given: argparse.Namespace) -> int:
 def _cache(given: argparse.Namespace) -> int:
     from trtq.cache import Cache, default_root
 
+    if given.action == "convert":
+        return convert.run(given)
     cache = Cache(Path(given.cache) if given.cache else default_root())
     entries = list(cache.entries())
     if given.action == "prune":
@@ -226,7 +217,7 @@ COMMANDS: tuple[Command, ...] = (
         "deploy",
         "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
         _deploy,
-        ("model", "output", *_CALIBRATION, *_GATE, *_PLACEMENT, *_ENGINE),
+        ("model", "output", *_CALIBRATION, *_GATE, *_PLACEMENT, *_ENGINE, *_BUILDER),
     ),
     Command(
         "calibrate",
@@ -245,7 +236,15 @@ COMMANDS: tuple[Command, ...] = (
         "build",
         "build an engine from an ONNX model and say what it runs in INT8",
         _build,
-        ("model", "output", "data", *_ENGINE),
+        ("model", "output", "data", "rest", "include", "exclude", *_ENGINE, *_BUILDER),
+        (
+            argument("--table", metavar="TABLE", help="implicit INT8 with this table (TensorRT ≤ 10.16)"),
+            argument(
+                "--calibrator",
+                choices=ALGORITHMS,
+                help="implicit INT8, measured by this calibrator of TensorRT's on --data (TensorRT ≤ 10.16)",
+            ),
+        ),
     ),
     Command(
         "gate",
@@ -253,10 +252,15 @@ COMMANDS: tuple[Command, ...] = (
         _gate,
         (*_GATE, "batch", "threads", "cache"),
         (
-            argument("reference", metavar="REFERENCE", help="the fp32 ONNX model"),
+            argument("reference", metavar="REFERENCE", help="the fp32 ONNX model, or an engine"),
             argument("candidate", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"),
             argument("--json", metavar="F", help="write the verdict as JSON"),
             argument("--junit", metavar="F", help="write the verdict as JUnit XML"),
+            argument(
+                "--tensors",
+                metavar="F",
+                help="compare ONNX models tensor by tensor as well: fp32, simulation, engine (GPU)",
+            ),
         ),
     ),
     Command(
@@ -270,11 +274,12 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "cache",
-        "list, show, verify or prune what is cached",
+        "list, show, verify or prune what is cached; convert tables to Q/DQ models and back",
         _cache,
-        arguments=(
-            argument("action", choices=("list", "show", "verify", "prune")),
-            argument("--cache", metavar="DIR", help="default: $TRTQ_CACHE or the user's cache folder"),
+        ("cache", *convert.OPTIONS),
+        (
+            argument("action", choices=("list", "show", "verify", "prune", "convert")),
+            *convert.ARGUMENTS,
             argument("--days", type=float, default=30.0, help="prune: keep entries younger than this (30)"),
         ),
     ),
@@ -284,5 +289,7 @@ COMMANDS: tuple[Command, ...] = (
         _report,
         arguments=(argument("folder", metavar="DIR"),),
     ),
+    MIGRATE,
+    BENCH,
     Command("doctor", "what is installed, what works here, and what to install for the rest", _doctor),
 )

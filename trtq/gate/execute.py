@@ -9,10 +9,10 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from trtq.backends.builders import engine_package
 from trtq.backends.interface import find_gpu
 from trtq.data.batches import batches
+from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.gate.metrics import Arrays
 from trtq.gate.verdict import Executor
@@ -28,14 +29,6 @@ os.environ.setdefault("POLYGRAPHY_USE_TENSORRT_RTX", "1")  # Polygraphy reads it
 
 DEFAULT_BATCH_SIZE = 16
 ENGINE_SUFFIXES = (".plan", ".engine")
-
-
-class Samples(Protocol):
-    """Inputs in rows; a row's arrays have a leading axis of 1."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self) -> Iterator[Arrays]: ...
 
 
 @dataclass(frozen=True)
@@ -104,6 +97,25 @@ def run_model(
     if done != rows_total:
         raise InputError(f"the data did not give the {rows_total} rows that it says it has")
     return Outputs(arrays, "engine" if is_engine else "simulation")
+
+
+def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
+    """The inputs of the first ONNX model among `models`; of the first engine where all are engines.
+
+    Raises:
+        InputError: the model or engine cannot be read.
+        MissingBackendError: engines only, and no GPU, driver or TensorRT here.
+    """
+    onnx_models = [model for model in models if Path(model).suffix not in ENGINE_SUFFIXES]
+    if onnx_models:
+        from trtq.graph.model import load_model
+
+        return load_model(onnx_models[0]).inputs
+    with _polygraphy_errors(models[0]), engine_runner(Path(models[0])) as runner:
+        return [
+            InputSpec(name, np.dtype(item.dtype), tuple(None if d < 0 else d for d in item.shape))
+            for name, item in runner.get_input_metadata(use_numpy_dtypes=True).items()
+        ]
 
 
 def fingerprint(model: str | Path) -> str:

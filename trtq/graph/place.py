@@ -278,14 +278,15 @@ def share_ranges(graph: gs.Graph, edges: Sequence[Edge]) -> list[Edge]:
     shared = []
     for edge in edges:
         source, origin = tensors[edge.tensor], edge.tensor
-        while _only_moved(source):
+        while only_moved(source):
             source = source.inputs[0].inputs[0]
             origin = source.name if source.name in ranges else origin
         shared.append(replace(edge, range=origin))
     return shared
 
 
-def _only_moved(tensor: gs.Tensor) -> bool:
+def only_moved(tensor: gs.Tensor) -> bool:
+    """Whether a tensor holds only values that its operator read from its first input, and zeros."""
     if len(tensor.inputs) != 1 or tensor.inputs[0].op not in MOVING_OPS:
         return False
     return tensor.inputs[0].op != "Pad" or _pads_with_zero(tensor.inputs[0])

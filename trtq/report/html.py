@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from trtq.backends.builders import describe_engine
 from trtq.backends.compiled import Compiled
-from trtq.backends.tensorrt_rtx import describe_plan
 from trtq.calibration.table import Table
 from trtq.coverage import Coverage, coverage
 from trtq.errors import InputError, about
@@ -45,7 +45,7 @@ def write_report(folder: PathLike) -> Path:
     with about(folder / "verdict.json"):
         verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))
     plan, table = Plan.load(folder / "plan.json"), Table.load(folder / "calibration.cache")
-    engine = describe_plan(folder / "model.plan")
+    engine = describe_engine(folder / "model.plan")
     if engine["build"] is None:
         raise InputError("the record of the engine is missing", file=folder / "model.plan.json")
     compiled: Compiled = engine["build"]["compiled"]
@@ -138,7 +138,7 @@ def _engine(engine: dict[str, Any], compiled: Compiled, covered: Coverage) -> st
     targets = ", ".join(engine["targets"]) or "the builder's own"
     megabytes = compiled.bytes_moved() / 1e6
     lines = [
-        f"TensorRT for RTX {engine['version']}, {engine['bytes'] / 1e6:.1f} MB",
+        f"{engine['backend']} {engine['version']}, {engine['bytes'] / 1e6:.1f} MB",
         f"built for compute capabilities {targets}",
         f"{compiled.kernels} kernels; about {megabytes:.1f} MB moved at batch {compiled.batch} (an estimate)",
         *covered.text().splitlines(),
