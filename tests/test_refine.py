@@ -56,9 +56,7 @@ def refined(folder: Path, *methods: str, workers: int | None = None) -> Refineme
 
 def test_a_narrower_range_is_found_where_it_is_better(tmp_path: Path) -> None:
     found = refined(two_layers(tmp_path, outlier=10.0))
-    assert (
-        str(found.exceptions["x"]) == f"max*{min(NARROWER):g}"
-    )  # the rest lies within 1
+    assert str(found.exceptions["x"]) == f"max*{min(NARROWER):g}"  # the rest lies within 1
 
 
 def test_another_method_is_found_where_it_is_better(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""`trtq build`, `gate`, `cache convert` and `bench` on the demo's results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jobs import Deployed, Run
+
+import trtq
+from trtq.backends.interface import find_gpu
+from trtq.calibration.table import Table
+from trtq.errors import ExitCode
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+MODEL = Path(trtq.__file__).parent / "demo" / "digits.onnx"
+EVAL = MODEL.with_name("eval.npz")
+
+Command = Callable[..., Run]
+
+
+def test_build_in_fp16_computes_in_half(trtq_run: Command, tmp_path: Path) -> None:
+    run = trtq_run("build", MODEL, "--rest", "fp16", "-o", tmp_path / "fp16.plan")
+    assert run.code == ExitCode.PASS
+    record = json.loads((tmp_path / "fp16.plan.json").read_text())
+    computing = [
+        x for x in record["compiled"]["layers"] if x["kind"] in ("correlation", "gemm", "runtime_fusion")
+    ]
+    assert computing
+    assert all(t["datatype"] == "Half" for layer in computing for t in layer["inputs"])
+
+
+def test_build_does_not_convert_what_is_quantized(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:
+    run = trtq_run("build", demo.folder / "model.int8.onnx", "--rest", "fp16", "-o", tmp_path / "x.plan")
+    assert run.code == ExitCode.BAD_INPUT
+    assert "quantized already" in run.err
+
+
+@pytest.mark.parametrize("extra", [("--table", "calibration.cache"), ("--calibrator", "MinMaxCalibration")])
+def test_implicit_quantization_needs_full_tensorrt(
+    extra: tuple[str, str], trtq_run: Command, demo: Deployed, tmp_path: Path
+) -> None:
+    run = trtq_run("build", MODEL, extra[0], str(demo.folder / extra[1]) if "." in extra[1] else extra[1],
+                  "-o", tmp_path / "x.plan")  # fmt: skip
+    assert run.code == ExitCode.BAD_INPUT
+    assert "tensorrt-rtx has no implicit quantization" in run.err
+    assert list(tmp_path.glob("x.plan*")) == []
+
+
+def test_options_that_a_builder_lacks_are_refused(trtq_run: Command, tmp_path: Path) -> None:
+    run = trtq_run("build", MODEL, "--dla-core", "0", "-o", tmp_path / "x.plan")
+    assert run.code == ExitCode.BAD_INPUT
+    assert "dla_core" in run.err or "--dla-core" in run.err
+
+
+def test_gate_compares_tensor_by_tensor(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:
+    run = trtq_run(
+        "gate", MODEL, demo.folder / "model.int8.onnx", "--eval", EVAL, "--metric", "top1",
+        "--tensors", tmp_path / "tensors.json",
+    )  # fmt: skip
+    assert run.code == ExitCode.PASS
+    compared = json.loads((tmp_path / "tensors.json").read_text())["tensors"]
+    assert len(compared) > 17
+    assert all(row["simulation_db"] > 10 for row in compared)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU: engines run")
+def test_two_engines_need_a_gpu(trtq_run: Command, demo: Deployed) -> None:
+    plan = demo.folder / "model.plan"
+    run = trtq_run("gate", plan, plan, "--eval", EVAL, "--metric", "top1")
+    assert run.code == ExitCode.MISSING_BACKEND
+    assert "GPU" in run.err
+
+
+def test_tables_go_to_models_and_back_to_the_bit(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:
+    table = demo.folder / "calibration.cache"
+    to_model = trtq_run("cache", "convert", table, "--model", MODEL, "-o", tmp_path / "q.onnx")
+    back = trtq_run("cache", "convert", tmp_path / "q.onnx", "-o", tmp_path / "back.cache", "--for", "8.6.1")
+    assert (to_model.code, back.code) == (ExitCode.PASS, ExitCode.PASS)
+    assert (tmp_path / "q.onnx").read_bytes() == (demo.folder / "model.int8.onnx").read_bytes()
+    found = Table.load(tmp_path / "back.cache")
+    assert found.header == "TRT-8601-EntropyCalibration2"
+    assert dict(found.scales) == dict(Table.load(table).scales)
+
+
+def test_migrate_gates_what_the_table_gives(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:
+    run = trtq_run(
+        "migrate", MODEL, "--table", demo.folder / "calibration.cache", "--eval", EVAL, "--metric", "top1",
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert run.code == ExitCode.PASS
+    assert "against fp32: PASS" in run.out
+    assert {"model.int8.onnx", "model.plan", "migration.json", "verdict.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU: engines are timed")
+def test_bench_without_a_gpu_says_that_it_is_static(trtq_run: Command, demo: Deployed) -> None:
+    run = trtq_run("bench", demo.folder / "model.plan")
+    assert run.code == ExitCode.PASS
+    assert "Static comparison: read from what was compiled, nothing was run" in run.out
