@@ -19,6 +19,7 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.recipe import options
 
 DEMO = Path(bench.__file__).parent / "demo"
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 def tensor(name: str, datatype: str, size: int = 100) -> CompiledTensor:
@@ -71,7 +72,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     arguments = ["--three", "--data", str(DEMO / "calib.npz"), "--method", "max", "--target", "8.6"]
     arguments += ["--cache", str(folder / "cache"), "-o", str(folder)]
     assert command(str(DEMO / "digits.onnx"), *arguments) == 0
-    return {name: folder / f"model.{name}.plan" for name in bench.PRECISIONS}
+    return {name: folder / f"model.{name}.plan" for name in PRECISIONS}
 
 
 def command(*arguments: str) -> int:
@@ -89,7 +90,7 @@ def command(*arguments: str) -> int:
 
 def test_three_engines(three: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     figures = {name: bench.static_of(engine) for name, engine in three.items()}
-    assert {name: figure.precision for name, figure in figures.items()} == {n: n for n in bench.PRECISIONS}
+    assert {name: figure.precision for name, figure in figures.items()} == {n: n for n in PRECISIONS}
     assert figures["int8"].int8 == figures["int8"].compute == figures["fp32"].compute == 17
     assert figures["fp16"].bytes_moved < 0.6 * figures["fp32"].bytes_moved
     assert command(*map(str, three.values()), "--json", str(tmp_path / "b.json")) == 0
@@ -97,7 +98,7 @@ def test_three_engines(three: dict[str, Path], capsys: pytest.CaptureFixture[str
     assert "model.int8.plan: int8" in shown
     assert "17 of 17 compute kernels in INT8 (100%)" in shown
     written = json.loads((tmp_path / "b.json").read_text())
-    assert [e["static"]["precision"] for e in written["engines"]] == list(bench.PRECISIONS)
+    assert [e["static"]["precision"] for e in written["engines"]] == list(PRECISIONS)
     if find_gpu() is None:
         assert "Static comparison" in shown
         assert written["gpu"] is None
@@ -160,3 +161,9 @@ def test_three_needs_scales_and_a_folder(tmp_path: Path) -> None:
         command(str(DEMO / "digits.onnx"), "--three", "-o", str(tmp_path))
     with pytest.raises(InputError, match="one fp32 ONNX model and a folder"):
         command(str(DEMO / "digits.onnx"), "--three")
+
+
+@pytest.mark.parametrize("runs", [0, -1])
+def test_no_runs_measure_nothing(runs: int) -> None:
+    with pytest.raises(InputError, match="--runs a number from 1"):
+        bench.benchmark([], on_gpu=False, runs=runs)

@@ -20,7 +20,7 @@ has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None
 needs_rtx = pytest.mark.skipif(not has_rtx, reason="TensorRT for RTX is not installed")
 
 
-def findings() -> dict[str, doctor.Check]:
+def findings() -> dict[str, doctor.Finding]:
     return {check.name: check for check in doctor.diagnose()}
 
 
@@ -87,9 +87,9 @@ def test_a_broken_installation_is_reported(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_text_is_aligned() -> None:
     checks = [
-        doctor.Check("One", "a", True, "1.0"),
-        doctor.Check("One", "longer", False, "not installed", "install it"),
-        doctor.Check("Two", "b", True, "fine"),
+        doctor.Finding("One", "a", True, "1.0"),
+        doctor.Finding("One", "longer", False, "not installed", "install it"),
+        doctor.Finding("Two", "b", True, "fine"),
     ]
     assert doctor.as_text(checks).splitlines() == [
         "One",

@@ -27,8 +27,6 @@ RUNS = 500
 PROFILED_RUNS = 20
 BLAMED_KERNELS = 5
 
-PRECISIONS = ("fp32", "fp16", "int8")
-
 
 @dataclasses.dataclass(frozen=True)
 class Static:
@@ -213,9 +211,11 @@ def benchmark(engines: Sequence[PathLike], *, on_gpu: bool, runs: int = RUNS) ->
     """Every engine's static figures and, with `on_gpu`, its timing.
 
     Raises:
-        InputError: a file that is not an engine, or one that neither has a record nor can be measured.
+        InputError: not an engine, an engine that neither has a record nor can be measured, or no runs.
         MissingBackendError: as `measure`.
     """
+    if runs < 1:
+        raise InputError(f"{runs} runs measure nothing", remedy="give --runs a number from 1")
     results = []
     for engine in engines:
         static = static_of(engine)
@@ -278,6 +278,7 @@ def text_of(results: Sequence[Result]) -> str:
         lines += ["", warning]
     if all(result.timing is None for result in results):
         lines += ["", "Static comparison: read from what was compiled, nothing was run and nothing timed."]
+        lines.append("A plan file is code: load only plans you built or whose origin you trust.")
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, QDQ_OPS, Model, loa
 from trtq.graph.place import FLOATS, MOVING_OPS, only_moved, place
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
+from trtq.numerics import INT8_MAX
 
 NO_RANGE = "no-range"
 """Rule of the plan for nodes that stay in floating point because the table has no row for an input."""
@@ -300,7 +301,7 @@ def doubts(table: Table, observed: Mapping[str, float], bounds: Mapping[str, flo
 
     def amax(name: str, encoding: str) -> float:
         with np.errstate(all="ignore"):
-            return float(ENCODINGS[encoding](table.scales[name])) * 127
+            return float(ENCODINGS[encoding](table.scales[name])) * INT8_MAX
 
     def wrong(encoding: str) -> list[str]:
         return [name for name, (low, high) in known.items() if not low <= amax(name, encoding) <= high]

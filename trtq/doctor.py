@@ -21,7 +21,7 @@ _WITHOUT_CALIBRATORS = 11
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One finding.
 
     Attributes:
@@ -39,7 +39,7 @@ class Check:
     remedy: str = ""
 
 
-def diagnose() -> list[Check]:
+def diagnose() -> list[Finding]:
     """Look at the machine and the packages, and say what works with them. Never raises, runs no kernel."""
     distributions = packages_distributions()
     versions = {
@@ -49,36 +49,36 @@ def diagnose() -> list[Check]:
     gpu = find_gpu()
     device = f"{gpu.name}, compute capability {gpu.compute_capability}" if gpu else "no NVIDIA GPU or driver"
     return [
-        Check("Machine", "python", True, f"{platform.python_version()}, {platform.platform()}"),
-        Check("Machine", "gpu", gpu is not None, device),
+        Finding("Machine", "python", True, f"{platform.python_version()}, {platform.platform()}"),
+        Finding("Machine", "gpu", gpu is not None, device),
         *(_package(module, installed) for module, installed in versions.items()),
         *_abilities(versions, gpu),
     ]
 
 
-def as_text(checks: Sequence[Check]) -> str:
+def as_text(findings: Sequence[Finding]) -> str:
     """The findings as plain text, aligned, under their headings."""
-    width = max(len(check.name) for check in checks)
+    width = max(len(finding.name) for finding in findings)
     lines: list[str] = []
     section = ""
-    for check in checks:
-        if check.section != section:
-            section = check.section
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
             lines += ["", section] if lines else [section]
-        lines.append(f"  {'ok' if check.ok else '--'}  {check.name:<{width}}  {check.detail}")
-        if check.remedy:
-            lines.append(f"      {'':<{width}}  remedy: {check.remedy}")
+        lines.append(f"  {'ok' if finding.ok else '--'}  {finding.name:<{width}}  {finding.detail}")
+        if finding.remedy:
+            lines.append(f"      {'':<{width}}  remedy: {finding.remedy}")
     return "\n".join(lines)
 
 
-def _package(module: str, installed: str | None) -> Check:
+def _package(module: str, installed: str | None) -> Finding:
     if installed is None:
         remedy = "pip install --upgrade trtq" if module in REQUIRED else ""
-        return Check("Packages", module, False, "not installed", remedy)
-    return Check("Packages", module, True, installed)
+        return Finding("Packages", module, False, "not installed", remedy)
+    return Finding("Packages", module, True, installed)
 
 
-def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Check]:
+def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Finding]:
     targets, rtx_problem = _rtx_builder(versions["tensorrt_rtx"])
     providers, ort_problem = _execution_providers()
     tensorrt = versions["tensorrt"]
@@ -117,11 +117,11 @@ def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Check]:
     ]
 
 
-def _ability(name: str, means: Sequence[str], problem: str, remedy: str) -> Check:
+def _ability(name: str, means: Sequence[str], problem: str, remedy: str) -> Finding:
     section = "What works here"
     if means:
-        return Check(section, name, True, "; ".join(means))
-    return Check(section, name, False, problem, remedy)
+        return Finding(section, name, True, "; ".join(means))
+    return Finding(section, name, False, problem, remedy)
 
 
 def _rtx_builder(installed: str | None) -> tuple[tuple[str, ...], str]:

@@ -16,6 +16,7 @@ from trtq.gate.execute import ENGINE_SUFFIXES
 from trtq.graph.model import load_model
 from trtq.graph.place import placed
 from trtq.graph.plan import Plan
+from trtq.numerics import INT8_MAX
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ class Inspection:
     values: dict[str, Any]
 
     def text(self) -> str:
+        """The kind, and the content line by line."""
         return "\n".join([self.kind, *(f"  {line}" for line in self.lines)])
 
     def to_json(self) -> dict[str, Any]:
+        """The kind and the content as JSON values."""
         return {"kind": self.kind, **self.values}
 
 
@@ -85,6 +88,7 @@ def _engine(path: Path) -> Inspection:
     build = found["build"]
     lines = [f"{name:<9} {found[name]}" for name in ("sha256", "bytes", "version")]
     lines.append(f"targets   {', '.join(found['targets']) or 'not known'}")
+    lines.append("caution   a plan file is code: load only plans you built or trust")
     if build is None:
         lines.append(f"kernels   not known: the record {path.name}.json is missing or of another engine")
         return Inspection(f"engine of {found['backend']} (plan file)", lines, found)
@@ -98,7 +102,6 @@ def _engine(path: Path) -> Inspection:
         f"profile   {build['profile'] or 'static'}",
         f"kernels   {compiled.kernels}, about {megabytes:.1f} MB moved at batch {compiled.batch}",
         "compute   " + ", ".join(f"{count} kernels read {types}" for types, count in datatypes.most_common()),
-        "caution   a plan file is code: load only plans you built or trust",
     ]
     return Inspection(
         f"engine of {found['backend']} (plan file)",
@@ -134,6 +137,9 @@ def _table(path: Path) -> Inspection:
     lines = [
         f"header    {table.header} (TensorRT {tensorrt_version(table.version)})",
         *(f"{name:<9} {value}" for name, value in table.metadata.items() if isinstance(value, str | int)),
-        *(f"tensor    {n}: scale {float(s):.6g}, amax {float(s) * 127:.5g}" for n, s in table.scales.items()),
+        *(
+            f"tensor    {n}: scale {float(s):.6g}, amax {float(s) * INT8_MAX:.5g}"
+            for n, s in table.scales.items()
+        ),
     ]
     return Inspection("calibration table", lines, table.to_json())

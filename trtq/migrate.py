@@ -226,9 +226,9 @@ def migrate(
             migration = replace(migration, agreement=_agreement(outputs))
             if evaluation is not None and metric is not None:
                 gate = partial(pipeline.gate, max_drop=max_drop, recipe=recipe)
-                verdict = gate(outputs["fp32"], candidate, evaluation, metric, cache, console)
+                verdict = gate(outputs["fp32"], candidate, evaluation, metric, cache, SILENT)
                 try:
-                    against_table = gate(outputs["table"], candidate, evaluation, metric, cache, console)
+                    against_table = gate(outputs["table"], candidate, evaluation, metric, cache, SILENT)
                 except InputError as error:  # it scores nothing, or is not finite
                     console.warn(f"no gate against what the table implies: {error.problem}")
                     against_table = None

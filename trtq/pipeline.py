@@ -16,7 +16,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 import trtq
-from trtq.backends.builders import builder
+from trtq.backends.builders import builder, chosen
 from trtq.backends.interface import (
     OPT_BATCH,
     Build,
@@ -43,7 +43,7 @@ from trtq.evaluation import outputs_of
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
 from trtq.gate.execute import Outputs
 from trtq.gate.metrics import Metric, load_metric
-from trtq.gate.verdict import Verdict, decide, parse_margin, score_reference
+from trtq.gate.verdict import Verdict, decide, parse_fraction, parse_margin, score_reference
 from trtq.graph.fold import fold
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model, save_model
@@ -147,7 +147,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         write_text(folder / "junit.xml", junit_xml(verdict, checks))
         write_report(folder)
         write_json(folder / "manifest.json", manifest(recipe, command, model, data, evaluation, folder))
-    console.say("verdict", "\n".join([verdict.text(), *(check.message for check in checks if not check.ok)]))
+    console.say("verdict", "\n".join(line.strip() for line in verdict.text().splitlines()[1:]))
     output = Path(recipe.output)
     build = dataclasses.replace(build, engine=output / "model.plan")
     return Deployment(output, plan, table, build, covered, verdict, checks)
@@ -391,9 +391,9 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
     """
     recipe.need("model", "output")
     assert recipe.output is not None
-    if recipe.backend != "tensorrt":
+    if chosen(recipe.backend) != "tensorrt":
         raise InputError(
-            f"{recipe.backend} has no implicit quantization",
+            f"{chosen(recipe.backend)} has no implicit quantization",
             remedy="use --backend tensorrt (8.6 to 10.16), or quantize explicitly: trtq quantize --table",
         )
     from trtq.backends import calibrators, tensorrt
@@ -492,10 +492,7 @@ def parse_share(text: str) -> float:
     Raises:
         InputError: not a number from 0 to 100 %.
     """
-    try:
-        share = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
-    except ValueError:
-        share = -1.0
+    share = parse_fraction(text)
     if not 0 <= share <= 1:
         raise InputError(f"{text!r} is no share", remedy="write it as 90% or 0.9")
     return share
@@ -537,8 +534,9 @@ def manifest(
 
 def versions(recipe: Recipe) -> dict[str, str]:
     """Versions of everything that the results depend on."""
-    packages = ("trtq", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy")
-    return {name: version(name) for name in packages} | {recipe.backend: builder(recipe.backend).version()}
+    packages = ("trtq", "numpy", "numba", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "pillow")
+    backend = chosen(recipe.backend)
+    return {name: version(name) for name in packages} | {backend: builder(backend).version()}
 
 
 def hashes_of(folder: Path) -> dict[str, Any]:

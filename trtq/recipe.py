@@ -17,6 +17,7 @@ from typing import Any
 
 import tomli_w
 
+from trtq.backends.builders import BUILDERS
 from trtq.backends.interface import BuildOptions
 from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError, about
@@ -60,7 +61,7 @@ def _option(
 class Recipe:
     """The options of a job; None or empty where nothing was said."""
 
-    model: str | None = _option("fp32 ONNX model", metavar="MODEL", path=True)
+    model: str | None = _option("ONNX model: fp32, or with Q/DQ for build", metavar="MODEL", path=True)
     data: str | None = _option(
         "calibration data: .npz, a folder, a .csv of images, or script.py:function",
         metavar="CALIB",
@@ -88,20 +89,26 @@ class Recipe:
     min_int8: str | None = _option(
         "smallest share of multiply-accumulates that the engine runs in INT8", metavar="90%"
     )
-    include: tuple[str, ...] = _option("quantize only nodes that match: name with * and ?, or op:Type", list)
+    include: tuple[str, ...] = _option(
+        "quantize only nodes that match: name with * and ?, or op:Type (repeatable)", list
+    )
     exclude: tuple[str, ...] = _option("leave nodes that match in floating point (repeatable)", list)
     weights: str = _option(
         "form of the weights: int8 initializers, or float + Q/DQ", choices=("int8", "qdq"), default="int8"
     )
     rest: str = _option("precision of what is not quantized", choices=("fp32", "fp16"), default="fp32")
-    backend: str = _option(
-        "builder of the engine", choices=("tensorrt-rtx", "tensorrt"), default="tensorrt-rtx"
+    backend: str | None = _option(
+        "builder of the engine; default: the one that is installed, TensorRT-RTX first",
+        choices=tuple(BUILDERS),
     )
     target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", list)
     profile: tuple[str, ...] = _option(
-        "optimization profile NAME:MIN,OPT,MAX, such as input:1x3x224x224,8x3x224x224,32x3x224x224", list
+        "optimization profile NAME:MIN,OPT,MAX: input:1x3x224x224,8x3x224x224,32x3x224x224 (repeatable)",
+        list,
     )
-    batch: int | None = _option("batch size the engine is tuned for, and evaluated with", int, metavar="N")
+    batch: int | None = _option(
+        "batch size that the engine is tuned for and that the gate evaluates with", int, metavar="N"
+    )
     threads: int | None = _option("CPU threads; default: all", int, metavar="N")
     cache: str | None = _option(
         "cache of statistics, tables and outputs; default: $TRTQ_CACHE or the user's cache folder",
@@ -189,6 +196,10 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
 
+BUILD_OPTIONS = tuple(f.name for f in dataclasses.fields(BuildOptions))
+"""Names of the options that go to the builder."""
+
+
 def options(names: Iterable[str] | None = None) -> list[dataclasses.Field[Any]]:
     """The fields that are options, all or those named, in the order of the recipe."""
     wanted = None if names is None else set(names)
@@ -220,9 +231,7 @@ def _check(name: str, value: Any, path: Path) -> None:
     metadata = fields[name].metadata
     kind = metadata["kind"] if metadata else None
     allowed: tuple[type, ...] = kinds.get(kind, (kind,))
-    of_strings = (
-        kind is not list or all(isinstance(v, str) for v in value) if isinstance(value, list) else True
-    )
+    of_strings = not isinstance(value, list) or all(isinstance(v, str) for v in value)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool) or not of_strings:
         wanted = "a list of strings" if kind is list else "a table" if kind is None else kind.__name__
         raise InputError(f"the recipe's option '{name}' is {value!r}, not {wanted}", file=path)

@@ -24,11 +24,11 @@ from trtq.backends.builders import builder
 from trtq.backends.interface import Profile, find_gpu, profiles_from
 from trtq.backends.onnxruntime import simulation_session
 from trtq.data.batches import Arrays, batches
-from trtq.data.samples import Samples
+from trtq.data.samples import Samples, fixed_batch
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.gate.execute import engine_runner
-from trtq.gate.similarity import MAX_SQNR_DB
+from trtq.gate.similarity import decibels
 from trtq.graph.fold import fold
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model, serialized
 from trtq.graph.place import WEIGHTED_OPS
@@ -146,7 +146,7 @@ def compare_three(
         runs = [stack.enter_context(_simulation(model, names, threads)) for model in (fp32, quantized)]
         if gpu is not None:
             runs.append(stack.enter_context(_engine(quantized, names, profile, backend)))
-        sqnr = _sqnr(runs, names, samples, _batch_limits(quantized))
+        sqnr = _sqnr(runs, names, samples, fixed_batch(quantized.inputs))
     return ThreeWay(
         tensors=tuple(
             Compared(tensor, node.name, node.op, sqnr[0][tensor], sqnr[1][tensor] if gpu else None)
@@ -192,14 +192,11 @@ def _engine(model: Model, names: list[str], profile: Profile, backend: str | Non
             yield runner.infer
 
 
-def _sqnr(
-    runs: list[Run], names: list[str], samples: Samples, limits: tuple[int, int]
-) -> list[dict[str, float]]:
+def _sqnr(runs: list[Run], names: list[str], samples: Samples, fixed: int | None) -> list[dict[str, float]]:
     """SQNR in dB of each run against the one before it, per tensor, summed over all rows."""
     signal = [dict.fromkeys(names, 0.0) for _ in runs[1:]]
     noise = [dict.fromkeys(names, 0.0) for _ in runs[1:]]
-    lowest, highest = limits
-    for batch in batches(samples.rows(), highest, lowest):
+    for batch in batches(samples.rows(), fixed or BATCH, fixed or 1):
         before = runs[0](batch.feed)
         for index, run in enumerate(runs[1:]):
             after = run(batch.feed)
@@ -208,18 +205,7 @@ def _sqnr(
                 signal[index][name] += float(np.sum(r * r))
                 noise[index][name] += float(np.sum((r - c) ** 2))
             before = {name: np.array(after[name]) for name in names}
-    return [{name: _decibel(s[name], n[name]) for name in names} for s, n in zip(signal, noise, strict=True)]
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if noise == 0:
-        return MAX_SQNR_DB
-    if signal == 0:
-        return -MAX_SQNR_DB
-    return float(np.clip(10 * np.log10(signal / noise), -MAX_SQNR_DB, MAX_SQNR_DB))
-
-
-def _batch_limits(model: Model) -> tuple[int, int]:
-    """Fewest and most rows at once: what a static first axis says, else any number up to `BATCH`."""
-    static = [spec.shape[0] for spec in model.inputs if spec.shape and isinstance(spec.shape[0], int)]
-    return (static[0], static[0]) if static else (1, BATCH)
+    return [
+        {name: float(decibels(np.float64(s[name]), np.float64(n[name]))) for name in names}
+        for s, n in zip(signal, noise, strict=True)
+    ]

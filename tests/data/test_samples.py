@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import InputSpec, Samples, fixed_batch
 from trtq.errors import InputError
 
 
@@ -153,3 +153,16 @@ def test_an_input_that_is_one_number_per_row() -> None:
     samples = samples_of(np.array([5, 6, 7]), np.int64, ("N",))
     assert [row["x"].shape for row in samples.rows()] == [(1,)] * 3
     assert [int(row["x"][0]) for row in samples.rows()] == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fixed"),
+    [
+        ([("N", 3)], None),
+        ([(None, 3), ()], None),
+        ([(7, 3)], 7),
+        ([("N", 3), (7, 2)], 7),
+    ],
+)
+def test_the_batch_that_inputs_fix(shapes, fixed) -> None:
+    assert fixed_batch(InputSpec("x", np.dtype(np.float32), shape) for shape in shapes) == fixed

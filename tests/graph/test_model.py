@@ -15,7 +15,7 @@ from nets import engine, graph_of, loaded, net, normal, run, saved
 import trtq.graph.model
 from trtq.data.samples import InputSpec
 from trtq.errors import InputError
-from trtq.graph.model import load_model, matches, save_model, serialized
+from trtq.graph.model import load_model, save_model, serialized
 
 X = normal(2, 3, 8, 8, seed=1)
 WEIGHT = normal(16, 3, 3, 3)
@@ -284,29 +284,3 @@ def test_a_path_that_cannot_be_written(limit: int, tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="cannot write"):
         save_model(graph_of(conv()), tmp_path / "file" / "model.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-# -- patterns
-
-
-@pytest.mark.parametrize(
-    ("pattern", "name", "matching"),
-    [
-        ("/conv1/Conv", "/conv1/Conv", True),
-        ("/conv1", "/conv1/Conv", False),
-        ("/layer?/*", "/layer1/block/Conv", True),
-        ("/layer?/*", "/layer10/Conv", False),
-        ("*", "", True),
-        ("a[0].b", "a[0].b", True),
-        ("a[0].b", "a0.b", False),
-        ("a.b", "axb", False),
-        ("a*b", "a*b", True),
-        ("a+(b)|^$", "a+(b)|^$", True),
-        ("op:Conv", "x", True),
-        ("op:Conv*", "x", False),
-        ("op:conv", "x", False),
-        ("op:", "op:", True),
-    ],
-)
-def test_patterns(pattern: str, name: str, matching: bool) -> None:
-    assert matches(pattern, gs.Node("Conv", name)) is matching

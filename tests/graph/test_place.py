@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError
 from trtq.graph.fold import fold
-from trtq.graph.place import WEIGHTED_OPS, place
+from trtq.graph.place import WEIGHTED_OPS, matches, place
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
 from trtq.graph.rewrite import weight_scale
 from trtq.numerics import quantize
@@ -355,6 +356,30 @@ def test_changed_values_keep_their_own_range(between: str, tmp_path: Path) -> No
 
 
 # -- patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "matching"),
+    [
+        ("/conv1/Conv", "/conv1/Conv", True),
+        ("/conv1", "/conv1/Conv", False),
+        ("/layer?/*", "/layer1/block/Conv", True),
+        ("/layer?/*", "/layer10/Conv", False),
+        ("*", "", True),
+        ("a[0].b", "a[0].b", True),
+        ("a[0].b", "a0.b", False),
+        ("a.b", "axb", False),
+        ("a*b", "a*b", True),
+        ("a+(b)|^$", "a+(b)|^$", True),
+        ("op:Conv", "x", True),
+        ("op:Conv*", "x", False),
+        ("op:conv", "x", False),
+        ("op:", "op:", True),
+    ],
+)
+def test_patterns(pattern: str, name: str, matching: bool) -> None:
+    assert matches(pattern, gs.Node("Conv", name)) is matching
+
 
 CHAIN = f"a = {SAME}(x, w) r = Relu(a) y = {SAME}(r, v)"
 

@@ -19,16 +19,26 @@ BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 DEFAULT = "tensorrt-rtx"
 
 
-def builder(name: str | None = None) -> Builder:
-    """The builder of that name, or the first one that is installed (`DEFAULT` where none is).
+def chosen(name: str | None = None) -> str:
+    """`name`, or without one the first builder that is installed (`DEFAULT` where none is).
 
     Raises:
         InputError: there is no builder of that name.
     """
     if name is None:
-        name = next((n for n, package in BUILDERS.items() if importlib.util.find_spec(package)), DEFAULT)
+        return next((n for n, package in BUILDERS.items() if importlib.util.find_spec(package)), DEFAULT)
     if name not in BUILDERS:
         raise InputError(f"there is no backend '{name}'", remedy=f"choose among {', '.join(BUILDERS)}")
+    return name
+
+
+def builder(name: str | None = None) -> Builder:
+    """The builder that `chosen` gives.
+
+    Raises:
+        InputError: there is no builder of that name.
+    """
+    name = chosen(name)
     return cast(Builder, importlib.import_module(f"trtq.backends.{BUILDERS[name]}"))
 
 
@@ -57,6 +67,19 @@ def describe_engine(path: PathLike) -> dict[str, Any]:
         "targets": record["targets"],
         "build": record,
     }
+
+
+def package_of(engine: Path) -> str:
+    """The Python package that runs an engine (see `engine_package`).
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        with engine.open("rb") as file:
+            return engine_package(file.read(64))
+    except OSError as error:
+        raise InputError("cannot read the engine", file=engine, cause=error.strerror) from error
 
 
 def engine_package(content: bytes) -> str:

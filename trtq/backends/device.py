@@ -1,6 +1,7 @@
 """An engine on the GPU: its buffers, launches, CUDA graph and timings. PyCUDA holds memory and events.
 
 Plan files are code: `Engine` runs whatever the plan holds. Give it only plans you built or trust.
+Written on machines without a GPU: nothing of `Engine` has been run yet.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from trtq.backends.builders import engine_package
+from trtq.backends.builders import package_of
 from trtq.backends.interface import find_gpu
 from trtq.backends.network import logger
 from trtq.errors import InputError, MissingBackendError
@@ -169,11 +170,7 @@ def open_engine(path: Path) -> Iterator[Engine]:
         raise MissingBackendError(
             "an engine runs only on an NVIDIA GPU", file=path, remedy="run this on the machine with the GPU"
         )
-    try:
-        with path.open("rb") as file:
-            package = engine_package(file.read(64))
-    except OSError as error:
-        raise InputError("cannot read the engine", file=path, cause=error.strerror) from error
+    package = package_of(path)
     cuda = _module("pycuda.driver", "pip install 'trtq[cuda]'")
     trt = _module(package, f"pip install {package.replace('_', '-')}")
     cuda.init()

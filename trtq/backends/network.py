@@ -17,7 +17,7 @@ from typing import Any
 
 from trtq.backends.compiled import HEADER
 from trtq.backends.dialect import Dialect
-from trtq.backends.interface import BuildOptions, Profile
+from trtq.backends.interface import BuildOptions, Profile, check_profile
 from trtq.errors import InputError
 from trtq.files import write_bytes
 
@@ -235,31 +235,11 @@ def _use_dla(trt: Any, builder: Any, config: Any, core: int) -> None:
 
 
 def _optimization_profile(builder: Any, network: Any, profile: Profile, model: Path) -> Any:
-    dims = {network.get_input(i).name: tuple(network.get_input(i).shape) for i in range(network.num_inputs)}
+    inputs = (network.get_input(i) for i in range(network.num_inputs))
+    check_profile(profile, {tensor.name: tuple(tensor.shape) for tensor in inputs}, model)
     result = builder.create_optimization_profile()
     for name, shapes in profile.items():
-        if name not in dims:
-            raise InputError(
-                f"the optimization profile names '{name}', which is no input of the model",
-                file=model,
-                remedy=f"the inputs are {', '.join(dims)}",
-            )
-        for shape in shapes:
-            if len(shape) != len(dims[name]) or any(
-                d not in (-1, s) for d, s in zip(dims[name], shape, strict=True)
-            ):
-                raise InputError(
-                    f"the profile's shape {'x'.join(map(str, shape))} does not fit input '{name}'",
-                    file=model,
-                    remedy=f"its dimensions are {list(dims[name])}, where -1 is dynamic",
-                )
         result.set_shape(name, *shapes)
-    if missing := [name for name, d in dims.items() if -1 in d and name not in profile]:
-        raise InputError(
-            f"input '{missing[0]}' has dynamic axes and the optimization profile does not name it",
-            file=model,
-            remedy=f"its dimensions are {list(dims[missing[0]])}; give min, opt and max",
-        )
     return result
 
 

@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from trtq.backends.onnxruntime import simulation_session
 from trtq.calibration.statistics import NonFiniteError, Statistics
 from trtq.data.batches import Batch, batches
-from trtq.data.samples import Samples
+from trtq.data.samples import Samples, fixed_batch
 from trtq.errors import InputError
 from trtq.graph.model import serialized
 
@@ -52,7 +52,7 @@ def collect(
     if fetched:
         with serialized(_only(graph, fetched)) as source:
             session = simulation_session(source, threads=1)
-    size = _fixed_batch(graph)
+    size = fixed_batch(samples.specs) or 1
     feeds = batches(samples.rows(), size, size)
     lock = threading.Lock()
     stop = threading.Event()
@@ -124,9 +124,3 @@ def _only(graph: gs.Graph, tensors: Sequence[str]) -> gs.Graph:
     named = part.tensors()
     part.outputs = [named[name] for name in tensors]
     return part.cleanup(remove_unused_graph_inputs=False)
-
-
-def _fixed_batch(graph: gs.Graph) -> int:
-    """The batch size that the model fixes; 1 where it is dynamic."""
-    first = next((t.shape[0] for t in graph.inputs if t.shape), 1)
-    return first if isinstance(first, int) and first > 0 else 1

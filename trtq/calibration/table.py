@@ -20,13 +20,14 @@ import numpy as np
 
 from trtq.errors import InputError
 from trtq.files import PathLike, read_json, sha256_bytes, write_bytes, write_json
+from trtq.numerics import INT8_MAX
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration", "EntropyCalibration", "LegacyCalibration")
 
 ENCODINGS: dict[str, Callable[[np.float32], np.float32]] = {
     "scale": lambda value: value,
     "little-endian": lambda value: value.byteswap(),
-    "amax": lambda value: value / np.float32(127),
+    "amax": lambda value: value / np.float32(INT8_MAX),
     "inverse": lambda value: np.float32(1) / value,
 }
 """What a row's big-endian float32 is, and the scale it means. TensorRT writes scales; tools around it also
@@ -163,7 +164,7 @@ class Table:
         return {
             "header": self.header,
             "metadata": dict(self.metadata),
-            "tensors": {n: {"scale": float(s), "amax": float(s) * 127} for n, s in self.scales.items()},
+            "tensors": {n: {"scale": float(s), "amax": float(s) * INT8_MAX} for n, s in self.scales.items()},
         }
 
 

@@ -8,13 +8,18 @@ from pathlib import Path
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.errors import ExitCode, InputError
 from trtq.files import write_json
-from trtq.recipe import Recipe
+from trtq.recipe import BUILD_OPTIONS, Recipe
 
 
 def _bench(given: argparse.Namespace) -> int:
     from trtq import bench
     from trtq.backends.interface import find_gpu
 
+    if given.runs < 1:
+        raise InputError(f"--runs is {given.runs}", remedy="use a number from 1")
+    ignored = [name for name in ("data", "int8", "table", "output") if getattr(given, name) is not None]
+    if ignored and not given.three:
+        raise InputError(f"--{ignored[0]} belongs to --three", remedy="add --three, or leave it out")
     gpu = find_gpu()
     engines = _build_three(recipe_of(given), given) if given.three else [Path(e) for e in given.engines]
     if gpu is not None:
@@ -46,7 +51,13 @@ def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
     profile = pipeline.profile_for(model, recipe, data)
     int8 = Path(given.int8) if given.int8 else _quantize(recipe, given, folder)
     builds = bench.build_three(
-        model.path, int8, folder, backend=recipe.backend, profile=profile, targets=recipe.target
+        model.path,
+        int8,
+        folder,
+        backend=recipe.backend,
+        profile=profile,
+        targets=recipe.target,
+        options=recipe.build_options(),
     )
     return [build.engine for build in builds.values()]
 
@@ -70,6 +81,7 @@ BENCH = Command(
         *("output", "data", "method", "cache", "threads"),
         *("include", "exclude", "weights", "rest"),
         *("backend", "target", "profile", "batch"),
+        *BUILD_OPTIONS,
     ),
     (
         argument("engines", nargs="+", metavar="ENGINE", help="plan files; with --three an fp32 ONNX model"),

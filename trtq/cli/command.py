@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtq.console import Console
+from trtq.errors import InputError
 from trtq.recipe import Recipe
 
 
@@ -19,6 +20,7 @@ class Argument:
     settings: dict[str, Any]
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Make it an argument of `parser`."""
         parser.add_argument(*self.names, **self.settings)
 
 
@@ -34,14 +36,19 @@ class Command:
 
 
 def argument(*names: str, **settings: Any) -> Argument:
+    """An argument as `ArgumentParser.add_argument` takes it."""
     return Argument(names, settings)
 
 
 def recipe_of(given: argparse.Namespace) -> Recipe:
     """The recipe file's options with the command line's on top."""
+    model = getattr(given, "model", None)
+    if model is not None and model.endswith(".toml"):
+        raise InputError("MODEL is a recipe", file=model, remedy=f"give it as --recipe {model}")
     base = Recipe.load(given.recipe) if given.recipe else Recipe()
     return base.merged(vars(given))
 
 
 def console_of(given: argparse.Namespace) -> Console:
+    """The console, silent with --quiet."""
     return Console(quiet=given.quiet)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from pathlib import Path
 
-from trtq.backends.interface import BuildOptions
 from trtq.calibration.table import ALGORITHMS
 from trtq.cli import convert
 from trtq.cli.bench import BENCH
@@ -16,13 +14,12 @@ from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.migrate import MIGRATE
 from trtq.errors import ExitCode, InputError
 from trtq.files import write_json, write_text
-from trtq.recipe import Recipe
+from trtq.recipe import BUILD_OPTIONS, Recipe
 
 _PLACEMENT = ("include", "exclude", "weights", "rest")
 _CALIBRATION = ("data", "method", "cache", "threads")
 _ENGINE = ("backend", "target", "profile", "batch", "min_int8")
 _TENSOR_SAMPLES = 16
-_BUILDER = tuple(f.name for f in dataclasses.fields(BuildOptions))
 _GATE = ("eval", "metric", "max_drop", "confidence", "require_engine")
 
 
@@ -96,12 +93,17 @@ def _build(given: argparse.Namespace) -> int:
     assert recipe.model is not None
     assert recipe.output is not None
     least = None if recipe.min_int8 is None else pipeline.parse_share(recipe.min_int8)
-    model = load_model(recipe.model)
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
-    profile = pipeline.profile_for(model, recipe, data)
     if given.table is not None or given.calibrator is not None:
         built, plan = pipeline.build_implicit(recipe, given.table, given.calibrator)
+    elif recipe.include or recipe.exclude:
+        raise InputError(
+            "--include and --exclude belong to implicit quantization here",
+            remedy="an explicit model has its Q/DQ where 'trtq quantize --exclude' put it",
+        )
     else:
+        model = load_model(recipe.model)
+        data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+        profile = pipeline.profile_for(model, recipe, data)
         plan = placed(model, pipeline.opt_shapes(model, profile))
         with pipeline.in_precision(model, recipe.rest) as source:
             built = builder(recipe.backend).build(
@@ -169,7 +171,10 @@ def _cache(given: argparse.Namespace) -> int:
 
     if given.action == "convert":
         return convert.run(given)
-    cache = Cache(Path(given.cache) if given.cache else default_root())
+    if given.source is not None:
+        raise InputError(f"'{given.action}' takes no SOURCE", remedy="only 'trtq cache convert' does")
+    root = recipe_of(given).cache
+    cache = Cache(Path(root) if root else default_root())
     entries = list(cache.entries())
     if given.action == "prune":
         if not given.days >= 0:
@@ -217,7 +222,7 @@ COMMANDS: tuple[Command, ...] = (
         "deploy",
         "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
         _deploy,
-        ("model", "output", *_CALIBRATION, *_GATE, *_PLACEMENT, *_ENGINE, *_BUILDER),
+        ("model", "output", *_CALIBRATION, *_GATE, *_PLACEMENT, *_ENGINE, *BUILD_OPTIONS),
     ),
     Command(
         "calibrate",
@@ -236,7 +241,7 @@ COMMANDS: tuple[Command, ...] = (
         "build",
         "build an engine from an ONNX model and say what it runs in INT8",
         _build,
-        ("model", "output", "data", "rest", "include", "exclude", *_ENGINE, *_BUILDER),
+        ("model", "output", "data", "rest", "include", "exclude", *_ENGINE, *BUILD_OPTIONS),
         (
             argument("--table", metavar="TABLE", help="implicit INT8 with this table (TensorRT ≤ 10.16)"),
             argument(

@@ -98,6 +98,8 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
         observed=observed,
     )
     console.say("table", explicit.fit.text())
+    if observed is None:
+        console.say("table", "its magnitudes were not checked against data: give --data")
     if given.strict:
         convert.require_complete(explicit.fit, given.source)
     save_model(explicit.graph, recipe.output)

@@ -6,6 +6,7 @@ import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.convert import READING
+from trtq.recipe import BUILD_OPTIONS
 
 
 def _migrate(given: argparse.Namespace) -> int:
@@ -31,6 +32,7 @@ MIGRATE = Command(
     (
         "model", "output", "data", "eval", "metric", "max_drop", "confidence", "require_engine", "include",
         "exclude", "weights", "rest", "backend", "target", "profile", "batch", "min_int8", "threads", "cache",
+        *BUILD_OPTIONS,
     ),
     (argument("--table", metavar="TABLE", required=True, help="calibration table of that model"), *READING),
 )  # fmt: skip

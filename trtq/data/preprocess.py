@@ -25,7 +25,7 @@ class Preprocess:
     - `from`: the array of the data that is read (default: the input's own name);
     - `resize`: shorter side in pixels, or [height, width] (bilinear with antialiasing);
     - `crop`: centre crop to a side in pixels, or [height, width];
-    - `color`: "RGB" (as images are read) or "BGR";
+    - `color`: "RGB" (as images are read), "BGR", or "gray" (one channel, ITU-R 601 luma);
     - `scale`: factor, a number or a fraction such as "1/255";
     - `mean`, `std`: subtracted, then divided by; a number, or one per channel;
     - `layout`: "NCHW" moves the channels from last to first; "NHWC" leaves them last.
@@ -53,7 +53,7 @@ class Preprocess:
             "mean": _per_channel,
             "std": lambda v: np.all(_per_channel(v) != 0) or _fail(),
             "layout": lambda v: v in ("NCHW", "NHWC") or _fail(),
-            "color": lambda v: v in ("RGB", "BGR") or _fail(),
+            "color": lambda v: v in ("RGB", "BGR", "gray") or _fail(),
             "resize": _size,
             "crop": _size,
         }
@@ -79,6 +79,8 @@ class Preprocess:
         self._check_axes(row)
         if "resize" in options or "crop" in options:
             row = _resize_and_crop(row, options.get("resize"), options.get("crop"))
+        if options.get("color") == "gray":
+            row = _gray(row)
         if options.get("color") == "BGR":
             row = row[..., ::-1]
         if {"scale", "mean", "std"} & options.keys():
@@ -140,6 +142,14 @@ def _resize_and_crop(row: NDArray, resize: Any, crop: Any) -> NDArray:
         top, left = (row.shape[0] - height) // 2, (row.shape[1] - width) // 2
         row = row[top : top + height, left : left + width]
     return row
+
+
+def _gray(row: NDArray) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    if row.dtype != np.uint8 or row.shape[2] != 3:
+        raise InputError(f'color = "gray" takes uint8 RGB images, not {row.dtype} of shape {row.shape}')
+    return np.asarray(Image.fromarray(row).convert("L"))[:, :, None]
 
 
 def _number(value: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,12 @@ class InputSpec(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype} {'x'.join('?' if d is None else str(d) for d in self.shape)}"
+
+
+def fixed_batch(inputs: Iterable[InputSpec]) -> int | None:
+    """The batch size that a model's inputs fix; None where the first axis of all is dynamic."""
+    sizes = [spec.shape[0] for spec in inputs if spec.shape]
+    return max((size for size in sizes if isinstance(size, int)), default=None)
 
 
 class Column(Protocol):

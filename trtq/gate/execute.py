@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.backends.builders import engine_package
+from trtq.backends.builders import package_of
 from trtq.backends.interface import find_gpu
-from trtq.data.batches import batches
+from trtq.data.batches import Arrays, batches
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
-from trtq.gate.metrics import Arrays
 from trtq.gate.verdict import Executor
-
-os.environ.setdefault("POLYGRAPHY_USE_TENSORRT_RTX", "1")  # Polygraphy reads it when it is imported
 
 DEFAULT_BATCH_SIZE = 16
 ENGINE_SUFFIXES = (".plan", ".engine")
@@ -125,7 +121,7 @@ def fingerprint(model: str | Path) -> str:
         MissingBackendError: an engine, and no TensorRT here.
     """
     if Path(model).suffix in ENGINE_SUFFIXES:
-        trt = _tensorrt(_engine_package(Path(model)))
+        trt = _tensorrt(package_of(Path(model)))
         return f"{trt.__name__}-{trt.__version__}"
     from trtq.backends.onnxruntime import simulation_fingerprint
 
@@ -145,21 +141,13 @@ def engine_runner(model: Path) -> Any:
         InputError: the file cannot be read, or this process runs engines of the other TensorRT.
         MissingBackendError: no GPU, driver or TensorRT here.
     """
-    package = _engine_package(model)
+    package = package_of(model)
     _require_gpu(model)
     _tensorrt(package)
     _choose_package(package, model)
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
     return TrtRunner(EngineFromBytes(model.read_bytes()))
-
-
-def _engine_package(model: Path) -> str:
-    try:
-        with model.open("rb") as file:
-            return engine_package(file.read(64))
-    except OSError as error:
-        raise InputError("cannot read the engine", file=model, cause=error.strerror) from error
 
 
 def _choose_package(package: str, model: Path) -> None:

@@ -14,12 +14,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.data.batches import Arrays
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.gate import similarity
 from trtq.scripts import load_function
 
-Arrays = dict[str, NDArray]
 Float = NDArray[np.float64]
 
 _TARGET_NAMES = ("label", "labels", "target", "targets")
@@ -39,8 +39,7 @@ class Metric:
             contributes. The value is the mean of the rows, put through `summarise` if it is there.
         summarise: mean rows, with any leading axes -> values, of the leading axes' shape.
         function: (outputs, targets) -> float.
-        needs_targets: labels are needed.
-        needs_reference: the candidate's outputs are scored against the reference's; no labels.
+        needs_targets: labels are needed; without, outputs are scored against the reference's.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Metric:
     summarise: Callable[[Float], Float] | None = None
     function: Callable[[Arrays, Arrays], float] | None = None
     needs_targets: bool = True
-    needs_reference: bool = False
 
     @property
     def per_sample(self) -> Callable[[Arrays, Arrays, Arrays], Float] | None:
@@ -60,8 +58,8 @@ class Metric:
         """The metric of `outputs`.
 
         Args:
-            reference: the reference model's outputs, where the metric `needs_reference`; a metric
-                that does not may still look at them to read both models' outputs the same way.
+            reference: the reference model's outputs, which a label-free metric scores against; one with
+                labels may still look at them to read both models' outputs the same way.
 
         Raises:
             InputError: the arrays do not suit the metric, or the user's function failed.
@@ -293,7 +291,7 @@ def _label_free(score: Callable[[NDArray, NDArray, int], Float], spec: str, sele
         names = selection.outputs(outputs)
         return np.mean([score(reference[name], outputs[name], samples) for name in names], axis=0)
 
-    return Metric(spec, spec, rows, needs_targets=False, needs_reference=True)
+    return Metric(spec, spec, rows, needs_targets=False)
 
 
 _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {

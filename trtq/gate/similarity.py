@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.data.batches import Arrays
 from trtq.errors import InputError
-
-Arrays = dict[str, NDArray]
 
 MAX_SQNR_DB = 200.0
 """SQNR is clipped to ± this many dB: equal outputs would be at infinity, which JSON cannot carry.
@@ -51,6 +50,11 @@ def sqnr_db(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray
     """Signal to quantization noise in dB, 10·log10(sum r² / sum (r - c)²); ± `MAX_SQNR_DB` at most."""
     signal = _energy(_blocks(reference, samples))
     noise = _energy(_blocks(_noise(reference, candidate), samples))
+    return decibels(signal, noise)
+
+
+def decibels(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """10·log10(signal / noise) of two energies; ± `MAX_SQNR_DB` at most, which no noise at all gives."""
     with np.errstate(divide="ignore"):
         ratio = 10 * (np.log10(signal) - np.log10(np.where(noise == 0, 1, noise)))
     return np.where(noise == 0, MAX_SQNR_DB, np.clip(ratio, -MAX_SQNR_DB, MAX_SQNR_DB))

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.data.batches import Arrays
 from trtq.errors import ExitCode, InputError
 from trtq.gate import intervals, similarity
-from trtq.gate.metrics import Arrays, Metric, rows_per_sample
+from trtq.gate.metrics import Metric, rows_per_sample
 from trtq.gate.similarity import Similarity
 
 Executor = Literal["engine", "simulation"]
@@ -23,6 +24,8 @@ REPORTED_CONFIDENCE = 0.95
 
 
 class Outcome(enum.Enum):
+    """What the gate says."""
+
     PASS = "pass"
     FAIL = "fail"
     INCONCLUSIVE = "inconclusive"
@@ -81,6 +84,7 @@ class Verdict:
 
     @property
     def exit_code(self) -> ExitCode:
+        """The outcome's exit code."""
         return _EXIT_CODES[self.outcome]
 
     def require_engine(self) -> Verdict:
@@ -129,7 +133,7 @@ class Verdict:
         lines = [f"{self.outcome.value.upper()}  {self.metric} on {self.samples} samples: {self._drop()}"]
         if self.relative_interval:
             low, high = (f"{100 * bound:.2f} %" for bound in self.relative_interval)
-            lines.append(f"  {level} interval of the drop: {low} to {high}")
+            lines.append(f"  two-sided {level} interval of the drop: {low} to {high}")
         lines.append("  measured on the " + ("engine" if self.executor == "engine" else "CPU, simulated"))
         for name, item in self.outputs.items():
             lines.append(f"  output {name}: {_similarity_text(item)}")
@@ -256,17 +260,22 @@ def score_reference(reference: Arrays, targets: Arrays, metric: Metric) -> float
     return value
 
 
+def parse_fraction(text: str) -> float:
+    """The number that "1%" or "0.01" means (0.01 both); NaN where it is none."""
+    number = text.strip()
+    try:
+        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        return math.nan
+
+
 def parse_margin(text: str) -> float:
     """The fraction that "1%" or "0.01" means (0.01 both).
 
     Raises:
         InputError: not a number, or not between 0 and 100 %.
     """
-    number = text.strip()
-    try:
-        margin = float(number[:-1]) / 100 if number.endswith("%") else float(number)
-    except ValueError:
-        margin = math.nan
+    margin = parse_fraction(text)
     if not 0 <= margin < 1:
         raise InputError(f"{text!r} is no allowed drop", remedy="write it as 1% or 0.01")
     return margin
@@ -313,9 +322,11 @@ def _note(evidence: intervals.Evidence, samples: int, max_drop: float, confidenc
     """What these samples prove, or how many would."""
     if evidence.proved or evidence.refuted:
         side = "below" if evidence.proved else "above"
-        return (
-            f"{samples} samples prove a drop {side} {_percent(max_drop)} at {_percent(confidence)} confidence"
+        note = (
+            f"{samples} samples prove a drop {side} {_percent(max_drop)} at one-sided {_percent(confidence)}"
         )
+        enough = evidence.samples_to_prove if evidence.proved else None
+        return f"{note} confidence" + (f"; about {enough} like these would" if enough is not None else "")
     note = f"{samples} samples cannot decide this at {_percent(confidence)} confidence"
     if evidence.samples_to_prove is not None:
         return f"{note}; about {evidence.samples_to_prove} like these would prove the pass"

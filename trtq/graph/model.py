@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -268,12 +267,3 @@ def _all_nodes(graph: Any) -> Iterable[onnx.NodeProto]:
                 yield from _all_nodes(attribute.g)
             for subgraph in attribute.graphs:
                 yield from _all_nodes(subgraph)
-
-
-def matches(pattern: str, node: gs.Node) -> bool:
-    """Whether `pattern` names the node: `op:Type` by operator, else a name with * and ? wildcards."""
-    kind, _, operator = pattern.partition(":")
-    if kind == "op" and operator:
-        return bool(node.op == operator)
-    regex = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-    return re.fullmatch(regex, node.name) is not None

@@ -9,6 +9,7 @@ Everything else (softmax, LayerNorm, GELU, pooling by average, other additions) 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
-from trtq.graph.model import Model, matches
+from trtq.graph.model import Model
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
 from trtq.graph.shapes import concrete_shapes, macs
 
@@ -115,11 +116,20 @@ def placed(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Pl
 
     def decide(node: gs.Node) -> NodePlan:
         int8 = all(t.inputs and t.inputs[0].op == "DequantizeLinear" for t in node.inputs[:2])
-        reason = "both operands are dequantized" if int8 else "not both operands are dequantized"
+        reason = "both operands are dequantized" if int8 else "it is not between Q/DQ"
         return NodePlan(node.name, node.op, int8, "as-given", reason, macs(node, shapes))
 
     weighted = [node for node in model.graph.nodes if node.op in WEIGHTED_OPS]
     return Plan(model.sha256, [decide(node) for node in weighted], [], [])
+
+
+def matches(pattern: str, node: gs.Node) -> bool:
+    """Whether `pattern` names the node: `op:Type` by operator, else a name with * and ? wildcards."""
+    kind, _, operator = pattern.partition(":")
+    if kind == "op" and operator:
+        return bool(node.op == operator)
+    regex = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    return re.fullmatch(regex, node.name) is not None
 
 
 def _decide(node: gs.Node, placement: Placement) -> NodePlan:

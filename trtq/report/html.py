@@ -15,6 +15,7 @@ from trtq.errors import InputError, about
 from trtq.files import PathLike, read_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Plan
+from trtq.numerics import INT8_MAX
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882 }
@@ -162,7 +163,7 @@ def _nodes(plan: Plan, covered: Coverage) -> str:
 
 def _ranges(table: Table) -> str:
     rows = [
-        [f"<code>{escape(name)}</code>", f"{float(scale) * 127:.5g}", f"{float(scale):.6g}"]
+        [f"<code>{escape(name)}</code>", f"{float(scale) * INT8_MAX:.5g}", f"{float(scale):.6g}"]
         for name, scale in table.scales.items()
     ]
     body = _table(["tensor", "amax", "scale"], rows, numeric=(1, 2))
