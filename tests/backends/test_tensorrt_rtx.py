@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -210,3 +211,28 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)  # as Python marks a module that cannot be imported
     with pytest.raises(MissingBackendError, match=r"pip install 'trtq\[rtx\]'"):
         tensorrt_rtx.build(tmp_path / "model.onnx", tmp_path / "model.plan")
+
+
+def test_a_failed_build_does_not_lock_the_next_one(tmp_path: Path) -> None:
+    """Builders kept alive by tracebacks are collected now and then, but never inside TensorRT.
+
+    In a process of its own, with collections at every possible moment: without the pause it never ends.
+    """
+    code = """
+import gc, sys
+from trtq.backends.tensorrt_rtx import build
+from trtq.errors import InputError
+for allocations in range(20, 320):
+    gc.set_threshold(allocations, 1, 1)
+    try:
+        build(sys.argv[1], sys.argv[2])
+    except InputError as error:
+        error.itself = error  # a cycle, as frames and tracebacks make them
+        gc.set_threshold(0)
+print("done")
+"""
+    net = Net()
+    onnx.save(net.model(net.op("NoSuchOperator", net.input(8, 64), name="odd")), tmp_path / "odd.onnx")
+    command = [sys.executable, "-c", code, str(tmp_path / "odd.onnx"), str(tmp_path / "odd.plan")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert run.stdout == "done\n"

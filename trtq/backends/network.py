@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -59,6 +60,23 @@ class Compilation:
     warnings: tuple[str, ...]
 
 
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No garbage collection meanwhile.
+
+    TensorRT logs through Python while it holds a lock of its own. A collection that starts in there may find
+    a builder of an earlier, failed call, whose destruction waits for the same lock, forever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collection_paused()
 def compile_plan(
     trt: Any,
     dialect: Dialect,
