@@ -39,7 +39,7 @@ MAC_BUDGET = 2e12
 """Rows are as many as fit into this many multiply-accumulates for the whole search, within those bounds."""
 
 LEAST_GAIN_DB = 0.01
-BATCH = 4
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def refine_ranges(
     runner = _Runner(quantized, scales_as_inputs(quantized, plan.tensors))
     exceptions: dict[str, Method] = {}
 
-    def score(scales: Mapping[str, np.float32], step: int) -> float:
-        """SQNR over every `step`-th batch, averaged over outputs."""
-        found = [runner.run(batch, scales) for batch in part[::step]]
-        return float(np.mean([_sqnr(expected[::step], found, name) for name in expected[0]]))
+    def score(scales: Mapping[str, np.float32], count: int) -> float:
+        """SQNR over the first `count` batches, averaged over outputs."""
+        found = [runner.run(batch, scales) for batch in part[:count]]
+        return float(np.mean([_sqnr(expected[:count], found, name) for name in expected[0]]))
 
-    few, every = 4, 1
+    few, every = max(len(part) // 4, 1), len(part)
     glance, best = score(current, few), score(current, every)
     with (
         ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
@@ -142,7 +142,8 @@ def _spread(samples: Samples, rows: int) -> list[Batch]:
     """About `rows` rows, as whole samples evenly spread over the data, in batches."""
     groups = len(samples) // samples.group
     wanted = max(rows // samples.group, 1)
-    chosen = sorted({i * groups // wanted for i in range(wanted)})
+    chosen = [i * groups // wanted for i in range(wanted)]
+    chosen = [group for first in range(4) for group in chosen[first::4]]  # each quarter is spread, too
     fixed = fixed_batch(samples.specs)
     return list(batches(samples.subset(chosen).rows(), fixed or BATCH, fixed or 1))
 
