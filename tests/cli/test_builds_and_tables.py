@@ -103,3 +103,28 @@ def test_bench_without_a_gpu_says_that_it_is_static(trtq_run: Command, demo: Dep
     run = trtq_run("bench", demo.folder / "model.plan")
     assert run.code == ExitCode.PASS
     assert "Static comparison: read from what was compiled, nothing was run" in run.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("deploy", "out/recipe.toml"), "MODEL is a recipe"),
+        (("cache", "list", "something"), "takes no SOURCE"),
+        (("bench", "model.plan", "--runs", "0"), "--runs is 0"),
+        (("bench", "model.plan", "--int8", "m.onnx"), "--int8 belongs to --three"),
+        (("build", MODEL, "--exclude", "op:Gemm", "-o", "x.plan"), "belong to implicit quantization"),
+    ],
+)
+def test_what_a_command_would_ignore_is_refused(
+    arguments: tuple[object, ...], problem: str, trtq_run: Command
+) -> None:
+    run = trtq_run(*arguments)
+    assert run.code == ExitCode.BAD_INPUT
+    assert problem in run.err
+
+
+def test_the_cache_of_a_recipe_is_listed(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(f'cache = "{demo.cache}"\n', encoding="utf-8")
+    run = trtq_run("cache", "list", "--recipe", tmp_path / "r.toml")
+    assert run.code == ExitCode.PASS
+    assert "table-" in run.out

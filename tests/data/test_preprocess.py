@@ -147,3 +147,11 @@ def test_a_file_that_is_no_image(content, tmp_path) -> None:
 def test_a_size_is_one_number_or_two(option, value) -> None:
     with pytest.raises(InputError, match=option):
         Preprocess.parse("x", {option: value})
+
+
+def test_gray_is_the_luma_of_the_pixels() -> None:
+    pixels = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [10, 20, 30]]], np.uint8)
+    row = Preprocess.parse("x", {"color": "gray", "layout": "NCHW"})(pixels)
+    luma = pixels.astype(np.float64) @ [0.299, 0.587, 0.114]
+    assert row.shape == (1, 1, 4)
+    assert np.abs(row[0] - luma).max() <= 1
