@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,3 +34,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Conv, Relu, pooling and a MatMul; any batch size."""
     return conv_case(tmp_path_factory.mktemp("small"), "N")
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Path:
+    """The folder of trained models (environment variable TRTQ_ZOO)."""
+    folder = Path(os.environ.get("TRTQ_ZOO", Path(__file__).parents[2] / "shared" / "zoo"))
+    if not folder.is_dir():
+        pytest.skip(f"no model zoo: set TRTQ_ZOO (looked in {folder.name})")
+    return folder

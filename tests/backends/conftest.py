@@ -33,15 +33,6 @@ def build_engine(tmp_path: Path) -> Callable[..., Build]:
     return build
 
 
-@pytest.fixture(scope="session")
-def zoo() -> Path:
-    """The folder of trained models (environment variable TRTQ_ZOO)."""
-    folder = Path(os.environ.get("TRTQ_ZOO", Path(__file__).parents[3] / "shared" / "zoo"))
-    if not folder.is_dir():
-        pytest.skip(f"no model zoo: set TRTQ_ZOO (looked in {folder.name})")
-    return folder
-
-
 @pytest.fixture
 def downloads(request: pytest.FixtureRequest) -> Path:
     """Where the bindings' wheels are kept (environment variable TRTQ_BINDINGS)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -310,15 +309,6 @@ def test_a_script_that_is_not_there(tmp_path: Path) -> None:
 
 
 # --- the zoo ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def zoo() -> Path:
-    """The folder of trained models and their data (environment variable TRTQ_ZOO)."""
-    place = Path(os.environ.get("TRTQ_ZOO", Path(__file__).parents[3] / "shared" / "zoo"))
-    if not place.is_dir():
-        pytest.skip(f"no model zoo: set TRTQ_ZOO (looked in {place.name})")
-    return place
 
 
 def test_zoo_cifar10(zoo: Path) -> None:
