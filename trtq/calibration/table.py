@@ -2,9 +2,10 @@
 
 TensorRT's format (its documentation does not spell it out; this is read off tables and tools in circulation,
 no library of TensorRT wrote one here): a first line `TRT-<version>-<algorithm>`, then one line
-`name: xxxxxxxx` per tensor, the float32 scale (amax / 127) as big-endian hex. Names may contain colons and blanks; the last ": " ends the name. The version is
-major * 1000 + minor * 100 + patch up to TensorRT 9 and major * 10000 + minor * 100 + patch from 10 on. The
-algorithm names the calibrator class that may read the table back, not the method that made the scales;
+`name: xxxxxxxx` per tensor, the float32 scale (amax / 127) as big-endian hex. Names may contain colons and
+blanks; the last ": " ends the name. The version is major * 1000 + minor * 100 + patch up to TensorRT 9 and
+major * 10000 + minor * 100 + patch from 10 on. The algorithm names the calibrator class that may read the
+table back, not the method that made the scales;
 method, model, data and tool version are in `<table>.json`, which TensorRT does not read.
 """
 
