@@ -21,7 +21,12 @@ WEIGHT_FORMS = ("int8", "qdq")
 
 
 def rewrite(
-    graph: gs.Graph, plan: Plan, scales: Mapping[str, np.float32], *, weights: str = "int8"
+    graph: gs.Graph,
+    plan: Plan,
+    scales: Mapping[str, np.float32],
+    *,
+    weights: str = "int8",
+    weight_scales: Mapping[tuple[str, int], NDArray[np.float32]] | None = None,
 ) -> gs.Graph:
     """A copy of `graph` with Q/DQ where `plan` says.
 
@@ -29,6 +34,7 @@ def rewrite(
         graph: folded, or that graph in half (`convert_to_half`); is not changed.
         scales: activation tensor -> float32 scale (amax / 127), > 0.
         weights: one of `WEIGHT_FORMS`.
+        weight_scales: (constant, axis) -> scales (channels,) of weights that do not take `weight_scale`'s.
 
     Raises:
         InputError: a tensor of the plan has no scale, or the plan does not fit the graph.
@@ -57,7 +63,8 @@ def rewrite(
     for weight in plan.weights:
         inputs, key = nodes[weight.node].inputs, (weight.tensor, weight.axis)
         if key not in pairs:
-            pairs[key] = _quantize_weight(graph, inputs[weight.index], weight.axis, weights)
+            scale = (weight_scales or {}).get(key)
+            pairs[key] = _quantize_weight(graph, inputs[weight.index], weight.axis, scale, weights)
         inputs[weight.index] = pairs[key]
     return graph.cleanup().toposort()
 
@@ -103,10 +110,12 @@ def _quantize_activation(graph: gs.Graph, tensor: gs.Tensor, constants: list[gs.
     return _dequantize(graph, tensor.name, quantized, constants, tensor.dtype)
 
 
-def _quantize_weight(graph: gs.Graph, tensor: gs.Constant, axis: int, form: str) -> gs.Variable:
+def _quantize_weight(
+    graph: gs.Graph, tensor: gs.Constant, axis: int, scale: NDArray[np.float32] | None, form: str
+) -> gs.Variable:
     values = tensor.values
     dtype = values.dtype
-    scale = weight_scale(values, axis).astype(dtype)
+    scale = (weight_scale(values, axis) if scale is None else scale).astype(dtype)
     scale = np.where(scale > 0, scale, np.finfo(dtype).smallest_subnormal)  # float16 may underflow
     name = f"{tensor.name}/{axis}"
     constants = [
