@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,18 @@ import pytest
 from trtq.cache import Cache
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
+from trtq.calibration.statistics import Statistics
 from trtq.choose import CANDIDATES, Measure, choose_method, scales_from
 from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.place import place
+from trtq.graph.quantization import Quantization
 
 
-def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, object]:
-    """A matmul with the rows of `x` held back, and the statistics of the same rows."""
+def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, Quantization, Statistics]:
+    """A matmul with the rows of `x` held back, not yet calibrated, and the statistics of the same rows."""
     graph = gs.Graph(opset=17)
     graph.inputs = [gs.Variable("x", np.float32, ["N", x.shape[1]])]
     graph.outputs = [gs.Variable("y", np.float32, ["N", weight.shape[1]])]
@@ -35,7 +38,8 @@ def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, 
     plan = place(model)
     samples = load_samples(str(folder / "x.npz"), model.inputs)
     statistics = collect(model.graph, plan.tensors, samples)
-    return Measure(model, model.graph, plan, samples, Cache(folder / "c"), SILENT), statistics
+    measure = Measure(model.path, model.sha256, samples, Cache(folder / "c"), SILENT)
+    return measure, Quantization(model.graph, plan, {}), statistics
 
 
 def by_hand(x: np.ndarray, weight: np.ndarray, scale: float) -> float:
@@ -57,18 +61,18 @@ def test_the_score_is_the_sqnr_of_quantized_arithmetic(
     arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     x, weight = arrays
-    measure, statistics = measured(tmp_path, x, weight)
+    measure, bare, statistics = measured(tmp_path, x, weight)
     for name in ("max", "percentile:99.9"):
-        scales = scales_from(statistics, parse_method(name))  # type: ignore[arg-type]
+        scales = scales_from(statistics, parse_method(name))
         expected = by_hand(x, weight, float(scales["x"]))
-        assert measure.sqnr_db(scales, name) == pytest.approx(expected, abs=0.05)
+        assert measure.sqnr_db(replace(bare, scales=scales), name) == pytest.approx(expected, abs=0.05)
 
 
 def test_the_best_candidate_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     x, weight = arrays
     x[0, 0], weight[0] = 1000.0, 0.0  # an outlier that no output depends on: max wastes the range on it
-    measure, statistics = measured(tmp_path, x, weight)
-    choice = choose_method(measure, statistics)  # type: ignore[arg-type]
+    measure, bare, statistics = measured(tmp_path, x, weight)
+    choice = choose_method(measure, bare, statistics)
     assert choice.sqnr_db.keys() == set(CANDIDATES)
     assert choice.rows == 64
     assert str(choice.method) != "max"
@@ -78,18 +82,18 @@ def test_the_best_candidate_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp
 
 def test_of_equals_the_first_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     _, weight = arrays
-    measure, statistics = measured(tmp_path, np.zeros((64, 32), np.float32), weight)
-    choice = choose_method(measure, statistics)  # type: ignore[arg-type]
+    measure, bare, statistics = measured(tmp_path, np.zeros((64, 32), np.float32), weight)
+    choice = choose_method(measure, bare, statistics)
     assert len(set(choice.sqnr_db.values())) == 1
     assert str(choice.method) == CANDIDATES[0]
 
 
 def test_scales_take_a_tensors_own_method(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     x, weight = arrays
-    _, statistics = measured(tmp_path, x, weight)
+    _, _, statistics = measured(tmp_path, x, weight)
     own = {"x": parse_method("percentile:50")}
-    scale = scales_from(statistics, parse_method("max"), own)["x"]  # type: ignore[arg-type]
+    scale = scales_from(statistics, parse_method("max"), own)["x"]
     assert scale.dtype == np.float32
     assert scale == pytest.approx(np.median(np.abs(x)) / 127, rel=0.02)
-    plain = scales_from(statistics, parse_method("max"))["x"]  # type: ignore[arg-type]
+    plain = scales_from(statistics, parse_method("max"))["x"]
     assert plain == pytest.approx(np.abs(x).max() / 127, rel=1e-6)

@@ -11,9 +11,8 @@ import trtq.demo
 from trtq.cache import Cache
 from trtq.calibration.table import Table
 from trtq.console import SILENT
-from trtq.data.load import load_samples
-from trtq.graph.place import place
-from trtq.pipeline import calibrate, prepare
+from trtq.job import Job
+from trtq.ranges import calibrate
 from trtq.recipe import Recipe
 
 ROOT = Path(__file__).parents[1] / "calib_cache"
@@ -33,11 +32,15 @@ def test_the_golden_cache_verifies() -> None:
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: Table.load(p).metadata["method"])
 def test_calibrating_again_gives_the_golden_scales(path: Path, tmp_path: Path) -> None:
     golden = Table.load(path)
-    recipe = Recipe(model=str(DEMO / "digits.onnx"), method=golden.metadata["method"], cache=str(tmp_path))
-    model = prepare(recipe)
-    data = load_samples(str(DEMO / "calib.npz"), model.inputs)
-    assert (model.sha256, data.hash) == (golden.metadata["model"], golden.metadata["data"])
-    table = calibrate(model, model.graph, place(model), data, recipe, Cache(tmp_path), SILENT)
+    recipe = Recipe(
+        model=str(DEMO / "digits.onnx"),
+        data=str(DEMO / "calib.npz"),
+        method=golden.metadata["method"],
+        cache=str(tmp_path),
+    )
+    job = Job.open(recipe, SILENT)
+    assert (job.model.sha256, job.data.hash) == (golden.metadata["model"], golden.metadata["data"])
+    table = calibrate(job, job.place()).table()
     assert list(table.scales) == list(golden.scales)
     # Another processor may round an activation differently and move single values to the next bin.
     np.testing.assert_allclose(list(table.scales.values()), list(golden.scales.values()), rtol=0.02)

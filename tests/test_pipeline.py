@@ -11,17 +11,16 @@ import pytest
 from jobs import Case
 
 from trtq import Recipe, deploy
+from trtq.attempt import parse_share
 from trtq.backends.interface import Range
-from trtq.cache import Cache
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
 from trtq.calibration.table import Table
 from trtq.choose import scales_from
 from trtq.console import SILENT
-from trtq.data.load import load_samples
 from trtq.errors import ExitCode, InputError
-from trtq.graph.place import place
-from trtq.pipeline import calibrate, parse_share, prepare, profile_for, statistics_of
+from trtq.job import Job, prepare, profile_for
+from trtq.ranges import Source, calibrate, statistics_of
 
 
 def recipe_for(case: Case, output: Path, **options: object) -> Recipe:
@@ -71,36 +70,32 @@ def test_a_job_that_fails_late_keeps_the_old_results(
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
+def job_for(case: Case, folder: Path, **options: object) -> Job:
+    return Job.open(recipe_for(case, folder / "out", cache=str(folder / "c"), **options), SILENT)
+
+
 def test_auto_merges_the_rows_held_back_into_the_scales(small: Case, tmp_path: Path) -> None:
-    recipe = recipe_for(small, tmp_path / "out")
-    model = prepare(recipe)
-    data = load_samples(str(small.data), model.inputs)
-    plan, cache = place(model), Cache(tmp_path / "c")
-    table = calibrate(model, model.graph, plan, data, recipe, cache, SILENT)
+    job = job_for(small, tmp_path)
+    table = calibrate(job, job.place()).table()
     assert table.metadata["held_back"] == 10
     assert table.metadata["method"] == max(table.metadata["sqnr_db"], key=table.metadata["sqnr_db"].get)
     if not table.metadata["exceptions"]:
-        every_row = collect(model.graph, plan.tensors, data)
+        every_row = collect(job.model.graph, job.place().tensors, job.data)
         assert table.scales == scales_from(every_row, parse_method(table.metadata["method"]))
 
 
 def test_a_cached_table_is_the_table(small: Case, tmp_path: Path) -> None:
-    recipe = recipe_for(small, tmp_path / "out")
-    model = prepare(recipe)
-    data = load_samples(str(small.data), model.inputs)
-    plan, cache = place(model), Cache(tmp_path / "c")
-    tables = [calibrate(model, model.graph, plan, data, recipe, cache, SILENT) for _ in range(2)]
+    job = job_for(small, tmp_path)
+    tables = [calibrate(job, job.place()).table() for _ in range(2)]
     assert tables[0] == tables[1]
 
 
 def test_statistics_do_not_depend_on_the_threads(small: Case, tmp_path: Path) -> None:
     contents = []
     for threads in (1, 3):
-        recipe = recipe_for(small, tmp_path / "out", threads=threads)
-        model = prepare(recipe)
-        data = load_samples(str(small.data), model.inputs)
-        cache = Cache(tmp_path / str(threads))
-        contents.append(statistics_of(model, place(model), data, recipe, cache, SILENT).to_bytes())
+        job = job_for(small, tmp_path / str(threads), threads=threads)
+        source = Source(job.model.graph, job.model.sha256)
+        contents.append(statistics_of(job, job.place(), job.data, source).to_bytes())
     assert contents[0] == contents[1]
 
 

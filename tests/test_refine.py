@@ -16,6 +16,7 @@ from trtq.data.load import load_samples
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.place import place
+from trtq.graph.quantization import Quantization
 from trtq.refine import NARROWER, Refinement, refine_ranges
 
 
@@ -49,9 +50,8 @@ def refined(folder: Path, *methods: str, workers: int | None = None) -> Refineme
     samples = load_samples(str(folder / "x.npz"), model.inputs)
     statistics = collect(model.graph, plan.tensors, samples)
     others = [parse_method(name) for name in methods]
-    return refine_ranges(
-        model.graph, plan, statistics, parse_method("max"), others, samples, SILENT, workers=workers
-    )
+    bare = Quantization(model.graph, plan, {})
+    return refine_ranges(bare, statistics, parse_method("max"), others, samples, SILENT, workers=workers)
 
 
 def test_a_narrower_range_is_found_where_it_is_better(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trtq import bench, pipeline
+from trtq import bench
 from trtq.backends import tensorrt, tensorrt_rtx
 from trtq.backends.builders import BUILDERS, builder
 from trtq.backends.calibrators import data_calibrator, table_calibrator
@@ -44,9 +44,9 @@ from trtq.gate.metrics import load_metric
 from trtq.gate.similarity import compare
 from trtq.gate.verdict import decide
 from trtq.graph.model import Model, save_model
-from trtq.graph.place import place
 from trtq.graph.plan import Plan
-from trtq.graph.rewrite import rewrite
+from trtq.job import Job
+from trtq.ranges import calibrate
 from trtq.recipe import Recipe
 from trtq.threeway import compare_three
 
@@ -110,20 +110,18 @@ class Check:
     def quantize(self) -> Step:
         """The INT8 model from the calibration data."""
         recipe = self.recipe
-        self.model: Model = pipeline.prepare(recipe)
-        assert recipe.data is not None
         assert recipe.eval is not None
-        self.data: Samples = load_samples(recipe.data, self.model.inputs, recipe.preprocess)
+        job = Job.open(recipe, SILENT)
+        self.model: Model = job.model
+        self.data: Samples = job.data
         self.samples: Samples = load_samples(recipe.eval, self.model.inputs, recipe.preprocess)
-        self.profile: Profile = pipeline.profile_for(self.model, recipe, self.data)
-        self.plan: Plan = place(self.model)
-        cache = pipeline.open_cache(recipe, SILENT)
-        self.table: Table = pipeline.calibrate(
-            self.model, self.model.graph, self.plan, self.data, recipe, cache, SILENT
-        )
+        self.profile: Profile = job.profile
+        quantization = calibrate(job, job.place())
+        self.plan: Plan = quantization.plan
+        self.table: Table = quantization.table()
         self.folded, self.int8 = self.folder / "model.folded.onnx", self.folder / "model.int8.onnx"
         save_model(self.model.graph, self.folded)
-        save_model(rewrite(self.model.graph, self.plan, self.table.scales), self.int8)
+        save_model(quantization.rewritten(), self.int8)
         return {"method": self.table.metadata["method"], "int8_nodes": len(self.plan.int8_nodes)}
 
     def static(self) -> list[Step]:

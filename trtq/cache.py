@@ -23,7 +23,15 @@ from trtq import __version__
 from trtq.errors import InputError
 from trtq.files import PathLike, sha256_bytes, sha256_json, write_bytes, write_json
 
-SUFFIXES = {"statistics": "npz", "table": "cache", "outputs": "npz"}
+SUFFIXES = {
+    "statistics": "npz",
+    "table": "cache",
+    "outputs": "npz",
+    "quantization": "npz",
+    "sensitivity": "bin",
+    "checkpoint": "bin",
+    "shard": "npz",
+}
 """Kinds of content and their file names' suffixes."""
 
 _OTHER_FOLDER = "give another folder with --cache or $TRTQ_CACHE"
@@ -108,7 +116,8 @@ class Cache:
     def store(self, key: Key, content: bytes, notes: Mapping[str, Any] | None = None) -> None:
         """Keep `content` under `key`; `notes` are JSON values kept beside it."""
         path = self.path(key)
-        record = {"sha256": sha256_bytes(content), **key.to_json(), **(notes or {})}
+        notes = dict(notes or {})
+        record = {"sha256": sha256_bytes(content), **key.to_json(), **notes, "notes": list(notes)}
         try:
             write_bytes(path, content)
             write_json(_record_path(path), record)
@@ -116,6 +125,11 @@ class Cache:
             raise InputError(
                 "cannot write to the cache", file=error.file, cause=error.cause, remedy=_OTHER_FOLDER
             ) from error
+
+    def notes(self, key: Key) -> dict[str, Any]:
+        """The notes kept beside a content that `fetch` has just given."""
+        _, record = _read(self.path(key))
+        return {name: record[name] for name in record["notes"]}
 
     def entries(self) -> Iterator[Entry]:
         """Every entry of the cache, verified, in the order of their paths."""

@@ -7,13 +7,13 @@ where a task metric cannot, and needs no labels. The evaluation data are never l
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from trtq.cache import Cache
 from trtq.calibration.methods import Method, parse_method
@@ -23,9 +23,8 @@ from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.evaluation import outputs_of
 from trtq.gate.similarity import sqnr_db
-from trtq.graph.model import Model, save_model
-from trtq.graph.plan import Plan
-from trtq.graph.rewrite import rewrite
+from trtq.graph.model import save_model
+from trtq.graph.quantization import Quantization
 from trtq.numerics import scale_from_amax
 
 CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "percentile:99.999")
@@ -60,45 +59,48 @@ def scales_from(
 
 @dataclass(frozen=True)
 class Measure:
-    """Scores scales by the model's outputs on rows held back.
+    """Scores quantizations by the model's outputs on rows that nothing was made from.
 
     Attributes:
-        model: the fp32 model; its outputs are the reference.
-        graph: the folded graph that `plan` is for, which may be in half.
-        held_back: rows that the scales were not made from.
+        model: the file of the fp32 model, whose outputs are the reference; `sha256` is its hash.
+        rows: the rows held back.
     """
 
-    model: Model
-    graph: gs.Graph
-    plan: Plan
-    held_back: Samples
+    model: Path
+    sha256: str
+    rows: Samples
     cache: Cache
     console: Console
-    weights: str = "int8"
     threads: int | None = None
 
-    def sqnr_db(self, scales: Mapping[str, np.float32], label: str) -> float:
+    def sqnr_db(self, quantization: Quantization, label: str) -> float:
         """SQNR of the quantized model's outputs, averaged over outputs."""
-        reference = self._outputs(self.model.path, "fp32", self.model.sha256)
+        reference = self._outputs(self.model, "fp32", self.sha256)
         with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
             candidate = Path(folder) / "candidate.onnx"
-            save_model(rewrite(self.graph, self.plan, scales, weights=self.weights), candidate)
+            save_model(quantization.rewritten(), candidate)
             outputs = self._outputs(candidate, label)
         return float(np.mean([sqnr_db(expected, outputs[n])[0] for n, expected in reference.items()]))
 
     def _outputs(self, model: Path, label: str, sha256: str | None = None) -> Arrays:
         outputs, _ = outputs_of(
-            model, self.held_back, self.cache, self.console, label=label, sha256=sha256, threads=self.threads
+            model, self.rows, self.cache, self.console, label=label, sha256=sha256, threads=self.threads
         )
         return outputs.arrays
 
 
-def choose_method(measure: Measure, statistics: Statistics) -> Choice:
+def choose_method(measure: Measure, quantization: Quantization, statistics: Statistics) -> Choice:
     """The candidate with the best outputs on the rows held back; the earlier one if two are equal.
 
     Args:
-        statistics: of rows that are not among those.
+        quantization: its scales are not looked at.
+        statistics: of rows that are not among those held back.
     """
-    scores = {name: measure.sqnr_db(scales_from(statistics, parse_method(name)), name) for name in CANDIDATES}
+
+    def score(name: str) -> float:
+        scales = scales_from(statistics, parse_method(name))
+        return measure.sqnr_db(dataclasses.replace(quantization, scales=scales), name)
+
+    scores = {name: score(name) for name in CANDIDATES}
     best = max(scores, key=scores.__getitem__)
-    return Choice(parse_method(best), scores, len(measure.held_back))
+    return Choice(parse_method(best), scores, len(measure.rows))

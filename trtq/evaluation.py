@@ -1,18 +1,25 @@
-"""Running models over data, with what was run before taken from the cache."""
+"""Running models over data, with what was run before taken from the cache; and the recipe's gate on them."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from trtq.cache import Cache, Key
 from trtq.console import Console
-from trtq.data.samples import Samples
+from trtq.data.load import load_samples
+from trtq.data.samples import InputSpec, Samples
+from trtq.errors import InputError, about
 from trtq.files import sha256_file
 from trtq.gate.execute import ENGINE_SUFFIXES, Outputs, fingerprint, run_model
+from trtq.gate.metrics import Metric, load_metric
+from trtq.gate.verdict import Verdict, decide, parse_margin, score_reference
 from trtq.graph.model import model_sha256
+from trtq.recipe import Recipe
 
 CACHED_BYTES = 1 << 28
 """Outputs above this size are not cached."""
@@ -54,3 +61,91 @@ def outputs_of(
         np.savez(buffer, **stored)
         cache.store(key, buffer.getvalue())
     return outputs, False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The gate of a recipe: its evaluation rows, and the reference's outputs on them.
+
+    Attributes:
+        max_drop: the allowed relative drop.
+        value: the reference's value of the metric.
+    """
+
+    recipe: Recipe
+    samples: Samples
+    metric: Metric
+    max_drop: float
+    reference: Outputs
+    value: float
+    cache: Cache
+    console: Console
+
+    @classmethod
+    def open(
+        cls,
+        recipe: Recipe,
+        reference: Path,
+        inputs: Iterable[InputSpec],
+        cache: Cache,
+        console: Console,
+    ) -> Evaluation:
+        """Load the data, run the reference on them and score it: what is wrong with data, labels, metric or
+        margin is found before anything takes long.
+
+        Raises:
+            InputError: an option is missing or wrong, the data have no targets for the metric, the reference
+                does not run on them, or its outputs cannot be scored.
+        """
+        recipe.need("eval", "metric")
+        assert recipe.eval is not None
+        assert recipe.metric is not None
+        max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
+        samples = load_samples(recipe.eval, tuple(inputs), recipe.preprocess)
+        if metric.needs_targets and not samples.targets:
+            raise InputError(
+                f"the metric '{metric.name}' needs targets, and the evaluation data has none",
+                file=samples.source,
+                remedy="add an array of labels, or use the metric 'cosine', which needs none",
+            )
+        outputs = _outputs(reference, "reference", recipe, samples, cache, console)
+        with about(samples.source):
+            value = score_reference(outputs.arrays, dict(samples.targets), metric)
+        return cls(recipe, samples, metric, max_drop, outputs, value, cache, console)
+
+    def verdict(self, candidate: Path, against: Outputs | None = None) -> Verdict:
+        """What the gate says of a candidate (ONNX model or engine); see `published`.
+
+        Args:
+            against: other outputs to compare with than the reference's.
+        """
+        outputs = self.outputs(candidate, "candidate")
+        with about(candidate):
+            return decide(
+                (against or self.reference).arrays,
+                outputs.arrays,
+                dict(self.samples.targets),
+                self.metric,
+                max_drop=self.max_drop,
+                confidence=self.recipe.confidence,
+                executor=outputs.executor,
+            )
+
+    def published(self, verdict: Verdict) -> Verdict:
+        """A verdict as the user gets it: inconclusive where the recipe requires an engine and none ran."""
+        return verdict.require_engine() if self.recipe.require_engine else verdict
+
+    def outputs(self, model: Path, label: str) -> Outputs:
+        """A model's outputs on the evaluation rows."""
+        return _outputs(model, label, self.recipe, self.samples, self.cache, self.console)
+
+
+def _outputs(
+    model: Path, label: str, recipe: Recipe, samples: Samples, cache: Cache, console: Console
+) -> Outputs:
+    outputs, cached = outputs_of(
+        model, samples, cache, console, label=label, batch_size=recipe.batch, threads=recipe.threads
+    )
+    if cached:
+        console.say("gate", f"outputs of the {label} from the cache, nothing was run")
+    return outputs

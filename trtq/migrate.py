@@ -21,13 +21,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_graphsurgeon as gs
 
 from trtq import pipeline
+from trtq.attempt import engine_runs_here, parse_share, share_check
 from trtq.backends.builders import builder
 from trtq.backends.interface import Build
 from trtq.cache import Cache
@@ -39,16 +39,16 @@ from trtq.coverage import Coverage, coverage
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
-from trtq.evaluation import outputs_of
+from trtq.evaluation import Evaluation, outputs_of
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
 from trtq.gate.execute import Outputs
-from trtq.gate.metrics import load_metric
 from trtq.gate.similarity import Similarity, compare, first_not_finite
 from trtq.gate.verdict import Outcome, Verdict, parse_margin
 from trtq.graph.model import save_model
 from trtq.graph.place import FLOATS, place
 from trtq.graph.plan import Edge, Plan
 from trtq.graph.rewrite import rewrite
+from trtq.job import open_cache, opt_shapes, profile_for
 from trtq.recipe import Recipe
 from trtq.report.html import write_report
 from trtq.report.junit import Check, junit_xml
@@ -169,25 +169,25 @@ def migrate(
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
     backend = builder(recipe.backend)
     backend.check_targets(recipe.target)
-    max_drop = parse_margin(recipe.max_drop)
-    least = None if recipe.min_int8 is None else pipeline.parse_share(recipe.min_int8)
+    parse_margin(recipe.max_drop)
+    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
     source, given = load_source(recipe.model, rest=recipe.rest), read_table(table, encoding)
     model = source.model
     if "caution" in given.metadata:
         console.warn(given.metadata["caution"])
-    metric = load_metric(recipe.metric) if recipe.metric else None
-    data, evaluation = (
-        load_samples(path, model.inputs, recipe.preprocess) if path else None
-        for path in (recipe.data, recipe.eval)
+    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    cache = open_cache(recipe, console)
+    evaluation = (
+        Evaluation.open(recipe, model.path, model.inputs, cache, console) if recipe.eval is not None else None
     )
-    samples = evaluation or data
-    profile = pipeline.profile_for(model, recipe, samples)
+    samples = evaluation.samples if evaluation else data
+    profile = profile_for(model, recipe, samples)
     explicit = quantize_with_table(
         source,
         given,
         include=recipe.include,
         exclude=recipe.exclude,
-        input_shapes=pipeline.opt_shapes(model, profile),
+        input_shapes=opt_shapes(model, profile),
         weights=recipe.weights,
         rest=recipe.rest,
         observed=observe(source, given, samples) if samples else None,
@@ -196,10 +196,6 @@ def migrate(
     if strict:
         require_complete(explicit.fit, table)
     console.say("plan", pipeline.plan_text(explicit.plan))
-    cache = pipeline.open_cache(recipe, console)
-    if evaluation is not None and metric is not None:
-        pipeline.need_targets(metric, evaluation)
-        pipeline.reference_outputs(model.path, evaluation, metric, cache, console, recipe)
     with staged_folder(recipe.output) as folder:
         int8 = folder / "model.int8.onnx"
         save_model(explicit.graph, int8)
@@ -218,17 +214,17 @@ def migrate(
             explicit=explicit,
             build=replace(build, engine=Path(recipe.output) / "model.plan"),
             coverage=covered,
-            checks=() if least is None else (pipeline.share_check(covered, least),),
+            checks=() if least is None else (share_check(covered, least),),
         )
-        candidate = build.engine if pipeline.engine_runs_here(recipe, console) else int8
+        candidate = build.engine if engine_runs_here(recipe, console) else int8
         if samples is not None:
             outputs = _outputs_of_all(source, given, candidate, samples, recipe, cache, console)
             migration = replace(migration, agreement=_agreement(outputs))
-            if evaluation is not None and metric is not None:
-                gate = partial(pipeline.gate, max_drop=max_drop, recipe=recipe)
-                verdict = gate(outputs["fp32"], candidate, evaluation, metric, cache, SILENT)
+            if evaluation is not None:
+                verdict = evaluation.published(evaluation.verdict(candidate))
                 try:
-                    against_table = gate(outputs["table"], candidate, evaluation, metric, cache, SILENT)
+                    against_table = evaluation.verdict(candidate, against=outputs["table"])
+                    against_table = evaluation.published(against_table)
                 except InputError as error:  # it scores nothing, or is not finite
                     console.warn(f"no gate against what the table implies: {error.problem}")
                     against_table = None
@@ -238,7 +234,7 @@ def migrate(
             "model": {"file": str(model.path), "sha256": model.sha256},
             "table": {"file": str(table), "sha256": sha256_file(table), "header": given.header},
         }
-        for name, used in (("data", data), ("eval", evaluation)):
+        for name, used in (("data", data), ("eval", evaluation.samples if evaluation else None)):
             if used is not None:
                 inputs[name] = {"source": used.source, "rows": len(used), "sha256": used.hash}
         record = {

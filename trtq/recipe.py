@@ -89,6 +89,19 @@ class Recipe:
     min_int8: str | None = _option(
         "smallest share of multiply-accumulates that the engine runs in INT8", metavar="90%"
     )
+    min_sqnr: float | None = _option(
+        "smallest signal-to-quantization-noise ratio of every output, in dB", float, metavar="DB"
+    )
+    recover: str = _option(
+        "steps that may follow calibration until the gate passes: fix, partial, learn; or none",
+        metavar="STEPS",
+        default="fix,partial,learn",
+    )
+    budget: str | None = _option(
+        "time after which no further step is begun and a running one stops, such as 90s, 10m, 1h",
+        metavar="TIME",
+    )
+    plan: str | None = _option("plan.json to quantize by, in place of the rules", metavar="PLAN", path=True)
     include: tuple[str, ...] = _option(
         "quantize only nodes that match: name with * and ?, or op:Type (repeatable)", list
     )
@@ -212,8 +225,8 @@ def flag(name: str) -> str:
 
 
 def _absolute(value: str, base: Path, is_metric: bool) -> str:
-    """A path as an absolute one; names of metrics stay."""
-    if is_metric and ".py:" not in value:
+    """A path as an absolute one; URLs and names of metrics stay."""
+    if "://" in value or (is_metric and ".py:" not in value):
         return value
     return os.path.abspath(base / value)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 import numpy as np
@@ -28,7 +28,8 @@ from trtq.data.samples import Samples, fixed_batch
 from trtq.gate.similarity import sqnr_db
 from trtq.graph.model import serialized
 from trtq.graph.plan import Plan
-from trtq.graph.rewrite import rewrite, scales_as_inputs
+from trtq.graph.quantization import Quantization
+from trtq.graph.rewrite import scales_as_inputs
 from trtq.numerics import scale_from_amax
 
 NARROWER = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -52,15 +53,13 @@ class Refinement:
 
 
 def refine_ranges(
-    graph: gs.Graph,
-    plan: Plan,
+    quantization: Quantization,
     statistics: Statistics,
     start: Method,
     methods: Sequence[Method],
     samples: Samples,
     console: Console,
     *,
-    weights: str = "int8",
     workers: int | None = None,
 ) -> Refinement:
     """One pass of coordinate search over the tensors' ranges.
@@ -69,13 +68,14 @@ def refine_ranges(
     and the number of rows follows from the model's multiply-accumulates.
 
     Args:
-        graph: folded, in the precision of the rest.
+        quantization: its scales are not looked at.
         statistics: of the plan's tensors.
         start: the method for tensors that no other does better for.
         methods: the others to try, besides `NARROWER` ranges of `start`.
         samples: the rows to measure on; an evenly spread part of them is used.
         workers: runs at once; default: one for each processor.
     """
+    plan = quantization.plan
     options = {
         tensor: _options(
             tensor, statistics, [*methods, *(scaled(start, factor) for factor in NARROWER)], start
@@ -85,10 +85,10 @@ def refine_ranges(
     runs = sum(len(tried) for tried in options.values())
     rows = _row_count(plan, runs, len(samples))
     part = _spread(samples, rows)
-    reference = _Runner(graph, {})
+    reference = _Runner(quantization.graph, {})
     expected = [reference.run(batch, {}) for batch in part]
     current = scales_from(statistics, start)
-    quantized = rewrite(graph, plan, current, weights=weights)
+    quantized = replace(quantization, scales=current).rewritten()
     runner = _Runner(quantized, scales_as_inputs(quantized, plan.tensors))
     exceptions: dict[str, Method] = {}
 

@@ -38,6 +38,7 @@ CONTRACT = {
     "recipe.toml",
     "report.html",
     "verdict.json",
+    "workflow.json",
 }
 
 REPEATED = ("calibration.cache", "plan.json", "model.int8.onnx", "verdict.json", "report.html")

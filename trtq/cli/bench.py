@@ -37,8 +37,9 @@ def _bench(given: argparse.Namespace) -> int:
 
 def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
     """FP32, FP16 and INT8 engines of one model, in the output folder."""
-    from trtq import bench, pipeline
+    from trtq import bench
     from trtq.data.load import load_samples
+    from trtq.job import prepare, profile_for
 
     if len(given.engines) != 1 or recipe.output is None:
         raise InputError(
@@ -46,9 +47,9 @@ def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
         )
     folder = Path(recipe.output)
     recipe = recipe.merged({"model": given.engines[0]})
-    model = pipeline.prepare(recipe)
+    model = prepare(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
-    profile = pipeline.profile_for(model, recipe, data)
+    profile = profile_for(model, recipe, data)
     int8 = Path(given.int8) if given.int8 else _quantize(recipe, given, folder)
     builds = bench.build_three(
         model.path,

@@ -16,11 +16,12 @@ from trtq.errors import ExitCode, InputError
 from trtq.files import write_json, write_text
 from trtq.recipe import BUILD_OPTIONS, Recipe
 
-_PLACEMENT = ("include", "exclude", "weights", "rest")
+_PLACEMENT = ("plan", "include", "exclude", "weights", "rest")
 _CALIBRATION = ("data", "method", "cache", "threads")
 _ENGINE = ("backend", "target", "profile", "batch", "min_int8")
 _TENSOR_SAMPLES = 16
 _GATE = ("eval", "metric", "max_drop", "confidence", "require_engine")
+_RECOVERY = ("min_sqnr", "recover", "budget")
 
 
 def _deploy(given: argparse.Namespace) -> int:
@@ -35,6 +36,10 @@ def _run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
     print(result.verdict.text().splitlines()[0])
     for check in result.checks:
         print(f"{'PASS' if check.ok else 'FAIL'}  {check.message}")
+    if len(result.attempts) > 1:
+        print(
+            f"after {', then '.join(attempt.step for attempt in result.attempts)}; kept: {result.best.step}"
+        )
     print(
         f"{result.folder}/report.html and {result.folder}/model.plan, {time.perf_counter() - started:.1f} s"
     )
@@ -82,17 +87,19 @@ def _quantize(given: argparse.Namespace) -> int:
 
 def _build(given: argparse.Namespace) -> int:
     from trtq import pipeline
+    from trtq.attempt import parse_share, share_check
     from trtq.backends.builders import builder
     from trtq.coverage import coverage
     from trtq.data.load import load_samples
     from trtq.graph.model import load_model
     from trtq.graph.place import placed
+    from trtq.job import opt_shapes, profile_for
 
     recipe = recipe_of(given)
     recipe.need("model", "output")
     assert recipe.model is not None
     assert recipe.output is not None
-    least = None if recipe.min_int8 is None else pipeline.parse_share(recipe.min_int8)
+    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
     if given.table is not None or given.calibrator is not None:
         built, plan = pipeline.build_implicit(recipe, given.table, given.calibrator)
     elif recipe.include or recipe.exclude:
@@ -103,8 +110,8 @@ def _build(given: argparse.Namespace) -> int:
     else:
         model = load_model(recipe.model)
         data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
-        profile = pipeline.profile_for(model, recipe, data)
-        plan = placed(model, pipeline.opt_shapes(model, profile))
+        profile = profile_for(model, recipe, data)
+        plan = placed(model, opt_shapes(model, profile))
         with pipeline.in_precision(model, recipe.rest) as source:
             built = builder(recipe.backend).build(
                 source,
@@ -117,39 +124,29 @@ def _build(given: argparse.Namespace) -> int:
     print(f"{built.engine}: {built.engine.stat().st_size / 1e6:.1f} MB, {built.compiled.kernels} kernels")
     print(covered.text())
     if least is not None and covered.share < least:
-        print(f"FAIL  {pipeline.share_check(covered, least).message}")
+        print(f"FAIL  {share_check(covered, least).message}")
         return ExitCode.FAIL
     return ExitCode.PASS
 
 
 def _gate(given: argparse.Namespace) -> int:
-    from trtq import pipeline
-    from trtq.data.load import load_samples
+    from trtq.evaluation import Evaluation
     from trtq.gate.execute import input_specs
-    from trtq.gate.metrics import load_metric
-    from trtq.gate.verdict import parse_margin
+    from trtq.job import open_cache
     from trtq.report.junit import junit_xml
     from trtq.threeway import compare_three
 
     recipe, console = recipe_of(given), console_of(given)
-    recipe.need("eval", "metric")
-    assert recipe.eval is not None
-    assert recipe.metric is not None
     reference, candidate = Path(given.reference), Path(given.candidate)
-    max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
     inputs = input_specs([reference, candidate])
-    samples = load_samples(recipe.eval, inputs, recipe.preprocess)
-    pipeline.need_targets(metric, samples)
-    cache = pipeline.open_cache(recipe, console)
-    expected = pipeline.reference_outputs(reference, samples, metric, cache, console, recipe)
-    verdict = pipeline.gate(
-        expected, candidate, samples, metric, cache, console, max_drop=max_drop, recipe=recipe
-    )
+    evaluation = Evaluation.open(recipe, reference, inputs, open_cache(recipe, console), console)
+    verdict = evaluation.published(evaluation.verdict(candidate))
     if given.json:
         write_json(given.json, verdict.to_json())
     if given.junit:
         write_text(given.junit, junit_xml(verdict))
     if given.tensors:
+        samples = evaluation.samples
         few = samples.subset(range(min(_TENSOR_SAMPLES, len(samples) // samples.group)))
         compared = compare_three(reference, candidate, few, threads=recipe.threads)
         write_json(given.tensors, compared.to_json())
@@ -216,13 +213,18 @@ COMMANDS: tuple[Command, ...] = (
         "demo",
         "run the main job on a bundled model and data: calibrate, quantize, build, gate",
         _demo,
-        ("output", "method", "confidence", "max_drop", *_PLACEMENT, "target", "batch", "threads", "cache"),
+        (
+            *("output", "method", "max_drop", "confidence", "min_int8"),
+            *_RECOVERY,
+            *_PLACEMENT,
+            *("target", "batch", "threads", "cache"),
+        ),
     ),
     Command(
         "deploy",
         "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
         _deploy,
-        ("model", "output", *_CALIBRATION, *_GATE, *_PLACEMENT, *_ENGINE, *BUILD_OPTIONS),
+        ("model", "output", *_CALIBRATION, *_GATE, *_RECOVERY, *_PLACEMENT, *_ENGINE, *BUILD_OPTIONS),
     ),
     Command(
         "calibrate",

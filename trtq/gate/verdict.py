@@ -87,6 +87,11 @@ class Verdict:
         """The outcome's exit code."""
         return _EXIT_CODES[self.outcome]
 
+    @property
+    def passed(self) -> bool:
+        """Whether the outcome is a pass."""
+        return self.outcome is Outcome.PASS
+
     def require_engine(self) -> Verdict:
         """This verdict if an engine ran; a simulated one becomes inconclusive."""
         if self.executor == "engine":

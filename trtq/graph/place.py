@@ -110,6 +110,37 @@ def place(
     )
 
 
+def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str]) -> Plan:
+    """`plan` with some of its INT8 nodes in floating point.
+
+    The quantizers that only those needed go, too: their inputs', and the residual input of an Add that no
+    longer fuses. No tensor gets a quantizer that had none, so the table still has every range.
+
+    Args:
+        graph: the folded graph that `plan` is for.
+        nodes: name -> why it stays in floating point.
+    """
+    left = {node.name for node in plan.nodes if node.int8} - nodes.keys()
+    placement = Placement(graph, quantized=left)
+    needed = {
+        (item.node, item.index)
+        for node in graph.nodes
+        for rule in EDGE_RULES
+        for item in rule.edges(node, placement)
+    }
+    return replace(
+        plan,
+        nodes=[
+            replace(node, int8=False, rule="sensitive", reason=nodes[node.name])
+            if node.int8 and node.name in nodes
+            else node
+            for node in plan.nodes
+        ],
+        edges=[edge for edge in plan.edges if (edge.node, edge.index) in needed],
+        weights=[weight for weight in plan.weights if weight.node in left],
+    )
+
+
 def placed(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Plan:
     """The placement that a model already has: weighted nodes are INT8 where both operands come from Q/DQ."""
     shapes = concrete_shapes(model.graph, input_shapes) if input_shapes else {}

@@ -1,0 +1,137 @@
+"""A job: what a recipe names, opened: the model, the calibration data, the cache and the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
+from trtq.cache import Cache, default_root
+from trtq.choose import Measure
+from trtq.console import Console
+from trtq.data.load import load_samples
+from trtq.data.samples import Samples
+from trtq.errors import InputError
+from trtq.graph.fold import fold
+from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
+from trtq.graph.place import place
+from trtq.graph.plan import Plan
+from trtq.recipe import Recipe
+
+FEWEST_TO_SPLIT = 16
+"""With fewer samples, what is fitted on the data is measured on the same rows."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and its calibration data.
+
+    Attributes:
+        model: folded, not quantized.
+        data: the calibration rows; the evaluation data are no part of a job, so nothing is fitted on them.
+    """
+
+    recipe: Recipe
+    model: Model
+    data: Samples
+    cache: Cache
+    console: Console
+
+    @classmethod
+    def open(cls, recipe: Recipe, console: Console) -> Job:
+        """Load the recipe's model and calibration data.
+
+        Raises:
+            InputError: one is missing or cannot be used.
+        """
+        recipe.need("model", "data")
+        assert recipe.data is not None
+        model = prepare(recipe)
+        data = load_samples(recipe.data, model.inputs, recipe.preprocess)
+        return cls(recipe, model, data, open_cache(recipe, console), console)
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The optimization profile of the engine."""
+        return profile_for(self.model, self.recipe, self.data)
+
+    def place(self) -> Plan:
+        """The plan that the recipe names, or what the placement rules say (see `planned`)."""
+        return planned(self.recipe, self.model, self.profile)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are rows enough to hold some back."""
+        return len(self.data) // self.data.group >= FEWEST_TO_SPLIT
+
+    @cached_property
+    def parts(self) -> tuple[Samples, Samples]:
+        """Rows to fit on, and every fourth sample, held back to measure on; all for both if they are few."""
+        return self.data.split() if self.enough else (self.data, self.data)
+
+    @property
+    def measure(self) -> Measure:
+        """Scores a quantization on the rows held back."""
+        return Measure(
+            self.model.path, self.model.sha256, self.parts[1], self.cache, self.console, self.recipe.threads
+        )
+
+
+def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Plan:
+    """The plan that the recipe names, or what the placement rules say.
+
+    Args:
+        profile: multiply-accumulates are counted for its opt shapes; None: they are not.
+
+    Raises:
+        InputError: the plan cannot be read or belongs to another model; or as `graph.place.place`.
+    """
+    if recipe.plan is None:
+        shapes = None if profile is None else opt_shapes(model, profile)
+        return place(model, include=recipe.include, exclude=recipe.exclude, input_shapes=shapes)
+    if recipe.include or recipe.exclude:
+        raise InputError(
+            "--include and --exclude do not go with --plan", remedy="the plan says which nodes are INT8"
+        )
+    plan = Plan.load(recipe.plan)
+    if plan.model != model.sha256:
+        raise InputError(
+            "the plan belongs to another model",
+            file=recipe.plan,
+            cause=f"it was made for {plan.model[:16]}…, {model.path.name} is {model.sha256[:16]}…",
+            remedy="give the model it was made for, or leave --plan out",
+        )
+    return plan
+
+
+def prepare(recipe: Recipe) -> Model:
+    """The recipe's model, loaded and folded."""
+    recipe.need("model")
+    assert recipe.model is not None
+    model = load_model(recipe.model, opset=FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET)
+    fold(model.graph)
+    return model
+
+
+def open_cache(recipe: Recipe, console: Console) -> Cache:
+    """The recipe's cache, or the user's."""
+    return Cache(Path(recipe.cache) if recipe.cache else default_root(), console.warn)
+
+
+def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
+    """The recipe's optimization profile, or one from the model's dynamic axes and the data's shapes."""
+    dimensions = {spec.name: spec.shape for spec in model.inputs}
+    if recipe.profile:
+        profile = parse_profile(recipe.profile)
+        check_profile(profile, dimensions, model.path)
+        return profile
+    shapes = data.row_shapes() if data is not None else {}
+    return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH)
+
+
+def opt_shapes(model: Model, profile: Profile) -> Mapping[str, tuple[int, ...]]:
+    """Input shapes for which multiply-accumulates are counted: the profile's opt, or the static ones."""
+    static = {s.name: tuple(d for d in s.shape if isinstance(d, int)) for s in model.inputs}
+    return {name: profile[name].opt if name in profile else shape for name, shape in static.items()}

@@ -1,0 +1,219 @@
+"""The workflow of the paper's section 6: what follows calibration until the gate passes.
+
+1. Calibrate every layer (`ranges`). 2. Fix what can be fixed without labels and without cost at run time
+(`fixes`). 3. Leave the cheapest layers in floating point that bring the outputs close enough (`partial`).
+4. If that is not enough, or too little stays in INT8, learn ranges, biases and weights with the fp32 model
+as the teacher (`learn`), and try 3 again from there.
+
+Each step is built and gated like the first, and its result is kept in the cache: a job that was interrupted
+goes on from its last finished step. Only the calibration data decide what a step does. Of the evaluation data
+a step learns one thing: how far the gate was from passing.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trtq.attempt import Attempt, attempt, parse_share
+from trtq.cache import Key
+from trtq.errors import InputError, MissingBackendError
+from trtq.evaluation import Evaluation
+from trtq.files import sha256_bytes
+from trtq.gate.verdict import Verdict
+from trtq.graph.model import save_model
+from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization
+from trtq.job import Job
+from trtq.ranges import calibrate
+from trtq.recovery.budget import Budget
+from trtq.recovery.fixes import fix
+from trtq.recovery.learning import learned
+
+STEPS = ("fix", "partial", "learn")
+"""What may follow calibration, in this order."""
+
+LEAST_RATIO = 1 / 256
+"""Partial quantization does not try to get below this share of the noise."""
+
+MOST_GATES = 6
+"""How often partial quantization asks the gate how much noise is little enough."""
+
+
+def parse_steps(text: str) -> frozenset[str]:
+    """The steps that "fix,partial,learn" or "none" names.
+
+    Raises:
+        InputError: an unknown step.
+    """
+    names = [] if text.strip() == "none" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in STEPS:
+            raise InputError(f"unknown step '{name}'", remedy=f"use some of {', '.join(STEPS)}, or none")
+    return frozenset(names)
+
+
+def recover(
+    job: Job, plan: Plan, evaluation: Evaluation, steps: frozenset[str], budget: Budget, folder: Path
+) -> list[Attempt]:
+    """Every attempt that was made, in order; the workflow stops at the first that passes the gate and checks.
+
+    Args:
+        steps: those of `STEPS` that may be taken.
+        folder: each attempt's files go into a folder of their own in it.
+
+    Raises:
+        InputError, MissingBackendError: as calibrating, building and gating.
+    """
+    workflow = _Workflow(job, evaluation, steps, budget, folder)
+    workflow.attempt("calibrate", lambda: calibrate(job, plan))
+    whole = workflow.done[0]
+    if workflow.wants("fix"):
+        whole = workflow.attempt("fix", lambda: workflow.cached("fix", whole, fix)) or whole
+    if workflow.wants("partial"):
+        workflow.attempt("partial", lambda: workflow.partial(whole))
+    if workflow.wants("learn"):
+        taught = workflow.attempt("learn", lambda: workflow.learn(whole))
+        if taught is not None and workflow.wants("partial"):
+            workflow.attempt("learn, partial", lambda: workflow.partial(taught))
+    return workflow.done
+
+
+def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | None) -> float:
+    """The share of its noise that a quantization may keep, as a first guess, to pass the gate.
+
+    The drop of a metric is taken as proportional to the noise r of the outputs, and its uncertainty, which
+    comes from the samples that the two models answer differently, to sqrt(r). The gate should then pass with
+    a margin of one standard error; with a confidence the bound itself has to clear it.
+
+    Args:
+        min_sqnr: the SQNR in dB that every output has to reach, too.
+    """
+    ratio = 1.0
+    if verdict.relative_drop is None or verdict.relative_interval is None:
+        ratio = 1 / 16
+    else:
+        drop = verdict.relative_drop
+        error = verdict.relative_interval[1] - drop
+        error *= 1.0 if confidence is not None else 0.5
+        if drop + error > verdict.max_drop:
+            drop = max(drop, 1e-6)
+            root = (math.sqrt(error**2 + 4 * drop * verdict.max_drop) - error) / (2 * drop)
+            ratio = min(root**2, 0.9)
+    if min_sqnr is not None and verdict.outputs:
+        lowest = min(output.sqnr_db for output in verdict.outputs.values())
+        ratio = min(ratio, 10 ** ((lowest - min_sqnr) / 10))
+    return max(ratio, LEAST_RATIO)
+
+
+@dataclass
+class _Workflow:
+    """The attempts so far, and what they are made with."""
+
+    job: Job
+    evaluation: Evaluation
+    steps: frozenset[str]
+    budget: Budget
+    folder: Path
+    done: list[Attempt] = field(default_factory=list)
+
+    def wants(self, step: str) -> bool:
+        """Whether a step is to be taken now."""
+        if self.done[-1].ok or step not in self.steps:
+            return False
+        if self.budget.over:
+            self.job.console.warn(f"the budget is spent: '{step}' is not tried")
+            return False
+        return True
+
+    def attempt(self, step: str, make: Callable[[], Quantization | None]) -> Attempt | None:
+        """What `make` gives, built and gated; None where it gives nothing."""
+        started = time.perf_counter()
+        quantization = make()
+        if quantization is None:
+            return None
+        folder = self.folder / f"attempt{len(self.done)}"
+        self.done.append(attempt(step, quantization, self.job, self.evaluation, folder, started))
+        return self.done[-1]
+
+    def cached(
+        self, step: str, start: Attempt, make: Callable[[Job, Quantization], Quantization | None]
+    ) -> Quantization | None:
+        """What `make` gives for the attempt's quantization, from the cache where it is there."""
+        key = self.key("quantization", start.quantization, step=step)
+        if (content := self.job.cache.fetch(key)) is not None:
+            self.job.console.say(step, "from the cache; nothing was run")
+            return Quantization.from_bytes(content) if content else None
+        made = make(self.job, start.quantization)
+        if not self.budget.over:
+            self.job.cache.store(key, made.to_bytes() if made else b"")
+        return made
+
+    def key(self, kind: str, start: Quantization, **detail: object) -> Key:
+        """The cache key of what is made from a quantization on the job's data."""
+        start_sha256 = sha256_bytes(start.to_bytes())
+        return Key(kind, self.job.model.sha256, self.job.data.hash, {"start": start_sha256, **detail})
+
+    def learn(self, start: Attempt) -> Quantization | None:
+        """The start with ranges, biases and weights learned; None where that is not possible here."""
+        checkpoint = self.key("checkpoint", start.quantization)
+
+        def make(job: Job, quantization: Quantization) -> Quantization | None:
+            return learned(
+                job,
+                quantization,
+                seconds=self.budget.left,
+                state=job.cache.fetch(checkpoint),
+                save=lambda state: job.cache.store(checkpoint, state),
+            )
+
+        try:
+            return self.cached("learn", start, make)
+        except (InputError, MissingBackendError) as error:
+            self.job.console.warn(f"nothing can be learned: {error}")
+            return None
+
+    def partial(self, start: Attempt) -> Quantization | None:
+        """The start with the cheapest groups in floating point that let the gate pass; None if none do.
+
+        How little noise is little enough is bisected with the (simulated) gate; which groups to leave out for
+        it, the calibration data say alone.
+        """
+        job, recipe = self.job, self.job.recipe
+        least = 0.0 if recipe.min_int8 is None else parse_share(recipe.min_int8)
+        if start.coverage.share < least:
+            return None
+        from trtq.recovery.partial import Search
+
+        search = Search(job, start.quantization, self.budget, self.key("sensitivity", start.quantization))
+        ratio = noise_ratio(start.measured, recipe.min_sqnr, recipe.confidence)
+        failing, passing, best = 1.0, 0.0, None
+        for _ in range(MOST_GATES):
+            candidate = search.cheapest(ratio)
+            share = candidate.plan.mac_share()
+            if (share is None or share >= least) and self.passes(candidate):
+                passing, best = ratio, candidate
+            elif share is not None and share < least:
+                break
+            else:
+                failing = ratio
+            if self.budget.over or ratio <= LEAST_RATIO or (passing and failing < 1.5 * passing):
+                break
+            ratio = math.sqrt(failing * passing) if passing else max(ratio / 4, LEAST_RATIO)
+        return best
+
+    def passes(self, candidate: Quantization) -> bool:
+        """Whether the simulated gate passes, with the SQNR asked for."""
+        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+            model = Path(folder) / "candidate.onnx"
+            save_model(candidate.rewritten(rest=self.job.recipe.rest), model)
+            verdict = self.evaluation.verdict(model)
+        least = self.job.recipe.min_sqnr
+        lowest = min((output.sqnr_db for output in verdict.outputs.values()), default=-math.inf)
+        left = len(candidate.plan.nodes) - len(candidate.plan.int8_nodes)
+        self.job.console.say("gate", f"{left} nodes in floating point: {verdict.text().splitlines()[0]}")
+        return verdict.passed and (least is None or lowest >= least)
