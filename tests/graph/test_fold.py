@@ -305,3 +305,73 @@ def test_every_tensor_has_a_dtype_and_known_dimensions() -> None:
         "f": np.dtype(np.float32),
     }
     assert all(list(tensors[name].shape) == ["N", 16, 6, 6] for name in "crkfy")
+
+
+# -- Einsum
+
+
+def einsum(equation: str, rank: int, **second: NDArray) -> onnx.ModelProto:
+    """y = Einsum(x, w), or of x with itself; all axes of x may have any size."""
+    free = ",".join("ABCD"[:rank])
+    operands = ", ".join(["x", *(second or "x")])
+    return net(
+        f'g (float[{free}] x) => (float[] y) {{ y = Einsum<equation = "{equation}">({operands}) }}', **second
+    )
+
+
+@pytest.mark.parametrize(
+    ("equation", "x", "w"),
+    [
+        ("ij,jk->ik", (5, 4), (4, 3)),
+        ("ij, kj -> ik", (5, 4), (3, 4)),
+        ("ji,jk->ki", (4, 5), (4, 3)),
+        ("nsd,dk->nsk", (2, 5, 4), (4, 3)),
+        ("nsd,dk->skn", (2, 5, 4), (4, 3)),
+        ("dk,nsd->nsk", (4, 3), (2, 5, 4)),
+        ("nqd,nkd->nqk", (2, 5, 4), None),
+        ("bhqd,bhkd->bhqk", (2, 3, 5, 4), None),
+        ("bqhd,bkhd->bhqk", (2, 5, 3, 4), None),
+        ("bhqk,bkhd->bqhd", (2, 3, 5, 5), (2, 5, 3, 4)),
+    ],
+)
+def test_an_einsum_that_is_a_matrix_product_becomes_one(
+    equation: str, x: tuple[int, ...], w: tuple[int, ...] | None
+) -> None:
+    model = einsum(equation, len(x), **({} if w is None else {"w": normal(*w, seed=1)}))
+    assert set(ops(folded(model, normal(*x)))) <= {"MatMul", "Transpose"}
+
+
+@pytest.mark.parametrize(
+    ("equation", "x", "w"),
+    [
+        ("ij,jk", (5, 4), (4, 3)),
+        ("...j,jk->...k", (2, 5, 4), (4, 3)),
+        ("ij,ij->ij", (5, 4), (5, 4)),
+        ("ij,jk->i", (5, 4), (4, 3)),
+        ("ij,kl->ik", (5, 4), (4, 3)),
+        ("nij,nij->n", (2, 5, 4), (2, 5, 4)),
+        ("nsd,dhk->nshk", (2, 5, 4), (4, 3, 2)),
+        ("ii,ik->ik", (4, 4), (4, 3)),
+    ],
+)
+def test_any_other_einsum_stays(equation: str, x: tuple[int, ...], w: tuple[int, ...]) -> None:
+    assert ops(folded(einsum(equation, len(x), w=normal(*w, seed=1)), normal(*x))) == ["Einsum"]
+
+
+# -- Shape of some axes
+
+
+@pytest.mark.parametrize("batch", ["2", "N"])
+@pytest.mark.parametrize(
+    "bounds", ["start = 1, end = 2", "start = -1", "start = -2, end = -1", "start = 2, end = 9"]
+)
+def test_known_axes_of_a_shape_become_constants(bounds: str, batch: str) -> None:
+    """Only the axes from `start` to `end`, also where the others are known or not."""
+    model = net(
+        f"""g (float[{batch},3,8] x) => (float[?,?,?] y) {{
+            axes = Shape<{bounds}>(x)
+            factor = Cast<to = 1>(axes)
+            y = Mul(x, factor)
+        }}""",
+    )
+    assert ops(folded(model, normal(2, 3, 8))) == ["Mul"]

@@ -69,6 +69,38 @@ def test_macs_of_matmul(first: tuple[int, ...], second: tuple[int, ...], expecte
     assert macs_of(text, "y", {"x": first, "z": second}) == expected
 
 
+@pytest.mark.parametrize(
+    ("equation", "first", "second", "expected"),
+    [
+        ("nqd,nkd->nqk", (2, 5, 4), (2, 3, 4), 2 * 5 * 3 * 4),
+        ("ij,jk", (5, 4), (4, 3), 5 * 4 * 3),
+        ("...j,jk->...k", (2, 5, 4), (4, 3), 2 * 5 * 4 * 3),
+        ("nsd, dhk -> nshk", (2, 5, 4), (4, 3, 7), 2 * 5 * 4 * 3 * 7),
+        ("ij,ij->ij", (5, 4), (5, 4), 5 * 4),
+    ],
+)
+def test_macs_of_einsum(
+    equation: str, first: tuple[int, ...], second: tuple[int, ...], expected: int
+) -> None:
+    a, b = (",".join("ABCD"[: len(shape)]) for shape in (first, second))
+    text = f'g (float[{a}] x, float[{b}] z) => (float[] y) {{ y = Einsum<equation = "{equation}">(x, z) }}'
+    assert macs_of(text, "y", {"x": first, "z": second}) == expected
+
+
+@pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_macs_of_a_recurrent_layer(op: str, gates: int, directions: int) -> None:
+    """At every step each gate meets the input and the state before."""
+    direction = "bidirectional" if directions == 2 else "forward"
+    text = (
+        f'g (float[S,N,6] x) => (float[?,?,?,?] y) {{ y = {op}<hidden_size = 5, direction = "{direction}">'
+        "(x, w, r) }"
+    )
+    weights = {"w": normal(directions, gates * 5, 6), "r": normal(directions, gates * 5, 5)}
+    expected = 9 * 2 * directions * gates * 5 * (6 + 5)
+    assert macs_of(text, "y", {"x": (9, 2, 6)}, **weights) == expected
+
+
 def test_other_operators_and_unknown_shapes_have_none() -> None:
     text = "g (float[N,4] x) => (float[N,4] y) { r = Relu(x) y = MatMul(r, w) }"
     assert macs_of(text, "r", {"x": (2, 4)}, w=normal(4, 4)) is None
@@ -120,6 +152,18 @@ def test_shapes_through_reshapes_computed_from_shapes() -> None:
     assert macs(nodes["qm"], shapes) == 5 * 10 * 24 * 24
     assert macs(nodes["scores"], shapes) == 5 * 3 * 10 * 10 * 8
     assert macs(nodes["c4"], shapes) == 5 * 3 * 10 * 8 * 10
+
+
+def test_shapes_from_some_axes_of_a_shape() -> None:
+    """As PyTorch's exporter writes them since opset 15: Shape with `start` and `end`."""
+    text = """g (float[N,S,24] x) => (float[?,?,?,?] y) {
+        n = Shape<start = 0, end = 1>(x)
+        s = Shape<start = 1, end = -1>(x)
+        split = Concat<axis = 0>(n, s, heads)
+        y = Reshape(x, split)
+    }"""
+    graph = graph_of(net(text, heads=np.int64([3, 8])))
+    assert concrete_shapes(graph, {"x": (5, 10, 24)})["y"] == (5, 10, 3, 8)
 
 
 def test_shapes_that_depend_on_values_are_left_out() -> None:

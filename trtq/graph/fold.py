@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtq.graph.shapes import infer_types
+from trtq.graph.shapes import fold_constants, infer_types
 
 
 def fold(graph: gs.Graph) -> None:
@@ -25,13 +25,26 @@ def fold(graph: gs.Graph) -> None:
     infer_types(graph)
 
 
-def fold_constants(graph: gs.Graph) -> None:
-    """Evaluate everything that does not depend on the model's inputs."""
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)  # its constant folding warns about harmless things
-    graph.toposort()
-    graph.fold_constants()
+def einsum_to_matmul(graph: gs.Graph) -> None:
+    """Write an Einsum that is a matrix product as MatMul, with Transposes where its axes lie otherwise."""
+    for node in [n for n in graph.nodes if n.op == "Einsum" and len(n.inputs) == 2]:
+        terms, _, result = node.attrs["equation"].replace(" ", "").partition("->")
+        a, b = terms.split(",")
+        left, right = node.inputs
+        if not _product_axes(a, b, result):
+            a, b, left, right = b, a, right, left
+        if not (axes := _product_axes(a, b, result)):
+            continue
+        node.op, node.attrs = "MatMul", {}
+        node.inputs = [
+            _transposed(graph, left, a, axes[0], f"{node.name}/left"),
+            _transposed(graph, right, b, axes[1], f"{node.name}/right"),
+        ]
+        if axes[2] != result:
+            product, perm = gs.Variable(f"{node.name}/product"), [axes[2].index(axis) for axis in result]
+            transpose = gs.Node("Transpose", f"{node.name}/transpose", {"perm": perm}, [product])
+            transpose.outputs, node.outputs = list(node.outputs), [product]
+            graph.nodes.append(transpose)
 
 
 def fold_batch_norm(graph: gs.Graph) -> None:
@@ -83,7 +96,35 @@ def fold_zero_pad(graph: gs.Graph) -> None:
         conv.inputs[0] = pad.inputs[0]
 
 
-PASSES: list[Callable[[gs.Graph], None]] = [fold_constants, fold_batch_norm, fold_zero_pad]
+PASSES: list[Callable[[gs.Graph], None]] = [
+    einsum_to_matmul,
+    fold_constants,
+    fold_batch_norm,
+    fold_zero_pad,
+]
+
+
+def _product_axes(a: str, b: str, result: str) -> tuple[str, str, str] | None:
+    """The axes of both operands as MatMul wants them and of what it gives; None if it is no MatMul."""
+    if not (a + b + result).isalpha() or any(len(set(term)) < len(term) for term in (a, b, result)):
+        return None
+    batch = "".join(axis for axis in a if axis in b and axis in result)
+    summed = "".join(axis for axis in a if axis in b and axis not in result)
+    rows, columns = "".join(axis for axis in a if axis not in b), "".join(axis for axis in b if axis not in a)
+    if len(summed) != 1 or len(columns) != 1 or not rows or (batch and len(rows) > 1):
+        return None
+    axes = batch + rows + summed, batch + summed + columns, batch + rows + columns
+    return axes if set(result) == set(axes[2]) else None
+
+
+def _transposed(graph: gs.Graph, tensor: gs.Tensor, axes: str, order: str, name: str) -> gs.Tensor:
+    """`tensor`, whose axes are called `axes`, with them in `order`."""
+    if axes == order:
+        return tensor
+    moved = gs.Variable(f"{name}_transposed", tensor.dtype)
+    perm = [axes.index(letter) for letter in order]
+    graph.nodes.append(gs.Node("Transpose", name, {"perm": perm}, [tensor], [moved]))
+    return moved
 
 
 def _sole_producer(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:

@@ -13,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
+from trtq.graph.weights import values_of
 
 SQUARING_OPS = frozenset({"Pow", "ReduceL2", "ReduceSumSquare"})
 """Operators that stay float32: the square of 257 is beyond float16's range."""
@@ -114,7 +115,7 @@ def _as(
     if key not in casts:
         name = f"{tensor.name}/{dtype}"
         if isinstance(tensor, gs.Constant):
-            values = tensor.values
+            values = values_of(tensor)
             casts[key] = gs.Constant(name, _to_half(values) if dtype == np.float16 else values.astype(dtype))
         else:
             casts[key] = gs.Variable(name, dtype=dtype, shape=tensor.shape)

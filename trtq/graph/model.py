@@ -19,6 +19,17 @@ import onnx_graphsurgeon as gs
 from trtq.data.samples import InputSpec
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.weights import (
+    Light,
+    export_light,
+    files_of,
+    inline,
+    leave_in_files,
+    load_small,
+    read_light,
+    write_weights,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -63,8 +74,8 @@ class Model:
 def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     """Read an ONNX model, upgrade its opset where Q/DQ needs it, and give every node a unique name.
 
-    Local functions are inlined; external data is read; opsets below `opset` are converted to it, and to
-    `FP16_SCALE_OPSET` where the model computes in float16.
+    Local functions are inlined; opsets below `opset` are converted to it, and to `FP16_SCALE_OPSET` where
+    the model computes in float16. Large weights stay in their files (see `trtq.graph.weights`).
 
     Raises:
         InputError: the file is missing, not ONNX or truncated; external data is missing; an operator is
@@ -79,6 +90,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
     try:
         graph = gs.import_onnx(proto)
+        leave_in_files(graph, path.parent)
     except Exception as error:
         raise InputError("the ONNX graph cannot be read", file=path, cause=error) from error
     if not graph.inputs or not graph.outputs:
@@ -87,7 +99,17 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
         if tensor.shape is None or tensor.dtype is None or isinstance(tensor.dtype, int):  # int: bfloat16
             raise InputError(f"model input '{tensor.name}' has no shape, or no dtype of NumPy's", file=path)
     name_nodes(graph)
-    return Model(path, graph, _sha256(path, data_files))
+    return Model(path, graph, _sha256([path, *data_files]))
+
+
+def model_files(path: PathLike) -> list[Path]:
+    """An ONNX file and the files of its external data.
+
+    Raises:
+        InputError: the file is missing or not ONNX, or its external data is missing.
+    """
+    _, data_files = _read(Path(path))
+    return [Path(path), *data_files]
 
 
 def model_sha256(path: PathLike) -> str:
@@ -96,8 +118,7 @@ def model_sha256(path: PathLike) -> str:
     Raises:
         InputError: the file is missing or not ONNX, or its external data is missing.
     """
-    _, data_files = _read(Path(path))
-    return _sha256(Path(path), data_files)
+    return _sha256(model_files(path))
 
 
 def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
@@ -109,6 +130,8 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
     if _opset(proto) >= opset:
         return proto
     try:
+        for tensor in filter(onnx.external_data_helper.uses_external_data, proto.graph.initializer):
+            inline(tensor, Path(path).parent)
         converted = onnx.version_converter.convert_version(proto, opset)
     except Exception as error:
         raise InputError(
@@ -134,40 +157,49 @@ def name_nodes(graph: gs.Graph) -> None:
 
 
 def export(graph: gs.Graph) -> ModelProto:
-    """The ONNX model of a graph, without GraphSurgeon's type check (models in the making lack types)."""
-    return gs.export_onnx(graph, do_type_check=False)
+    """The ONNX model of a graph, complete, without GraphSurgeon's type check (models in the making lack
+    types)."""
+    proto = gs.export_onnx(graph, do_type_check=False)
+    in_files = files_of(graph)
+    for tensor in proto.graph.initializer:
+        if tensor.name in in_files:
+            inline(tensor, in_files[tensor.name].folder)
+    return proto
 
 
 def save_model(graph: gs.Graph, path: PathLike) -> None:
     """Write a graph to `path` in one move; weights go to `<path>.data` beside it above 2 GB.
 
+    The weights are written one by one, so this needs the memory of one.
+
     Raises:
         InputError: the path cannot be written to.
     """
     path = Path(path)
-    proto = export(graph)
+    proto, constants = export_light(graph)
     if weight_bytes(graph) < PROTOBUF_LIMIT:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(proto.SerializeToString(deterministic=True))
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            write_whole(proto, constants, file)
         return
     location = f"{path.name}.data"
     with atomic_path(path.with_name(location)) as data, atomic_path(path) as temporary:
-        data.unlink()
-        onnx.save_model(proto, temporary, save_as_external_data=True, location=data.name)
-        for tensor in onnx.external_data_helper._get_all_tensors(
-            stored := onnx.load(temporary, load_external_data=False)
-        ):
-            for entry in tensor.external_data:
-                if entry.key == "location":
-                    entry.value = location
-        temporary.write_bytes(stored.SerializeToString(deterministic=True))
+        with data.open("wb") as file:
+            write_weights(proto, constants, file, location)
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 @contextlib.contextmanager
-def serialized(graph: gs.Graph) -> Iterator[bytes | Path]:
-    """The graph as ONNX Runtime and TensorRT load it: bytes, or a temporary file above 2 GB."""
-    if weight_bytes(graph) < PROTOBUF_LIMIT:
-        yield export(graph).SerializeToString(deterministic=True)
+def serialized(graph: gs.Graph) -> Iterator[bytes | Light | Path]:
+    """The graph as `simulation_session` loads it; large weights that are in files stay there.
+
+    What is too large for one message goes to a temporary file.
+    """
+    in_files = files_of(graph)
+    folders = {values.folder for values in in_files.values()}
+    in_memory = weight_bytes(graph) - sum(values.nbytes for values in in_files.values())
+    if in_memory < PROTOBUF_LIMIT and len(folders) <= 1:
+        content = gs.export_onnx(graph, do_type_check=False).SerializeToString(deterministic=True)
+        yield Light(content, *folders) if folders else content
         return
     with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
         save_model(graph, path := Path(folder) / "model.onnx")
@@ -176,8 +208,7 @@ def serialized(graph: gs.Graph) -> Iterator[bytes | Path]:
 
 def weight_bytes(graph: gs.Graph) -> int:
     """Bytes of all constants of the graph, without reading those that are still on disk."""
-    constants = (t for t in graph.tensors().values() if isinstance(t, gs.Constant))
-    return sum(int(np.prod(t.shape)) * np.dtype(t.dtype).itemsize for t in constants)
+    return sum(t._values.nbytes for t in graph.tensors().values() if isinstance(t, gs.Constant))
 
 
 def _read(path: Path) -> tuple[ModelProto, list[Path]]:
@@ -186,7 +217,7 @@ def _read(path: Path) -> tuple[ModelProto, list[Path]]:
         problem = "the model is a folder, not a file" if path.is_dir() else "the model does not exist"
         raise InputError(problem, file=path, remedy="check the path")
     try:
-        proto = onnx.load(path, load_external_data=False)
+        proto = read_light(path)
     except Exception as error:  # protobuf's DecodeError, or an OSError
         raise InputError(
             "not an ONNX model, or a truncated one",
@@ -196,7 +227,7 @@ def _read(path: Path) -> tuple[ModelProto, list[Path]]:
         ) from error
     if not proto.graph.node:
         raise InputError("not an ONNX model: the file holds no graph", file=path)
-    data_files = [path.parent / name for name in sorted(_external_files(proto))]
+    data_files = [path.parent / name for name in sorted(_external_files(proto) - {path.name})]
     if missing := [file.name for file in data_files if not file.is_file()]:
         raise InputError(
             "the model's external data is missing",
@@ -209,7 +240,7 @@ def _read(path: Path) -> tuple[ModelProto, list[Path]]:
 
 def _read_external_data(proto: ModelProto, path: Path) -> None:
     try:
-        onnx.load_external_data_for_model(proto, str(path.parent))
+        load_small(proto, path.parent)
     except Exception as error:
         raise InputError(
             "the model's external data cannot be read",
@@ -219,8 +250,8 @@ def _read_external_data(proto: ModelProto, path: Path) -> None:
         ) from error
 
 
-def _sha256(path: Path, data_files: list[Path]) -> str:
-    digests = [sha256_file(file) for file in (path, *data_files)]
+def _sha256(files: list[Path]) -> str:
+    digests = [sha256_file(file) for file in files]
     return digests[0] if len(digests) == 1 else sha256_bytes("".join(digests).encode())
 
 

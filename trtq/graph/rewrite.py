@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError
 from trtq.graph.plan import Plan
+from trtq.graph.weights import values_of
 from trtq.numerics import amax_per_channel, quantize, scale_from_amax
 
 WEIGHT_FORMS = ("int8", "qdq")
@@ -27,6 +28,7 @@ def rewrite(
     *,
     weights: str = "int8",
     weight_scales: Mapping[tuple[str, int], NDArray[np.float32]] | None = None,
+    biases: Mapping[tuple[str, int], NDArray[np.float32]] | None = None,
 ) -> gs.Graph:
     """A copy of `graph` with Q/DQ where `plan` says.
 
@@ -35,6 +37,7 @@ def rewrite(
         scales: activation tensor -> float32 scale (amax / 127), > 0.
         weights: one of `WEIGHT_FORMS`.
         weight_scales: (constant, axis) -> scales (channels,) of weights that do not take `weight_scale`'s.
+        biases: (node, index of input) -> what the constant there becomes.
 
     Raises:
         InputError: a tensor of the plan has no scale, or the plan does not fit the graph.
@@ -66,6 +69,9 @@ def rewrite(
             scale = (weight_scales or {}).get(key)
             pairs[key] = _quantize_weight(graph, inputs[weight.index], weight.axis, scale, weights)
         inputs[weight.index] = pairs[key]
+    for (node, index), values in (biases or {}).items():
+        old = nodes[node].inputs[index]
+        nodes[node].inputs[index] = gs.Constant(f"{old.name}/{node}/corrected", values.astype(old.dtype))
     return graph.cleanup().toposort()
 
 
@@ -113,7 +119,7 @@ def _quantize_activation(graph: gs.Graph, tensor: gs.Tensor, constants: list[gs.
 def _quantize_weight(
     graph: gs.Graph, tensor: gs.Constant, axis: int, scale: NDArray[np.float32] | None, form: str
 ) -> gs.Variable:
-    values = tensor.values
+    values = values_of(tensor)
     dtype = values.dtype
     scale = (weight_scale(values, axis) if scale is None else scale).astype(dtype)
     scale = np.where(scale > 0, scale, np.finfo(dtype).smallest_subnormal)  # float16 may underflow
