@@ -48,7 +48,7 @@ def test_another_model_is_run(tmp_path: Path) -> None:
 
 
 def test_large_outputs_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "CACHED_BYTES", ROWS.nbytes - 1)
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", ROWS.nbytes - 1)
     model, cache = doubling(tmp_path / "m.onnx", "y"), Cache(tmp_path / "cache")
     for _ in range(2):
         assert not outputs_of(model, SAMPLES, cache, SILENT, label="fp32")[1]

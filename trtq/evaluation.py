@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from trtq.cache import Cache, Key
 from trtq.console import Console
@@ -18,11 +16,10 @@ from trtq.files import sha256_file
 from trtq.gate.execute import ENGINE_SUFFIXES, Outputs, fingerprint, run_model
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.verdict import Verdict, decide, parse_margin, score_reference
-from trtq.graph.model import model_sha256
+from trtq.graph.model import model_sha256, save_model
+from trtq.graph.quantization import Quantization
+from trtq.parallel import KEPT_BYTES, run_sharded
 from trtq.recipe import Recipe
-
-CACHED_BYTES = 1 << 28
-"""Outputs above this size are not cached."""
 
 
 def outputs_of(
@@ -35,6 +32,7 @@ def outputs_of(
     sha256: str | None = None,
     batch_size: int | None = None,
     threads: int | None = None,
+    parallel: str | None = None,
 ) -> tuple[Outputs, bool]:
     """The model's outputs on every row, and whether they came from the cache.
 
@@ -42,6 +40,7 @@ def outputs_of(
         model: an ONNX file, simulated on the CPU, or an engine, run on the GPU.
         label: what the progress is called.
         sha256: hash of the model including its external data; default: found here.
+        parallel: where an ONNX model's rows are run, see `parallel.parse_parallel`.
 
     Raises:
         InputError, MissingBackendError: as `run_model`.
@@ -49,17 +48,24 @@ def outputs_of(
     sha256 = sha256 or (sha256_file(model) if model.suffix in ENGINE_SUFFIXES else model_sha256(model))
     key = Key("outputs", sha256, samples.hash, {"executor": fingerprint(model)})
     if (content := cache.fetch(key)) is not None:
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            arrays = {name: stored[f"output.{name}"] for name in stored["names"].tolist()}
-            return Outputs(arrays, "engine" if str(stored["executor"]) == "engine" else "simulation"), True
+        return Outputs.from_bytes(content), True
+    if parallel is not None and model.suffix not in ENGINE_SUFFIXES:
+        outputs = run_sharded(
+            model,
+            samples,
+            parallel=parallel,
+            cache=cache,
+            key=key,
+            console=console,
+            label=label,
+            batch_size=batch_size,
+            threads=threads,
+        )
+        return outputs, False
     with console.progress(label, len(samples)) as advance:
         outputs = run_model(model, samples, batch_size=batch_size, threads=threads, progress=advance)
-    if sum(array.nbytes for array in outputs.arrays.values()) <= CACHED_BYTES:
-        buffer = io.BytesIO()
-        stored = {"names": np.array(list(outputs.arrays)), "executor": np.array(outputs.executor)}
-        stored |= {f"output.{name}": array for name, array in outputs.arrays.items()}
-        np.savez(buffer, **stored)
-        cache.store(key, buffer.getvalue())
+    if outputs.nbytes <= KEPT_BYTES:
+        cache.store(key, outputs.to_bytes())
     return outputs, False
 
 
@@ -131,6 +137,13 @@ class Evaluation:
                 executor=outputs.executor,
             )
 
+    def simulated(self, quantization: Quantization) -> Verdict:
+        """What the gate says of a quantization, run on the CPU."""
+        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+            candidate = Path(folder) / "candidate.onnx"
+            save_model(quantization.rewritten(rest=self.recipe.rest), candidate)
+            return self.verdict(candidate)
+
     def published(self, verdict: Verdict) -> Verdict:
         """A verdict as the user gets it: inconclusive where the recipe requires an engine and none ran."""
         return verdict.require_engine() if self.recipe.require_engine else verdict
@@ -144,7 +157,14 @@ def _outputs(
     model: Path, label: str, recipe: Recipe, samples: Samples, cache: Cache, console: Console
 ) -> Outputs:
     outputs, cached = outputs_of(
-        model, samples, cache, console, label=label, batch_size=recipe.batch, threads=recipe.threads
+        model,
+        samples,
+        cache,
+        console,
+        label=label,
+        batch_size=recipe.batch,
+        threads=recipe.threads,
+        parallel=recipe.parallel,
     )
     if cached:
         console.say("gate", f"outputs of the {label} from the cache, nothing was run")

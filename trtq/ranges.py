@@ -10,7 +10,6 @@ import onnx_graphsurgeon as gs
 
 import trtq
 from trtq.cache import Key
-from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
@@ -22,6 +21,7 @@ from trtq.graph.model import export
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
+from trtq.parallel import collect_sharded
 from trtq.refine import refine_ranges
 
 
@@ -76,11 +76,17 @@ def statistics_of(job: Job, plan: Plan, samples: Samples, source: Source) -> Sta
         job.console.say("statistics", f"{len(samples)} rows from the cache, nothing was run")
         return Statistics.from_bytes(content)
     started = time.perf_counter()
-    with job.console.progress("statistics", len(samples)) as advance, about(samples.source):
-        statistics = collect(
-            source.graph, plan.tensors, samples, workers=job.recipe.threads, progress=advance
+    with about(samples.source):
+        statistics = collect_sharded(
+            source.graph,
+            plan.tensors,
+            samples,
+            parallel=job.recipe.parallel,
+            cache=job.cache,
+            key=key,
+            console=job.console,
+            threads=job.recipe.threads,
         )
-    job.cache.store(key, statistics.to_bytes())
     seconds = time.perf_counter() - started
     job.console.say("statistics", f"{len(samples)} rows, {len(plan.tensors)} tensors in {seconds:.1f} s")
     return statistics

@@ -101,6 +101,9 @@ class Recipe:
         "time after which no further step is begun and a running one stops, such as 90s, 10m, 1h",
         metavar="TIME",
     )
+    labels: str | None = _option(
+        "target of the calibration data, class numbers, to learn from beside the fp32 model", metavar="NAME"
+    )
     plan: str | None = _option("plan.json to quantize by, in place of the rules", metavar="PLAN", path=True)
     include: tuple[str, ...] = _option(
         "quantize only nodes that match: name with * and ?, or op:Type (repeatable)", list
@@ -121,6 +124,9 @@ class Recipe:
     )
     batch: int | None = _option(
         "batch size that the engine is tuned for and that the gate evaluates with", int, metavar="N"
+    )
+    parallel: str | None = _option(
+        "spread collecting and evaluating: loky, loky:4, dask://host:8786, ray or spark", metavar="WHERE"
     )
     threads: int | None = _option("CPU threads; default: all", int, metavar="N")
     cache: str | None = _option(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from trtq.backends.onnxruntime import simulation_fingerprint, simulation_session
+from trtq.backends.onnxruntime import execution_providers, simulation_fingerprint, simulation_session
 from trtq.errors import InputError
 from trtq.numerics import fake_quantize
 
@@ -95,3 +97,34 @@ def test_what_does_not_load(tmp_path):
 
 def test_fingerprint_names_the_version():
     assert onnxruntime.__version__ in simulation_fingerprint()
+
+
+@pytest.fixture
+def fresh_providers():
+    """Providers are looked for anew, in the test and after it."""
+    execution_providers.cache_clear()
+    yield
+    execution_providers.cache_clear()
+
+
+def test_the_providers_of_a_session_are_those_that_start(model, fresh_providers):
+    session = simulation_session(model.SerializeToString())
+    wanted = [p if isinstance(p, str) else p[0] for p in execution_providers()]
+    assert session.get_providers() == wanted
+    assert simulation_fingerprint().endswith(":cuda") == ("CUDAExecutionProvider" in wanted)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="ONNX Runtime has CUDA here"
+)
+def test_without_a_gpu_the_cpu_runs_and_a_line_says_so(model, fresh_providers, monkeypatch):
+    """As where the package for GPUs is installed on a machine without one."""
+    claimed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: claimed)
+    with pytest.warns(RuntimeWarning, match="does not start .* models run on the CPU"):
+        session = simulation_session(model.SerializeToString())
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    assert ":cuda" not in simulation_fingerprint()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        simulation_session(model.SerializeToString())

@@ -1,9 +1,12 @@
-"""ONNX Runtime on the CPU: the simulator of a Q/DQ model."""
+"""ONNX Runtime: the simulator of a Q/DQ model, on the CPU, or on a GPU with `onnxruntime-gpu`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -13,6 +16,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
 from trtq.errors import InputError
+from trtq.graph.weights import Light, read_light
 
 _SESSION_CONFIG = {
     "session.disable_quant_qdq": "1",
@@ -21,19 +25,32 @@ _SESSION_CONFIG = {
 """With these, Q/DQ stay exact quantizers around floating-point operators. By default ONNX Runtime
 fuses them into integer operators of its own, which quantize biases and can saturate."""
 
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+_CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
+"""float32 stays float32, and convolutions are not chosen by timing them: runs repeat."""
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
 _FATAL = 4
 """ONNX Runtime's log level: what goes wrong is raised, and said once."""
 
 
 def simulation_session(
-    model: str | Path | bytes, threads: int | None = None, outputs: Sequence[str] | None = None
+    model: str | Path | bytes | Light,
+    threads: int | None = None,
+    outputs: Sequence[str] | None = None,
+    weights: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A CPU session that runs Q/DQ faithfully: floating-point operators between exact quantizers.
+    """A session that runs Q/DQ faithfully: floating-point operators between exact quantizers.
+
+    It runs on the GPU where ONNX Runtime can (see `execution_providers`), else on the CPU.
 
     Args:
-        model: an ONNX file, or a serialized model.
+        model: an ONNX file, or a serialized model (see `trtq.graph.model.serialized`).
         threads: threads within an operator; None: all cores.
         outputs: names of any tensors of the graph to make its outputs; None: the model's own.
+        weights: values of the initializers that the model says are external, shared and not copied.
 
     Raises:
         InputError: ONNX Runtime cannot load the model.
@@ -41,17 +58,47 @@ def simulation_session(
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or 0
+    options.enable_mem_pattern = False  # it keeps one more buffer for every shape, and saves no time
     options.log_severity_level = _FATAL
     for key, value in _SESSION_CONFIG.items():
         options.add_session_config_entry(key, value)
-    file = None if isinstance(model, bytes) else model
+    if weights:
+        options.add_external_initializers(list(weights), list(weights.values()))
+    file = None if isinstance(model, bytes | Light) else model
     try:
         source = _with_outputs(model, outputs) if outputs is not None else model
+        if isinstance(source, Light):
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(source.folder))
+            source = source.model
         return onnxruntime.InferenceSession(
-            source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
+            source if isinstance(source, bytes) else str(source), options, providers=execution_providers()
         )
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise InputError("ONNX Runtime cannot load the model", file=file, cause=error) from error
+
+
+@functools.cache
+def execution_providers() -> list[Any]:
+    """ONNX Runtime's providers with their options: CUDA's first where it is installed and starts.
+
+    Where it is installed and does not start, a warning says so, once. An empty CUDA_VISIBLE_DEVICES keeps the
+    GPU out.
+    """
+    if _CUDA not in onnxruntime.get_available_providers():
+        return [_CPU]
+    cuda = (_CUDA, _CUDA_OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        started = _CUDA in onnxruntime.InferenceSession(_identity(), providers=[cuda, _CPU]).get_providers()
+    if started:
+        return [cuda, _CPU]
+    warnings.warn(
+        "ONNX Runtime's CUDA provider is installed but does not start (GPU, driver, CUDA libraries?);"
+        " models run on the CPU",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return [_CPU]
 
 
 class SimulationRunner(BaseRunner):
@@ -86,13 +133,34 @@ class SimulationRunner(BaseRunner):
 
 
 def simulation_fingerprint() -> str:
-    """Changes when a simulated result may: ONNX Runtime's version and the session's settings."""
+    """Changes when a simulated result may: ONNX Runtime's version, the session's settings, and the GPU."""
     settings = ",".join(f"{key}={value}" for key, value in _SESSION_CONFIG.items())
-    return f"onnxruntime-{onnxruntime.__version__}:{settings}"
+    device = ":cuda" if len(execution_providers()) > 1 else ""
+    return f"onnxruntime-{onnxruntime.__version__}:{settings}{device}"
 
 
-def _with_outputs(model: str | Path | bytes, outputs: Sequence[str]) -> bytes:
-    proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
+def _with_outputs(model: str | Path | bytes | Light, outputs: Sequence[str]) -> bytes | Light:
+    if isinstance(model, Light):
+        return Light(_with_outputs_in(onnx.load_from_string(model.model), outputs), model.folder)
+    if isinstance(model, bytes):
+        return _with_outputs_in(onnx.load_from_string(model), outputs)
+    path = Path(model)
+    return Light(_with_outputs_in(read_light(path), outputs), path.absolute().parent)
+
+
+def _with_outputs_in(proto: onnx.ModelProto, outputs: Sequence[str]) -> bytes:
     del proto.graph.output[:]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     return proto.SerializeToString()
+
+
+def _identity() -> bytes:
+    shape = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["x"], ["y"])],
+        "identity",
+        [shape("x", onnx.TensorProto.FLOAT, [1])],
+        [shape("y", onnx.TensorProto.FLOAT, [1])],
+    )
+    opset = onnx.helper.make_opsetid("", 13)
+    return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtq.data.preprocess import Preprocess, decode_image
-from trtq.data.samples import Column, InputSpec, Mapped, Samples, rows_of
+from trtq.data.remote import download, is_url
+from trtq.data.samples import Column, InputSpec, Mapped, Origin, Samples, rows_of
+from trtq.data.stored import StoredRows, read_npz
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.scripts import load_function
@@ -31,19 +36,56 @@ def load_samples(
     Args:
         spec: one of
             - `FILE.npz`: arrays named like model inputs are inputs, the first axis is the rows; every
-              other array is a target;
+              other array is a target; large arrays that are not compressed are read row by row;
             - a folder of `.npz`, in the order of their names; shapes may differ from file to file;
             - a folder of images, with `<folder>.csv` beside it or one `.csv` in it, or that CSV itself:
               a header, a column `file`, and numeric columns that are targets; without a CSV there are no
               targets;
             - `SCRIPT.py:FUNCTION`: returns an iterable of dicts with the batch axis first (Polygraphy's
-              data-loader convention); entries that are no model inputs are targets. It is read whole.
+              data-loader convention); entries that are no model inputs are targets. It is read whole, as is
+              a folder of `.npz`;
+            - a URL of one of the first three (see `trtq.data.remote`).
         preprocess: input name -> how its rows are made (see `Preprocess`).
 
     Raises:
         InputError: nothing is there, it cannot be read, or it does not fit the model.
+        MissingBackendError: a URL, and a package that its protocol needs is not installed.
     """
-    recipes = {name: Preprocess.parse(name, options) for name, options in (preprocess or {}).items()}
+    copy = str(download(spec)) if is_url(spec) else spec
+    try:
+        samples = _load(copy, inputs, preprocess or {})
+    except InputError as error:
+        if spec == copy:
+            raise
+        file = error.file and error.file.replace(os.path.dirname(copy), os.path.dirname(spec), 1)
+        raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
+    origin = Origin(spec, copy, tuple(inputs), json.dumps(preprocess or {}), samples.hash)
+    return replace(samples, source=spec, origin=origin)
+
+
+@functools.lru_cache(maxsize=1)
+def reload(origin: Origin) -> Samples:
+    """The samples of a source again, in the process that needs them; the last source stays loaded.
+
+    It is read whole once, to make sure that it holds the same data here.
+
+    Raises:
+        InputError: the source cannot be read here, or holds other data.
+        MissingBackendError: as `load_samples`.
+    """
+    spec = origin.copy if os.path.exists(origin.copy) else origin.source
+    samples = load_samples(spec, origin.specs, json.loads(origin.preprocess))
+    if samples.hash != origin.hash:
+        raise InputError(
+            "a worker reads other data than the process that started the work",
+            file=origin.source,
+            remedy="give all machines the same files; a data script must give the same rows every time",
+        )
+    return replace(samples, source=origin.source)
+
+
+def _load(spec: str, inputs: Sequence[InputSpec], preprocess: Mapping[str, Mapping[str, Any]]) -> Samples:
+    recipes = {name: Preprocess.parse(name, options) for name, options in preprocess.items()}
     known = [i.name for i in inputs]
     if unknown := [name for name in recipes if name not in known]:
         raise InputError(
@@ -126,6 +168,10 @@ def _hash(
             if isinstance(column, _Images):
                 for path in column.paths:
                     digest.update(sha256_file(path).encode())
+            elif isinstance(column, StoredRows):  # as an array of the same values
+                digest.update(f"{column.dtype.str}{column.shape}\n".encode())
+                for index in range(len(column)):
+                    digest.update(column[index].tobytes())
             else:
                 for array in [column] if isinstance(column, np.ndarray) else rows_of(column):
                     array = np.ascontiguousarray(array)
@@ -143,8 +189,7 @@ def _from_npz(path: Path) -> dict[str, Column]:
     if not path.is_file():
         raise InputError("the data does not exist", file=path, remedy="check the path")
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        arrays = read_npz(path)
     except Exception as error:  # zipfile, zlib and numpy each raise their own
         raise InputError(
             "not an .npz of plain arrays, or a damaged one",
@@ -152,7 +197,7 @@ def _from_npz(path: Path) -> dict[str, Column]:
             cause=error,
             remedy="write it with numpy.savez; arrays of Python objects are not read",
         ) from error
-    if scalars := [name for name, array in arrays.items() if array.ndim == 0]:
+    if scalars := [name for name, array in arrays.items() if not array.shape]:
         raise InputError(f"array '{scalars[0]}' has no rows: it is a single value", file=path)
     return dict(arrays)
 

@@ -71,6 +71,24 @@ class Picked:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How samples were loaded, for loading them again elsewhere (`trtq.data.load.reload`).
+
+    Attributes:
+        source: what the user named; `copy`: the same on this machine, where that is a URL.
+        specs: the model's inputs.
+        preprocess: input name -> options, as in the recipe, in JSON.
+        hash: SHA-256 of all samples of the source.
+    """
+
+    source: str
+    copy: str
+    specs: tuple[InputSpec, ...]
+    preprocess: str
+    hash: str
+
+
+@dataclass(frozen=True)
 class Samples:
     """Rows for a model, and targets. `len` is the number of rows.
 
@@ -80,6 +98,8 @@ class Samples:
         columns: input name -> rows (see `Column`), all of one length.
         targets: target name -> array; its first axis is the rows, or every group of k consecutive rows.
         hash: SHA-256 of rows, targets and preprocessing, whatever the files are called.
+        origin: how they were loaded; None where they were made in memory.
+        positions: positions of the samples in the source; None: all of them.
     """
 
     source: str
@@ -87,6 +107,8 @@ class Samples:
     columns: Mapping[str, Column]
     targets: Mapping[str, NDArray]
     hash: str
+    origin: Origin | None = None
+    positions: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -112,13 +134,27 @@ class Samples:
     def subset(self, groups: Sequence[int]) -> Samples:
         """The samples at positions `groups`, each with its k rows, and their targets."""
         groups = [int(g) for g in groups]
+        positions = range(len(self) // self.group) if self.positions is None else self.positions
         rows = [self.group * g + i for g in groups for i in range(self.group)]
         return replace(
             self,
             columns={name: Picked(column, rows) for name, column in self.columns.items()},
             targets={name: array[groups] for name, array in self.targets.items()},
             hash=sha256_json([self.hash, groups]),
+            positions=tuple(positions[g] for g in groups),
         )
+
+    def row_number(self, index: int) -> int:
+        """Where row `index` is in the source, from 0: what a message calls it."""
+        if self.positions is None:
+            return index
+        return self.group * self.positions[index // self.group] + index % self.group
+
+    def spread(self, rows: int) -> Samples:
+        """About `rows` of the rows, as whole samples evenly spread over the data; all if there are fewer."""
+        groups = len(self) // self.group
+        wanted = min(max(rows // self.group, 1), groups)
+        return self.subset([i * groups // wanted for i in range(wanted)])
 
     def split(self, every: int = 4) -> tuple[Samples, Samples]:
         """The samples without every `every`-th one, and those; nothing is random about it."""
@@ -133,11 +169,11 @@ class Samples:
         column = self.columns[spec.name]
         if isinstance(column, np.ndarray):
             return {column.shape[1:]}
-        return {np.shape(row) for row in rows_of(column)}
+        return {np.shape(column[index]) for index in range(len(column))}
 
     def _row(self, spec: InputSpec, index: int) -> NDArray:
         row = np.asarray(self.columns[spec.name][index])
-        where = f"row {index} of input '{spec.name}'"
+        where = f"row {self.row_number(index)} of input '{spec.name}'"
         expected = spec.shape[1:]
         if len(row.shape) != len(expected) or any(
             isinstance(want, int) and want != got for want, got in zip(expected, row.shape, strict=True)

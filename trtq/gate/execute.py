@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +35,39 @@ class Outputs:
 
     arrays: Arrays
     executor: Executor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Outputs], model: str | Path) -> Outputs:
+        """The outputs of consecutive parts of the samples as those of all of them.
+
+        Raises:
+            InputError: an output's shape changes from part to part.
+        """
+        names = list(parts[0].arrays)
+        for name, part in itertools.product(names, parts):
+            _check_shape(name, part.arrays[name], parts[0].arrays[name], model)
+        arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in names}
+        return cls(arrays, parts[0].executor)
+
+    def to_bytes(self) -> bytes:
+        """An `.npz`; equal outputs give equal bytes."""
+        buffer = io.BytesIO()
+        stored: dict[str, Any] = {"names": np.array(list(self.arrays)), "executor": np.array(self.executor)}
+        stored |= {f"output.{name}": array for name, array in self.arrays.items()}
+        np.savez(buffer, **stored)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Outputs:
+        """The inverse of `to_bytes`."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+            arrays = {name: stored[f"output.{name}"] for name in stored["names"].tolist()}
+            return cls(arrays, "engine" if str(stored["executor"]) == "engine" else "simulation")
 
 
 @dataclass(frozen=True)
@@ -250,7 +285,12 @@ def _check_output(
             cause=f"its shape is {output.shape} for a batch of {batch}",
             remedy="give every output of the model a leading batch axis",
         )
-    if collected is not None and output.shape[1:] != collected.shape[1:]:
+    if collected is not None:
+        _check_shape(name, output, collected, model)
+
+
+def _check_shape(name: str, output: NDArray, collected: NDArray, model: str | Path) -> None:
+    if output.shape[1:] != collected.shape[1:]:
         raise InputError(
             f"output {name!r} changes its shape from sample to sample",
             file=model,
