@@ -6,6 +6,7 @@ import itertools
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -158,6 +159,30 @@ def test_progress_counts_every_row_once(batch: int | str, count: int, workers: i
     collect(graph, ["h"], samples_of(graph, x=rows(count)), workers=workers, progress=done.append)
     assert sum(done) == count
     assert max(done) == (1 if batch == "N" else 4)
+
+
+class Made:
+    """Rows of 200 kB that exist only once they are read."""
+
+    def __len__(self) -> int:
+        return 300
+
+    def __getitem__(self, index: int) -> NDArray:
+        return np.full(50000, index, np.float32)
+
+
+def test_nothing_of_a_row_is_kept_but_its_counts() -> None:
+    graph = graph_of("g (float[N,50000] x) => (float[N,50000] y) { y = Relu(x) }")
+    samples = samples_of(graph, x=Made())
+    collect(graph, ["x", "y"], samples.subset([0]))  # compiled code is loaded once
+    tracemalloc.start()
+    try:
+        statistics = collect(graph, ["x", "y"], samples, workers=2)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert statistics.histograms["y"].total == 300 * 50000
+    assert peak < 5_000_000  # all rows: 60 MB
 
 
 # -- what goes wrong

@@ -190,6 +190,28 @@ def check_mse(x: NDArray) -> None:
     assert one_step or squared_error(x, amax) <= 1.01 * errors.min()
 
 
+def reference_mse(made: Histogram) -> float:
+    """The best candidate by explicit integrals: each bin is cut at the rounding boundaries inside it."""
+    counts = made.counts.astype(np.float64)
+    edges = np.arange(BINS + 1) * made.bin_width
+    candidates = made.amax * 0.99 ** np.arange(552)
+    errors = []
+    for amax in candidates:
+        step = amax / 127
+        cuts = np.union1d(edges, [(k - 0.5) * step for k in range(1, 128) if (k - 0.5) * step < edges[-1]])
+        middles = (cuts[:-1] + cuts[1:]) / 2
+        values = np.minimum(np.floor(middles / step + 0.5), 127) * step
+        cubes = (cuts[1:] - values) ** 3 - (cuts[:-1] - values) ** 3
+        errors.append(np.sum(counts[(middles / made.bin_width).astype(int)] * cubes / 3))
+    return float(candidates[np.argmin(errors)])
+
+
+@pytest.mark.parametrize("kind", CONTINUOUS + DISCRETE)
+def test_mse_is_the_minimum_of_explicit_integrals(kind: str) -> None:
+    made = histogram(draw(kind, 20000))
+    assert amax_mse(made) == reference_mse(made)
+
+
 @pytest.mark.parametrize("kind", CONTINUOUS)
 def test_mse_is_the_brute_force_minimum_over_the_values(kind: str) -> None:
     for factor in (1.0, 1.6):
@@ -227,6 +249,23 @@ def test_percentile_is_the_ranked_value_to_a_bin(kind: str, percentile: str) -> 
     rank = max(math.ceil(Fraction(percentile) * x.size / 100), 1)  # the inverse of the empirical CDF
     expected = np.sort(np.abs(x))[rank - 1]
     assert amax_percentile(made, float(percentile)) == pytest.approx(expected, abs=made.bin_width)
+
+
+def reference_percentile(made: Histogram, percentile: float) -> float:
+    """Walk up the bins until enough values are passed, then go into the last one by its share."""
+    wanted, passed = made.total * percentile / 100, 0
+    for index, count in enumerate(made.counts.tolist()):
+        if passed + count >= wanted:
+            return min((index + (wanted - passed) / count) * made.bin_width, made.amax)
+        passed += count
+    return made.amax
+
+
+@pytest.mark.parametrize("kind", CONTINUOUS + DISCRETE)
+@pytest.mark.parametrize("percentile", [0.1, 50, 99.9, 99.99, 99.999, 100])
+def test_percentile_is_the_walk_up_the_bins(kind: str, percentile: float) -> None:
+    made = histogram(draw(kind))
+    assert amax_percentile(made, percentile) == reference_percentile(made, percentile)
 
 
 @pytest.mark.parametrize("kind", CONTINUOUS + DISCRETE)

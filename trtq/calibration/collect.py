@@ -48,10 +48,7 @@ def collect(
     """
     inputs = {tensor.name for tensor in graph.inputs}
     fetched = [name for name in tensors if name not in inputs]
-    session = None
-    if fetched:
-        with serialized(_only(graph, fetched)) as source:
-            session = simulation_session(source, threads=1)
+    session = _session(graph, fetched) if fetched else None
     size = fixed_batch(samples.specs) or 1
     feeds = batches(samples.rows(), size, size)
     lock = threading.Lock()
@@ -63,9 +60,9 @@ def collect(
             while not stop.is_set() and (batch := _next(feeds, lock)) is not None:
                 values = dict(batch.feed)
                 if session is not None:
-                    values.update(zip(fetched, _run(session, fetched, batch), strict=True))
+                    values.update(zip(fetched, _run(session, fetched, batch, samples), strict=True))
                 for name in tensors:
-                    _add(statistics, name, values[name], batch)
+                    _add(statistics, name, values[name], batch, samples)
                 statistics.rows += batch.rows
                 if progress:
                     with lock:
@@ -86,19 +83,26 @@ def collect(
     return total
 
 
+def _session(graph: gs.Graph, tensors: Sequence[str]) -> Any:
+    """A session that computes just the named tensors; the serialized model is gone when it returns."""
+    with serialized(_only(graph, tensors)) as source:
+        return simulation_session(source, threads=1)
+
+
 def _next(feeds: Iterator[Batch], lock: threading.Lock) -> Batch | None:
     with lock:
         return next(feeds, None)
 
 
-def _run(session: Any, names: list[str], batch: Batch) -> list[Any]:
+def _run(session: Any, names: list[str], batch: Batch, samples: Samples) -> list[Any]:
     try:
         return list(session.run(names, batch.feed))
     except Exception as error:
-        raise InputError(f"the model does not run on {_rows(batch)} of the data", cause=error) from error
+        where = _rows(batch, samples)
+        raise InputError(f"the model does not run on {where} of the data", cause=error) from error
 
 
-def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch) -> None:
+def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch, samples: Samples) -> None:
     """Count a tensor's values, without those of the rows that only fill up a fixed batch."""
     if batch.padding and values.ndim and values.shape[0] % (batch.rows + batch.padding) == 0:
         values = values[: values.shape[0] * batch.rows // (batch.rows + batch.padding)]
@@ -106,16 +110,16 @@ def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch) ->
         statistics.histograms[name].add(values)
     except NonFiniteError as error:
         raise InputError(
-            f"tensor '{name}' is not finite for {_rows(batch)} of the data",
+            f"tensor '{name}' is not finite for {_rows(batch, samples)} of the data",
             cause=f"{error} are NaN or infinite",
             remedy="look at that sample, or at the model: an fp32 model must be finite on its own data",
         ) from error
 
 
-def _rows(batch: Batch) -> str:
-    """The batch's rows, for a message."""
-    last = batch.start + batch.rows - 1
-    return f"row {last}" if batch.rows == 1 else f"rows {batch.start} to {last}"
+def _rows(batch: Batch, samples: Samples) -> str:
+    """The batch's rows, as the source numbers them, for a message."""
+    first, last = (samples.row_number(i) for i in (batch.start, batch.start + batch.rows - 1))
+    return f"row {last}" if batch.rows == 1 else f"rows {first} to {last}"
 
 
 def _only(graph: gs.Graph, tensors: Sequence[str]) -> gs.Graph:

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-_CHUNK = 16384  # values that stay in the first-level caches between the two loops over them
+_CHUNK = 4096  # values that stay in the first-level cache between the two loops over them
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
@@ -23,25 +23,27 @@ def count(
 
     Stops in front of the first chunk with a magnitude whose bits reach `limit` and returns that chunk's
     position, or `values.size` when all are counted. `extrema` becomes the lowest and highest of itself and
-    of `ordered(v)` of all counted values and of that chunk. A float32's bits without the sign bit grow
-    with its magnitude, so this runs on integers, where it vectorises and NaN sorts above infinity.
+    of `ordered(v)` of all counted values and of that chunk: a float32's bits as integers of the same order,
+    which vectorise, and where NaN lies outside the infinities.
+
+    Both loops run over slices from their start: numba checks an index that may be negative at every access.
 
     Args:
         bits: int32 view of `values`, shape (n,).
     """
     while start < values.size:
         end = min(start + _CHUNK, values.size)
-        low, high, largest = extrema[0], extrema[1], np.int32(0)
-        for i in range(start, end):
-            magnitude = bits[i] & np.int32(0x7FFFFFFF)
-            ordered = bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-            largest = max(largest, magnitude)
+        low, high = extrema[0], extrema[1]
+        chunk = bits[start:end]
+        for i in range(chunk.size):
+            ordered = chunk[i] ^ ((chunk[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
             low = min(low, ordered)
             high = max(high, ordered)
         extrema[0], extrema[1] = low, high
-        if largest >= limit:
+        if max(high, ~low) >= limit:  # ~ordered(v) are the bits of |v| for a negative v
             return start
-        for i in range(start, end):
-            counts[np.int64(abs(values[i]) * bins_per_unit)] += 1
+        part = values[start:end]
+        for i in range(part.size):
+            counts[np.uint32(abs(part[i]) * bins_per_unit)] += 1
         start = end
     return start

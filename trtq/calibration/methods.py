@@ -142,18 +142,21 @@ def amax_mse(histogram: Histogram) -> float:
     width = histogram.bin_width
     edges = np.arange(counts.size + 1) * width
     density = counts / width
-    moments = [_cumulative(density * np.diff(edges ** (k + 1)) / (k + 1)) for k in range(3)]
 
     candidates = histogram.amax * 0.99 ** np.arange(552)
     step = candidates[:, None] / (LEVELS - 1)
     boundaries = np.concatenate([(np.arange(LEVELS) - 0.5).clip(0) * step, np.full_like(step, edges[-1])], 1)
     boundaries = boundaries.clip(0, edges[-1])
     bins = np.minimum((boundaries / width).astype(np.int64), counts.size - 1)
-    partial = [
-        moments[k][bins] + density[bins] * (boundaries ** (k + 1) - edges[bins] ** (k + 1)) / (k + 1)
-        for k in range(3)
-    ]
-    m0, m1, m2 = (np.diff(p, axis=1) for p in partial)
+    inside = density[bins]
+
+    def moments(k: int) -> Float64:
+        """Integral of |x|^k over every level of every candidate."""
+        powers = edges ** (k + 1)
+        below = _cumulative(density * np.diff(powers) / (k + 1))[bins]
+        return np.diff(below + inside * (boundaries ** (k + 1) - powers[bins]) / (k + 1), axis=1)
+
+    m0, m1, m2 = (moments(k) for k in range(3))
     level = np.arange(LEVELS) * step
     errors = (m2 - 2 * level * m1 + level**2 * m0).sum(axis=1)
     return float(candidates[int(np.argmin(errors))])
