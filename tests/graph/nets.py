@@ -96,3 +96,27 @@ def engine(model: onnx.ModelProto | gs.Graph | Path, folder: Path, **shapes: Seq
         model = saved(export(model) if isinstance(model, gs.Graph) else model, folder)
     profile = {name: Range(tuple(s), tuple(s), tuple(s)) for name, s in shapes.items()}
     return tensorrt_rtx.build(model, folder / "model.plan", profile=profile, targets=("8.6",))
+
+
+def attention() -> onnx.ModelProto:
+    """One head over (N, 6, 8) with a mask (N, 6): projections, scaled and masked scores, softmax, values."""
+    text = """
+        attention (float[N,6,8] x, int64[N,6] mask) => (float[N,6,8] y) {
+            q = MatMul(x, wq)
+            k = MatMul(x, wk)
+            v = MatMul(x, wv)
+            kt = Transpose<perm = [0, 2, 1]>(k)
+            scores = MatMul(q, kt)
+            scaled = Div(scores, root)
+            bits = Unsqueeze(mask, one)
+            floats = Cast<to = 1>(bits)
+            bias = Mul(floats, far)
+            masked = Add(scaled, bias)
+            p = Softmax<axis = -1>(masked)
+            context = MatMul(p, v)
+            y = MatMul(context, wo)
+        }
+    """
+    weights = {name: normal(8, 8, seed=i) for i, name in enumerate(("wq", "wk", "wv", "wo"))}
+    constants = {"root": np.float32(2.0), "far": np.float32(-3.0), "one": np.array([1], np.int64)}
+    return net(text, **constants, **weights)

@@ -1,0 +1,64 @@
+"""`trtq sensitivity`: what INT8 in each layer does to the outputs."""
+
+from __future__ import annotations
+
+import argparse
+
+from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.errors import ExitCode, InputError
+
+
+def _sensitivity(given: argparse.Namespace) -> int:
+    from trtq.data.load import load_samples
+    from trtq.gate.metrics import load_metric
+    from trtq.job import Job
+    from trtq.ranges import calibrate
+    from trtq.sensitivity import analyse
+
+    recipe, console = recipe_of(given), console_of(given)
+    if (recipe.eval is None) != (recipe.metric is None):
+        raise InputError(
+            "--eval and --metric go together",
+            remedy="give both, or neither: the outputs are then compared on the calibration data",
+        )
+    metric = load_metric(recipe.metric) if recipe.metric is not None else None
+    job = Job.open(recipe, console)
+    samples = job.data
+    if recipe.eval is not None:
+        samples = load_samples(recipe.eval, tuple(job.model.inputs), recipe.preprocess)
+    if metric is not None and metric.needs_targets and not samples.targets:
+        raise InputError(
+            f"the metric '{metric.name}' needs targets, and the evaluation data has none",
+            file=samples.source,
+            remedy="add an array of labels, or leave --eval and --metric out",
+        )
+    result = analyse(
+        calibrate(job, job.place()),
+        samples,
+        job.cache,
+        console,
+        mode="all-but" if given.all_but_one else "only",
+        metric=metric,
+        fast=given.fast,
+        workers=recipe.threads,
+    )
+    if recipe.output is not None:
+        result.save(recipe.output)
+    print(result.text())
+    return ExitCode.PASS
+
+
+SENSITIVITY = Command(
+    "sensitivity",
+    "rank the layers by what INT8 in each of them does to the outputs",
+    _sensitivity,
+    ("model", "output", "data", "method", "eval", "metric", "plan", "include", "exclude", "cache", "threads"),
+    (
+        argument("--fast", action="store_true", help="rank on a few rows, at the cost of a few passes"),
+        argument(
+            "--all-but-one",
+            action="store_true",
+            help="leave one layer at a time in floating point, with all others in INT8",
+        ),
+    ),
+)
