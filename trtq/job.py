@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
-from trtq.cache import Cache, default_root
+from trtq.cache import Cache, Key, default_root
 from trtq.choose import Measure
 from trtq.console import Console
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.files import sha256_bytes
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 
 FEWEST_TO_SPLIT = 16
@@ -70,6 +73,11 @@ class Job:
     def parts(self) -> tuple[Samples, Samples]:
         """Rows to fit on, and every fourth sample, held back to measure on; all for both if they are few."""
         return self.data.split() if self.enough else (self.data, self.data)
+
+    def key(self, kind: str, start: Quantization, **detail: Any) -> Key:
+        """The cache key of what is made from a quantization on this job's data."""
+        detail["start"] = sha256_bytes(start.to_bytes())
+        return Key(kind, self.model.sha256, self.data.hash, detail)
 
     @property
     def measure(self) -> Measure:

@@ -127,7 +127,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         for attempt in attempts:
             shutil.rmtree(attempt.folder)
         write_text(folder / "recipe.toml", recipe.dumps())
-        write_json(folder / "workflow.json", [attempt.to_json() for attempt in attempts])
+        steps_taken = [{**tried.to_json(), "kept": tried is best} for tried in attempts]
+        write_json(folder / "workflow.json", steps_taken)
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
     console.say("verdict", "\n".join(line.strip() for line in best.verdict.text().splitlines()[1:]))

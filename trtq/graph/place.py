@@ -24,6 +24,9 @@ from trtq.graph.shapes import concrete_shapes, macs
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 """Operators that multiply by weights or by another activation: the candidates for INT8."""
 
+RESIDUAL = "residual-add"
+"""The rule of edges into an addition that fuses with the Conv in front of its other input."""
+
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
@@ -118,7 +121,7 @@ def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str]) -> Plan:
 
     Args:
         graph: the folded graph that `plan` is for.
-        nodes: name -> why it stays in floating point.
+        nodes: name -> why it stays in floating point; the name of an Add stands for its residual input.
     """
     left = {node.name for node in plan.nodes if node.int8} - nodes.keys()
     placement = Placement(graph, quantized=left)
@@ -136,7 +139,7 @@ def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str]) -> Plan:
             else node
             for node in plan.nodes
         ],
-        edges=[edge for edge in plan.edges if (edge.node, edge.index) in needed],
+        edges=[e for e in plan.edges if (e.node, e.index) in needed and e.node not in nodes],
         weights=[weight for weight in plan.weights if weight.node in left],
     )
 
@@ -191,7 +194,7 @@ def _excluded(node: gs.Node, placement: Placement) -> str | None:
 def _no_int8_kernel(node: gs.Node, placement: Placement) -> str | None:
     return {
         "ConvTranspose": "TensorRT runs it in floating point even between Q/DQ, which would only cost",
-        "Einsum": "TensorRT does not fuse Q/DQ with Einsum; export it as MatMul to quantize it",
+        "Einsum": "it is not one matrix product; export it as MatMul to quantize it",
         "LSTM": "TensorRT runs recurrent layers in floating point",
         "GRU": "TensorRT runs recurrent layers in floating point",
         "RNN": "TensorRT runs recurrent layers in floating point",
@@ -268,7 +271,7 @@ def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
     if not isinstance(residual, gs.Variable) or residual.dtype not in FLOATS or residual.shape is None:
         return
     if conv_shape is None or _same_shape(residual.shape, conv_shape):
-        yield Edge(residual.name, node.name, 1 - index, "residual-add", residual.name)
+        yield Edge(residual.name, node.name, 1 - index, RESIDUAL, residual.name)
 
 
 def _same_shape(a: Sequence[int | str | None], b: Sequence[int | str | None]) -> bool:
@@ -278,7 +281,7 @@ def _same_shape(a: Sequence[int | str | None], b: Sequence[int | str | None]) ->
 
 EDGE_RULES: tuple[EdgeRule, ...] = (
     EdgeRule("weighted-inputs", _weighted_inputs),
-    EdgeRule("residual-add", _residual_add),
+    EdgeRule(RESIDUAL, _residual_add),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,20 @@ WeightScales = Mapping[tuple[str, int], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What a bias becomes where the node that it belongs to is INT8.
+
+    Attributes:
+        node, index: who reads the bias, as which of its inputs: a Conv, or the Add behind a MatMul.
+        values: float32, of the bias's shape.
+    """
+
+    node: str
+    index: int
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Quantization:
     """A float graph, where its quantizers stand, and the ranges they have.
 
@@ -32,6 +46,7 @@ class Quantization:
         plan: the placement.
         scales: activation tensor -> float32 scale (amax / 127), > 0.
         weight_scales: the scales of weights that were learned; all others are amax / 127 per channel.
+        corrections: node -> what its bias becomes if it is INT8.
         notes: JSON values that say where the ranges come from; the table's metadata.
     """
 
@@ -39,6 +54,7 @@ class Quantization:
     plan: Plan
     scales: Mapping[str, np.float32]
     weight_scales: WeightScales = field(default_factory=dict)
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def rewritten(self, *, weights: str = "int8", rest: str = "fp32") -> gs.Graph:
@@ -52,7 +68,30 @@ class Quantization:
             InputError: a tensor of the plan has no scale, or the graph cannot be converted to half.
         """
         graph = convert_to_half(self.graph) if rest == "fp16" else self.graph
-        return rewrite(graph, self.plan, self.scales, weights=weights, weight_scales=self.weight_scales)
+        return rewrite(
+            graph,
+            self.plan,
+            self.scales,
+            weights=weights,
+            weight_scales=self.weight_scales,
+            biases={(c.node, c.index): c.values for c in self.corrections_of(self.plan)},
+        )
+
+    def with_corrections_inside(self) -> Quantization:
+        """The same Q/DQ model with the corrections in the float graph, which is then not the model's own."""
+        if not self.corrections:
+            return self
+        graph = self.graph.copy()
+        nodes = {node.name: node for node in graph.nodes}
+        for correction in self.corrections_of(self.plan):
+            inputs = nodes[correction.node].inputs
+            name = f"{inputs[correction.index].name}/{correction.node}/corrected"
+            inputs[correction.index] = gs.Constant(name, correction.values)
+        return replace(self, graph=graph.cleanup(), corrections={})
+
+    def corrections_of(self, plan: Plan) -> list[Correction]:
+        """The corrections of the nodes that are INT8 in a plan."""
+        return [self.corrections[name] for name in plan.int8_nodes if name in self.corrections]
 
     def table(self) -> Table:
         """The calibration table of the plan's tensors, with the notes as its metadata."""
@@ -66,8 +105,10 @@ class Quantization:
             "notes": dict(self.notes),
             "tensors": list(self.scales),
             "weights": keys,
+            "corrections": [(name, c.node, c.index) for name, c in self.corrections.items()],
         }
         arrays: dict[str, Any] = {f"weight_{i}": self.weight_scales[key] for i, key in enumerate(keys)}
+        arrays |= {f"bias_{i}": c.values for i, c in enumerate(self.corrections.values())}
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -84,10 +125,15 @@ class Quantization:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             header = json.loads(stored["header"].tobytes())
             weights = {(t, int(axis)): stored[f"weight_{i}"] for i, (t, axis) in enumerate(header["weights"])}
+            corrections = {
+                name: Correction(node, index, stored[f"bias_{i}"])
+                for i, (name, node, index) in enumerate(header["corrections"])
+            }
             return cls(
                 gs.import_onnx(onnx.load_from_string(stored["graph"].tobytes())),
                 Plan.from_json(header["plan"]),
                 dict(zip(header["tensors"], stored["scales"], strict=True)),
                 weights,
+                corrections,
                 header["notes"],
             )

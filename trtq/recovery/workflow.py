@@ -13,26 +13,23 @@ a step learns one thing: how far the gate was from passing.
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from trtq.attempt import Attempt, attempt, parse_share
-from trtq.cache import Key
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
-from trtq.files import sha256_bytes
 from trtq.gate.verdict import Verdict
-from trtq.graph.model import save_model
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.ranges import calibrate
 from trtq.recovery.budget import Budget
 from trtq.recovery.fixes import fix
-from trtq.recovery.learning import learned
+from trtq.recovery.learn import learn
 
 STEPS = ("fix", "partial", "learn")
 """What may follow calibration, in this order."""
@@ -40,8 +37,8 @@ STEPS = ("fix", "partial", "learn")
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
 
-MOST_GATES = 6
-"""How often partial quantization asks the gate how much noise is little enough."""
+MOST_GATES, CLOSE = 8, 1.25
+"""How often partial quantization asks the gate how much noise is little enough, and how near is near."""
 
 
 def parse_steps(text: str) -> frozenset[str]:
@@ -110,6 +107,39 @@ def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | No
     return max(ratio, LEAST_RATIO)
 
 
+def learned(job: Job, start: Quantization, budget: Budget) -> Quantization | None:
+    """A quantization with ranges, biases and weights learned on the job's data; None if it is no better.
+
+    An interrupted run goes on from its last epoch.
+
+    Raises:
+        InputError, MissingBackendError: as `recovery.learn.learn`.
+    """
+    checkpoint = job.key("checkpoint", start, labels=job.recipe.labels)
+    fitting, held_back = job.parts
+    result = learn(
+        start,
+        job.model.graph,
+        fitting,
+        held_back,
+        job.console,
+        labels=job.recipe.labels,
+        seconds=budget.left,
+        threads=job.recipe.threads,
+        state=job.cache.fetch(checkpoint),
+        save=lambda state: job.cache.store(checkpoint, state),
+    )
+    text = f"{result.before_db:.1f} -> {result.after_db:.1f} dB on the rows held back"
+    job.console.say("learn", f"{result.steps} steps: {text}")
+    if result.quantization is start:
+        return None
+    notes = {
+        **start.notes,
+        "learned": {"steps": result.steps, "sqnr_db": [result.before_db, result.after_db]},
+    }
+    return replace(result.quantization, notes=notes)
+
+
 @dataclass
 class _Workflow:
     """The attempts so far, and what they are made with."""
@@ -144,7 +174,7 @@ class _Workflow:
         self, step: str, start: Attempt, make: Callable[[Job, Quantization], Quantization | None]
     ) -> Quantization | None:
         """What `make` gives for the attempt's quantization, from the cache where it is there."""
-        key = self.key("quantization", start.quantization, step=step)
+        key = self.job.key("quantization", start.quantization, step=step)
         if (content := self.job.cache.fetch(key)) is not None:
             self.job.console.say(step, "from the cache; nothing was run")
             return Quantization.from_bytes(content) if content else None
@@ -153,26 +183,10 @@ class _Workflow:
             self.job.cache.store(key, made.to_bytes() if made else b"")
         return made
 
-    def key(self, kind: str, start: Quantization, **detail: object) -> Key:
-        """The cache key of what is made from a quantization on the job's data."""
-        start_sha256 = sha256_bytes(start.to_bytes())
-        return Key(kind, self.job.model.sha256, self.job.data.hash, {"start": start_sha256, **detail})
-
     def learn(self, start: Attempt) -> Quantization | None:
         """The start with ranges, biases and weights learned; None where that is not possible here."""
-        checkpoint = self.key("checkpoint", start.quantization)
-
-        def make(job: Job, quantization: Quantization) -> Quantization | None:
-            return learned(
-                job,
-                quantization,
-                seconds=self.budget.left,
-                state=job.cache.fetch(checkpoint),
-                save=lambda state: job.cache.store(checkpoint, state),
-            )
-
         try:
-            return self.cached("learn", start, make)
+            return self.cached("learn", start, lambda job, first: learned(job, first, self.budget))
         except (InputError, MissingBackendError) as error:
             self.job.console.warn(f"nothing can be learned: {error}")
             return None
@@ -189,31 +203,34 @@ class _Workflow:
             return None
         from trtq.recovery.partial import Search
 
-        search = Search(job, start.quantization, self.budget, self.key("sensitivity", start.quantization))
-        ratio = noise_ratio(start.measured, recipe.min_sqnr, recipe.confidence)
-        failing, passing, best = 1.0, 0.0, None
+        search = Search(job, start.quantization, self.budget, self.job.key("sensitivity", start.quantization))
+        needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
+        ratio, failing, enough, best = needed(start.measured), 1.0, 0.0, None
         for _ in range(MOST_GATES):
             candidate = search.cheapest(ratio)
             share = candidate.plan.mac_share()
-            if (share is None or share >= least) and self.passes(candidate):
-                passing, best = ratio, candidate
-            elif share is not None and share < least:
-                break
-            else:
+            verdict = None if share is not None and share < least else self.simulated(candidate)
+            if verdict is not None and not self.passes(verdict):
                 failing = ratio
-            if self.budget.over or ratio <= LEAST_RATIO or (passing and failing < 1.5 * passing):
+            else:
+                enough, best = ratio, candidate if verdict is not None else best
+            if self.budget.over or failing == LEAST_RATIO or (enough and failing < CLOSE * enough):
                 break
-            ratio = math.sqrt(failing * passing) if passing else max(ratio / 4, LEAST_RATIO)
+            if enough:
+                ratio = math.sqrt(failing * enough)
+            elif verdict is not None:
+                ratio = max(ratio * needed(verdict), LEAST_RATIO)
         return best
 
-    def passes(self, candidate: Quantization) -> bool:
-        """Whether the simulated gate passes, with the SQNR asked for."""
-        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-            model = Path(folder) / "candidate.onnx"
-            save_model(candidate.rewritten(rest=self.job.recipe.rest), model)
-            verdict = self.evaluation.verdict(model)
-        least = self.job.recipe.min_sqnr
-        lowest = min((output.sqnr_db for output in verdict.outputs.values()), default=-math.inf)
+    def simulated(self, candidate: Quantization) -> Verdict:
+        """What the gate says of a candidate on the CPU."""
+        verdict = self.evaluation.simulated(candidate)
         left = len(candidate.plan.nodes) - len(candidate.plan.int8_nodes)
         self.job.console.say("gate", f"{left} nodes in floating point: {verdict.text().splitlines()[0]}")
+        return verdict
+
+    def passes(self, verdict: Verdict) -> bool:
+        """Whether a verdict is a pass, with the SQNR asked for."""
+        least = self.job.recipe.min_sqnr
+        lowest = min((output.sqnr_db for output in verdict.outputs.values()), default=-math.inf)
         return verdict.passed and (least is None or lowest >= least)

@@ -1,0 +1,130 @@
+"""Fake quantization against ONNX Runtime, and what learning makes of a small network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from small_graphs import Case, outputs, small_case
+
+from trtq.backends.onnxruntime import simulation_session
+from trtq.console import SILENT
+from trtq.data.samples import Samples
+from trtq.errors import InputError
+from trtq.gate.similarity import sqnr_db
+from trtq.graph.quantization import Quantization
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra qat)")
+
+from trtq.recovery.learn import learn  # noqa: E402 (needs torch)
+from trtq.recovery.pupil import Pupil, fake_quantize  # noqa: E402
+
+
+def _qdq(values: np.ndarray, scale: np.float32) -> np.ndarray:
+    """QuantizeLinear and DequantizeLinear of ONNX Runtime."""
+    make = onnx.helper.make_node
+    graph = onnx.helper.make_graph(
+        [make("QuantizeLinear", ["x", "s", "z"], ["q"]), make("DequantizeLinear", ["q", "s", "z"], ["y"])],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, values.shape)],
+        [onnx.ValueInfoProto(name="y")],
+        [
+            onnx.numpy_helper.from_array(np.array(scale), "s"),
+            onnx.numpy_helper.from_array(np.array(0, np.int8), "z"),
+        ],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    (found,) = simulation_session(model.SerializeToString(), 1).run(["y"], {"x": values})
+    return found
+
+
+@pytest.mark.parametrize("scale", np.float32([0.25, 0.013, 3.7e-5, 11.0]))
+def test_fake_quantization_to_the_bit(scale: np.float32) -> None:
+    random = np.random.default_rng(0).standard_normal(5000).astype(np.float32) * np.float32(60) * scale
+    ties = (np.arange(-300, 300, dtype=np.float32) + np.float32(0.5)) * scale
+    values = np.concatenate([random, ties])
+    found = fake_quantize(torch.from_numpy(values), torch.tensor(scale)).numpy()
+    np.testing.assert_array_equal(found, _qdq(values, scale))
+
+
+def test_gradients_of_fake_quantization() -> None:
+    """1 inside and 0 where it saturates; for the scale code - x / s inside, the code where it saturates."""
+    values = torch.tensor([0.3, -1.6, 127.4, 130.0, -200.0], requires_grad=True)
+    scale = torch.tensor(1.0, requires_grad=True)
+    fake_quantize(values, scale).sum().backward()
+    np.testing.assert_array_equal(values.grad.numpy(), [1, 1, 1, 0, 0])
+    expected = (0 - 0.3) + (-2 + 1.6) + (127 - 127.4) + 127 - 128
+    assert float(scale.grad) == pytest.approx(expected, abs=1e-4)
+
+
+def build(case: Case) -> None:
+    hidden = case.input("x", 16)
+    for _ in range(2):
+        hidden = case.node("Relu", case.node("Gemm", hidden, case.weight(16, 16), case.weight(16)))
+        hidden.shape = ["N", 16]
+    case.output(case.node("Gemm", hidden, case.weight(16, 4), case.weight(4)), 4)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> tuple[Case, Quantization]:
+    """Three linear layers whose ranges are four times too wide."""
+    x = np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32)
+    case = small_case(tmp_path, build, x)
+    quantization = case.quantized()
+    wide = {name: np.float32(4 * scale) for name, scale in quantization.scales.items()}
+    return case, replace(quantization, scales=wide)
+
+
+def sqnr(case: Case, quantization: Quantization, rows: Samples) -> float:
+    (expected,), (found,) = outputs(case.graph, rows), outputs(quantization.rewritten(), rows)
+    return float(sqnr_db(expected, found)[0])
+
+
+def test_learning_is_measured_as_onnx_runtime_does(start: tuple[Case, Quantization]) -> None:
+    case, quantization = start
+    fitting, held_back = case.samples.split()
+    learned = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1)
+    assert learned.before_db == pytest.approx(sqnr(case, quantization, held_back), abs=0.02)
+    assert learned.after_db == pytest.approx(sqnr(case, learned.quantization, held_back), abs=0.02)
+    assert learned.after_db > learned.before_db + 1
+
+
+def test_the_codes_written_are_those_learned(start: tuple[Case, Quantization]) -> None:
+    case, quantization = start
+    fitting, held_back = case.samples.split()
+    after = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1).quantization
+    pupil, written = Pupil(after, torch.device("cpu")), after.rewritten().tensors()
+    for name, axis in pupil.codes:
+        codes = written[f"{name}/{axis}/int8"].values
+        represented = pupil.weight((name, axis)).detach() / pupil.weight_scales[name, axis]
+        np.testing.assert_array_equal(codes, represented.round().numpy())
+
+
+def test_an_interrupted_run_ends_like_a_whole_one(start: tuple[Case, Quantization]) -> None:
+    case, quantization = start
+    fitting, held_back = case.samples.split()
+    states: list[bytes] = []
+    whole = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, save=states.append)
+    resumed = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, state=states[2])
+    assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()
+
+
+def test_the_teacher_is_the_model_and_not_the_corrected_graph(start: tuple[Case, Quantization]) -> None:
+    """A quantization whose biases are wrong is measured against the model."""
+    case, quantization = start
+    graph = quantization.graph.copy()
+    graph.nodes[-1].inputs[2].values = graph.nodes[-1].inputs[2].values + np.float32(5)
+    fitting, held_back = case.samples.split()
+    wrong = replace(quantization, graph=graph)
+    learned = learn(wrong, case.graph, fitting, held_back, SILENT, threads=1, seconds=0.0)
+    assert learned.before_db == pytest.approx(sqnr(case, wrong, held_back), abs=0.02)
+
+
+def test_labels_must_be_class_numbers(start: tuple[Case, Quantization]) -> None:
+    case, quantization = start
+    fitting, held_back = case.samples.split()
+    with pytest.raises(InputError, match="class number"):
+        learn(quantization, case.graph, fitting, held_back, SILENT, labels="label", threads=1)

@@ -1,0 +1,101 @@
+"""The cheapest set of groups to leave out: against brute force, and with interactions."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtq.recovery.partial import cheapest_set
+
+GROUPS = "abcdefgh"
+AMOUNT = st.integers(1, 1000).map(float)
+
+
+def price(costs: dict[str, float], left_out: frozenset[str]) -> float:
+    return sum(costs[group] for group in left_out)
+
+
+def best_price(costs: dict[str, float], alone: dict[str, float], target: float) -> float:
+    """By trying every set of groups whose noises add up."""
+    sets = (frozenset(c) for n in range(len(costs) + 1) for c in combinations(costs, n))
+    return min(price(costs, s) for s in sets if sum(alone[g] for g in costs if g not in s) <= target)
+
+
+@given(
+    costs=st.lists(AMOUNT, min_size=8, max_size=8),
+    noises=st.lists(AMOUNT, min_size=8, max_size=8),
+    share=st.floats(0.01, 1),
+)
+def test_the_target_holds_at_little_cost(costs: list[float], noises: list[float], share: float) -> None:
+    cost, alone = dict(zip(GROUPS, costs, strict=True)), dict(zip(GROUPS, noises, strict=True))
+    target = share * sum(noises)
+
+    def noise(left_out: frozenset[str]) -> float:
+        return sum(alone[group] for group in GROUPS if group not in left_out)
+
+    found = cheapest_set(cost, alone, noise, target)
+    assert noise(found) <= target
+    for group in found:  # nothing can be put back
+        assert noise(found - {group}) > target
+    # Greedy by density is within one group of the best (the fractional knapsack bound).
+    assert price(cost, found) <= best_price(cost, alone, target) + max(costs)
+
+
+def test_nothing_is_left_out_where_nothing_must_be() -> None:
+    assert cheapest_set({"a": 1.0}, {"a": 1.0}, lambda s: 1.0, target=1.0) == frozenset()
+
+
+def test_all_is_left_out_where_nothing_else_holds() -> None:
+    assert cheapest_set({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 1.0}, lambda s: 5.0, 1.0) == {"a", "b"}
+
+
+def test_a_cheap_group_goes_before_a_dear_one_that_makes_more_noise() -> None:
+    costs, alone = {"dear": 100.0, "cheap": 1.0}, {"dear": 3.0, "cheap": 2.0}
+
+    def noise(left_out: frozenset[str]) -> float:
+        return sum(alone[group] for group in alone if group not in left_out)
+
+    assert cheapest_set(costs, alone, noise, target=3.5) == {"cheap"}
+
+
+def test_interactions_are_seen() -> None:
+    """Alone `a` and `b` look harmless; together they make most of the noise, so one of them has to go."""
+    costs = {"a": 1.0, "b": 1.0, "c": 50.0, "d": 50.0}
+    alone = {"a": 0.1, "b": 0.1, "c": 1.0, "d": 1.0}
+
+    def noise(left_out: frozenset[str]) -> float:
+        kept = alone.keys() - left_out
+        return sum(alone[g] for g in kept) + (10.0 if {"a", "b"} <= kept else 0.0)
+
+    found = cheapest_set(costs, alone, noise, target=2.15)
+    assert len(found) == 1
+    assert found < {"a", "b"}
+
+
+def test_each_set_is_measured_once() -> None:
+    seen: list[frozenset[str]] = []
+    costs = {group: float(i + 1) for i, group in enumerate(GROUPS)}
+
+    def noise(left_out: frozenset[str]) -> float:
+        seen.append(left_out)
+        return float(len(GROUPS) - len(left_out))
+
+    cheapest_set(costs, dict.fromkeys(GROUPS, 1.0), noise, target=4.0)
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("allowed", range(12))
+def test_what_holds_is_returned_when_the_time_is_over(allowed: int) -> None:
+    calls = 0
+    costs = {group: float(i + 1) for i, group in enumerate(GROUPS)}
+
+    def noise(left_out: frozenset[str]) -> float:
+        nonlocal calls
+        calls += 1
+        return float(len(GROUPS) - len(left_out))
+
+    found = cheapest_set(costs, dict.fromkeys(GROUPS, 1.0), noise, 4.0, over=lambda: calls >= allowed)
+    assert len(GROUPS) - len(found) <= 4.0

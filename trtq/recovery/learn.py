@@ -1,0 +1,363 @@
+"""Learning what calibration cannot measure: ranges, biases and weights, with the fp32 model as the teacher.
+
+Quantization-aware training with fake quantization and straight-through gradients (paper section 5.2) and
+learned ranges (section 5.3), from the ONNX model alone. The loss is the noise of the outputs against the fp32
+model's, sum (r - c)² / sum r², so no labels are needed; class numbers, where there are some, add their
+cross-entropy. A few hundred rows are enough because little has to change: all steps start from the best
+calibration, weights are learned in units of their scale, with a learning rate that moves them by less than
+one code altogether, and half-cosine decay. Of all epochs the one with the least noise on rows held back is
+kept.
+
+First come ranges, biases and norms alone, then weights with them. The INT8 codes that come out are those
+that were trained with: `Quantization.rewritten` writes exactly them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from trtq.console import Console
+from trtq.data.batches import Batch, batches
+from trtq.data.samples import Samples, fixed_batch
+from trtq.errors import InputError, MissingBackendError
+from trtq.gate.similarity import decibels
+from trtq.graph.quantization import Quantization
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trtq.recovery.pupil import Pupil
+
+BATCH = 8
+MOST_ROWS = 512
+"""Rows to learn from, evenly spread over the data."""
+
+STEPS = 160
+FIRST = 0.2
+"""Steps of a whole run, one batch each, and the part of them in which the weights stay as they are."""
+
+RATE_SCALES, RATE_BIASES, RATE_CODES = 1e-3, 5e-4, 5e-3
+"""Adam's learning rates: of the logarithms of scales, of biases in units of their mean magnitude, and of
+weights in units of their scale."""
+
+LABEL_WEIGHT = 0.05
+"""Of the cross-entropy with labels, beside the noise against the teacher."""
+
+LEAST_GAIN_DB = 0.05
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What came of learning.
+
+    Attributes:
+        quantization: the start where nothing was better.
+        before_db, after_db: SQNR of the outputs on the rows held back.
+        steps: that were taken.
+    """
+
+    quantization: Quantization
+    before_db: float
+    after_db: float
+    steps: int
+
+
+def learn(
+    quantization: Quantization,
+    teacher: gs.Graph,
+    fitting: Samples,
+    held_back: Samples,
+    console: Console,
+    *,
+    labels: str | None = None,
+    seconds: float | None = None,
+    threads: int | None = None,
+    state: bytes | None = None,
+    save: Callable[[bytes], object] = lambda state: None,
+) -> Learned:
+    """Learn from `fitting`, keep what is best on `held_back`.
+
+    On a GPU where PyTorch finds one (never run by the authors for want of one), else on the CPU.
+
+    Args:
+        teacher: the fp32 model, folded; a fix may have changed the biases of the quantization's own graph.
+        labels: the target of `fitting` that holds class numbers (rows,); the model then needs one output
+            (rows, classes).
+        seconds: fewer steps are taken if they would take longer.
+        state: what `save` was given before an interruption; learning goes on from there.
+        save: called after each epoch.
+
+    Raises:
+        MissingBackendError: PyTorch is not installed.
+        InputError: an operator cannot be differentiated, or the labels do not suit the model.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingBackendError(
+            "PyTorch is not installed, and learning needs it", remedy="pip install 'trtq[qat]'"
+        ) from error
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        run = _Run(quantization, teacher, fitting, held_back, labels, device)
+        return run.learn(console, seconds, state, save)
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """One batch: its feed, what the teacher says of it, and labels."""
+
+    feed: dict[str, Tensor]
+    expected: dict[str, Tensor]
+    labels: Tensor | None
+
+
+class _Run:
+    """The pupil, its lessons and its exams."""
+
+    def __init__(
+        self,
+        quantization: Quantization,
+        teacher: gs.Graph,
+        fitting: Samples,
+        held_back: Samples,
+        labels: str | None,
+        device: Any,
+    ) -> None:
+        from trtq.recovery.pupil import Pupil
+        from trtq.recovery.torch_graph import TorchGraph
+
+        self.given, self.device = quantization, device
+        self.start = quantization = quantization.with_corrections_inside()
+        self.pupil: Pupil = Pupil(quantization, device)
+        self.biases = {name: self.pupil.make_trainable(name) for name in _biases(quantization.graph)}
+        self.codes = _own_weights(quantization)
+        self.teacher = TorchGraph(teacher).to(device)
+        fitting, held_back = fitting.spread(MOST_ROWS), held_back.spread(MOST_ROWS)
+        self.lessons = list(self._lessons(fitting, None if labels is None else _labels(fitting, labels)))
+        self.exams = list(self._lessons(held_back, None))
+
+    def learn(
+        self, console: Console, seconds: float | None, state: bytes | None, save: Callable[[bytes], object]
+    ) -> Learned:
+        import torch
+
+        noise = self._exam()
+        before, best, best_noise = noise, self._answer(), noise
+        epochs = max(math.ceil(STEPS / len(self.lessons)), 2)
+        optimizer, rates = self._optimizer()
+        epoch = 0
+        if state is not None:
+            stored = torch.load(io.BytesIO(state), map_location=self.device, weights_only=True)
+            self._restore(stored["now"])
+            optimizer.load_state_dict(stored["optimizer"])
+            best, best_noise = stored["best"], stored["best_noise"]
+            epoch, epochs = stored["epoch"], stored["epochs"]
+        began, first = time.perf_counter(), epoch
+        with console.progress("learn", (epochs - epoch) * len(self.lessons), "step") as advance:
+            while epoch < epochs:
+                order = np.random.default_rng(epoch).permutation(len(self.lessons))
+                for position, index in enumerate(order):
+                    done = (epoch + position / len(order)) / epochs
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        held = group["weights"] and done < FIRST
+                        group["lr"] = 0.0 if held else rate * 0.5 * (1 + math.cos(math.pi * done))
+                    optimizer.zero_grad()
+                    self._loss(self.lessons[index]).backward()
+                    optimizer.step()
+                    advance(1)
+                epoch += 1
+                noise = self._exam()
+                if noise < best_noise:
+                    best, best_noise = self._answer(), noise
+                console.say(
+                    "learn", f"epoch {epoch} of {epochs}: {_decibels(noise):.2f} dB on rows held back"
+                )
+                if seconds is not None and epoch < epochs:
+                    pace = (time.perf_counter() - began) / (epoch - first)
+                    affordable = int((seconds - (time.perf_counter() - began)) / pace)
+                    epochs = min(epochs, epoch + affordable)
+                stored = {
+                    "now": self._answer(),
+                    "optimizer": optimizer.state_dict(),
+                    "best": best,
+                    "best_noise": best_noise,
+                    "epoch": epoch,
+                    "epochs": epochs,
+                }
+                buffer = io.BytesIO()
+                torch.save(stored, buffer)
+                save(buffer.getvalue())
+        gain = _decibels(best_noise) - _decibels(before)
+        quantization = self._exported(best) if gain >= LEAST_GAIN_DB else self.given
+        return Learned(quantization, _decibels(before), _decibels(best_noise), epoch * len(self.lessons))
+
+    def _lessons(self, samples: Samples, labels: NDArray[np.int64] | None) -> Iterator[_Lesson]:
+        import torch
+
+        fixed = fixed_batch(samples.specs)
+        for batch in batches(samples.rows(), fixed or BATCH, fixed or 1):
+            feed = {name: torch.from_numpy(values).to(self.device) for name, values in batch.feed.items()}
+            with torch.no_grad():
+                outputs = self.teacher(feed)
+            expected = {name: value for name, value in outputs.items() if value.is_floating_point()}
+            if not expected:
+                raise InputError("none of the model's outputs is a float, so there is nothing to learn from")
+            yield _Lesson(feed, expected, None if labels is None else self._batch_of(labels, batch))
+
+    def _batch_of(self, labels: NDArray[np.int64], batch: Batch) -> Tensor:
+        import torch
+
+        own = labels[batch.start : batch.start + batch.rows]
+        padded = np.concatenate([own, np.repeat(own[-1:], batch.padding)])
+        return torch.from_numpy(padded).to(self.device)
+
+    def _loss(self, lesson: _Lesson) -> Tensor:
+        import torch.nn.functional as F
+
+        found = self.pupil(lesson.feed)
+        loss = self._noise(lesson, found)
+        if lesson.labels is not None:
+            (logits,) = found.values()
+            loss = loss + LABEL_WEIGHT * F.cross_entropy(logits, lesson.labels)
+        return loss
+
+    def _noise(self, lesson: _Lesson, found: dict[str, Tensor]) -> Tensor:
+        """Noise of the outputs relative to the signal, averaged over the outputs."""
+        ratios = [
+            (expected - found[name]).square().sum() / expected.square().sum().clamp_min(1e-30)
+            for name, expected in lesson.expected.items()
+        ]
+        return sum(ratios[1:], ratios[0]) / len(ratios)
+
+    def _exam(self) -> float:
+        """Noise on all the rows held back, relative to their signal, averaged over the outputs."""
+        import torch
+
+        signal: defaultdict[str, float] = defaultdict(float)
+        noise: defaultdict[str, float] = defaultdict(float)
+        for exam in self.exams:
+            with torch.no_grad():
+                found = self.pupil(exam.feed)
+            for name, expected in exam.expected.items():
+                signal[name] += float(expected.double().square().sum())
+                noise[name] += float((expected - found[name]).double().square().sum())
+        mean = float(np.mean([noise[name] / max(signal[name], 1e-30) for name in signal]))
+        return mean if math.isfinite(mean) else math.inf
+
+    def _optimizer(self) -> tuple[Any, list[float]]:
+        """Adam, and the learning rate of each of its groups."""
+        import torch
+
+        pupil = self.pupil
+        groups: list[dict[str, Any]] = [{"params": list(pupil.log_scales.values()), "lr": RATE_SCALES}]
+        groups += [
+            {"params": [bias], "lr": RATE_BIASES * float(bias.detach().abs().mean().clamp_min(1e-8))}
+            for bias in self.biases.values()
+        ]
+        groups = [group | {"weights": False} for group in groups]
+        groups.append({"params": [pupil.codes[key] for key in self.codes], "lr": RATE_CODES, "weights": True})
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.Adam(groups, betas=(0.9, 0.99)), [group["lr"] for group in groups]
+
+    def _answer(self) -> dict[str, list[Tensor]]:
+        """A copy of everything that is learned."""
+        return {kind: [p.detach().clone() for p in held] for kind, held in self._parameters().items()}
+
+    def _restore(self, answer: dict[str, list[Tensor]]) -> None:
+        for kind, held in self._parameters().items():
+            for parameter, value in zip(held, answer[kind], strict=True):
+                parameter.data.copy_(value)
+
+    def _parameters(self) -> dict[str, list[Any]]:
+        return {
+            "scales": list(self.pupil.log_scales.values()),
+            "biases": list(self.biases.values()),
+            "codes": [self.pupil.codes[key] for key in self.codes],
+        }
+
+    def _exported(self, answer: dict[str, list[Tensor]]) -> Quantization:
+        """The start with what was learned."""
+        self._restore(answer)
+        pupil, graph = self.pupil, self.start.graph.copy()
+        tensors = graph.tensors()
+        for name, bias in self.biases.items():
+            tensors[name].values = bias.detach().cpu().numpy()
+        weight_scales = dict(self.start.weight_scales)
+        for key in self.codes:
+            tensors[key[0]].values = pupil.weight(key).detach().cpu().numpy()
+            weight_scales[key] = pupil.weight_scales[key].flatten().cpu().numpy()
+        scales = dict(self.start.scales)
+        for tensor in pupil.log_scales:
+            scales[tensor] = np.float32(pupil.scale(tensor).detach().cpu().numpy())
+        return replace(self.start, graph=graph, scales=scales, weight_scales=weight_scales)
+
+
+_VECTORS = {
+    "Conv": (2,),
+    "ConvTranspose": (2,),
+    "Gemm": (2,),
+    "LayerNormalization": (1, 2),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "BatchNormalization": (1, 2),
+}
+"""The inputs of an operator that scale or shift its channels."""
+
+
+def _biases(graph: gs.Graph) -> list[str]:
+    """Constants of one node alone that shift channels, or scale them in a norm; a MatMul's are in an Add."""
+    found = []
+    for node in graph.nodes:
+        made = [op.op for tensor in node.inputs for op in tensor.inputs] if node.op == "Add" else []
+        wanted = (0, 1) if made == ["MatMul"] else _VECTORS.get(node.op, ())
+        for tensor in [node.inputs[index] for index in wanted if index < len(node.inputs)]:
+            alone = isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1
+            if alone and np.prod(tensor.shape) == max(tensor.shape, default=0):
+                found.append(tensor.name)
+    return found
+
+
+def _own_weights(quantization: Quantization) -> Sequence[tuple[str, int]]:
+    """(constant, axis) of the weights that nothing reads but quantizers along one axis."""
+    tensors = quantization.graph.tensors()
+    readers: dict[str, set[tuple[str, int]]] = {}
+    axes: dict[str, set[int]] = {}
+    for weight in quantization.plan.weights:
+        readers.setdefault(weight.tensor, set()).add((weight.node, weight.index))
+        axes.setdefault(weight.tensor, set()).add(weight.axis)
+    return [
+        (name, axis)
+        for name, (axis, *others) in axes.items()
+        if not others and len(tensors[name].outputs) == len(readers[name])
+    ]
+
+
+def _labels(samples: Samples, name: str) -> NDArray[np.int64]:
+    values = samples.targets.get(name)
+    if values is None or values.dtype.kind not in "iu" or values.shape != (len(samples),):
+        raise InputError(
+            f"the calibration data have no class number for each row under '{name}'",
+            file=samples.source,
+            cause=f"targets: {', '.join(samples.targets) or 'none'}",
+        )
+    return values.astype(np.int64)
+
+
+def _decibels(noise: float) -> float:
+    return float(decibels(np.float64(1.0), np.float64(noise)))

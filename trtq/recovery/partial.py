@@ -1,0 +1,162 @@
+"""Partial quantization: the cheapest groups of nodes to leave in floating point (paper section 5.1).
+
+The quantity that is searched on is the noise of the outputs, the mean over them of
+sum (r - c)² / sum r². It needs no labels, and where quantizers do not interact it is the sum of what each
+group adds alone, so that a ranking is a good start. What counts as cheap is multiply-accumulates in floating
+point, not layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from trtq.cache import Key
+from trtq.gate.similarity import decibels
+from trtq.graph.groups import Group
+from trtq.graph.place import RESIDUAL, leave_out
+from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization
+from trtq.job import Job
+from trtq.recovery.budget import Budget
+from trtq.sensitivity import measured
+from trtq.simulator import Simulator
+
+Noise = Callable[[frozenset[str]], float]
+"""Groups left in floating point -> noise of the outputs with all others in INT8."""
+
+
+def cheapest_set(
+    costs: Mapping[str, float],
+    alone: Mapping[str, float],
+    noise: Noise,
+    target: float,
+    over: Callable[[], bool] = lambda: False,
+) -> frozenset[str]:
+    """Groups to leave in floating point so that the noise is at most `target`, at little cost.
+
+    1. Rank the groups by the noise they make alone, and by that per cost; bisect how many of the first to
+       leave out. More left out is not always less noise, so
+    2. put groups back, the dearest first, while the target still holds.
+    3. Rank all groups anew by what they change now, with the others as they are (interactions show only
+       there), and bisect and put back again; of all sets found the cheapest is taken.
+
+    Args:
+        costs: group -> cost of leaving it out, > 0.
+        alone: group -> noise with this group alone in INT8.
+        noise: is called once for every set.
+        target: with all groups left out the noise must be within it.
+        over: no further set is tried once this is true; what holds so far is returned.
+    """
+    known: dict[frozenset[str], float] = {}
+
+    def holds(left_out: frozenset[str]) -> bool:
+        return len(left_out) == len(costs) or measured(left_out) <= target
+
+    def measured(left_out: frozenset[str]) -> float:
+        if left_out not in known:
+            known[left_out] = noise(left_out)
+        return known[left_out]
+
+    def price(left_out: frozenset[str]) -> tuple[float, int]:
+        return sum(costs[group] for group in left_out), len(left_out)
+
+    def search(ranking: Sequence[str]) -> frozenset[str]:
+        few, many = 0, len(ranking)
+        while few < many and not over():
+            middle = (few + many) // 2
+            if holds(frozenset(ranking[:middle])):
+                many = middle
+            else:
+                few = middle + 1
+        return put_back(frozenset(ranking[:many]))
+
+    def put_back(left_out: frozenset[str]) -> frozenset[str]:
+        for group in sorted(left_out, key=lambda g: (-costs[g], g)):
+            if over():
+                break
+            if holds(left_out - {group}):
+                left_out -= {group}
+        return left_out
+
+    def ranked(worth: Mapping[str, float]) -> list[str]:
+        return sorted(worth, key=lambda group: (-worth[group], group))
+
+    found = [search(ranked(alone)), search(ranked({g: alone[g] / costs[g] for g in costs}))]
+    best = min(found, key=price)
+    if best and len(best) < len(costs) and not over():
+        now: dict[str, float] = {}
+        for group in costs:
+            if over():
+                return best
+            now[group] = measured(best - {group}) - measured(best | {group})
+        found.append(search(ranked({group: now[group] / costs[group] for group in costs})))
+    return min([best, *found], key=price)
+
+
+MOST_ROWS = 64
+"""Rows that the noise is measured on, evenly spread over those to fit on."""
+
+
+class Search:
+    """Partial quantization of one quantization, on the job's calibration data.
+
+    The residual inputs of additions are groups of their own: in floating point they cost no
+    multiply-accumulates, only the fusion that they are quantized for, so they are the first to go.
+
+    Args:
+        start: what to leave nodes out of.
+        key: what the groups' noises are cached by; what an interrupted run has measured is not run again.
+    """
+
+    def __init__(self, job: Job, start: Quantization, budget: Budget, key: Key) -> None:
+        self._start, self._budget = start, budget
+        rows = job.parts[0].spread(MOST_ROWS)
+        self._simulator = Simulator(start, rows, teacher=job.model.graph, workers=job.recipe.threads)
+        effects = measured(self._simulator, "only", job.cache, key, job.console)
+        self._groups = {effect.group.name: effect.group for effect in effects}
+        nodes = dict.fromkeys(start.plan.int8_nodes, "left out to measure")
+        least = self._simulator.score(leave_out(start.graph, start.plan, nodes)).noise
+        self._alone = {effect.group.name: max(effect.noise - least, 0.0) for effect in effects}
+        self._costs = {name: float(group.macs or 1) for name, group in self._groups.items()}
+        self._everything = self._noise(frozenset())
+        for edge in start.plan.edges:
+            if edge.rule == RESIDUAL:
+                name = f"residual input of {edge.node}"
+                self._groups[name] = Group(name, (edge.node,), "Add", 0)
+                self._costs[name] = 1.0
+                self._alone[name] = max(self._everything - self._noise(frozenset([name])), 0.0)
+
+    def cheapest(self, ratio: float) -> Quantization:
+        """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less."""
+        target = ratio * self._everything
+        return self._leaving_out(
+            cheapest_set(self._costs, self._alone, self._noise, target, lambda: self._budget.over)
+        )
+
+    def first(self, count: int) -> Quantization:
+        """The start without the `count` groups that alone make the most noise per multiply-accumulate."""
+        ranking = sorted(self._groups, key=lambda name: -self._alone[name] / self._costs[name])
+        return self._leaving_out(frozenset(ranking[:count]))
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def _noise(self, left_out: frozenset[str]) -> float:
+        plan = self._plan(left_out, lambda name: "left out to measure")
+        return self._simulator.score(plan).noise
+
+    def _leaving_out(self, left_out: frozenset[str]) -> Quantization:
+        return replace(self._start, plan=self._plan(left_out, self._reason))
+
+    def _plan(self, left_out: frozenset[str], reason: Callable[[str], str]) -> Plan:
+        nodes = {node: reason(name) for name in left_out for node in self._groups[name].nodes}
+        return leave_out(self._start.graph, self._start.plan, nodes)
+
+    def _reason(self, name: str) -> str:
+        alone = float(decibels(np.float64(1.0), np.float64(self._alone[name])))
+        nodes = self._groups[name].nodes
+        whole = "it" if len(nodes) == 1 else f"the group {', '.join(nodes)}"
+        return f"sensitive: with {whole} alone in INT8 the outputs have {alone:.1f} dB"
