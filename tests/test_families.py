@@ -1,0 +1,140 @@
+"""One small graph of each model family, as PyTorch's exporters wrote it (tools/make_families.py), through
+everything: folded, placed, calibrated, rewritten, simulated, built, and the engine read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from trtq.backends.interface import profiles_from
+from trtq.calibration.collect import collect
+from trtq.calibration.methods import parse_method
+from trtq.choose import scales_from
+from trtq.coverage import coverage
+from trtq.data.load import load_samples
+from trtq.data.samples import InputSpec, Samples
+from trtq.gate.execute import run_model
+from trtq.gate.metrics import load_metric
+from trtq.gate.similarity import sqnr_db
+from trtq.graph.fold import fold
+from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, load_model, save_model
+from trtq.graph.place import WEIGHTED_OPS, place
+from trtq.graph.quantization import Quantization
+from trtq.recipe import Recipe
+
+FOLDER = Path(__file__).with_name("families")
+FAMILIES = sorted(path.stem for path in FOLDER.glob("*.onnx"))
+ROWS = 8
+VOCABULARY = 64
+OPEN_AXES = {"waveform": 400, "features": 48, "height": 32, "width": 32, "length": 12}
+
+FLOAT = {
+    "keyword": ["GRU"],
+    "keyword_modern": ["GRU"],
+    "text_line": ["LSTM", "LSTM"],
+    "unet": ["ConvTranspose"],
+    "unet_modern": ["ConvTranspose"],
+}
+"""The operators of each family that stay in floating point; of all others, none do."""
+
+PACKED = {"swin", "swin_modern"}
+"""Families whose query, key and value come from one MatMul that is split by transposing and slicing. TensorRT
+moves the slices into the weights, which it can do with floats behind Q/DQ, not with int8 initializers: there
+the product then runs in floating point."""
+
+
+def data_for(inputs: list[InputSpec]) -> Samples:
+    """Normal values, token ids, or masks of sequences that end early."""
+    random = np.random.default_rng(0)
+
+    def column(spec: InputSpec) -> NDArray:
+        dims = [
+            d if isinstance(d, int) else OPEN_AXES.get(spec.name, OPEN_AXES[str(d)]) for d in spec.shape[1:]
+        ]
+        if spec.name == "attention_mask":
+            return (np.arange(dims[0]) < random.integers(4, dims[0] + 1, (ROWS, 1))).astype(np.int64)
+        if spec.dtype.kind == "i":
+            return random.integers(0, VOCABULARY, (ROWS, *dims))
+        return random.normal(size=(ROWS, *dims)).astype(np.float32)
+
+    return Samples("random", tuple(inputs), {spec.name: column(spec) for spec in inputs}, {}, "random")
+
+
+def check(family: str, folder: Path, *, rest: str = "fp32", weights: str = "int8") -> None:
+    """Take a family from the exported file to an engine, and look at all that was made on the way."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    from trtq.backends import tensorrt_rtx
+
+    file = FOLDER / f"{family}.onnx"
+    model = load_model(file, opset=FP16_SCALE_OPSET if rest == "fp16" else LOWEST_OPSET)
+    fold(model.graph)
+    samples = data_for(model.inputs)
+    profile = profiles_from({s.name: s.shape for s in model.inputs}, samples.row_shapes(), batch=ROWS)
+    static = {s.name: s.shape for s in model.inputs}
+    plan = place(model, input_shapes=static | {name: shapes.opt for name, shapes in profile.items()})
+
+    weighted = [node.name for node in model.graph.nodes if node.op in WEIGHTED_OPS]
+    assert [node.name for node in plan.nodes] == weighted
+    assert all(node.macs for node in plan.nodes)
+    left = [node for node in plan.nodes if not node.int8]
+    assert sorted(node.op for node in left) == FLOAT.get(family, [])
+    assert all("floating point" in node.reason for node in left)
+
+    scales = scales_from(collect(model.graph, plan.tensors, samples), parse_method("max"))
+    quantized = folder / "model.int8.onnx"
+    save_model(Quantization(model.graph, plan, scales).rewritten(rest=rest, weights=weights), quantized)
+    reference = run_model(file, samples, threads=1).arrays
+    for name, values in run_model(quantized, samples, threads=1).arrays.items():
+        assert np.isfinite(values).all()
+        assert sqnr_db(reference[name], values)[0] > 25
+
+    built = tensorrt_rtx.build(quantized, folder / "model.plan", profile=profile, targets=("8.6",))
+    found = coverage(plan, built.compiled)
+    assert not found.unread
+    assert found.skipped == left
+    missed = {node.name for node in found.missed}
+    if family in PACKED and weights == "int8":
+        shapes = {weight.node: model.graph.tensors()[weight.tensor].shape for weight in plan.weights}
+        assert missed == {node for node, shape in shapes.items() if shape[-1] == 3 * shape[-2]}
+    else:
+        assert not missed
+        assert found.share == plan.mac_share()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, tmp_path: Path) -> None:
+    check(family, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["bert", "classifier", "decoder_modern", "text_line", "yolo_modern"])
+def test_rest_in_half(family: str, tmp_path: Path) -> None:
+    check(family, tmp_path, rest="fp16")
+
+
+@pytest.mark.parametrize("family", sorted(PACKED))
+def test_packed_projections_run_in_int8_from_float_weights(family: str, tmp_path: Path) -> None:
+    check(family, tmp_path, weights="qdq")
+
+
+def test_a_detector_that_plain_int8_breaks(tmp_path: Path) -> None:
+    """Boxes of hundreds of pixels hide in the output's SQNR that the scores beside them are lost."""
+    folder = FOLDER / "detector"
+    recipe = Recipe.load(folder / "recipe.toml")
+    assert recipe.metric is not None
+    model, metric = load_model(folder / "detector.onnx"), load_metric(recipe.metric)
+    fold(model.graph)
+    plan = place(model)
+    calibration = load_samples(str(folder / "calib.npz"), model.inputs, recipe.preprocess).subset(range(32))
+    evaluation = load_samples(str(folder / "eval.npz"), model.inputs, recipe.preprocess).subset(range(96))
+    scales = scales_from(collect(model.graph, plan.tensors, calibration), parse_method("max"))
+    save_model(Quantization(model.graph, plan, scales).rewritten(), tmp_path / "model.int8.onnx")
+    reference = run_model(model.path, evaluation, threads=1).arrays
+    plain = run_model(tmp_path / "model.int8.onnx", evaluation, threads=1).arrays
+    assert metric.value(reference, evaluation.targets) > 0.8
+    assert metric.value(plain, evaluation.targets) < 0.6
+    (expected,), (actual,) = reference.values(), plain.values()
+    assert sqnr_db(expected, actual)[0] > 20
+    assert sqnr_db(expected[:, 4:], actual[:, 4:])[0] < 5
