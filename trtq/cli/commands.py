@@ -12,16 +12,18 @@ from trtq.cli import convert
 from trtq.cli.bench import BENCH
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.migrate import MIGRATE
+from trtq.cli.sensitivity import SENSITIVITY
+from trtq.cli.study import STUDY
 from trtq.errors import ExitCode, InputError
 from trtq.files import write_json, write_text
 from trtq.recipe import BUILD_OPTIONS, Recipe
 
 _PLACEMENT = ("plan", "include", "exclude", "weights", "rest")
-_CALIBRATION = ("data", "method", "cache", "threads")
+_CALIBRATION = ("data", "method", "cache", "threads", "parallel")
 _ENGINE = ("backend", "target", "profile", "batch", "min_int8")
 _TENSOR_SAMPLES = 16
 _GATE = ("eval", "metric", "max_drop", "confidence", "require_engine")
-_RECOVERY = ("min_sqnr", "recover", "budget")
+_RECOVERY = ("min_sqnr", "recover", "budget", "labels")
 
 
 def _deploy(given: argparse.Namespace) -> int:
@@ -257,7 +259,7 @@ COMMANDS: tuple[Command, ...] = (
         "gate",
         "compare a candidate's accuracy with a reference's and decide",
         _gate,
-        (*_GATE, "batch", "threads", "cache"),
+        (*_GATE, "batch", "threads", "parallel", "cache"),
         (
             argument("reference", metavar="REFERENCE", help="the fp32 ONNX model, or an engine"),
             argument("candidate", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"),
@@ -296,6 +298,8 @@ COMMANDS: tuple[Command, ...] = (
         _report,
         arguments=(argument("folder", metavar="DIR"),),
     ),
+    SENSITIVITY,
+    STUDY,
     MIGRATE,
     BENCH,
     Command("doctor", "what is installed, what works here, and what to install for the rest", _doctor),

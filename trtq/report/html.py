@@ -55,6 +55,7 @@ def write_report(folder: PathLike) -> Path:
     sections = [
         _headline(verdict),
         _section("Accuracy", _interval(verdict) + _paragraphs(verdict.text().splitlines()[1:])),
+        _section("Steps", _steps(folder)),
         _section("Calibration", _methods(table.metadata)),
         _section("Engine", _engine(engine, compiled, covered)),
         _section("Weighted nodes", _nodes(plan, covered)),
@@ -109,6 +110,31 @@ def _interval(verdict: Verdict) -> str:
     )
 
 
+def _steps(folder: Path) -> str:
+    """Every step that the workflow took, where `deploy` left a record of them."""
+    if not (folder / "workflow.json").is_file():
+        return "<p>One: the table it was given.</p>"
+    rows = []
+    with about(folder / "workflow.json"):
+        for step in read_json(folder / "workflow.json", "record of the steps"):
+            drop = "not finite" if step["relative_drop"] is None else f"{step['relative_drop']:.2%}"
+            noise = ", ".join(f"{value:.1f}" for value in step["sqnr_db"].values())
+            outcome = escape(step["outcome"])
+            failed = "; ".join(check["message"] for check in step["checks"] if not check["ok"])
+            rows.append(
+                [
+                    f"<strong>{escape(step['step'])}</strong>" if step["kept"] else escape(step["step"]),
+                    f'<span class="badge {outcome}">{outcome}</span> {escape(failed)}',
+                    drop,
+                    noise,
+                    f"{step['int8_share']:.1%}",
+                    f"{step['seconds']:.0f}",
+                ]
+            )
+    header = ["step (kept: bold)", "gate", "drop", "SQNR dB", "INT8 MACs", "seconds"]
+    return _table(header, rows, numeric=(2, 3, 4, 5))
+
+
 def _methods(metadata: Any) -> str:
     method, rows = metadata.get("method", "unknown"), metadata.get("rows", "?")
     text = f"<p>Method <code>{escape(str(method))}</code> on {rows} rows.</p>"
@@ -124,6 +150,16 @@ def _methods(metadata: Any) -> str:
         )
     text += f"<p>Signal to quantization noise of the outputs on {metadata['held_back']} rows held back:</p>"
     text += _table(["method", "SQNR", ""], rows_html)
+    if "fixes" in metadata:
+        fixes = [
+            [escape(label), f"{value:.2f} dB"]
+            for label, value in sorted(metadata["fixes_sqnr_db"].items(), key=lambda item: -item[1])
+        ]
+        text += f"<p>Fixes: <code>{escape(metadata['fixes'])}</code>.</p>" + _table(["fixes", "SQNR"], fixes)
+    if "learned" in metadata:
+        before, after = metadata["learned"]["sqnr_db"]
+        steps = metadata["learned"]["steps"]
+        text += f"<p>Learned in {steps} steps: {before:.2f} dB before, {after:.2f} dB after.</p>"
     own: dict[str, str] = metadata.get("exceptions", {})
     if own:
         gain = f"{metadata['sqnr_db_with_exceptions']:.2f} dB"

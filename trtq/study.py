@@ -1,0 +1,245 @@
+"""The paper's tables for one model: calibration methods (5), weights (4), partial quantization, QAT (7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from trtq.calibration.methods import parse_method
+from trtq.choose import scales_from
+from trtq.errors import MissingBackendError
+from trtq.evaluation import Evaluation
+from trtq.files import PathLike, atomic_path
+from trtq.graph.fold import fold_constants
+from trtq.graph.model import load_model
+from trtq.graph.place import place
+from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization, WeightScales
+from trtq.graph.shapes import infer_types
+from trtq.job import Job
+from trtq.numerics import scale_from_amax
+from trtq.ranges import Source, calibrate, statistics_of
+from trtq.recovery.budget import Budget
+from trtq.recovery.partial import Search
+from trtq.recovery.workflow import learned
+
+METHODS = (
+    "max",
+    "entropy",
+    "percentile:99.9",
+    "percentile:99.99",
+    "percentile:99.999",
+    "percentile:99.9999",
+    "mse",
+)
+"""The columns of the paper's table 5, and the least mean squared error."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantization of the model.
+
+    Attributes:
+        metric: its value; None where the outputs were not finite.
+        drop: relative to fp32.
+        sqnr_db: of the outputs on the evaluation data, averaged over outputs.
+        floating_point: weighted nodes left in floating point.
+        int8_share: share of the multiply-accumulates planned for INT8; None where they are not known.
+    """
+
+    name: str
+    metric: float | None
+    drop: float | None
+    sqnr_db: float | None
+    floating_point: int
+    int8_share: float | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """All rows, by table, and what they were measured on.
+
+    Attributes:
+        tables: title -> rows.
+        notes: why a table is missing.
+    """
+
+    model: str
+    metric: str
+    fp32: float
+    samples: int
+    tables: Mapping[str, Sequence[Row]]
+    notes: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The study as JSON values."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """The tables for a person."""
+        lines = [f"{self.model}: {self.metric} {self.fp32:.4f} in fp32 on {self.samples} samples"]
+        for title, rows in self.tables.items():
+            width = max(len(row.name) for row in rows)
+            lines += ["", title, f"  {'':<{width}}    metric     drop  SQNR dB  float  int8 MACs"]
+            for row in rows:
+                share = "" if row.int8_share is None else f"{row.int8_share:.1%}"
+                value = "-" if row.metric is None else f"{row.metric:.4f}"
+                drop = "-" if row.drop is None else f"{row.drop:.2%}"
+                noise = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+                lines.append(
+                    f"  {row.name:<{width}}  {value:>8}  {drop:>7}  {noise:>7}  "
+                    f"{row.floating_point:>5}  {share:>9}"
+                )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def study(job: Job, evaluation: Evaluation, budget: Budget) -> Study:
+    """Measure every table.
+
+    The first three tables are always made; partial quantization and learning stop when the budget is spent.
+
+    Raises:
+        InputError: the model does not run on the data, or cannot be quantized.
+    """
+    return _Study(job, evaluation, budget).run()
+
+
+@dataclass(frozen=True)
+class _Study:
+    job: Job
+    evaluation: Evaluation
+    budget: Budget
+
+    def run(self) -> Study:
+        job, plan = self.job, self.job.place()
+        source = Source(job.model.graph, job.model.sha256)
+        statistics = statistics_of(job, plan, job.data, source)
+        bare = Quantization(source.graph, plan, {})
+        methods = [
+            self.row(name, replace(bare, scales=scales_from(statistics, parse_method(name))))
+            for name in METHODS
+        ]
+        best = calibrate(self.job, plan)
+        if job.recipe.method == "auto":
+            methods.append(self.row("auto", best))
+        tables = {"Calibration methods, all layers INT8 (paper table 5)": methods}
+        notes: list[str] = []
+        tables["Weights alone in INT8 (paper table 4)"] = list(self.weights(plan, notes))
+        curve = list(self.curve(best))
+        tables["Layers left in floating point, most noise per multiply-accumulate first"] = curve
+        if (taught := self.learned(best, notes)) is not None:
+            tables["Learned with the fp32 model as the teacher (paper table 7)"] = [
+                self.row("calibrated", best),
+                self.row("learned", taught),
+            ]
+        evaluation = self.evaluation
+        return Study(
+            job.model.path.name,
+            evaluation.metric.name,
+            evaluation.value,
+            len(evaluation.samples) // evaluation.samples.group,
+            tables,
+            notes,
+        )
+
+    def row(self, name: str, quantization: Quantization) -> Row:
+        verdict, plan = self.evaluation.simulated(quantization), quantization.plan
+        found = [output.sqnr_db for output in verdict.outputs.values()]
+        row = Row(
+            name,
+            verdict.candidate,
+            verdict.relative_drop,
+            float(np.mean(found)) if found else None,
+            len(plan.nodes) - len(plan.int8_nodes),
+            plan.mac_share(),
+        )
+        drop = "not finite" if row.drop is None else f"drop {row.drop:.2%}"
+        self.job.console.say("study", f"{name}: {drop}")
+        return row
+
+    def weights(self, plan: Plan, notes: list[str]) -> Iterator[Row]:
+        """Weights per channel and per tensor, with BatchNormalization folded and without."""
+        forms = [("folded", self.job.model.graph, plan)]
+        unfolded = load_model(self.job.model.path)
+        fold_constants(unfolded.graph)
+        unfolded.graph.cleanup().toposort()
+        infer_types(unfolded.graph)
+        if any(node.op == "BatchNormalization" for node in unfolded.graph.nodes):
+            recipe = self.job.recipe
+            forms.append(
+                (
+                    "not folded",
+                    unfolded.graph,
+                    place(unfolded, include=recipe.include, exclude=recipe.exclude),
+                )
+            )
+        else:
+            notes.append("the model has no BatchNormalization: it was folded before, or there was none")
+        for folding, graph, placed in forms:
+            quantization = Quantization(graph, replace(placed, edges=[]), {})
+            per_tensor = replace(quantization, weight_scales=_per_tensor(quantization))
+            yield self.row(f"per channel, {folding}", quantization)
+            yield self.row(f"per tensor, {folding}", per_tensor)
+
+    def curve(self, start: Quantization) -> Iterator[Row]:
+        """Accuracy against the number of groups left in floating point: 0, 1, 2, 4, ..."""
+        search = Search(self.job, start, self.budget, self.job.key("sensitivity", start))
+        count = 0
+        while count <= len(search) and not self.budget.over:
+            yield self.row(f"{count} of {len(search)} groups", search.first(count))
+            count = 2 * count or 1
+
+    def learned(self, start: Quantization, notes: list[str]) -> Quantization | None:
+        if self.budget.over:
+            notes.append("the budget was spent before learning")
+            return None
+        try:
+            return learned(self.job, start, self.budget)
+        except MissingBackendError as error:
+            notes.append(f"nothing was learned: {error.problem}")
+            return None
+
+
+def _per_tensor(quantization: Quantization) -> WeightScales:
+    """One scale for all channels of each weight."""
+    tensors = quantization.graph.tensors()
+    scales = {}
+    for weight in quantization.plan.weights:
+        values = tensors[weight.tensor].values
+        one = scale_from_amax(np.abs(values).max(initial=0.0))
+        scales[weight.tensor, weight.axis] = np.full(values.shape[weight.axis], one, np.float32)
+    return scales
+
+
+def plot(study: Study, path: PathLike) -> None:
+    """Draw the tables: drop of the metric by method, and by multiply-accumulates left in floating point.
+
+    Args:
+        path: `.svg` or `.png`.
+
+    Raises:
+        MissingBackendError: Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingBackendError(
+            "Matplotlib is not installed, so the study has no plot", remedy="pip install 'trtq[study]'"
+        ) from error
+    figure = Figure(figsize=(7, 2.6 * len(study.tables)), layout="constrained")
+    for axes, (title, rows) in zip(
+        figure.subplots(len(study.tables), squeeze=False)[:, 0], study.tables.items(), strict=True
+    ):
+        names = [row.name for row in rows]
+        drops = [math.nan if row.drop is None else 100 * row.drop for row in rows]
+        axes.barh(names, drops, color="#18794e")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel(f"relative drop of {study.metric}, %")
+        axes.set_title(title, fontsize="medium")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=str(path).rpartition(".")[2])
