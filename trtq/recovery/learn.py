@@ -32,6 +32,7 @@ from trtq.data.batches import Batch, batches
 from trtq.data.samples import Samples, fixed_batch
 from trtq.errors import InputError, MissingBackendError
 from trtq.gate.similarity import decibels
+from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 
 if TYPE_CHECKING:
@@ -43,9 +44,13 @@ BATCH = 8
 MOST_ROWS = 512
 """Rows to learn from, evenly spread over the data."""
 
-STEPS = 160
+FEWEST_STEPS, MOST_STEPS = 160, 600
+MAC_BUDGET = 1.5e12
+"""Steps of a whole run, one batch each: as many as fit into this many multiply-accumulates within those
+bounds, where a step costs three times the forward pass."""
+
 FIRST = 0.2
-"""Steps of a whole run, one batch each, and the part of them in which the weights stay as they are."""
+"""The part of the steps in which the weights stay as they are."""
 
 RATE_SCALES, RATE_BIASES, RATE_CODES = 1e-3, 5e-4, 5e-3
 """Adam's learning rates: of the logarithms of scales, of biases in units of their mean magnitude, and of
@@ -159,7 +164,7 @@ class _Run:
 
         noise = self._exam()
         before, best, best_noise = noise, self._answer(), noise
-        epochs = max(math.ceil(STEPS / len(self.lessons)), 2)
+        epochs = max(math.ceil(_steps(self.start.plan) / len(self.lessons)), 2)
         optimizer, rates = self._optimizer()
         epoch = 0
         if state is not None:
@@ -318,6 +323,12 @@ _VECTORS = {
     "BatchNormalization": (1, 2),
 }
 """The inputs of an operator that scale or shift its channels."""
+
+
+def _steps(plan: Plan) -> int:
+    per_row = sum(node.macs or 0 for node in plan.nodes) / max(plan.batch, 1)
+    affordable = MAC_BUDGET / max(3 * BATCH * per_row, 1)
+    return int(min(max(affordable, FEWEST_STEPS), MOST_STEPS))
 
 
 def _biases(graph: gs.Graph) -> list[str]:

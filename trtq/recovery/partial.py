@@ -106,6 +106,10 @@ class Search:
     The residual inputs of additions are groups of their own: in floating point they cost no
     multiply-accumulates, only the fusion that they are quantized for, so they are the first to go.
 
+    Attributes:
+        groups: name -> group, in the order of the plan, the residual inputs last.
+        alone: name -> noise of the outputs with this group alone in INT8.
+
     Args:
         start: what to leave nodes out of.
         key: what the groups' noises are cached by; what an interrupted run has measured is not run again.
@@ -116,47 +120,49 @@ class Search:
         rows = job.parts[0].spread(MOST_ROWS)
         self._simulator = Simulator(start, rows, teacher=job.model.graph, workers=job.recipe.threads)
         effects = measured(self._simulator, "only", job.cache, key, job.console)
-        self._groups = {effect.group.name: effect.group for effect in effects}
+        self.groups = {effect.group.name: effect.group for effect in effects}
         nodes = dict.fromkeys(start.plan.int8_nodes, "left out to measure")
         least = self._simulator.score(leave_out(start.graph, start.plan, nodes)).noise
-        self._alone = {effect.group.name: max(effect.noise - least, 0.0) for effect in effects}
-        self._costs = {name: float(group.macs or 1) for name, group in self._groups.items()}
-        self._everything = self._noise(frozenset())
+        self.alone = {effect.group.name: max(effect.noise - least, 0.0) for effect in effects}
+        self._costs = {name: float(group.macs or 1) for name, group in self.groups.items()}
+        self._everything = self.noise(frozenset())
         for edge in start.plan.edges:
             if edge.rule == RESIDUAL:
                 name = f"residual input of {edge.node}"
-                self._groups[name] = Group(name, (edge.node,), "Add", 0)
+                self.groups[name] = Group(name, (edge.node,), "Add", 0)
                 self._costs[name] = 1.0
-                self._alone[name] = max(self._everything - self._noise(frozenset([name])), 0.0)
+                self.alone[name] = max(self._everything - self.noise(frozenset([name])), 0.0)
 
     def cheapest(self, ratio: float) -> Quantization:
         """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less."""
         target = ratio * self._everything
-        return self._leaving_out(
-            cheapest_set(self._costs, self._alone, self._noise, target, lambda: self._budget.over)
+        return self.leaving_out(
+            cheapest_set(self._costs, self.alone, self.noise, target, lambda: self._budget.over)
         )
 
     def first(self, count: int) -> Quantization:
         """The start without the `count` groups that alone make the most noise per multiply-accumulate."""
-        ranking = sorted(self._groups, key=lambda name: -self._alone[name] / self._costs[name])
-        return self._leaving_out(frozenset(ranking[:count]))
+        ranking = sorted(self.groups, key=lambda name: -self.alone[name] / self._costs[name])
+        return self.leaving_out(frozenset(ranking[:count]))
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self.groups)
 
-    def _noise(self, left_out: frozenset[str]) -> float:
+    def noise(self, left_out: frozenset[str]) -> float:
+        """Noise of the outputs with some groups in floating point."""
         plan = self._plan(left_out, lambda name: "left out to measure")
         return self._simulator.score(plan).noise
 
-    def _leaving_out(self, left_out: frozenset[str]) -> Quantization:
+    def leaving_out(self, left_out: frozenset[str]) -> Quantization:
+        """The start with some groups in floating point."""
         return replace(self._start, plan=self._plan(left_out, self._reason))
 
     def _plan(self, left_out: frozenset[str], reason: Callable[[str], str]) -> Plan:
-        nodes = {node: reason(name) for name in left_out for node in self._groups[name].nodes}
+        nodes = {node: reason(name) for name in left_out for node in self.groups[name].nodes}
         return leave_out(self._start.graph, self._start.plan, nodes)
 
     def _reason(self, name: str) -> str:
-        alone = float(decibels(np.float64(1.0), np.float64(self._alone[name])))
-        nodes = self._groups[name].nodes
+        alone = float(decibels(np.float64(1.0), np.float64(self.alone[name])))
+        nodes = self.groups[name].nodes
         whole = "it" if len(nodes) == 1 else f"the group {', '.join(nodes)}"
         return f"sensitive: with {whole} alone in INT8 the outputs have {alone:.1f} dB"

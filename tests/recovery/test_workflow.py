@@ -1,0 +1,204 @@
+"""The workflow: which steps follow calibration, what they achieve, and going on after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+from jobs import Case, save_case
+
+from trtq import Deployment, Recipe, deploy
+from trtq.console import Console
+from trtq.errors import ExitCode, InputError
+from trtq.gate.similarity import Similarity
+from trtq.gate.verdict import Outcome, Verdict
+from trtq.graph.plan import Plan
+from trtq.recovery.workflow import LEAST_RATIO, noise_ratio, parse_steps
+
+
+def verdict(drop: float | None, upper: float = 0.0, sqnr_db: float = 20.0, max_drop: float = 0.01) -> Verdict:
+    return Verdict(
+        outcome=Outcome.FAIL,
+        metric="top1",
+        reference=1.0,
+        candidate=None if drop is None else 1 - drop,
+        relative_drop=drop,
+        absolute_drop=drop,
+        max_drop=max_drop,
+        relative_interval=None if drop is None else (2 * drop - upper, upper),
+        absolute_interval=None,
+        confidence=None,
+        proved=False,
+        samples=100,
+        samples_to_prove=None,
+        executor="simulation",
+        outputs={"y": Similarity(1.0, sqnr_db, 0.0)},
+        worst_samples=(),
+    )
+
+
+@pytest.mark.parametrize(("drop", "upper"), [(0.02, 0.03), (0.1, 0.11), (0.012, 0.05), (0.011, 0.011)])
+@pytest.mark.parametrize("confidence", [None, 0.95])
+def test_the_noise_to_keep_solves_the_model_of_the_drop(
+    drop: float, upper: float, confidence: float | None
+) -> None:
+    ratio = noise_ratio(verdict(drop, upper), None, confidence)
+    error = (upper - drop) * (1 if confidence else 0.5)
+    assert 0 < ratio <= 0.9
+    if LEAST_RATIO < ratio < 0.9:
+        assert drop * ratio + error * math.sqrt(ratio) == pytest.approx(0.01)
+
+
+def test_the_noise_to_keep_reaches_the_sqnr_asked_for() -> None:
+    assert noise_ratio(verdict(-0.01, -0.005, sqnr_db=20.0), 26.0, None) == pytest.approx(10**-0.6)
+    assert noise_ratio(verdict(-0.01, -0.005, sqnr_db=20.0), None, None) == 1.0
+
+
+def test_what_cannot_be_measured_asks_for_much_less_noise() -> None:
+    assert noise_ratio(verdict(None), None, None) == 1 / 16
+    assert noise_ratio(verdict(1.0, 1.0), 300.0, None) == LEAST_RATIO
+
+
+def test_steps() -> None:
+    assert parse_steps("none") == frozenset()
+    assert parse_steps("learn, fix") == {"learn", "fix"}
+    with pytest.raises(InputError, match="unknown step 'fixes'"):
+        parse_steps("fixes")
+
+
+class Log(Console):
+    """Keeps what was said; interrupts the job when `stop` is."""
+
+    def __init__(self, stop: str | None = None) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+        self._stop = stop
+
+    def say(self, label: str, text: str) -> None:
+        self.lines.append(f"{label}: {text}")
+        if label == self._stop:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Three layers; a channel of the second's input is 200 times as large as the others and hardly used."""
+    random = np.random.default_rng(0)
+    x = gs.Variable("x", np.float32, ["N", 16])
+    graph = gs.Graph(opset=17, inputs=[x])
+
+    def layer(name: str, value: gs.Variable, weight: np.ndarray, op: str | None) -> gs.Variable:
+        shape = ["N", weight.shape[1]]
+        bias = gs.Constant(f"{name}_bias", random.normal(size=weight.shape[1]).astype(np.float32))
+        made = gs.Variable(f"{name}_out", np.float32, shape)
+        weights = gs.Constant(f"{name}_weight", weight.astype(np.float32))
+        graph.nodes.append(gs.Node("Gemm", name, {}, [value, weights, bias], [made]))
+        if op is None:
+            return made
+        active = gs.Variable(f"{name}_active", np.float32, shape)
+        graph.nodes.append(gs.Node(op, f"{name}_{op}", {}, [made], [active]))
+        return active
+
+    wide, narrow = random.normal(size=(16, 32)), random.normal(size=(32, 24))
+    wide[:, 0] *= 200
+    narrow[0] *= 1e-3
+    hidden = layer("first", x, wide, "Elu")
+    hidden = layer("second", hidden, narrow, "Relu")
+    graph.outputs = [layer("third", hidden, random.normal(size=(24, 8)), None)]
+    data = random.normal(size=(96, 16)).astype(np.float32)
+    return save_case(graph, tmp_path_factory.mktemp("hard"), {"x": data})
+
+
+def run(case: Case, output: Path, console: Console | None = None, **options: object) -> Deployment:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    recipe = Recipe(
+        model=str(case.model),
+        data=str(case.data),
+        eval=str(case.data),
+        metric="cosine",
+        output=str(output),
+        method="max",
+        cache=str(output.parent / "cache"),
+    )
+    return deploy(dataclasses.replace(recipe, **options), console=console or Log())  # type: ignore[arg-type]
+
+
+def sqnr_db(done: Deployment) -> float:
+    return min(output.sqnr_db for output in done.verdict.outputs.values())
+
+
+def test_nothing_follows_a_pass(hard: Case, tmp_path: Path) -> None:
+    done = run(hard, tmp_path / "out", max_drop="90%")
+    assert [attempt.step for attempt in done.attempts] == ["calibrate"]
+
+
+def test_nothing_follows_where_nothing_may(hard: Case, tmp_path: Path) -> None:
+    done = run(hard, tmp_path / "out", min_sqnr=60.0, recover="none")
+    assert [attempt.step for attempt in done.attempts] == ["calibrate"]
+    assert done.exit_code is ExitCode.FAIL
+
+
+def test_partial_leaves_out_what_makes_the_noise(hard: Case, tmp_path: Path) -> None:
+    plain = run(hard, tmp_path / "plain", min_sqnr=60.0, recover="none")
+    wanted = sqnr_db(plain) + 10
+    done = run(hard, tmp_path / "out", min_sqnr=wanted, recover="partial")
+    assert [attempt.step for attempt in done.attempts] == ["calibrate", "partial"]
+    assert done.exit_code is ExitCode.PASS
+    assert sqnr_db(done) >= wanted
+    left_out = {node.name: node for node in done.plan.nodes if not node.int8}
+    assert left_out.keys() == {"second"}
+    assert left_out["second"].rule == "sensitive"
+    assert "dB" in left_out["second"].reason
+    assert {node.name for node in done.coverage.int8} == {"first", "third"}
+    record = json.loads((tmp_path / "out" / "workflow.json").read_text())
+    assert [step["kept"] for step in record] == [False, True]
+    assert Plan.load(tmp_path / "out" / "plan.json") == done.plan
+
+
+def test_partial_does_not_go_below_the_share(hard: Case, tmp_path: Path) -> None:
+    done = run(hard, tmp_path / "out", min_sqnr=60.0, min_int8="100%", recover="partial")
+    assert [attempt.step for attempt in done.attempts] == ["calibrate"]
+    assert done.exit_code is ExitCode.FAIL
+    assert len(done.plan.int8_nodes) == 3
+
+
+def test_learning_helps_with_every_layer_in_int8(hard: Case, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    done = run(hard, tmp_path / "out", min_sqnr=80.0, min_int8="100%", recover="learn")
+    assert [attempt.step for attempt in done.attempts] == ["calibrate", "learn"]
+    before, after = done.attempts
+    gain = [min(o.sqnr_db for o in attempt.verdict.outputs.values()) for attempt in (before, after)]
+    assert gain[1] > gain[0] + 1
+    assert done.best is after
+    assert len(done.plan.int8_nodes) == 3
+
+
+def test_an_interrupted_job_goes_on_from_its_last_step(hard: Case, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(hard, tmp_path / "out", Log(stop="fix"), min_sqnr=80.0, recover="fix")
+    assert not (tmp_path / "out").exists()
+    log = Log()
+    done = run(hard, tmp_path / "out", log, min_sqnr=80.0, recover="fix")
+    assert "fix: from the cache; nothing was run" in log.lines
+    again = run(hard, tmp_path / "other" / "out", min_sqnr=80.0, recover="fix")
+    assert done.table.scales == again.table.scales
+    int8 = [(folder / "model.int8.onnx").read_bytes() for folder in (done.folder, again.folder)]
+    assert int8[0] == int8[1]
+
+
+def test_a_spent_budget_ends_the_workflow(hard: Case, tmp_path: Path) -> None:
+    log = Log()
+    done = run(hard, tmp_path / "out", log, min_sqnr=80.0, budget="0.001s")
+    assert [attempt.step for attempt in done.attempts] == ["calibrate"]
+    assert any("the budget is spent" in line for line in log.lines)
+
+
+def test_a_required_engine_does_not_set_off_recovery(hard: Case, tmp_path: Path) -> None:
+    done = run(hard, tmp_path / "out", max_drop="90%", require_engine=True)
+    assert [attempt.step for attempt in done.attempts] == ["calibrate"]
+    assert done.exit_code is ExitCode.INCONCLUSIVE
