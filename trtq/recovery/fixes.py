@@ -1,14 +1,14 @@
 """Label-free fixes that cost nothing at run time: what helps on the rows held back is kept.
 
 `shift` and `smooth` change the float graph without changing its function, so that its activations quantize
-better; ranges are then measured anew. `bias` makes up for the mean error that is left, and comes last: it
+better; it is then calibrated anew. `bias` makes up for the mean error that is left, and comes last: it
 belongs to the ranges it was measured with. What helps one network harms another, and `shift` may pay only
 together with `bias`, so every combination is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 
@@ -20,7 +20,7 @@ from trtq.console import SILENT
 from trtq.data.samples import Samples
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
-from trtq.ranges import Source, statistics_of
+from trtq.ranges import Source, calibrate, statistics_of
 from trtq.recovery.bias import correct_biases
 from trtq.recovery.shift import shift
 from trtq.recovery.smooth import smooth
@@ -34,7 +34,8 @@ LEAST_GAIN_DB = 0.05
 def fix(job: Job, start: Quantization) -> Quantization | None:
     """The quantization with the combination of fixes that does best on the rows held back.
 
-    The rows to fit on decide how the graph is changed; what is kept has its ranges and biases from all rows.
+    The rows to fit on decide how the graph is changed; what is kept is calibrated anew, by the recipe's
+    method and from all rows.
 
     Returns:
         None where nothing helps.
@@ -59,11 +60,11 @@ def fix(job: Job, start: Quantization) -> Quantization | None:
     if after < found["as calibrated"] + LEAST_GAIN_DB:
         return None
     kept = candidates[best]
-    if kept.graph is not start.graph and job.enough:
-        kept = _recalibrated(job, kept.graph, start, job.parts)
+    if kept.graph is not start.graph:
+        kept = calibrate(job, start.plan, Source.changed(kept.graph))
     if best.endswith("bias"):
         kept = _corrected(job, kept, job.data)
-    return replace(kept, notes={**start.notes, "fixes": best, "fixes_sqnr_db": found})
+    return replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found})
 
 
 def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) -> Quantization | None:
@@ -75,16 +76,10 @@ def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) 
             if made is None:
                 return None
             graph = made
-    return _recalibrated(job, graph, start, [fitting]) if names else start
-
-
-def _recalibrated(job: Job, graph: gs.Graph, start: Quantization, parts: Sequence[Samples]) -> Quantization:
-    """A changed graph with ranges by the start's method, from all rows of some parts of the data."""
-    source = Source.changed(graph)
-    first, *others = (statistics_of(job, start.plan, part, source) for part in parts)
-    for other in others:
-        first.merge(other)
-    scales = scales_from(first, parse_method(start.notes["method"]))
+    if not names:
+        return start
+    statistics = statistics_of(job, start.plan, fitting, Source.changed(graph))
+    scales = scales_from(statistics, parse_method(start.notes["method"]))
     return replace(start, graph=graph, scales={name: scales[name] for name in start.plan.tensors})
 
 

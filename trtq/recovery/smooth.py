@@ -10,9 +10,10 @@ positive factor per channel, the factors fold into the constants on both ends:
 This is SmoothQuant (Xiao et al. 2022: out of LayerNorm's gamma and beta into the linear layers behind it) and
 cross-layer equalization (Nagel et al. 2019: between two convolutions through a ReLU) in one: a *stream* is a
 set of activations that must share their factors, with all nodes that make and read them. It may be the
-residual stream of a whole stage. Any constant that is multiplied by will do as an end, so the 0.5 of an
-exported GELU takes the factors of the layer behind it. A Clip with bounds or a SiLU does not commute; a
-stream with one, or with any operator not listed here, is left alone.
+residual stream of a whole stage. A Clip with bounds or a SiLU does not commute; a stream with one, or with
+any operator not listed here, is left alone. So is a GELU: the 0.5 that exporters write could take factors,
+but what that gains on calibration rows is lost on other data. One large channel gives a GELU's range the room
+that neurons need which the calibration rows never excite.
 
 The factors are s = amax_x^a / amax_w^(1 - a) per channel (SmoothQuant, equation 4), each stream with the `a`
 for which the error of its own quantizers, seen behind the readers' weights, is least.
@@ -187,7 +188,8 @@ def _can_make(stream: Stream, node: gs.Node) -> bool:
         return constant and stream.axis == -1
     if node.op in ("Mul", "Div"):
         constant = node.inputs[_factor_index(node)]
-        return isinstance(constant, gs.Constant) and _fits(stream, constant, node.outputs[0])
+        per_channel = isinstance(constant, gs.Constant) and np.prod(constant.shape) == stream.channels
+        return per_channel and _fits(stream, constant, node.outputs[0])
     return False
 
 

@@ -23,6 +23,8 @@ from trtq.attempt import Attempt, attempt, parse_share
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.gate.verdict import Verdict
+from trtq.graph.groups import groups
+from trtq.graph.place import RESIDUAL
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
@@ -105,6 +107,16 @@ def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | No
         lowest = min(output.sqnr_db for output in verdict.outputs.values())
         ratio = min(ratio, 10 ** ((lowest - min_sqnr) / 10))
     return max(ratio, LEAST_RATIO)
+
+
+def can_leave_out(quantization: Quantization, least: float) -> bool:
+    """Whether a group or a residual input can go into floating point with a share `least` left in INT8."""
+    plan = quantization.plan
+    total = sum(node.macs or 0 for node in plan.nodes)
+    spare = (plan.mac_share() or 1.0) - least
+    return any(edge.rule == RESIDUAL for edge in plan.edges) or any(
+        group.macs is None or group.macs <= spare * total for group in groups(quantization.graph, plan)
+    )
 
 
 def learned(job: Job, start: Quantization, budget: Budget) -> Quantization | None:
@@ -199,7 +211,8 @@ class _Workflow:
         """
         job, recipe = self.job, self.job.recipe
         least = 0.0 if recipe.min_int8 is None else parse_share(recipe.min_int8)
-        if start.coverage.share < least:
+        if start.coverage.share < least or not can_leave_out(start.quantization, least):
+            job.console.say("partial", f"no layer can be left out with {least:.1%} in INT8")
             return None
         from trtq.recovery.partial import Search
 
