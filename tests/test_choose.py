@@ -20,7 +20,7 @@ from trtq.data.load import load_samples
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.place import place
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 
 
 def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, Quantization, Statistics]:

@@ -22,7 +22,7 @@ from trtq.gate.similarity import sqnr_db
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, load_model, save_model
 from trtq.graph.place import WEIGHTED_OPS, place
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 from trtq.recipe import Recipe
 
 FOLDER = Path(__file__).with_name("families")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from jobs import Case, Deployed
+from jobs import Case, Deployed, Run
 
 from trtq.calibration.statistics import Statistics
 from trtq.errors import InputError
@@ -77,6 +78,23 @@ def test_statistics(demo: Deployed) -> None:
     stored = Statistics.load(path)
     assert found.values["rows"] == stored.rows
     assert found.values["tensors"].keys() == stored.histograms.keys()
+
+
+def test_a_sensitivity_analysis(small: Case, tmp_path: Path, trtq_run: Callable[..., Run]) -> None:
+    path = tmp_path / "sensitivity.json"
+    run = trtq_run("sensitivity", small.model, "--data", small.data, "--method", "max", "-o", path)
+    assert run.code == 0, run.err
+    found = inspect(path)
+    assert found.kind == "sensitivity analysis"
+    assert found.lines == run.out.splitlines()
+    assert found.values == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("content", ['{"format": "something-1"}', '{"format": "trtq-study-1"}', "[]", "7"])
+def test_json_of_another_kind_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(InputError, match="not a"):
+        inspect(tmp_path / "other.json")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "a.plan", "a.json", "a.npz", "a.cache", "a"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from trtq.backends.interface import BuildOptions
 from trtq.errors import InputError
 from trtq.graph.rewrite import WEIGHT_FORMS
-from trtq.recipe import Recipe, options
+from trtq.recipe import Recipe, flag, options
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
 texts = st.lists(text, max_size=3).map(tuple)
@@ -35,6 +35,12 @@ drawn: dict[str, st.SearchStrategy] = {
     "confidence": maybe(st.floats(0.5, 1, exclude_min=True, exclude_max=True)),
     "require_engine": st.booleans(),
     "min_int8": maybe(text),
+    "min_sqnr": maybe(st.floats(-100, 200)),
+    "recover": st.sampled_from(["fix,partial,learn", "partial", "none"]),
+    "budget": maybe(text),
+    "labels": maybe(text),
+    "plan": maybe(path),
+    "parallel": maybe(st.sampled_from(["loky:2", "dask://host:8786"])),
     "include": texts,
     "exclude": texts,
     "weights": st.sampled_from(["int8", "qdq"]),
@@ -169,11 +175,18 @@ def test_what_is_wrong_is_named_with_the_file(content: str, words: list[str], fi
 
 @pytest.mark.parametrize(
     "given_options",
-    [{"confidence": 0.5}, {"confidence": 1.0}, {"confidence": float("nan")}, {"batch": 0}, {"threads": -1}],
+    [
+        {"confidence": 0.5},
+        {"confidence": 1.0},
+        {"confidence": float("nan")},
+        {"min_sqnr": float("nan")},
+        {"batch": 0},
+        {"threads": -1},
+    ],
 )
 def test_numbers_out_of_range_are_refused_at_once(given_options: dict[str, float]) -> None:
     (name,) = given_options
-    with pytest.raises(InputError, match=f"--{name}"):
+    with pytest.raises(InputError, match=flag(name)):
         Recipe().merged(given_options)
 
 

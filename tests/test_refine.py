@@ -16,7 +16,7 @@ from trtq.data.load import load_samples
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.place import place
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 from trtq.refine import NARROWER, Refinement, refine_ranges
 
 

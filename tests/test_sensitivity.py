@@ -20,7 +20,7 @@ from trtq.graph.fold import fold
 from trtq.graph.groups import groups
 from trtq.graph.model import load_model
 from trtq.graph.place import place
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 from trtq.sensitivity import Sensitivity, analyse, fast_rows, measured
 from trtq.simulator import Simulator
 

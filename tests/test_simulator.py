@@ -18,8 +18,8 @@ from trtq.graph.fold import fold
 from trtq.graph.groups import groups
 from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Edge
-from trtq.graph.quantization import Quantization
 from trtq.numerics import fake_quantize, scale_from_amax
+from trtq.quantization import Quantization
 from trtq.simulator import Effect, Simulator
 
 _ROWS = 6

@@ -37,7 +37,7 @@ from trtq.graph.fold import fold
 from trtq.graph.groups import groups
 from trtq.graph.model import load_model
 from trtq.graph.place import place
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 from trtq.sensitivity import fast_rows
 from trtq.simulator import Effect, Mode, Simulator
 

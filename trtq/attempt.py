@@ -17,8 +17,8 @@ from trtq.evaluation import Evaluation
 from trtq.files import write_json, write_text
 from trtq.gate.verdict import Outcome, Verdict, parse_fraction
 from trtq.graph.model import save_model
-from trtq.graph.quantization import Quantization
 from trtq.job import Job
+from trtq.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.report.junit import Check, junit_xml
 
@@ -60,11 +60,15 @@ class Attempt:
 
     @property
     def rank(self) -> tuple[bool, int, int, float]:
-        """The higher, the better: all passed, the gate's outcome, checks that passed, the drop."""
+        """The higher, the better: all passed, the gate's outcome, checks that passed, and the drop; where the
+        gate passes but a check does not, the SQNR."""
         outcomes = [Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS]
         drop = self.measured.relative_drop
         passed = sum(check.ok for check in self.checks)
-        return self.ok, outcomes.index(self.measured.outcome), passed, -1.0 if drop is None else -drop
+        quality = -1.0 if drop is None else -drop
+        if self.measured.passed and not self.ok:
+            quality = min((output.sqnr_db for output in self.measured.outputs.values()), default=0.0)
+        return self.ok, outcomes.index(self.measured.outcome), passed, quality
 
     def to_json(self) -> dict[str, Any]:
         """The figures of the attempt, for `workflow.json`."""

@@ -8,7 +8,6 @@ where a task metric cannot, and needs no labels. The evaluation data are never l
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ from trtq.calibration.statistics import Statistics
 from trtq.console import Console
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
-from trtq.evaluation import outputs_of
+from trtq.evaluation import candidate_of, outputs_of
 from trtq.gate.similarity import sqnr_db
-from trtq.graph.model import save_model
-from trtq.graph.quantization import Quantization
 from trtq.numerics import scale_from_amax
+from trtq.quantization import Quantization
 
 CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "percentile:99.999")
 """The paper's candidates (section 6) and the least mean squared error."""
@@ -76,9 +74,7 @@ class Measure:
     def sqnr_db(self, quantization: Quantization, label: str) -> float:
         """SQNR of the quantized model's outputs, averaged over outputs."""
         reference = self._outputs(self.model, "fp32", self.sha256)
-        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-            candidate = Path(folder) / "candidate.onnx"
-            save_model(quantization.rewritten(), candidate)
+        with candidate_of(quantization) as candidate:
             outputs = self._outputs(candidate, label)
         return float(np.mean([sqnr_db(expected, outputs[n])[0] for n, expected in reference.items()]))
 

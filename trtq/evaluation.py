@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from trtq.gate.execute import ENGINE_SUFFIXES, Outputs, fingerprint, run_model
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.verdict import Verdict, decide, parse_margin, score_reference
 from trtq.graph.model import model_sha256, save_model
-from trtq.graph.quantization import Quantization
 from trtq.parallel import KEPT_BYTES, run_sharded
+from trtq.quantization import Quantization
 from trtq.recipe import Recipe
 
 
@@ -67,6 +68,14 @@ def outputs_of(
     if outputs.nbytes <= KEPT_BYTES:
         cache.store(key, outputs.to_bytes())
     return outputs, False
+
+
+@contextlib.contextmanager
+def candidate_of(quantization: Quantization, rest: str = "fp32") -> Iterator[Path]:
+    """The file of a quantization's Q/DQ model while the context lasts; `rest` as for its `rewritten`."""
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        save_model(quantization.rewritten(rest=rest), path := Path(folder) / "candidate.onnx")
+        yield path
 
 
 @dataclass(frozen=True)
@@ -139,9 +148,7 @@ class Evaluation:
 
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""
-        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-            candidate = Path(folder) / "candidate.onnx"
-            save_model(quantization.rewritten(rest=self.recipe.rest), candidate)
+        with candidate_of(quantization, self.recipe.rest) as candidate:
             return self.verdict(candidate)
 
     def published(self, verdict: Verdict) -> Verdict:

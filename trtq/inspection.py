@@ -11,12 +11,17 @@ from trtq.backends.builders import describe_engine
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table, tensorrt_version
 from trtq.errors import InputError
-from trtq.files import PathLike
+from trtq.files import PathLike, read_json
 from trtq.gate.execute import ENGINE_SUFFIXES
 from trtq.graph.model import load_model
 from trtq.graph.place import placed
+from trtq.graph.plan import FORMAT as PLAN_FORMAT
 from trtq.graph.plan import Plan
 from trtq.numerics import INT8_MAX
+from trtq.sensitivity import FORMAT as SENSITIVITY_FORMAT
+from trtq.sensitivity import Sensitivity
+from trtq.study import FORMAT as STUDY_FORMAT
+from trtq.study import Study
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Inspection:
 
 
 def inspect(path: PathLike) -> Inspection:
-    """Describe an ONNX model, a plan, a table, an engine or statistics.
+    """Describe an ONNX model, a plan, a table, an engine, statistics, a sensitivity analysis or a study.
 
     Engines are not deserialized: a plan file is code, and one from an untrusted source must not be loaded.
 
@@ -52,7 +57,7 @@ def inspect(path: PathLike) -> Inspection:
     if path.suffix in ENGINE_SUFFIXES:
         return _engine(path)
     if path.suffix == ".json":
-        return _plan(path)
+        return _json(path)
     if path.suffix == ".npz":
         return _statistics(path)
     return _table(path)
@@ -107,6 +112,24 @@ def _engine(path: Path) -> Inspection:
         f"engine of {found['backend']} (plan file)",
         lines,
         {**found, "build": {**build, "compiled": compiled.to_json()}},
+    )
+
+
+def _json(path: Path) -> Inspection:
+    """A JSON file by the format that it names."""
+    value = read_json(path, "JSON file")
+    found = value.get("format") if isinstance(value, dict) else None
+    if found == SENSITIVITY_FORMAT:
+        analysis = Sensitivity.load(path)
+        return Inspection("sensitivity analysis", analysis.text().splitlines(), value)
+    if found == STUDY_FORMAT:
+        return Inspection("study", Study.load(path).text().splitlines(), value)
+    if found == PLAN_FORMAT:
+        return _plan(path)
+    raise InputError(
+        "not a plan, a sensitivity analysis or a study of trtq",
+        file=path,
+        cause=f"its format is {found}" if found else "it names no format",
     )
 
 

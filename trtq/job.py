@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from trtq.choose import Measure
 from trtq.console import Console
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
-from trtq.errors import InputError
-from trtq.files import sha256_bytes
+from trtq.errors import InputError, about
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
-from trtq.graph.place import place
+from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
+from trtq.parallel import parse_parallel
+from trtq.quantization import Quantization
 from trtq.recipe import Recipe
 
 FEWEST_TO_SPLIT = 16
@@ -47,12 +47,19 @@ class Job:
         """Load the recipe's model and calibration data.
 
         Raises:
-            InputError: one is missing or cannot be used.
+            InputError: one is missing or cannot be used, or the data have no such labels.
         """
         recipe.need("model", "data")
+        parse_parallel(recipe.parallel)
         assert recipe.data is not None
         model = prepare(recipe)
         data = load_samples(recipe.data, model.inputs, recipe.preprocess)
+        if recipe.labels is not None and recipe.labels not in data.targets:
+            raise InputError(
+                f"the calibration data have no target '{recipe.labels}' to learn from",
+                file=data.source,
+                cause=f"targets: {', '.join(data.targets) or 'none'}",
+            )
         return cls(recipe, model, data, open_cache(recipe, console), console)
 
     @cached_property
@@ -76,7 +83,7 @@ class Job:
 
     def key(self, kind: str, start: Quantization, **detail: Any) -> Key:
         """The cache key of what is made from a quantization on this job's data."""
-        detail["start"] = sha256_bytes(start.to_bytes())
+        detail["start"] = start.sha256
         return Key(kind, self.model.sha256, self.data.hash, detail)
 
     @property
@@ -90,11 +97,13 @@ class Job:
 def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Plan:
     """The plan that the recipe names, or what the placement rules say.
 
+    A node that was set to floating point by hand loses its quantizers.
+
     Args:
         profile: multiply-accumulates are counted for its opt shapes; None: they are not.
 
     Raises:
-        InputError: the plan cannot be read or belongs to another model; or as `graph.place.place`.
+        InputError: the plan cannot be read or does not fit the model; or as `graph.place.place`.
     """
     if recipe.plan is None:
         shapes = None if profile is None else opt_shapes(model, profile)
@@ -111,7 +120,15 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
             cause=f"it was made for {plan.model[:16]}…, {model.path.name} is {model.sha256[:16]}…",
             remedy="give the model it was made for, or leave --plan out",
         )
-    return plan
+    with about(recipe.plan):
+        plan.check_fits(model.graph)
+    nodes = [
+        replace(node, rule="edited", reason="the plan given says so")
+        if node.rule == "weighted" and not node.int8
+        else node
+        for node in plan.nodes
+    ]
+    return leave_out(model.graph, replace(plan, nodes=nodes), {})
 
 
 def prepare(recipe: Recipe) -> Model:

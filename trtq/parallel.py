@@ -31,7 +31,7 @@ import onnx_graphsurgeon as gs
 import trtq
 from trtq.backends.onnxruntime import simulation_fingerprint
 from trtq.cache import Cache, Key, remove
-from trtq.calibration.collect import collect
+from trtq.calibration.collect import Collector
 from trtq.calibration.statistics import Statistics
 from trtq.console import Advance, Console
 from trtq.data.load import reload
@@ -116,7 +116,7 @@ def collect_sharded(
     console: Console,
     threads: int | None = None,
 ) -> Statistics:
-    """`collect` in shards; the result is stored in the cache under `key`, and the shards are removed.
+    """Collect in shards; the result is stored in the cache under `key`, and the shards are removed.
 
     Args:
         parallel: see `parse_parallel`.
@@ -130,10 +130,12 @@ def collect_sharded(
     shards = cut(samples, key, batch=1)
     total = Statistics.empty(tensors)
     with contextlib.ExitStack() as stack:
-        model: gs.Graph | Shipped = graph
-        if pool is not None:
-            model, threads = stack.enter_context(_shipped_graph(graph, pool)), pool.threads(threads)
-        task = functools.partial(_statistics, model, tuple(tensors), threads)
+        collector: Collector | Shipped
+        if pool is None:
+            collector = Collector(graph, tensors)
+        else:
+            collector, threads = stack.enter_context(_shipped_graph(graph, pool)), pool.threads(threads)
+        task = functools.partial(_statistics, collector, tuple(tensors), threads)
         for _, content in results(task, shards, pool, cache, console, "statistics"):
             total.merge(Statistics.from_bytes(content))
     cache.store(key, total.to_bytes())
@@ -400,14 +402,15 @@ def _versions() -> str:
 
 
 def _statistics(
-    model: gs.Graph | Shipped,
+    collector: Collector | Shipped,
     tensors: Sequence[str],
     threads: int | None,
     samples: Samples,
     advance: Advance | None,
 ) -> bytes:
-    graph = _graph(model) if isinstance(model, Shipped) else model
-    return collect(graph, tensors, samples, workers=threads, progress=advance).to_bytes()
+    if isinstance(collector, Shipped):
+        collector = _collector(collector, tensors)
+    return collector.collect(samples, workers=threads, progress=advance).to_bytes()
 
 
 def _outputs(
@@ -423,6 +426,7 @@ def _outputs(
 
 
 @functools.lru_cache(maxsize=1)
-def _graph(model: Shipped) -> gs.Graph:
+def _collector(model: Shipped, tensors: Sequence[str]) -> Collector:
+    """The collector of this worker, whose session serves all of its shards."""
     with model.open() as path:
-        return load_model(path).graph
+        return Collector(load_model(path).graph, tensors)

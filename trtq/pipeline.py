@@ -34,8 +34,8 @@ from trtq.graph.half import convert_to_half
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
 from trtq.job import Job, opt_shapes, planned, prepare, profile_for
+from trtq.quantization import Quantization
 from trtq.ranges import calibrate
 from trtq.recipe import Recipe
 from trtq.recovery.budget import Budget
@@ -152,20 +152,21 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
     """
     recipe.need("model")
     assert recipe.model is not None
-    if table is not None and recipe.plan is None:
-        source = load_source(recipe.model, rest=recipe.rest)
-        explicit = quantize_with_table(
-            source,
-            read_table(table),
-            include=recipe.include,
-            exclude=recipe.exclude,
-            weights=recipe.weights,
-            rest=recipe.rest,
-        )
-        require_complete(explicit.fit, table)
-        return Quantized(explicit.graph, explicit.plan, explicit.table)
     if table is not None:
-        model, given = prepare(recipe), read_table(table)
+        given = _read_table(table, console)
+        if recipe.plan is None:
+            source = load_source(recipe.model, rest=recipe.rest)
+            explicit = quantize_with_table(
+                source,
+                given,
+                include=recipe.include,
+                exclude=recipe.exclude,
+                weights=recipe.weights,
+                rest=recipe.rest,
+            )
+            require_complete(explicit.fit, table)
+            return Quantized(explicit.graph, explicit.plan, explicit.table)
+        model = prepare(recipe)
         quantization = Quantization(model.graph, planned(recipe, model), given.scales, notes=given.metadata)
     elif recipe.data is not None:
         job = Job.open(recipe, console)
@@ -174,6 +175,17 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
         raise InputError("there is nothing to take the scales from", remedy="give --table or --data")
     graph = quantization.rewritten(weights=recipe.weights, rest=recipe.rest)
     return Quantized(graph, quantization.plan, quantization.table())
+
+
+def _read_table(path: PathLike, console: Console) -> Table:
+    """A table to quantize by; warns where recovery changed the weights that its ranges were measured with."""
+    table = read_table(path)
+    if changed := [step for step in ("fixes", "learned") if step in table.metadata]:
+        console.warn(
+            f"{path} belongs to weights that recovery changed ({', '.join(changed)}), and those of the model"
+            " given here are not: take the model.int8.onnx that was written with it, or calibrate again"
+        )
+    return table
 
 
 def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None) -> tuple[Build, Plan]:

@@ -16,12 +16,11 @@ from trtq.calibration.table import Table
 from trtq.choose import CANDIDATES, Choice, choose_method, scales_from
 from trtq.data.samples import Samples
 from trtq.errors import about
-from trtq.files import sha256_bytes
-from trtq.graph.model import export
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
+from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.parallel import collect_sharded
+from trtq.quantization import Quantization
 from trtq.refine import refine_ranges
 
 
@@ -35,7 +34,7 @@ class Source:
     @classmethod
     def changed(cls, graph: gs.Graph) -> Source:
         """A graph that is no longer the model's own."""
-        return cls(graph, sha256_bytes(export(graph).SerializeToString(deterministic=True)))
+        return cls(graph, graph_sha256(graph))
 
 
 def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantization:
@@ -49,7 +48,9 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
     """
     source = source or Source(job.model.graph, job.model.sha256)
     requested, data = job.recipe.method, job.data
-    detail = {"requested": requested, "tensors": plan.tensors, "quantized": plan.int8_nodes}
+    detail: dict[str, Any] = {"requested": requested, "tensors": plan.tensors, "quantized": plan.int8_nodes}
+    if requested == "auto":  # the search sees where quantizers stand, not only which tensors have a range
+        detail["edges"] = [(edge.node, edge.index, edge.range) for edge in plan.edges]
     key = Key("table", source.sha256, data.hash, detail)
     bare = Quantization(source.graph, plan, {})
     if (content := job.cache.fetch(key)) is not None:

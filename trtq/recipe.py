@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +32,7 @@ else:
 
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "confidence": (lambda c: 0.5 < c < 1, "between 0.5 and 1"),
+    "min_sqnr": (math.isfinite, "of decibels"),
     "batch": (lambda n: n >= 1, "from 1"),
     "threads": (lambda n: n >= 1, "from 1"),
     "workspace": (lambda n: n >= 1, "from 1"),

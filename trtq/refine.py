@@ -23,14 +23,14 @@ from trtq.calibration.methods import Method, scaled
 from trtq.calibration.statistics import Statistics
 from trtq.choose import scales_from
 from trtq.console import Console
-from trtq.data.batches import Arrays, Batch, batches
-from trtq.data.samples import Samples, fixed_batch
+from trtq.data.batches import Arrays, Batch
+from trtq.data.samples import Samples
 from trtq.gate.similarity import sqnr_db
 from trtq.graph.model import serialized
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs
 from trtq.numerics import scale_from_amax
+from trtq.quantization import Quantization
 
 NARROWER = (0.9, 0.8, 0.7, 0.6, 0.5)
 """Factors on the chosen method's amax that are tried as well."""
@@ -85,8 +85,7 @@ def refine_ranges(
     runs = sum(len(tried) for tried in options.values())
     rows = _row_count(plan, runs, len(samples))
     part = _spread(samples, rows)
-    reference = _Runner(quantization.graph, {})
-    expected = [reference.run(batch, {}) for batch in part]
+    expected = _outputs(quantization.graph, part)
     current = scales_from(statistics, start)
     quantized = replace(quantization, scales=current).rewritten()
     runner = _Runner(quantized, scales_as_inputs(quantized, plan.tensors))
@@ -139,13 +138,17 @@ def _row_count(plan: Plan, runs: int, available: int) -> int:
 
 
 def _spread(samples: Samples, rows: int) -> list[Batch]:
-    """About `rows` rows, as whole samples evenly spread over the data, in batches."""
-    groups = len(samples) // samples.group
-    wanted = max(rows // samples.group, 1)
-    chosen = [i * groups // wanted for i in range(wanted)]
-    chosen = [group for first in range(4) for group in chosen[first::4]]  # each quarter is spread, too
-    fixed = fixed_batch(samples.specs)
-    return list(batches(samples.subset(chosen).rows(), fixed or BATCH, fixed or 1))
+    """About `rows` rows, as whole samples evenly spread over the data, and so is each quarter of them."""
+    samples = samples.spread(rows)
+    groups = range(len(samples) // samples.group)
+    order = [group for first in range(4) for group in groups[first::4]]
+    return list(samples.subset(order).batches(BATCH))
+
+
+def _outputs(graph: gs.Graph, part: Sequence[Batch]) -> list[Arrays]:
+    """A graph's outputs of every batch; its session, with all the weights, is gone when this returns."""
+    runner = _Runner(graph, {})
+    return [runner.run(batch, {}) for batch in part]
 
 
 def _sqnr(expected: Sequence[Arrays], found: Sequence[Arrays], name: str) -> float:

@@ -9,7 +9,7 @@ ranks groups nearly like all of them do, at the cost of a few passes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.files import PathLike, read_json, sha256_bytes, write_json
+from trtq.files import PathLike, read_json, write_json
 from trtq.gate.metrics import Metric
 from trtq.graph.groups import Group, groups
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 from trtq.simulator import Effect, Mode, Score, Simulator
 
 FORMAT = "trtq-sensitivity-1"
@@ -142,7 +142,7 @@ def analyse(
     samples = samples.spread(fast_rows(available, count) if fast else available)
     simulator = Simulator(quantization, samples, metric=metric, workers=workers)
     detail = {"mode": mode, "metric": metric.fingerprint if metric else None}
-    key = Key("sensitivity", sha256_bytes(quantization.to_bytes()), samples.hash, detail)
+    key = Key("sensitivity", quantization.sha256, samples.hash, detail)
     effects = measured(simulator, mode, cache, key, console)
     sign = 1 if mode == "only" else -1
     return Sensitivity(
@@ -157,8 +157,18 @@ def analyse(
     )
 
 
-def measured(simulator: Simulator, mode: Mode, cache: Cache, key: Key, console: Console) -> list[Effect]:
+def measured(
+    simulator: Simulator,
+    mode: Mode,
+    cache: Cache,
+    key: Key,
+    console: Console,
+    over: Callable[[], bool] = lambda: False,
+) -> list[Effect]:
     """The effect of each group, in the order of the plan; those that the cache has under `key` from there.
+
+    Args:
+        over: groups that are left once this is true are not measured and not among the effects.
 
     Raises:
         InputError: as `Simulator.score`.
@@ -171,7 +181,9 @@ def measured(simulator: Simulator, mode: Mode, cache: Cache, key: Key, console: 
             known[effect.group.name] = Score(effect.sqnr_db, effect.noise, effect.metric)
             cache.store(key, json.dumps(known).encode())
             advance(1)
-    return [Effect(group, *known[group.name]) for group in every]
+            if over():
+                break
+    return [Effect(group, *known[group.name]) for group in every if group.name in known]
 
 
 def fast_rows(rows: int, count: int) -> int:

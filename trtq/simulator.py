@@ -27,8 +27,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from trtq.backends.onnxruntime import simulation_session
-from trtq.data.batches import Arrays, batches
-from trtq.data.samples import Samples, fixed_batch
+from trtq.data.batches import Arrays
+from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.gate.metrics import Metric
 from trtq.gate.similarity import decibels
@@ -36,8 +36,8 @@ from trtq.graph.groups import Group, groups
 from trtq.graph.model import export, serialized
 from trtq.graph.place import leave_out
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
 from trtq.numerics import dequantize
+from trtq.quantization import Quantization
 
 BATCH = 4
 """Rows at once; larger batches leave the processor's cache and are slower."""
@@ -106,8 +106,7 @@ class Simulator:
     ) -> None:
         self.quantization, self.samples, self.metric = quantization, samples, metric
         self.workers = workers or os.cpu_count() or 1
-        fixed = fixed_batch(samples.specs)
-        self._batches = list(batches(samples.rows(), fixed or BATCH, fixed or 1))
+        self._batches = list(samples.batches(BATCH))
         self._pool = ThreadPoolExecutor(self.workers)
         self._lock = threading.Lock()
         self._program = _Program(quantization)

@@ -11,21 +11,23 @@ import numpy as np
 
 from trtq.calibration.methods import parse_method
 from trtq.choose import scales_from
-from trtq.errors import MissingBackendError
+from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
-from trtq.files import PathLike, atomic_path
+from trtq.files import PathLike, atomic_path, read_json
 from trtq.graph.fold import fold_constants
 from trtq.graph.model import load_model
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization, WeightScales
 from trtq.graph.shapes import infer_types
 from trtq.job import Job
 from trtq.numerics import scale_from_amax
+from trtq.quantization import Quantization, WeightScales
 from trtq.ranges import Source, calibrate, statistics_of
 from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 from trtq.recovery.workflow import learned
+
+FORMAT = "trtq-study-1"
 
 METHODS = (
     "max",
@@ -61,7 +63,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
-    """All rows, by table, and what they were measured on.
+    """All rows, by table, and what they were measured on; saved as `study.json`.
 
     Attributes:
         tables: title -> rows.
@@ -77,7 +79,23 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         """The study as JSON values."""
-        return asdict(self)
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def load(cls, path: PathLike) -> Study:
+        """Read a study.
+
+        Raises:
+            InputError: the file is missing, not JSON, or not a study.
+        """
+        try:
+            value = read_json(path, "study")
+            if value.pop("format") != FORMAT:
+                raise ValueError(f"the format is not {FORMAT}")
+            tables = {title: [Row(**row) for row in rows] for title, rows in value.pop("tables").items()}
+            return cls(tables=tables, **value)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError("not a study of trtq", file=path, cause=repr(error)) from error
 
     def text(self) -> str:
         """The tables for a person."""
@@ -129,8 +147,8 @@ class _Study:
         tables = {"Calibration methods, all layers INT8 (paper table 5)": methods}
         notes: list[str] = []
         tables["Weights alone in INT8 (paper table 4)"] = list(self.weights(plan, notes))
-        curve = list(self.curve(best))
-        tables["Layers left in floating point, most noise per multiply-accumulate first"] = curve
+        if curve := list(self.curve(best, notes)):
+            tables["Layers left in floating point, most noise per multiply-accumulate first"] = curve
         if (taught := self.learned(best, notes)) is not None:
             tables["Learned with the fp32 model as the teacher (paper table 7)"] = [
                 self.row("calibrated", best),
@@ -185,13 +203,19 @@ class _Study:
             yield self.row(f"per channel, {folding}", quantization)
             yield self.row(f"per tensor, {folding}", per_tensor)
 
-    def curve(self, start: Quantization) -> Iterator[Row]:
-        """Accuracy against the number of groups left in floating point: 0, 1, 2, 4, ..."""
+    def curve(self, start: Quantization, notes: list[str]) -> Iterator[Row]:
+        """Accuracy against the number of groups left in floating point: 0, 1, 2, 4, ... while time lasts."""
+        if self.budget.over:
+            notes.append("the budget was spent before partial quantization")
+            return
         search = Search(self.job, start, self.budget, self.job.key("sensitivity", start))
         count = 0
-        while count <= len(search) and not self.budget.over:
+        while count <= len(search):
             yield self.row(f"{count} of {len(search)} groups", search.first(count))
             count = 2 * count or 1
+            if self.budget.over and count <= len(search):
+                notes.append("the budget was spent before the curve of partial quantization was whole")
+                return
 
     def learned(self, start: Quantization, notes: list[str]) -> Quantization | None:
         if self.budget.over:
@@ -199,7 +223,7 @@ class _Study:
             return None
         try:
             return learned(self.job, start, self.budget)
-        except MissingBackendError as error:
+        except (InputError, MissingBackendError) as error:
             notes.append(f"nothing was learned: {error.problem}")
             return None
 
@@ -230,16 +254,19 @@ def plot(study: Study, path: PathLike) -> None:
         raise MissingBackendError(
             "Matplotlib is not installed, so the study has no plot", remedy="pip install 'trtq[study]'"
         ) from error
-    figure = Figure(figsize=(7, 2.6 * len(study.tables)), layout="constrained")
-    for axes, (title, rows) in zip(
-        figure.subplots(len(study.tables), squeeze=False)[:, 0], study.tables.items(), strict=True
-    ):
-        names = [row.name for row in rows]
+    heights = [0.28 * len(rows) + 0.8 for rows in study.tables.values()]
+    figure = Figure(figsize=(7, sum(heights) + 0.4), layout="constrained")
+    figure.suptitle(f"{study.model}: {study.metric} {study.fp32:.4f} in fp32")
+    grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
+    for axes, (title, rows) in zip(grid[:, 0], study.tables.items(), strict=True):
         drops = [math.nan if row.drop is None else 100 * row.drop for row in rows]
-        axes.barh(names, drops, color="#18794e")
+        bars = axes.barh([row.name for row in rows], drops, color="#18794e")
+        noise = ["" if row.sqnr_db is None else f"{row.sqnr_db:.1f} dB" for row in rows]
+        axes.bar_label(bars, noise, padding=3, fontsize="small")
+        axes.margins(x=0.15)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"relative drop of {study.metric}, %")
+        axes.set_xlabel(f"relative drop of {study.metric}, %; SQNR of the outputs beside it")
         axes.set_title(title, fontsize="medium")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=str(path).rpartition(".")[2])

@@ -21,7 +21,7 @@ from trtq.graph import weights
 from trtq.graph.fold import fold
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import export, load_model, model_files, model_sha256, save_model, serialized
-from trtq.graph.weights import FileValues, files_of, read_light, values_of
+from trtq.graph.weights import FileValues, files_of, graph_sha256, read_light, values_of
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -95,6 +95,19 @@ def test_a_session_reads_the_same_file(file: Path, monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(hidden, X @ WEIGHTS["a"], rtol=1e-5)
     (hidden,) = simulation_session(file, outputs=["h"]).run(None, {"x": X})
     np.testing.assert_allclose(hidden, X @ WEIGHTS["a"], rtol=1e-5)
+
+
+def test_the_hash_is_that_of_the_values_wherever_they_are(file: Path) -> None:
+    graph = load_model(file).graph
+    found = graph_sha256(graph)
+    assert set(files_of(graph)) == {"a", "b", "bias"}  # none was kept in memory for it
+    tensors = graph.tensors()
+    for name in WEIGHTS:
+        tensors[name].values = values_of(tensors[name])
+    assert not files_of(graph)
+    assert graph_sha256(graph) == found
+    tensors["bias"].values = np.nextafter(WEIGHTS["bias"], np.float32(np.inf))
+    assert graph_sha256(graph) != found
 
 
 def test_changed_weights_go_along(file: Path) -> None:

@@ -22,7 +22,7 @@ from trtq.graph.fold import fold
 from trtq.graph.model import load_model, serialized
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 
 
 @dataclass

@@ -11,8 +11,8 @@ from small_graphs import Case, outputs, small_case
 
 from trtq.console import SILENT
 from trtq.graph.place import leave_out
-from trtq.graph.quantization import Quantization
 from trtq.numerics import fake_quantize
+from trtq.quantization import Quantization
 from trtq.recovery.bias import correct_biases
 
 

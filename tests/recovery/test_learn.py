@@ -15,7 +15,7 @@ from trtq.console import SILENT
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.gate.similarity import sqnr_db
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra qat)")
 
@@ -128,3 +128,17 @@ def test_labels_must_be_class_numbers(start: tuple[Case, Quantization]) -> None:
     fitting, held_back = case.samples.split()
     with pytest.raises(InputError, match="class number"):
         learn(quantization, case.graph, fitting, held_back, SILENT, labels="label", threads=1)
+
+
+def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(start: tuple[Case, Quantization]) -> None:
+    case, quantization = start
+    fitting, held_back = case.samples.split()
+    states: list[bytes] = []
+    short = learn(
+        quantization, case.graph, fitting, held_back, SILENT, threads=1, seconds=0.0, save=states.append
+    )
+    whole = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1)
+    resumed = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, state=states[-1])
+    assert short.steps < whole.steps
+    assert resumed.steps == whole.steps
+    assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()

@@ -19,8 +19,8 @@ import onnx_graphsurgeon as gs
 
 from trtq.backends.onnxruntime import simulation_session
 from trtq.calibration.statistics import NonFiniteError, Statistics
-from trtq.data.batches import Batch, batches
-from trtq.data.samples import Samples, fixed_batch
+from trtq.data.batches import Arrays, Batch
+from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.model import serialized
 
@@ -35,52 +35,76 @@ def collect(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Statistics of the named tensors over all rows of the samples.
+    """Statistics of the named tensors over all rows of the samples; see `Collector`."""
+    return Collector(graph, tensors).collect(samples, workers=workers, progress=progress)
+
+
+class Collector:
+    """One session that collects the statistics of any samples.
 
     Args:
         graph: the folded fp32 graph; is not changed.
         tensors: activations and model inputs of the graph.
-        workers: rows run at once; default: one for each processor.
-        progress: called with the number of rows done since the last call.
-
-    Raises:
-        InputError: a tensor is NaN or infinite for some row, or the model does not run on the data.
     """
-    inputs = {tensor.name for tensor in graph.inputs}
-    fetched = [name for name in tensors if name not in inputs]
-    session = _session(graph, fetched) if fetched else None
-    size = fixed_batch(samples.specs) or 1
-    feeds = batches(samples.rows(), size, size)
-    lock = threading.Lock()
-    stop = threading.Event()
 
-    def work() -> Statistics:
-        statistics = Statistics.empty(tensors)
-        try:
-            while not stop.is_set() and (batch := _next(feeds, lock)) is not None:
-                values = dict(batch.feed)
-                if session is not None:
-                    values.update(zip(fetched, _run(session, fetched, batch, samples), strict=True))
-                for name in tensors:
-                    _add(statistics, name, values[name], batch, samples)
-                statistics.rows += batch.rows
-                if progress:
-                    with lock:
-                        progress(batch.rows)
-        except BaseException:
-            stop.set()
-            raise
-        return statistics
+    def __init__(self, graph: gs.Graph, tensors: Sequence[str]) -> None:
+        inputs = {tensor.name for tensor in graph.inputs}
+        self._tensors = tensors
+        self._fetched = [name for name in tensors if name not in inputs]
+        self._session = _session(graph, self._fetched) if self._fetched else None
 
-    workers = min(workers or os.cpu_count() or 1, max(len(samples), 1))
-    total = Statistics.empty(tensors)
-    with ThreadPoolExecutor(workers) as pool:
+    def collect(
+        self, samples: Samples, *, workers: int | None = None, progress: Progress | None = None
+    ) -> Statistics:
+        """Statistics of the tensors over all rows of the samples.
+
+        Args:
+            workers: rows run at once; default: one for each processor.
+            progress: called with the number of rows done since the last call.
+
+        Raises:
+            InputError: a tensor is NaN or infinite for some row, or the model does not run on the data.
+        """
+        feeds = samples.batches()
+        lock = threading.Lock()
+        stop = threading.Event()
+
+        def work() -> Statistics:
+            statistics = Statistics.empty(self._tensors)
+            try:
+                while not stop.is_set() and (batch := _next(feeds, lock)) is not None:
+                    values = self._values(batch, samples)
+                    for name in self._tensors:
+                        _add(statistics, name, values[name], batch, samples)
+                    statistics.rows += batch.rows
+                    if progress:
+                        with lock:
+                            progress(batch.rows)
+            except BaseException:
+                stop.set()
+                raise
+            return statistics
+
+        workers = min(workers or os.cpu_count() or 1, max(len(samples), 1))
+        total = Statistics.empty(self._tensors)
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for shard in pool.map(lambda _: work(), range(workers)):
+                    total.merge(shard)
+            finally:  # Ctrl-C reaches only this thread
+                stop.set()
+        return total
+
+    def _values(self, batch: Batch, samples: Samples) -> Arrays:
+        """The model's inputs and the tensors that it computes."""
+        if self._session is None:
+            return batch.feed
         try:
-            for shard in pool.map(lambda _: work(), range(workers)):
-                total.merge(shard)
-        finally:  # Ctrl-C reaches only this thread
-            stop.set()
-    return total
+            found = self._session.run(self._fetched, batch.feed)
+        except Exception as error:
+            where = _rows(batch, samples)
+            raise InputError(f"the model does not run on {where} of the data", cause=error) from error
+        return batch.feed | dict(zip(self._fetched, found, strict=True))
 
 
 def _session(graph: gs.Graph, tensors: Sequence[str]) -> Any:
@@ -92,14 +116,6 @@ def _session(graph: gs.Graph, tensors: Sequence[str]) -> Any:
 def _next(feeds: Iterator[Batch], lock: threading.Lock) -> Batch | None:
     with lock:
         return next(feeds, None)
-
-
-def _run(session: Any, names: list[str], batch: Batch, samples: Samples) -> list[Any]:
-    try:
-        return list(session.run(names, batch.feed))
-    except Exception as error:
-        where = _rows(batch, samples)
-        raise InputError(f"the model does not run on {where} of the data", cause=error) from error
 
 
 def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch, samples: Samples) -> None:

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrtqError as error:
         return _report(error, debug)
     except KeyboardInterrupt:
-        print("trtq: interrupted; nothing was written", file=sys.stderr)
+        print("trtq: interrupted; no result was written, finished steps are in the cache", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
         _flush_output()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.data.batches import Arrays
+from trtq.data.batches import Arrays, Batch, batches
 from trtq.errors import InputError
 from trtq.files import sha256_json
 
@@ -126,6 +126,15 @@ class Samples:
         """
         for index in range(len(self)):
             yield {spec.name: self._row(spec, index)[None] for spec in self.specs}
+
+    def batches(self, highest: int = 1) -> Iterator[Batch]:
+        """The rows in batches of the size that the model fixes, else of up to `highest`.
+
+        Raises:
+            InputError: as `rows`.
+        """
+        fixed = fixed_batch(self.specs)
+        return batches(self.rows(), fixed or highest, fixed or 1)
 
     def row_shapes(self) -> dict[str, set[tuple[int, ...]]]:
         """Input name -> shapes of its rows, without the batch axis."""

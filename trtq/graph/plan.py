@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
+
+import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
 from trtq.files import PathLike, read_json, write_json
 
 FORMAT = "trtq-plan-1"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,38 @@ class Plan:
         total = sum(node.macs or 0 for node in self.nodes)
         return sum(node.macs or 0 for node in self.nodes if node.name in names) / total if total else None
 
+    def check_fits(self, graph: gs.Graph) -> None:
+        """Make sure that a plan, which may have been edited, can be carried out.
+
+        Args:
+            graph: folded, not quantized.
+
+        Raises:
+            InputError: a quantizer names something that the graph has not, or an INT8 node lacks a quantizer.
+        """
+        nodes, tensors = {node.name: node for node in graph.nodes}, graph.tensors()
+        items: list[Edge | Weight] = [*self.edges, *self.weights]
+        for item in items:
+            where = f"input {item.index} of '{item.node}'"
+            if item.node not in nodes:
+                raise _unfit(f"the model has no node '{item.node}'")
+            inputs = nodes[item.node].inputs
+            if not 0 <= item.index < len(inputs) or inputs[item.index].name != item.tensor:
+                raise _unfit(f"{where} is not '{item.tensor}'")
+            if isinstance(inputs[item.index], gs.Constant) != isinstance(item, Weight):
+                raise _unfit(f"{where} is {'no' if isinstance(item, Weight) else 'a'} constant")
+            if isinstance(item, Weight) and not 0 <= item.axis < len(inputs[item.index].shape):
+                raise _unfit(f"'{item.tensor}' has no axis {item.axis}")
+            if isinstance(item, Edge) and item.range not in tensors:
+                raise _unfit(f"the model has no tensor '{item.range}'")
+        quantized = {(item.node, item.index) for item in items}
+        for name in self.int8_nodes:
+            if name not in nodes:
+                raise _unfit(f"the model has no node '{name}'")
+            for index in range(2):
+                if (name, index) not in quantized:
+                    raise _unfit(f"'{name}' is to be INT8, but its input {index} has no quantizer")
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {"format": FORMAT, **asdict(self)}
@@ -103,9 +139,9 @@ class Plan:
             raise ValueError(f"the format is {value['format']}, not {FORMAT}")
         return cls(
             value["model"],
-            [NodePlan(**node) for node in value["nodes"]],
-            [Edge(**edge) for edge in value["edges"]],
-            [Weight(**weight) for weight in value["weights"]],
+            [_read(NodePlan, node) for node in value["nodes"]],
+            [_read(Edge, edge) for edge in value["edges"]],
+            [_read(Weight, weight) for weight in value["weights"]],
             value["batch"],
         )
 
@@ -124,3 +160,19 @@ class Plan:
             return cls.from_json(read_json(path, "plan"))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError("not a plan of trtq", file=path, cause=repr(error)) from error
+
+
+def _read(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """A dataclass from JSON values, which have to have its fields' types."""
+    for name, wanted in get_type_hints(kind).items():
+        if name in values and not isinstance(values[name], wanted):
+            raise ValueError(f"'{name}' is {values[name]!r}")
+    return kind(**values)
+
+
+def _unfit(cause: str) -> InputError:
+    return InputError(
+        "the plan does not fit the model",
+        cause=cause,
+        remedy="to keep a node out of INT8 set its 'int8' to false; more INT8 takes a new plan",
+    )

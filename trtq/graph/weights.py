@@ -6,6 +6,7 @@ or in the `.onnx` file itself. ONNX Runtime maps the same file, so no copy of th
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -168,6 +169,15 @@ def export_light(graph: gs.Graph) -> tuple[onnx.ModelProto, dict[str, gs.Constan
             bare = onnx.TensorProto(name=name, data_type=kind, dims=tensor.shape)
             tensor._values = LazyValues(bare)
     return gs.export_onnx(graph, do_type_check=False), constants
+
+
+def graph_sha256(graph: gs.Graph) -> str:
+    """Hash of a graph and all its weights, which are read one by one."""
+    proto, constants = export_light(graph)
+    digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
+    for name in sorted(constants):
+        digest.update(np.ascontiguousarray(values_of(constants[name])).data)
+    return digest.hexdigest()
 
 
 def _is_plain(constant: gs.Constant) -> bool:

@@ -30,8 +30,8 @@ from trtq.console import Console
 from trtq.data.batches import Batch
 from trtq.data.samples import Samples
 from trtq.graph.model import serialized
-from trtq.graph.quantization import Correction, Quantization
-from trtq.recovery.channels import Bias, bias_of, is_linear, spread
+from trtq.quantization import Correction, Quantization
+from trtq.recovery.channels import Bias, bias_of, is_linear
 
 MOST_ROWS = 256
 """Rows that means are taken over, evenly spread over the samples."""
@@ -86,7 +86,7 @@ def _mean_errors(
     names = [tensor.name for tensor in graph.outputs]
     with serialized(graph) as source:
         session = simulation_session(source, threads=1)
-    part = spread(samples, MOST_ROWS)
+    part = list(samples.spread(MOST_ROWS).batches())
     rows = sum(batch.rows for batch in part)
 
     with (

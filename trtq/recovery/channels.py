@@ -12,8 +12,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.backends.onnxruntime import simulation_session
-from trtq.data.batches import Batch, batches
-from trtq.data.samples import Samples, fixed_batch
+from trtq.data.batches import Batch
+from trtq.data.samples import Samples
 from trtq.graph.model import serialized
 
 MOST_ROWS = 64
@@ -52,7 +52,7 @@ def collect_channels(
         axes: tensor -> axis of its channels; a tensor that the graph computes.
         workers: rows run at once; default: one for each processor.
     """
-    part = spread(samples, MOST_ROWS)
+    part = list(samples.spread(MOST_ROWS).batches())
     with serialized(graph) as source:
         session = simulation_session(source, threads=1, outputs=list(axes))
     each = max(MOST_POSITIONS // len(part), 1)
@@ -64,15 +64,6 @@ def collect_channels(
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         parts = list(zip(*pool.map(look, part), strict=True))
     return {name: _joined(parts_of) for name, parts_of in zip(axes, parts, strict=True)}
-
-
-def spread(samples: Samples, most: int) -> list[Batch]:
-    """At most `most` rows, evenly spread over the samples, one by one or in the model's fixed batch."""
-    groups = len(samples) // samples.group
-    wanted = min(max(most // samples.group, 1), groups)
-    size = fixed_batch(samples.specs) or 1
-    chosen = samples.subset([i * groups // wanted for i in range(wanted)])
-    return list(batches(chosen.rows(), size, size))
 
 
 def _channels(values: NDArray, axis: int, each: int) -> Channels:

@@ -15,11 +15,11 @@ from itertools import product
 import onnx_graphsurgeon as gs
 
 from trtq.calibration.methods import parse_method
-from trtq.choose import scales_from
+from trtq.choose import choose_method, scales_from
 from trtq.console import SILENT
 from trtq.data.samples import Samples
-from trtq.graph.quantization import Quantization
 from trtq.job import Job
+from trtq.quantization import Quantization
 from trtq.ranges import Source, calibrate, statistics_of
 from trtq.recovery.bias import correct_biases
 from trtq.recovery.shift import shift
@@ -79,8 +79,11 @@ def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) 
     if not names:
         return start
     statistics = statistics_of(job, start.plan, fitting, Source.changed(graph))
-    scales = scales_from(statistics, parse_method(start.notes["method"]))
-    return replace(start, graph=graph, scales={name: scales[name] for name in start.plan.tensors})
+    changed = replace(start, graph=graph)
+    method = parse_method(start.notes["method"])
+    if job.recipe.method == "auto":
+        method = choose_method(job.measure, changed, statistics).method
+    return replace(changed, scales=scales_from(statistics, method))
 
 
 def _corrected(job: Job, quantization: Quantization, samples: Samples) -> Quantization:

@@ -28,12 +28,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.console import Console
-from trtq.data.batches import Batch, batches
-from trtq.data.samples import Samples, fixed_batch
+from trtq.data.batches import Batch
+from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.gate.similarity import decibels
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
+from trtq.quantization import Quantization
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -154,6 +154,9 @@ class _Run:
         self.codes = _own_weights(quantization)
         self.teacher = TorchGraph(teacher).to(device)
         fitting, held_back = fitting.spread(MOST_ROWS), held_back.spread(MOST_ROWS)
+        if labels is not None and len(quantization.graph.outputs) != 1:
+            outputs = ", ".join(tensor.name for tensor in quantization.graph.outputs)
+            raise InputError("labels need a model with one output", cause=f"this one has {outputs}")
         self.lessons = list(self._lessons(fitting, None if labels is None else _labels(fitting, labels)))
         self.exams = list(self._lessons(held_back, None))
 
@@ -172,7 +175,7 @@ class _Run:
             self._restore(stored["now"])
             optimizer.load_state_dict(stored["optimizer"])
             best, best_noise = stored["best"], stored["best_noise"]
-            epoch, epochs = stored["epoch"], stored["epochs"]
+            epoch = stored["epoch"]
         began, first = time.perf_counter(), epoch
         with console.progress("learn", (epochs - epoch) * len(self.lessons), "step") as advance:
             while epoch < epochs:
@@ -203,7 +206,6 @@ class _Run:
                     "best": best,
                     "best_noise": best_noise,
                     "epoch": epoch,
-                    "epochs": epochs,
                 }
                 buffer = io.BytesIO()
                 torch.save(stored, buffer)
@@ -215,8 +217,7 @@ class _Run:
     def _lessons(self, samples: Samples, labels: NDArray[np.int64] | None) -> Iterator[_Lesson]:
         import torch
 
-        fixed = fixed_batch(samples.specs)
-        for batch in batches(samples.rows(), fixed or BATCH, fixed or 1):
+        for batch in samples.batches(BATCH):
             feed = {name: torch.from_numpy(values).to(self.device) for name, values in batch.feed.items()}
             with torch.no_grad():
                 outputs = self.teacher(feed)

@@ -18,8 +18,8 @@ from trtq.gate.similarity import decibels
 from trtq.graph.groups import Group
 from trtq.graph.place import RESIDUAL, leave_out
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
 from trtq.job import Job
+from trtq.quantization import Quantization
 from trtq.recovery.budget import Budget
 from trtq.sensitivity import measured
 from trtq.simulator import Simulator
@@ -119,7 +119,7 @@ class Search:
         self._start, self._budget = start, budget
         rows = job.parts[0].spread(MOST_ROWS)
         self._simulator = Simulator(start, rows, teacher=job.model.graph, workers=job.recipe.threads)
-        effects = measured(self._simulator, "only", job.cache, key, job.console)
+        effects = measured(self._simulator, "only", job.cache, key, job.console, self._over)
         self.groups = {effect.group.name: effect.group for effect in effects}
         nodes = dict.fromkeys(start.plan.int8_nodes, "left out to measure")
         least = self._simulator.score(leave_out(start.graph, start.plan, nodes)).noise
@@ -133,12 +133,13 @@ class Search:
                 self._costs[name] = 1.0
                 self.alone[name] = max(self._everything - self.noise(frozenset([name])), 0.0)
 
+    def _over(self) -> bool:
+        return self._budget.over
+
     def cheapest(self, ratio: float) -> Quantization:
         """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less."""
         target = ratio * self._everything
-        return self.leaving_out(
-            cheapest_set(self._costs, self.alone, self.noise, target, lambda: self._budget.over)
-        )
+        return self.leaving_out(cheapest_set(self._costs, self.alone, self.noise, target, self._over))
 
     def first(self, count: int) -> Quantization:
         """The start without the `count` groups that alone make the most noise per multiply-accumulate."""
@@ -154,8 +155,10 @@ class Search:
         return self._simulator.score(plan).noise
 
     def leaving_out(self, left_out: frozenset[str]) -> Quantization:
-        """The start with some groups in floating point."""
-        return replace(self._start, plan=self._plan(left_out, self._reason))
+        """The start with some groups in floating point; its notes say which and why."""
+        reasons = {name: self._reason(name) for name in self.groups if name in left_out}
+        notes = {**self._start.notes, "left_out": reasons}
+        return replace(self._start, plan=self._plan(left_out, self._reason), notes=notes)
 
     def _plan(self, left_out: frozenset[str], reason: Callable[[str], str]) -> Plan:
         nodes = {node: reason(name) for name in left_out for node in self.groups[name].nodes}

@@ -16,9 +16,9 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import weight_scale
 from trtq.graph.weights import values_of
+from trtq.quantization import Quantization
 from trtq.recovery.torch_graph import TorchGraph
 
 WeightKey = tuple[str, int]

@@ -174,7 +174,8 @@ def _linked(stream: Stream, node: gs.Node, tensor: gs.Tensor | None) -> list[gs.
                 other = node.inputs[1 - index]
                 return [other, node.outputs[0]] if _fits(stream, operand, node.outputs[0]) else None
         both = all(_has_channels(stream, operand) for operand in node.inputs)  # none is broadcast along them
-        return [*node.inputs, node.outputs[0]] if both else None
+        aligned = stream.axis == -1 or len({len(operand.shape or ()) for operand in node.inputs}) == 1
+        return [*node.inputs, node.outputs[0]] if both and aligned else None
     return None
 
 
@@ -300,7 +301,8 @@ def _error(node: gs.Node, values: NDArray[np.float32], factors: Vector) -> float
     def through(energy: NDArray[np.float64], power: Vector) -> float:
         return float((energy.sum(axis=(1, 3)).reshape(-1) * power).sum())
 
-    return (through(scaled**2, noise) + through(lost, power / factors**2)) / through(weight**2, power)
+    signal = through(weight**2, power)
+    return (through(scaled**2, noise) + through(lost, power / factors**2)) / signal if signal else 0.0
 
 
 def _noise(values: NDArray[np.floating]) -> Vector:

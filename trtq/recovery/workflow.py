@@ -20,14 +20,15 @@ from functools import partial
 from pathlib import Path
 
 from trtq.attempt import Attempt, attempt, parse_share
+from trtq.cache import remove
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
 from trtq.graph.place import RESIDUAL
 from trtq.graph.plan import Plan
-from trtq.graph.quantization import Quantization
 from trtq.job import Job
+from trtq.quantization import Quantization
 from trtq.ranges import calibrate
 from trtq.recovery.budget import Budget
 from trtq.recovery.fixes import fix
@@ -141,6 +142,8 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Quantization | Non
         state=job.cache.fetch(checkpoint),
         save=lambda state: job.cache.store(checkpoint, state),
     )
+    if not budget.over:
+        remove(job.cache.path(checkpoint))
     text = f"{result.before_db:.1f} -> {result.after_db:.1f} dB on the rows held back"
     job.console.say("learn", f"{result.steps} steps: {text}")
     if result.quantization is start:
@@ -191,7 +194,7 @@ class _Workflow:
             self.job.console.say(step, "from the cache; nothing was run")
             return Quantization.from_bytes(content) if content else None
         made = make(self.job, start.quantization)
-        if not self.budget.over:
+        if not self.budget.over and (made is None or made.storable):
             self.job.cache.store(key, made.to_bytes() if made else b"")
         return made
 
@@ -222,7 +225,8 @@ class _Workflow:
         for _ in range(MOST_GATES):
             candidate = search.cheapest(ratio)
             share = candidate.plan.mac_share()
-            verdict = None if share is not None and share < least else self.simulated(candidate)
+            too_little = not candidate.plan.int8_nodes or (share is not None and share < least)
+            verdict = None if too_little else self.simulated(candidate)
             if verdict is not None and not self.passes(verdict):
                 failing = ratio
             else:
@@ -232,14 +236,15 @@ class _Workflow:
             if enough:
                 ratio = math.sqrt(failing * enough)
             elif verdict is not None:
-                ratio = max(ratio * needed(verdict), LEAST_RATIO)
+                ratio = max(ratio * min(needed(verdict), 0.5), LEAST_RATIO)
         return best
 
     def simulated(self, candidate: Quantization) -> Verdict:
         """What the gate says of a candidate on the CPU."""
         verdict = self.evaluation.simulated(candidate)
-        left = len(candidate.plan.nodes) - len(candidate.plan.int8_nodes)
-        self.job.console.say("gate", f"{left} nodes in floating point: {verdict.text().splitlines()[0]}")
+        noise = ", ".join(f"{output.sqnr_db:.1f} dB" for output in verdict.outputs.values())
+        left = len(candidate.notes["left_out"])
+        self.job.console.say("gate", f"{left} left out: {verdict.text().splitlines()[0]}, {noise}")
         return verdict
 
     def passes(self, verdict: Verdict) -> bool:

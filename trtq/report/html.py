@@ -120,11 +120,13 @@ def _steps(folder: Path) -> str:
             drop = "not finite" if step["relative_drop"] is None else f"{step['relative_drop']:.2%}"
             noise = ", ".join(f"{value:.1f}" for value in step["sqnr_db"].values())
             outcome = escape(step["outcome"])
-            failed = "; ".join(check["message"] for check in step["checks"] if not check["ok"])
+            missed = "; ".join(check["message"] for check in step["checks"] if not check["ok"])
+            gate = f'<span class="badge {outcome}">{outcome}</span>'
+            gate += f' <span class="missed">{escape(missed)}</span>' if missed else ""
             rows.append(
                 [
                     f"<strong>{escape(step['step'])}</strong>" if step["kept"] else escape(step["step"]),
-                    f'<span class="badge {outcome}">{outcome}</span> {escape(failed)}',
+                    gate,
                     drop,
                     noise,
                     f"{step['int8_share']:.1%}",

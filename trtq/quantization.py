@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 
 from trtq.calibration.table import Table
 from trtq.graph.half import convert_to_half
-from trtq.graph.model import export
+from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
+from trtq.graph.weights import graph_sha256
 
 WeightScales = Mapping[tuple[str, int], NDArray[np.float32]]
 """(constant, axis) -> float32 scales (channels,) along that axis."""
@@ -97,8 +99,34 @@ class Quantization:
         """The calibration table of the plan's tensors, with the notes as its metadata."""
         return Table({name: self.scales[name] for name in self.plan.tensors}, metadata=self.notes)
 
+    @property
+    def sha256(self) -> str:
+        """Hash of everything, whatever the size."""
+        header, arrays = self._contents()
+        digest = hashlib.sha256(graph_sha256(self.graph).encode() + json.dumps(header).encode())
+        for array in arrays.values():
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    @property
+    def storable(self) -> bool:
+        """Whether `to_bytes` can hold it: 2 GB of weights or more are not copied into one message."""
+        return weight_bytes(self.graph) < PROTOBUF_LIMIT
+
     def to_bytes(self) -> bytes:
-        """An `.npz` of everything; the same quantization always gives the same bytes."""
+        """An `.npz` of everything, if it is `storable`; equal quantizations give equal bytes."""
+        header, arrays = self._contents()
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            header=np.frombuffer(json.dumps(header).encode(), np.uint8),
+            graph=np.frombuffer(export(self.graph).SerializeToString(deterministic=True), np.uint8),
+            **arrays,
+        )
+        return buffer.getvalue()
+
+    def _contents(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All but the graph: JSON values, and arrays by name."""
         keys = list(self.weight_scales)
         header = {
             "plan": self.plan.to_json(),
@@ -107,17 +135,10 @@ class Quantization:
             "weights": keys,
             "corrections": [(name, c.node, c.index) for name, c in self.corrections.items()],
         }
-        arrays: dict[str, Any] = {f"weight_{i}": self.weight_scales[key] for i, key in enumerate(keys)}
+        arrays: dict[str, Any] = {"scales": np.array(list(self.scales.values()), np.float32)}
+        arrays |= {f"weight_{i}": self.weight_scales[key] for i, key in enumerate(keys)}
         arrays |= {f"bias_{i}": c.values for i, c in enumerate(self.corrections.values())}
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            graph=np.frombuffer(export(self.graph).SerializeToString(deterministic=True), np.uint8),
-            scales=np.array(list(self.scales.values()), np.float32),
-            **arrays,
-        )
-        return buffer.getvalue()
+        return header, arrays
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Quantization:

@@ -1,0 +1,163 @@
+"""`--plan`: a plan that was written is carried out, also after a person edited it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from jobs import Case, Run, deploy_arguments, trtq_command
+
+from trtq.errors import InputError
+from trtq.graph.plan import Plan
+
+_Trtq = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def written(small: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `deploy` writes of the small model, calibrated only."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    folder = tmp_path_factory.mktemp("plan")
+    run = trtq_command(
+        *deploy_arguments(small, folder / "out", "--method", "max", "--recover", "none"),
+        *("--cache", folder / "cache"),
+    )
+    assert run.code == 0, run.err
+    return folder / "out"
+
+
+def _edited(written: Path, edit: Callable[[Any], Any], path: Path) -> Path:
+    plan = json.loads((written / "plan.json").read_text())
+    edit(plan)
+    path.write_text(json.dumps(plan))
+    return path
+
+
+def test_plan_and_table_give_the_model_that_was_deployed(
+    small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    plan = ("--plan", written / "plan.json")
+    table, data = tmp_path / "table.onnx", tmp_path / "data.onnx"
+    run = trtq_run("quantize", small.model, *plan, "--table", written / "calibration.cache", "-o", table)
+    assert run.code == 0, run.err
+    assert "warning" not in run.err
+    run = trtq_run("quantize", small.model, *plan, "--data", small.data, "--method", "max", "-o", data)
+    assert run.code == 0, run.err
+    assert table.read_bytes() == data.read_bytes() == (written / "model.int8.onnx").read_bytes()
+
+
+def test_a_node_set_to_floating_point_by_hand_loses_its_quantizers(
+    small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    plan = _edited(written, lambda p: p["nodes"][1].update(int8=False), tmp_path / "plan.json")
+    run = trtq_run(
+        *("quantize", small.model, "--plan", plan, "--table", written / "calibration.cache"),
+        *("-o", tmp_path / "model.onnx"),
+    )
+    assert run.code == 0, run.err
+    assert "in floating point: classes (MatMul): the plan given says so" in run.out
+    nodes = {node.name: node for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    quantized = [node.output[0] for node in nodes.values() if node.op_type == "DequantizeLinear"]
+    assert set(nodes["conv"].input[:2]) <= set(quantized)
+    assert not set(nodes["classes"].input) & set(quantized)
+
+
+@pytest.mark.parametrize(
+    ("edit", "cause"),
+    [
+        (lambda p: p["nodes"][0].update(name="nowhere"), "no node 'nowhere'"),
+        (lambda p: p["edges"][0].update(node="nowhere"), "no node 'nowhere'"),
+        (lambda p: p["edges"][0].update(tensor="nowhere"), "input 0 of 'conv' is not 'nowhere'"),
+        (lambda p: p["edges"][0].update(range="nowhere"), "no tensor 'nowhere'"),
+        (lambda p: p["edges"][0].update(index=9), "input 9 of 'conv' is not 'x'"),
+        (lambda p: p["edges"][0].update(index=1, tensor="w"), "input 1 of 'conv' is a constant"),
+        (lambda p: p["weights"][0].update(index=0, tensor="x"), "input 0 of 'conv' is no constant"),
+        (lambda p: p["weights"][0].update(axis=9), "'w' has no axis 9"),
+        (lambda p: p["weights"].pop(0), "'conv' is to be INT8, but its input 1 has no quantizer"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_model_is_refused(
+    edit: Callable[[Any], Any],
+    cause: str,
+    small: Case,
+    written: Path,
+    tmp_path: Path,
+    trtq_run: _Trtq,
+) -> None:
+    plan = _edited(written, edit, tmp_path / "plan.json")
+    run = trtq_run(
+        *("quantize", small.model, "--plan", plan, "--table", written / "calibration.cache"),
+        *("-o", tmp_path / "model.onnx"),
+    )
+    assert run.code == 2
+    assert run.err.startswith("trtq: the plan does not fit the model")
+    assert str(plan) in run.err
+    assert cause in run.err
+    assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "cause"),
+    [
+        (lambda p: p["nodes"][0].update(int8="false"), "'int8' is 'false'"),
+        (lambda p: p["nodes"][0].update(macs="many"), "'macs' is 'many'"),
+        (lambda p: p["nodes"].append(1), "int"),
+        (lambda p: p.update(format="trtq-plan-0"), "trtq-plan-0"),
+    ],
+)
+def test_what_is_no_plan_is_refused(
+    edit: Callable[[Any], Any], cause: str, written: Path, tmp_path: Path
+) -> None:
+    plan = _edited(written, edit, tmp_path / "plan.json")
+    with pytest.raises(InputError, match="not a plan") as raised:
+        Plan.load(plan)
+    assert raised.value.file == str(plan)
+    assert cause in str(raised.value.cause)
+
+
+def test_a_table_of_changed_weights_says_that_it_is_not_the_whole_story(
+    small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    for name in ("calibration.cache", "calibration.cache.json"):
+        (tmp_path / name).write_bytes((written / name).read_bytes())
+    metadata = json.loads((tmp_path / "calibration.cache.json").read_text())
+    (tmp_path / "calibration.cache.json").write_text(json.dumps({**metadata, "fixes": "smooth"}))
+    run = trtq_run(
+        *("quantize", small.model, "--plan", written / "plan.json"),
+        *("--table", tmp_path / "calibration.cache", "-o", tmp_path / "model.onnx"),
+    )
+    assert run.code == 0, run.err
+    assert "weights that recovery changed (fixes)" in run.err
+
+
+def test_labels_that_the_data_lack_are_missed_before_anything_runs(
+    small: Case, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    run = trtq_run(*deploy_arguments(small, tmp_path / "out", "--labels", "nowhere"))
+    assert run.code == 2
+    assert "have no target 'nowhere'" in run.err
+    assert "targets: labels" in run.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--min-sqnr", "nan"), ("--min-sqnr", "inf"), ("--parallel", "loky:0")]
+)
+def test_options_without_meaning_are_refused_at_once(
+    option: str, value: str, small: Case, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    run = trtq_run(*deploy_arguments(small, tmp_path / "out", option, value))
+    assert run.code == 2
+    assert f"{option} is " in run.err
+
+
+def test_deploy_goes_by_an_edited_plan(small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq) -> None:
+    plan = _edited(written, lambda p: p["nodes"][1].update(int8=False), tmp_path / "plan.json")
+    run = trtq_run(*deploy_arguments(small, tmp_path / "out", "--plan", plan, "--method", "max"))
+    assert run.code == 0, run.err
+    kept = Plan.load(tmp_path / "out" / "plan.json")
+    assert kept.int8_nodes == ["conv"]
+    assert [edge.node for edge in kept.edges] == ["conv"]
