@@ -130,11 +130,10 @@ def _steps(folder: Path) -> str:
                     drop,
                     noise,
                     f"{step['int8_share']:.1%}",
-                    f"{step['seconds']:.0f}",
                 ]
             )
-    header = ["step (kept: bold)", "gate", "drop", "SQNR dB", "INT8 MACs", "seconds"]
-    return _table(header, rows, numeric=(2, 3, 4, 5))
+    header = ["step (kept: bold)", "gate", "drop", "SQNR dB", "INT8 MACs"]
+    return _table(header, rows, numeric=(2, 3, 4))
 
 
 def _methods(metadata: Any) -> str:
