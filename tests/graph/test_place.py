@@ -220,6 +220,33 @@ def test_the_scales_of_a_constant_factor_out(
 # -- residual additions
 
 
+def test_a_normalized_stream_is_read_in_int8_alone(tmp_path: Path) -> None:
+    """LayerNorm n ==> MatMul m --> Add y
+    n =====================> ^      (n is then written in INT8 only)
+    """
+    nodes = "n = LayerNormalization(x, g) m = MatMul(n, w) y = Add(m, n)"
+    model = net(f"g (float[N,6] x) => (float[N,6] y) {{ {nodes} }}", w=normal(6, 6), g=normal(6))
+    placed = Placed(model, tmp_path)
+    assert placed.edges == {("n", "m", 0, "weighted-input"), ("n", "y", 1, "residual-add")}
+    assert placed.plan.tensors == ["n"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "exclude"),
+    [
+        ("n = LayerNormalization(x, g) m = MatMul(n, w) t = Softmax(m) u = Add(t, n) y = Mul(u, n)", []),
+        ("n = LayerNormalization(x, g) m = MatMul(n, w) k = MatMul(n, v) u = Add(m, n) y = Add(u, k)", ["k"]),
+        ("n = LayerNormalization(x, g) p = MatMul(x, w) u = Add(p, n) y = Relu(u)", []),
+        ("n = LayerNormalization(x, g) m = MatMul(n, w) s = ReduceMean(m) y = Add(n, s)", []),
+    ],
+    ids=["read in floating point", "an excluded reader", "no quantized reader", "broadcast"],
+)
+def test_a_stream_that_is_written_in_floating_point(nodes: str, exclude: list[str], tmp_path: Path) -> None:
+    weights = {"w": normal(6, 6), "v": normal(6, 6, seed=1), "g": normal(6)}
+    model = net(f"g (float[N,6] x) => (float[N,6] y) {{ {nodes} }}", **weights)
+    assert {e.rule for e in Placed(model, tmp_path, exclude=exclude).plan.edges} == {"weighted-input"}
+
+
 def test_identity_residual(tmp_path: Path) -> None:
     """x ==> Conv c --> Add y
     x =============> ^      (one pair for both)

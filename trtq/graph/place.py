@@ -3,7 +3,7 @@
 `SKIP_RULES` say, in order, why a weighted node stays in floating point; a node that none of them stops is
 quantized. `EDGE_RULES` then say which tensors get a quantizer in front of which consumer. They follow the
 paper's section 6 and TensorRT's "Q/DQ Layer-Placement Recommendations": quantize the inputs of weighted
-operators and not their outputs, and the residual input of a Conv + Add so that the addition fuses.
+operators and not their outputs, and the residual input of an addition where the engine gets faster by it.
 Everything else (softmax, LayerNorm, GELU, pooling by average, other additions) stays floating point.
 """
 
@@ -25,7 +25,7 @@ WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GR
 """Operators that multiply by weights or by another activation: the candidates for INT8."""
 
 RESIDUAL = "residual-add"
-"""The rule of edges into an addition that fuses with the Conv in front of its other input."""
+"""The rule of edges into an addition whose residual input TensorRT can then read in INT8."""
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
@@ -248,30 +248,45 @@ def _output_axis(node: gs.Node, index: int) -> int:
 
 
 def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight]:
-    """The other input, of the same shape, of an Add that fuses with the quantized Conv in front of it.
+    """The residual input of an Add, where INT8 spares TensorRT a floating-point tensor or a kernel.
 
-    Where both inputs come from such a Conv, the addition fuses with the one that is computed last.
+    That is the other input of an Add that fuses with the quantized Conv in front of it, or else an input that
+    all its other readers take in INT8 anyway: what writes it then writes no second copy in floating point.
     """
     if node.op != "Add" or len(node.inputs) != 2:
         return
+    fused = _fused_input(node, placement)
+    for index, residual in enumerate(node.inputs):
+        wanted = index != fused if fused is not None else _read_in_int8(residual, node, placement)
+        shape, other = residual.shape, node.inputs[1 - index].shape
+        if wanted and isinstance(residual, gs.Variable) and residual.dtype in FLOATS and shape is not None:
+            if other is None or _same_shape(shape, other):
+                yield Edge(residual.name, node.name, index, RESIDUAL, residual.name)
+
+
+def _fused_input(add: gs.Node, placement: Placement) -> int | None:
+    """Which input of an Add comes from a quantized Conv that it fuses with.
+
+    Where both do, the addition fuses with the Conv that is computed last.
+    """
     order = {n.name: i for i, n in enumerate(placement.graph.nodes)}
     fusing = [
         (order[t.inputs[0].name], index)
-        for index, t in enumerate(node.inputs)
+        for index, t in enumerate(add.inputs)
         if len(t.inputs) == 1
         and t.inputs[0].op == "Conv"
         and t.inputs[0].name in placement.quantized
         and len(t.outputs) == 1
         and t not in placement.graph.outputs
     ]
-    if not fusing:
-        return
-    index = max(fusing)[1]
-    residual, conv_shape = node.inputs[1 - index], node.inputs[index].shape
-    if not isinstance(residual, gs.Variable) or residual.dtype not in FLOATS or residual.shape is None:
-        return
-    if conv_shape is None or _same_shape(residual.shape, conv_shape):
-        yield Edge(residual.name, node.name, 1 - index, RESIDUAL, residual.name)
+    return max(fusing)[1] if fusing else None
+
+
+def _read_in_int8(tensor: gs.Tensor, add: gs.Node, placement: Placement) -> bool:
+    """Whether all readers of a node's output but one addition are quantized, and there are some."""
+    others = [node for node in tensor.outputs if node is not add and node.op != "Shape"]
+    quantized = bool(others) and all(node.name in placement.quantized for node in others)
+    return quantized and bool(tensor.inputs) and tensor not in placement.graph.outputs
 
 
 def _same_shape(a: Sequence[int | str | None], b: Sequence[int | str | None]) -> bool:
