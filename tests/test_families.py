@@ -40,11 +40,6 @@ FLOAT = {
 }
 """The operators of each family that stay in floating point; of all others, none do."""
 
-PACKED = {"swin", "swin_modern"}
-"""Families whose query, key and value come from one MatMul that is split by transposing and slicing. TensorRT
-moves the slices into the weights, which it can do with floats behind Q/DQ, not with int8 initializers: there
-the product then runs in floating point."""
-
 
 def data_for(inputs: list[InputSpec]) -> Samples:
     """Normal values, token ids, or masks of sequences that end early."""
@@ -63,7 +58,7 @@ def data_for(inputs: list[InputSpec]) -> Samples:
     return Samples("random", tuple(inputs), {spec.name: column(spec) for spec in inputs}, {}, "random")
 
 
-def check(family: str, folder: Path, *, rest: str = "fp32", weights: str = "int8") -> None:
+def check(family: str, folder: Path, *, rest: str = "fp32") -> None:
     """Take a family from the exported file to an engine, and look at all that was made on the way."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     from trtq.backends import tensorrt_rtx
@@ -85,7 +80,7 @@ def check(family: str, folder: Path, *, rest: str = "fp32", weights: str = "int8
 
     scales = scales_from(collect(model.graph, plan.tensors, samples), parse_method("max"))
     quantized = folder / "model.int8.onnx"
-    save_model(Quantization(model.graph, plan, scales).rewritten(rest=rest, weights=weights), quantized)
+    save_model(Quantization(model.graph, plan, scales).rewritten(rest=rest), quantized)
     reference = run_model(file, samples, threads=1).arrays
     for name, values in run_model(quantized, samples, threads=1).arrays.items():
         assert np.isfinite(values).all()
@@ -95,13 +90,8 @@ def check(family: str, folder: Path, *, rest: str = "fp32", weights: str = "int8
     found = coverage(plan, built.compiled)
     assert not found.unread
     assert found.skipped == left
-    missed = {node.name for node in found.missed}
-    if family in PACKED and weights == "int8":
-        shapes = {weight.node: model.graph.tensors()[weight.tensor].shape for weight in plan.weights}
-        assert missed == {node for node, shape in shapes.items() if shape[-1] == 3 * shape[-2]}
-    else:
-        assert not missed
-        assert found.share == plan.mac_share()
+    assert not found.missed
+    assert found.share == plan.mac_share()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,11 +102,6 @@ def test_family(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["bert", "classifier", "decoder_modern", "text_line", "yolo_modern"])
 def test_rest_in_half(family: str, tmp_path: Path) -> None:
     check(family, tmp_path, rest="fp16")
-
-
-@pytest.mark.parametrize("family", sorted(PACKED))
-def test_packed_projections_run_in_int8_from_float_weights(family: str, tmp_path: Path) -> None:
-    check(family, tmp_path, weights="qdq")
 
 
 def test_a_detector_that_plain_int8_breaks(tmp_path: Path) -> None:

@@ -103,6 +103,32 @@ def test_a_channel_of_zeros_gets_scale_one() -> None:
 
 # -- structure
 
+
+@pytest.mark.parametrize(
+    ("tail", "dtype"),
+    [
+        (
+            "a = Add(m, b) r = Reshape(a, shape) t = Transpose<perm = [2,0,1]>(r) y = Gather(t, first)",
+            np.float32,
+        ),
+        ("y, z, v = Split(m, thirds)", np.float32),
+        ("a = Add(m, b) r = Relu(a) y = Gather(r, first)", np.int8),
+        ("y = Add(m, b)", np.int8),
+    ],
+    ids=["packed heads", "split", "cut behind an activation", "whole"],
+)
+def test_weights_of_a_product_that_is_cut_stay_float_behind_a_pair(
+    tail: str, dtype: type, tmp_path: Path
+) -> None:
+    integers = {"shape": np.array([-1, 3, 2]), "first": np.array(0), "thirds": np.array([2, 2, 2])}
+    text = f"g (float[N,4] x) => (float y) {{ m = MatMul(x, w) {tail} }}"
+    model, plan = placed(net(text, w=normal(4, 6), b=normal(6), **integers), tmp_path)
+    product = next(n for n in rewrite(model.graph, plan, {"x": np.float32(0.02)}).nodes if n.op == "MatMul")
+    source = product.inputs[1].inputs[0].inputs[0]
+    stored = source if isinstance(source, gs.Constant) else source.inputs[0].inputs[0]
+    assert stored.dtype == dtype
+
+
 RESIDUAL = "g (float[N,16,8,8] x) => (float[?,?,?,?] y) { c = Conv<pads = [1,1,1,1]>(x, w) y = Add(c, x) }"
 
 

@@ -18,7 +18,8 @@ from trtq.graph.weights import values_of
 from trtq.numerics import amax_per_channel, quantize, scale_from_amax
 
 WEIGHT_FORMS = ("int8", "qdq")
-"""`int8`: int8 initializers + DequantizeLinear; `qdq`: float initializers + a Q/DQ pair."""
+"""`int8`: int8 initializers + DequantizeLinear, but float ones + a Q/DQ pair where a product is cut into parts
+(see `_is_cut`); `qdq`: float initializers + a Q/DQ pair everywhere."""
 
 
 def rewrite(
@@ -67,7 +68,8 @@ def rewrite(
         inputs, key = nodes[weight.node].inputs, (weight.tensor, weight.axis)
         if key not in pairs:
             scale = (weight_scales or {}).get(key)
-            pairs[key] = _quantize_weight(graph, inputs[weight.index], weight.axis, scale, weights)
+            form = "qdq" if _is_cut(nodes[weight.node]) else weights
+            pairs[key] = _quantize_weight(graph, inputs[weight.index], weight.axis, scale, form)
         inputs[weight.index] = pairs[key]
     for (node, index), values in (biases or {}).items():
         old = nodes[node].inputs[index]
@@ -98,6 +100,27 @@ def scales_as_inputs(graph: gs.Graph, tensors: Iterable[str]) -> dict[str, str]:
 def weight_scale(weight: NDArray, axis: int) -> NDArray[np.float32]:
     """Per-channel max scales of a weight, shape (channels,) along `axis` (paper 4.1)."""
     return scale_from_amax(amax_per_channel(weight, axis))
+
+
+_BEFORE_CUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
+_CUTS = ("Gather", "Slice", "Split")
+
+
+def _is_cut(node: gs.Node) -> bool:
+    """Whether a product is cut into parts, as that of a packed query, key and value projection is.
+
+    TensorRT then cuts the weights instead. It can cut floats in front of Q/DQ, but not int8 initializers,
+    with which it runs the product in floating point (seen with TensorRT for RTX 1.7.1 on Swin's attention).
+    """
+    waiting = [node] if node.op in ("MatMul", "Gemm") else []
+    while waiting:
+        for reader in [reader for tensor in waiting.pop().outputs for reader in tensor.outputs]:
+            if reader.op in _CUTS:
+                return True
+            biased = reader.op == "Add" and any(isinstance(t, gs.Constant) for t in reader.inputs)
+            if biased or reader.op in _BEFORE_CUT:
+                waiting.append(reader)
+    return False
 
 
 def _range(name: str, scale: np.float32, dtype: np.dtype) -> list[gs.Constant]:
