@@ -390,6 +390,16 @@ def test_bytes_of_a_real_engine(build_engine: Callable[..., Build]) -> None:
     assert {fixed.bytes_moved(1), fixed.bytes_moved(9)} == {4 * 64}  # nothing dynamic is left
 
 
+def test_a_gather_reads_no_more_of_a_table_than_it_writes(build_engine: Callable[..., Build]) -> None:
+    net = Net()
+    ids = net.input("N")
+    ids.dtype = np.int32
+    model = net.model(net.op("Gather", net.random.normal(size=(1000, 8)).astype(np.float32), ids))
+    compiled = build_engine(model, {"x": Range((4,), (4,), (4,))}).compiled
+    read, written = 4 * 4 + 4 * 8 * 4, 4 * 8 * 4
+    assert compiled.bytes_moved() == read + written
+
+
 ZOO = {
     "resnet20_cifar10": {"input": (3, 32, 32)},
     "efficientnet_lite0": {"input": (3, 224, 224)},

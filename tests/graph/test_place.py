@@ -217,6 +217,38 @@ def test_the_scales_of_a_constant_factor_out(
     np.testing.assert_allclose(factored, product(codes * scale.reshape(shape)), rtol=1e-12)
 
 
+# -- average pooling
+
+
+@pytest.mark.parametrize("pool", ["GlobalAveragePool", "AveragePool<kernel_shape = [8,8]>"])
+def test_an_average_pooling_between_quantized_layers(pool: str, tmp_path: Path) -> None:
+    """Conv --> Relu r ==> pool p ==> Flatten f ==> Gemm      (p and f share one range)"""
+    nodes = f"c = {SAME}(x, w) r = Relu(c) p = {pool}(r) f = Flatten(p) y = Gemm(f, s)"
+    placed = Placed(images(nodes, s=normal(4, 5)), tmp_path)
+    names = {n.outputs[0].name: n.name for n in placed.model.graph.nodes}
+    assert placed.edges == {
+        ("x", names["c"], 0, "weighted-input"),
+        ("r", names["p"], 0, "average-pool"),
+        ("p", names["f"], 0, "moved-input"),
+        ("f", names["y"], 0, "weighted-input"),
+    }
+    assert placed.plan.tensors == ["x", "r", "p"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "exclude"),
+    [
+        (f"c = {SAME}(x, w) p = GlobalAveragePool(c) f = Flatten(p) y = Gemm(f, s)", ["op:Gemm"]),
+        (f"c = {SAME}(x, w) p = GlobalAveragePool(c) d = {SAME}(p, v) y = Mul(c, d)", []),
+        (f"c = {SAME}(x, w) p = GlobalAveragePool(c) f = Flatten(p) g = Gemm(f, s) y = Mul(g, f)", []),
+    ],
+    ids=["floating point behind it", "its input is read beside it", "its output is read beside it"],
+)
+def test_an_average_pooling_in_floating_point(nodes: str, exclude: list[str], tmp_path: Path) -> None:
+    placed = Placed(images(nodes, s=normal(4, 4)), tmp_path, exclude=exclude)
+    assert {e.rule for e in placed.plan.edges} == {"weighted-input"}
+
+
 # -- residual additions
 
 

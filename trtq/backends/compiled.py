@@ -77,7 +77,14 @@ class CompiledTensor:
 
     def size(self, dynamic: int) -> int:
         """Size in bytes with every dynamic dimension set to `dynamic`."""
-        elements = math.prod(dynamic if d < 0 else d for d in self.dims)
+        return self.bytes_of(self.elements(dynamic))
+
+    def elements(self, dynamic: int) -> int:
+        """Number of elements with every dynamic dimension set to `dynamic`."""
+        return math.prod(dynamic if d < 0 else d for d in self.dims)
+
+    def bytes_of(self, elements: int) -> int:
+        """Size in bytes of some of its elements."""
         return math.ceil(elements * _BITS[self.datatype] / 8)
 
 
@@ -104,6 +111,22 @@ class CompiledLayer:
         of the network that TensorRT needs no kernel for.
         """
         return bool(self.outputs) and self.kind not in ("NoOp", "Constant")
+
+    def bytes_moved(self, dynamic: int) -> int:
+        """Bytes of its inputs, constants and outputs with every dynamic dimension set to `dynamic`.
+
+        What gathers rows of a table (an embedding) reads no more elements of it than it writes altogether.
+        """
+        moved = sum(tensor.size(dynamic) for tensor in self.inputs + self.outputs)
+        most = max((tensor.elements(dynamic) for tensor in self.outputs), default=0)
+        for constant in self.constants:
+            read = constant.elements(dynamic)
+            moved += constant.bytes_of(min(read, most) if self._gathers else read)
+        return moved
+
+    @property
+    def _gathers(self) -> bool:
+        return "Gath" in self.name if self.kind == "kgen" else self.kind == "Gather"
 
     @property
     def computes(self) -> bool:
@@ -174,12 +197,7 @@ class Compiled:
         min = opt = max has no dynamic dimension and nothing to estimate. Caches are not modelled.
         """
         dynamic = self.batch if batch is None else batch
-        return sum(
-            tensor.size(dynamic)
-            for layer in self.layers
-            if layer.launches
-            for tensor in layer.inputs + layer.constants + layer.outputs
-        )
+        return sum(layer.bytes_moved(dynamic) for layer in self.layers if layer.launches)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; `from_json` is the inverse."""

@@ -4,7 +4,8 @@
 quantized. `EDGE_RULES` then say which tensors get a quantizer in front of which consumer. They follow the
 paper's section 6 and TensorRT's "Q/DQ Layer-Placement Recommendations": quantize the inputs of weighted
 operators and not their outputs, and the residual input of an addition where the engine gets faster by it.
-Everything else (softmax, LayerNorm, GELU, pooling by average, other additions) stays floating point.
+An average pooling between quantized layers runs in INT8, too. Everything else (softmax, LayerNorm, GELU,
+other additions) stays floating point.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from trtq.graph.shapes import concrete_shapes, macs
 WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
 """Operators that multiply by weights or by another activation: the candidates for INT8."""
 
-RESIDUAL = "residual-add"
-"""The rule of edges into an addition whose residual input TensorRT can then read in INT8."""
+RESIDUAL, POOL = "residual-add", "average-pool"
+"""The rules of edges that no INT8 node needs: they spare TensorRT memory traffic or a kernel."""
+
+SPARING = {RESIDUAL: "residual input", POOL: "input"}
+"""Those rules -> what their edges are of a node."""
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
@@ -121,7 +125,8 @@ def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str]) -> Plan:
 
     Args:
         graph: the folded graph that `plan` is for.
-        nodes: name -> why it stays in floating point; the name of an Add stands for its residual input.
+        nodes: name -> why it stays in floating point; that of an Add stands for its residual input, that of
+            an average pooling for its input.
     """
     left = {node.name for node in plan.nodes if node.int8} - nodes.keys()
     placement = Placement(graph, quantized=left)
@@ -289,6 +294,38 @@ def _read_in_int8(tensor: gs.Tensor, add: gs.Node, placement: Placement) -> bool
     return quantized and bool(tensor.inputs) and tensor not in placement.graph.outputs
 
 
+def _average_pool(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight]:
+    """Both sides of an average pooling that alone reads its input and feeds only quantized nodes.
+
+    TensorRT wants the quantizer behind it in front of a Flatten (seen with TensorRT for RTX 1.7.1).
+    """
+    if node.op not in ("AveragePool", "GlobalAveragePool"):
+        return
+    source, pooled = node.inputs[0], node.outputs[0]
+    if not source.inputs or len(source.outputs) != 1 or source.dtype not in FLOATS:
+        return
+    if _only_feeds_int8(pooled, placement):
+        yield Edge(source.name, node.name, 0, POOL, source.name)
+        for reader in pooled.outputs:
+            if reader.name not in placement.quantized:
+                yield Edge(pooled.name, reader.name, 0, "moved-input", pooled.name)
+
+
+def _only_feeds_int8(tensor: gs.Tensor, placement: Placement) -> bool:
+    """Whether a tensor goes nowhere but into quantized nodes, though it may be reshaped or moved before."""
+    if tensor in placement.graph.outputs or not tensor.outputs:
+        return False
+    return all(
+        reader.name in placement.quantized
+        or (
+            reader.inputs[0] is tensor
+            and only_moved(reader.outputs[0])
+            and _only_feeds_int8(reader.outputs[0], placement)
+        )
+        for reader in tensor.outputs
+    )
+
+
 def _same_shape(a: Sequence[int | str | None], b: Sequence[int | str | None]) -> bool:
     """Whether neither tensor is broadcast against the other, as far as the dimensions are known."""
     return len(a) == len(b) and all((m == 1) == (n == 1) for m, n in zip(a, b, strict=True))
@@ -297,6 +334,7 @@ def _same_shape(a: Sequence[int | str | None], b: Sequence[int | str | None]) ->
 EDGE_RULES: tuple[EdgeRule, ...] = (
     EdgeRule("weighted-inputs", _weighted_inputs),
     EdgeRule(RESIDUAL, _residual_add),
+    EdgeRule(POOL, _average_pool),
 )
 
 

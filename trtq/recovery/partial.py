@@ -16,7 +16,7 @@ import numpy as np
 from trtq.cache import Key
 from trtq.gate.similarity import decibels
 from trtq.graph.groups import Group
-from trtq.graph.place import RESIDUAL, leave_out
+from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
 from trtq.job import Job
 from trtq.quantization import Quantization
@@ -103,11 +103,11 @@ MOST_ROWS = 64
 class Search:
     """Partial quantization of one quantization, on the job's calibration data.
 
-    The residual inputs of additions are groups of their own: in floating point they cost no
-    multiply-accumulates, only the fusion that they are quantized for, so they are the first to go.
+    The residual inputs of additions and the inputs of average poolings are groups of their own: in floating
+    point they cost no multiply-accumulates, only the traffic that INT8 spares, so they are the first to go.
 
     Attributes:
-        groups: name -> group, in the order of the plan, the residual inputs last.
+        groups: name -> group, in the order of the plan, those inputs last.
         alone: name -> noise of the outputs with this group alone in INT8.
 
     Args:
@@ -127,9 +127,9 @@ class Search:
         self._costs = {name: float(group.macs or 1) for name, group in self.groups.items()}
         self._everything = self.noise(frozenset())
         for edge in start.plan.edges:
-            if edge.rule == RESIDUAL:
-                name = f"residual input of {edge.node}"
-                self.groups[name] = Group(name, (edge.node,), "Add", 0)
+            if edge.rule in SPARING:
+                name = f"{SPARING[edge.rule]} of {edge.node}"
+                self.groups[name] = Group(name, (edge.node,), edge.rule, 0)
                 self._costs[name] = 1.0
                 self.alone[name] = max(self._everything - self.noise(frozenset([name])), 0.0)
 

@@ -25,7 +25,7 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
-from trtq.graph.place import RESIDUAL
+from trtq.graph.place import SPARING
 from trtq.graph.plan import Plan
 from trtq.job import Job
 from trtq.quantization import Quantization
@@ -111,11 +111,11 @@ def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | No
 
 
 def can_leave_out(quantization: Quantization, least: float) -> bool:
-    """Whether a group or a residual input can go into floating point with a share `least` left in INT8."""
+    """Whether a group, or an input that only spares traffic, can go into floating point with a share `least` left in INT8."""
     plan = quantization.plan
     total = sum(node.macs or 0 for node in plan.nodes)
     spare = (plan.mac_share() or 1.0) - least
-    return any(edge.rule == RESIDUAL for edge in plan.edges) or any(
+    return any(edge.rule in SPARING for edge in plan.edges) or any(
         group.macs is None or group.macs <= spare * total for group in groups(quantization.graph, plan)
     )
 
