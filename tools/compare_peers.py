@@ -11,7 +11,9 @@ One table per model goes to stdout, everything to WORK/comparison.json. Results 
 rerun only does what is missing or whose model, data or tool has changed; failures are tried again.
 
 `trtq deploy` does more than the others in its time: choice of the method, search of the ranges, engine and
-gate are included. It starts with an empty cache.
+gate are included. It starts with an empty cache. `trtq modelopts-layers` is `trtq mse` without the layers
+that ModelOpt leaves in floating point, so that both engines have one INT8 share; `qdq everywhere` has a
+quantizer in front of every operator (tools/qdq_everywhere.py).
 
 The zoo holds `models/*.onnx` with `cifar10/`, `imagenet_sample/` and `stsb/` (calibration and
 evaluation data). The peers get a virtual environment of their own, about 1 GB with PyTorch's CPU
@@ -59,7 +61,9 @@ RUNS = (
     "ort percentile-99.99",
     "trtq max",
     "trtq mse",
+    "trtq modelopts-layers",
     "trtq deploy",
+    "qdq everywhere",
 )
 HEAVY = ("ort percentile-99.99",)
 """Tools and methods that only run on request: this one keeps every activation of every sample in memory."""
@@ -215,11 +219,26 @@ def quantize_command(run: str, place: Workplace, peers_python: Path) -> tuple[Pa
         evaluation = ["--eval", place.eval, "--metric", place.metric]
         deploy = ["trtq", "deploy", place.fp32, "--data", place.calib, *evaluation, "-o", folder]
         return folder / "model.int8.onnx", deploy
+    if tool == "qdq":
+        script = ROOT / "tools" / "qdq_everywhere.py"
+        return output, [sys.executable, script, place.fp32, place.calib, output]
     if tool == "trtq":
-        data = ["--data", place.calib, "--method", method]
-        return output, ["trtq", "quantize", place.fp32, *data, "-o", output]
+        left = (
+            layers_left_float(place.file("modelopt max", ".onnx")) if run == "trtq modelopts-layers" else []
+        )
+        method = "mse" if run == "trtq modelopts-layers" else method
+        options = ["--data", place.calib, "--method", method, *(f"--exclude={name}" for name in left)]
+        return output, ["trtq", "quantize", place.fp32, *options, "-o", output]
     worker = [peers_python, ROOT / "tools" / "peer_worker.py"]
     return output, [*worker, place.fp32, place.calib, tool, method, output, "--batch", CPU_BATCH]
+
+
+def layers_left_float(model: Path) -> list[str]:
+    """Names of the weighted nodes of a Q/DQ model that do not run in INT8."""
+    from trtq.graph.model import load_model
+    from trtq.graph.place import placed
+
+    return [node.name for node in placed(load_model(model), None).nodes if not node.int8]
 
 
 def run_measured(command: list[str], log: Path) -> dict[str, Any]:
@@ -246,7 +265,7 @@ def run_measured(command: list[str], log: Path) -> dict[str, Any]:
 
 def tool_identity(run: str) -> object:
     """What must be the same for a kept result of `run` to hold."""
-    if run.startswith("trtq"):
+    if run.startswith(("trtq", "qdq")):
         return [files.sha256_file(path) for path in sorted((ROOT / "trtq").rglob("*.py"))]
     return [PEER_PACKAGES, files.sha256_file(ROOT / "tools" / "peer_worker.py")]
 

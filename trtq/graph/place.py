@@ -31,6 +31,8 @@ RESIDUAL, POOL = "residual-add", "average-pool"
 SPARING = {RESIDUAL: "residual input", POOL: "input"}
 """Those rules -> what their edges are of a node."""
 
+_Shape = Sequence[int | str | None]
+
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
@@ -263,10 +265,9 @@ def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
     fused = _fused_input(node, placement)
     for index, residual in enumerate(node.inputs):
         wanted = index != fused if fused is not None else _read_in_int8(residual, node, placement)
-        shape, other = residual.shape, node.inputs[1 - index].shape
-        if wanted and isinstance(residual, gs.Variable) and residual.dtype in FLOATS and shape is not None:
-            if other is None or _same_shape(shape, other):
-                yield Edge(residual.name, node.name, index, RESIDUAL, residual.name)
+        variable = not isinstance(residual, gs.Constant) and residual.dtype in FLOATS
+        if wanted and variable and _whole(residual.shape, node.inputs[1 - index].shape):
+            yield Edge(residual.name, node.name, index, RESIDUAL, residual.name)
 
 
 def _fused_input(add: gs.Node, placement: Placement) -> int | None:
@@ -326,9 +327,11 @@ def _only_feeds_int8(tensor: gs.Tensor, placement: Placement) -> bool:
     )
 
 
-def _same_shape(a: Sequence[int | str | None], b: Sequence[int | str | None]) -> bool:
-    """Whether neither tensor is broadcast against the other, as far as the dimensions are known."""
-    return len(a) == len(b) and all((m == 1) == (n == 1) for m, n in zip(a, b, strict=True))
+def _whole(shape: _Shape | None, other: _Shape | None) -> bool:
+    """Whether neither tensor is broadcast against the other, as far as the other's dimensions are known."""
+    if shape is None or other is None:
+        return shape is not None
+    return len(shape) == len(other) and all((m == 1) == (n == 1) for m, n in zip(shape, other, strict=True))
 
 
 EDGE_RULES: tuple[EdgeRule, ...] = (

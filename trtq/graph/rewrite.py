@@ -18,8 +18,8 @@ from trtq.graph.weights import values_of
 from trtq.numerics import amax_per_channel, quantize, scale_from_amax
 
 WEIGHT_FORMS = ("int8", "qdq")
-"""`int8`: int8 initializers + DequantizeLinear, but float ones + a Q/DQ pair where a product is cut into parts
-(see `_is_cut`); `qdq`: float initializers + a Q/DQ pair everywhere."""
+"""`int8`: int8 initializers + DequantizeLinear, but float ones + a Q/DQ pair where a product is cut into
+parts (see `_is_cut`); `qdq`: float initializers + a Q/DQ pair everywhere."""
 
 
 def rewrite(

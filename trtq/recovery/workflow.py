@@ -111,7 +111,7 @@ def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | No
 
 
 def can_leave_out(quantization: Quantization, least: float) -> bool:
-    """Whether a group, or an input that only spares traffic, can go into floating point with a share `least` left in INT8."""
+    """Whether something can go into floating point with a share `least` left in INT8."""
     plan = quantization.plan
     total = sum(node.macs or 0 for node in plan.nodes)
     spare = (plan.mac_share() or 1.0) - least
