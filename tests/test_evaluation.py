@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from trtq import evaluation
+from trtq import parallel
 from trtq.cache import Cache
 from trtq.console import SILENT
 from trtq.data.samples import InputSpec, Samples
@@ -48,7 +48,7 @@ def test_another_model_is_run(tmp_path: Path) -> None:
 
 
 def test_large_outputs_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "KEPT_BYTES", ROWS.nbytes - 1)
+    monkeypatch.setattr(parallel, "KEPT_BYTES", ROWS.nbytes - 1)
     model, cache = doubling(tmp_path / "m.onnx", "y"), Cache(tmp_path / "cache")
     for _ in range(2):
         assert not outputs_of(model, SAMPLES, cache, SILENT, label="fp32")[1]

@@ -18,17 +18,24 @@ import onnx_graphsurgeon as gs
 import pytest
 from numpy.typing import NDArray
 
+import trtq
 from trtq import parallel
 from trtq.cache import Cache, Key
 from trtq.calibration.collect import collect
+from trtq.calibration.methods import parse_method
 from trtq.calibration.statistics import Statistics
+from trtq.choose import scales_from
 from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.gate.execute import Outputs, run_model
+from trtq.graph.fold import fold
 from trtq.graph.model import load_model
+from trtq.graph.place import place
 from trtq.parallel import Pool, collect_sharded, parse_parallel, run_sharded
+from trtq.quantization import Quantization
+from trtq.sensitivity import SHARD_GROUPS, analyse
 
 TENSORS = ["x", "h", "y"]
 ROWS = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
@@ -117,6 +124,21 @@ def kept(cache: Cache) -> list[str]:
 
 
 # -- the result
+
+
+def test_sensitivity_from_workers(tmp_path: Path, cache: Cache, workers: str) -> None:
+    """Groups are shared out, a few to a worker at a time; a second run finds all in the cache."""
+    demo = Path(trtq.__file__).parent / "demo"
+    model = load_model(demo / "digits.onnx")
+    fold(model.graph)
+    plan = place(model)
+    rows = load_samples(str(demo / "calib.npz"), model.inputs).subset(range(10, 30))
+    scales = scales_from(collect(model.graph, plan.tensors, rows), parse_method("max"))
+    quantization = Quantization(model.graph, plan, scales)
+    here = analyse(quantization, rows, Cache(tmp_path / "other", pytest.fail), SILENT)
+    assert len(here.effects) > 2 * SHARD_GROUPS
+    assert analyse(quantization, rows, cache, SILENT, parallel=workers) == here
+    assert analyse(quantization, rows, cache, SILENT, parallel="dask://no.such.host:1") == here
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 50, 1000])

@@ -50,7 +50,7 @@ def outputs_of(
     key = Key("outputs", sha256, samples.hash, {"executor": fingerprint(model)})
     if (content := cache.fetch(key)) is not None:
         return Outputs.from_bytes(content), True
-    if parallel is not None and model.suffix not in ENGINE_SUFFIXES:
+    if model.suffix not in ENGINE_SUFFIXES:
         outputs = run_sharded(
             model,
             samples,
@@ -64,7 +64,7 @@ def outputs_of(
         )
         return outputs, False
     with console.progress(label, len(samples)) as advance:
-        outputs = run_model(model, samples, batch_size=batch_size, threads=threads, progress=advance)
+        outputs = run_model(model, samples, batch_size=batch_size, progress=advance)
     if outputs.nbytes <= KEPT_BYTES:
         cache.store(key, outputs.to_bytes())
     return outputs, False

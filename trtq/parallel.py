@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx_graphsurgeon as gs
 
@@ -38,8 +38,11 @@ from trtq.data.load import reload
 from trtq.data.samples import Origin, Samples, fixed_batch
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
-from trtq.gate.execute import DEFAULT_BATCH_SIZE, Outputs, run_model
+from trtq.gate.execute import DEFAULT_BATCH_SIZE, Outputs, run_model, simulation_runner
 from trtq.graph.model import load_model, model_files, model_sha256, save_model
+
+if TYPE_CHECKING:
+    from trtq.backends.onnxruntime import SimulationRunner
 
 SHARD_ROWS = 128
 """Rows of a shard; more where that is needed for whole samples and whole batches."""
@@ -58,8 +61,9 @@ _REGISTERED = {
 
 _SECONDS_TO_CONNECT = 10
 
-Task = Callable[[Samples, Advance | None], bytes]
-"""What is done with a shard: a `functools.partial` of a module's function, so that it can be sent."""
+Task = Callable[..., bytes]
+"""What is done with a shard: a `functools.partial` of a module's function, so that it can be sent. It takes
+the shard's samples, an `Advance` or None, and the shard's arguments."""
 
 
 class Pool(NamedTuple):
@@ -169,12 +173,15 @@ def run_sharded(
     pool = parse_parallel(parallel)
     shards = cut(samples, key, batch_size or DEFAULT_BATCH_SIZE)
     parts: dict[int, Outputs] = {}
-    shipped: Path | Shipped = model
-    if pool is not None:
-        shipped, threads = Shipped.of(model, pool), pool.threads(threads)
-    task = functools.partial(_outputs, shipped, batch_size, threads)
-    for index, content in results(task, shards, pool, cache, console, label):
-        parts[index] = Outputs.from_bytes(content)
+    with contextlib.ExitStack() as stack:
+        if pool is None:
+            runner = stack.enter_context(simulation_runner(model, threads))
+            task: Task = functools.partial(_outputs, model, runner, batch_size)
+        else:
+            shipped = Shipped.of(model, pool)
+            task = functools.partial(_outputs_of_shipped, shipped, pool.threads(threads), batch_size)
+        for index, content in results(task, shards, pool, cache, console, label):
+            parts[index] = Outputs.from_bytes(content)
     outputs = Outputs.concatenated([parts[index] for index in range(len(shards))], model)
     if outputs.nbytes <= KEPT_BYTES:
         cache.store(key, outputs.to_bytes())
@@ -225,10 +232,19 @@ def _shipped_graph(graph: gs.Graph, pool: Pool) -> Iterator[Shipped]:
 
 @dataclass(frozen=True)
 class Shard:
-    """Samples at some positions, and where their result is kept."""
+    """A part of the work.
+
+    Attributes:
+        samples: what it is done with.
+        key: where its result is kept; None: nowhere.
+        size: how much of the work it is, in the progress bar's unit.
+        arguments: what else the task is given.
+    """
 
     samples: Samples
-    key: Key
+    key: Key | None
+    size: int
+    arguments: tuple[Any, ...] = ()
 
     @property
     def rows(self) -> str:
@@ -236,14 +252,14 @@ class Shard:
         first, last = (self.samples.row_number(i) for i in (0, len(self.samples) - 1))
         return f"rows {first} to {last} of {self.samples.source}"
 
-    def sent(self) -> tuple[Origin, Sequence[int], str]:
-        """What a worker needs to read the samples itself."""
+    def sent(self) -> tuple[Origin, Sequence[int], str, tuple[Any, ...]]:
+        """What a worker needs to read the samples itself, and the arguments."""
         if self.samples.origin is None or self.samples.positions is None:
             raise InputError(
                 "workers cannot read samples that were made in memory",
                 remedy="load them from a file, a folder or a URL, or leave --parallel out",
             )
-        return self.samples.origin, self.samples.positions, self.rows
+        return self.samples.origin, self.samples.positions, self.rows, self.arguments
 
 
 def cut(samples: Samples, key: Key, batch: int) -> list[Shard]:
@@ -254,21 +270,27 @@ def cut(samples: Samples, key: Key, batch: int) -> list[Shard]:
     for first in range(0, len(samples) // samples.group, groups):
         part = samples.subset(range(first, min(first + groups, len(samples) // samples.group)))
         detail = {"of": of, "first": first * samples.group, "rows": len(part)}
-        shards.append(Shard(part, Key("shard", key.model, key.data, detail)))
+        shards.append(Shard(part, Key("shard", key.model, key.data, detail), len(part)))
     return shards
 
 
 def results(
-    task: Task, shards: Sequence[Shard], pool: Pool | None, cache: Cache, console: Console, label: str
+    task: Task,
+    shards: Sequence[Shard],
+    pool: Pool | None,
+    cache: Cache,
+    console: Console,
+    label: str,
+    unit: str = "row",
 ) -> Iterator[tuple[int, bytes]]:
     """Number and result of every shard, as they finish; those of an interrupted job come first."""
     missing = []
-    with console.progress(label, sum(len(shard.samples) for shard in shards)) as advance:
+    with console.progress(label, sum(shard.size for shard in shards), unit) as advance:
         for index, shard in enumerate(shards):
-            if (content := cache.fetch(shard.key)) is None:
+            if shard.key is None or (content := cache.fetch(shard.key)) is None:
                 missing.append(index)
             else:
-                advance(len(shard.samples))
+                advance(shard.size)
                 yield index, content
         if missing and len(missing) < len(shards):
             console.say(label, f"{len(shards) - len(missing)} of {len(shards)} shards were done before")
@@ -276,22 +298,24 @@ def results(
         if pool is not None:
             run = _run_in(pool, task, shards, missing, advance)
         for index, content in run:
-            if len(shards) > 1 and len(content) <= KEPT_BYTES:
-                cache.store(shards[index].key, content)
+            key = shards[index].key
+            if key is not None and len(shards) > 1 and len(content) <= KEPT_BYTES:
+                cache.store(key, content)
             yield index, content
 
 
 def discard(shards: Sequence[Shard], cache: Cache) -> None:
     """Remove what was kept of shards, when the whole is stored."""
     for shard in shards:
-        remove(cache.path(shard.key))
+        if shard.key is not None:
+            remove(cache.path(shard.key))
 
 
 def _run_here(
     task: Task, shards: Sequence[Shard], wanted: Sequence[int], advance: Advance
 ) -> Iterator[tuple[int, bytes]]:
     for index in wanted:
-        yield index, task(shards[index].samples, advance)
+        yield index, task(shards[index].samples, advance, *shards[index].arguments)
 
 
 def _run_in(
@@ -310,7 +334,7 @@ def _run_in(
                 for index, content in joblib.Parallel(return_as=return_as, batch_size=1)(calls):
                     del waiting[index]
                     left = ATTEMPTS
-                    advance(len(shards[index].samples))
+                    advance(shards[index].size)
                     yield index, content
         except TrtqError:
             raise
@@ -373,7 +397,13 @@ def _deaths() -> tuple[type[BaseException], ...]:
 
 
 def _work(
-    task: Task, versions: str, index: int, origin: Origin, positions: Sequence[int], rows: str
+    task: Task,
+    versions: str,
+    index: int,
+    origin: Origin,
+    positions: Sequence[int],
+    rows: str,
+    arguments: tuple[Any, ...],
 ) -> tuple[int, bytes]:
     """Do a task for the samples at some positions of a source.
 
@@ -387,7 +417,7 @@ def _work(
                 cause=f"{versions}; the worker: {_versions()}",
                 remedy="install the same versions on all machines",
             )
-        return index, task(reload(origin).subset(positions), None)
+        return index, task(reload(origin).subset(positions), None, *arguments)
     except MissingBackendError:
         raise
     except Exception as error:
@@ -414,15 +444,24 @@ def _statistics(
 
 
 def _outputs(
-    model: Path | Shipped,
-    batch_size: int | None,
-    threads: int | None,
-    samples: Samples,
-    advance: Advance | None,
+    model: Path, runner: SimulationRunner, batch_size: int | None, samples: Samples, advance: Advance | None
 ) -> bytes:
-    with model.open() if isinstance(model, Shipped) else contextlib.nullcontext(model) as path:
-        outputs = run_model(path, samples, batch_size=batch_size, threads=threads, progress=advance)
-    return outputs.to_bytes()
+    return run_model(model, samples, batch_size=batch_size, progress=advance, runner=runner).to_bytes()
+
+
+def _outputs_of_shipped(
+    model: Shipped, threads: int, batch_size: int | None, samples: Samples, advance: Advance | None
+) -> bytes:
+    return _outputs(model.path, _runner(model, threads), batch_size, samples, advance)
+
+
+@functools.lru_cache(maxsize=1)
+def _runner(model: Shipped, threads: int) -> SimulationRunner:
+    """The active runner of this worker, which serves all of its shards."""
+    with model.open() as path:
+        runner = simulation_runner(path, threads)
+        runner.activate()
+    return runner
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,17 +9,19 @@ ranks groups nearly like all of them do, at the cost of a few passes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 from trtq.cache import Cache, Key
-from trtq.console import Console
+from trtq.console import Advance, Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.files import PathLike, read_json, write_json
-from trtq.gate.metrics import Metric
+from trtq.files import PathLike, read_json, sha256_json, write_json
+from trtq.gate.metrics import Metric, load_metric
 from trtq.graph.groups import Group, groups
+from trtq.parallel import Pool, Shard, parse_parallel, results
 from trtq.quantization import Quantization
 from trtq.simulator import Effect, Mode, Score, Simulator
 
@@ -27,6 +29,9 @@ FORMAT = "trtq-sensitivity-1"
 
 MOST_ROWS = 512
 """No more rows are measured on: they and their activations are kept in memory."""
+
+SHARD_GROUPS = 4
+"""Groups that a worker measures at a time, where there are several."""
 
 FAST_PASSES, FEWEST_ROWS = 3, 8
 """The fast ranking runs all groups together over this many times the rows, on at least so many each."""
@@ -124,6 +129,7 @@ def analyse(
     metric: Metric | None = None,
     fast: bool = False,
     workers: int | None = None,
+    parallel: str | None = None,
 ) -> Sensitivity:
     """Measure every group of a quantization, on `MOST_ROWS` rows at most.
 
@@ -133,17 +139,24 @@ def analyse(
         metric: is measured, too; needs targets in `samples` unless it is label-free.
         fast: measure on a few rows only (`fast_rows`).
         workers: batches run at once; default: one for each processor.
+        parallel: where groups are measured (see `parallel.parse_parallel`); workers read the rows themselves.
 
     Raises:
-        InputError: the model does not run on the samples, or the metric does not suit them.
+        InputError: the model does not run on the samples, or the metric does not suit them; as
+            `parallel.results`.
+        MissingBackendError: the parallel backend's package is not installed.
     """
+    pool = parse_parallel(parallel)
     count = len(groups(quantization.graph, quantization.plan))
     available = min(len(samples), MOST_ROWS)
     samples = samples.spread(fast_rows(available, count) if fast else available)
     simulator = Simulator(quantization, samples, metric=metric, workers=workers)
     detail = {"mode": mode, "metric": metric.fingerprint if metric else None}
     key = Key("sensitivity", quantization.sha256, samples.hash, detail)
-    effects = measured(simulator, mode, cache, key, console)
+    if pool is None:
+        effects = measured(simulator, mode, cache, key, console)
+    else:
+        effects = _measured_in(pool, simulator, mode, cache, key, console)
     sign = 1 if mode == "only" else -1
     return Sensitivity(
         model=quantization.plan.model,
@@ -173,17 +186,91 @@ def measured(
     Raises:
         InputError: as `Simulator.score`.
     """
-    every = groups(simulator.quantization.graph, simulator.quantization.plan)
-    known = {name: Score(*score) for name, score in json.loads(cache.fetch(key) or b"{}").items()}
-    left = [group for group in every if group.name not in known]
-    with console.progress("sensitivity", len(left), "group") as advance:
-        for effect in simulator.effects(mode, left):
-            known[effect.group.name] = Score(effect.sqnr_db, effect.noise, effect.metric)
-            cache.store(key, json.dumps(known).encode())
+    found = _Found(simulator, cache, key)
+    with console.progress("sensitivity", len(found.left), "group") as advance:
+        for effect in simulator.effects(mode, found.left):
+            found.add({effect.group.name: Score(effect.sqnr_db, effect.noise, effect.metric)})
             advance(1)
             if over():
                 break
-    return [Effect(group, *known[group.name]) for group in every if group.name in known]
+    return found.effects()
+
+
+def _measured_in(
+    pool: Pool, simulator: Simulator, mode: Mode, cache: Cache, key: Key, console: Console
+) -> list[Effect]:
+    """`measured` in a pool's workers, a few groups at a time."""
+    if not simulator.quantization.storable:
+        raise InputError("a model above 2 GB is not sent to workers", remedy="leave --parallel out")
+    found = _Found(simulator, cache, key)
+    names = [group.name for group in found.left]
+    shards = [
+        Shard(simulator.samples, None, len(part), (part,))
+        for part in (names[i : i + SHARD_GROUPS] for i in range(0, len(names), SHARD_GROUPS))
+    ]
+    metric = simulator.metric.name if simulator.metric else None
+    sent = _Sent(sha256_json(key.to_json()), simulator.quantization.to_bytes(), metric)
+    task = partial(_scores, sent, mode, pool.threads(None))
+    for _, content in results(task, shards, pool, cache, console, "sensitivity", "group"):
+        found.add({name: Score(*score) for name, score in json.loads(content).items()})
+    return found.effects()
+
+
+class _Found:
+    """The scores of groups measured so far, kept in the cache at once.
+
+    Attributes:
+        left: the groups that are not measured yet, in the order of the plan.
+    """
+
+    def __init__(self, simulator: Simulator, cache: Cache, key: Key) -> None:
+        self._cache, self._key = cache, key
+        self._every = groups(simulator.quantization.graph, simulator.quantization.plan)
+        stored = json.loads(cache.fetch(key) or b"{}")
+        self._scores = {name: Score(*score) for name, score in stored.items()}
+        self.left = [group for group in self._every if group.name not in self._scores]
+
+    def add(self, scores: Mapping[str, Score]) -> None:
+        self._scores |= scores
+        self._cache.store(self._key, json.dumps(self._scores).encode())
+
+    def effects(self) -> list[Effect]:
+        """Those of the groups measured, in the order of the plan."""
+        return [
+            Effect(group, *self._scores[group.name]) for group in self._every if group.name in self._scores
+        ]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A measurement as workers get it: what it measures, under its key, and the metric's name."""
+
+    key: str
+    quantization: bytes = field(compare=False)
+    metric: str | None = field(compare=False)
+
+
+def _scores(
+    sent: _Sent, mode: Mode, threads: int, samples: Samples, advance: Advance | None, names: Sequence[str]
+) -> bytes:
+    """In a worker: group -> score, of the named groups, in JSON."""
+    simulator = _simulator(sent, threads, _Rows(samples.hash, samples))
+    every = groups(simulator.quantization.graph, simulator.quantization.plan)
+    effects = simulator.effects(mode, [group for group in every if group.name in names])
+    return json.dumps({e.group.name: Score(e.sqnr_db, e.noise, e.metric) for e in effects}).encode()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    hash: str
+    samples: Samples = field(compare=False)
+
+
+@lru_cache(maxsize=1)
+def _simulator(sent: _Sent, threads: int, rows: _Rows) -> Simulator:
+    """The simulator of this worker, whose passes serve all of its groups."""
+    metric = None if sent.metric is None else load_metric(sent.metric)
+    return Simulator(Quantization.from_bytes(sent.quantization), rows.samples, metric=metric, workers=threads)
 
 
 def fast_rows(rows: int, count: int) -> int:

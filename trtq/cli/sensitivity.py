@@ -41,6 +41,7 @@ def _sensitivity(given: argparse.Namespace) -> int:
         metric=metric,
         fast=given.fast,
         workers=recipe.threads,
+        parallel=recipe.parallel,
     )
     if recipe.output is not None:
         result.save(recipe.output)
@@ -52,7 +53,20 @@ SENSITIVITY = Command(
     "sensitivity",
     "rank the layers by what INT8 in each of them does to the outputs",
     _sensitivity,
-    ("model", "output", "data", "method", "eval", "metric", "plan", "include", "exclude", "cache", "threads"),
+    (
+        "model",
+        "output",
+        "data",
+        "method",
+        "eval",
+        "metric",
+        "plan",
+        "include",
+        "exclude",
+        "cache",
+        "threads",
+        "parallel",
+    ),
     (
         argument("--fast", action="store_true", help="rank on a few rows, at the cost of a few passes"),
         argument(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,11 @@ from trtq.data.batches import Arrays, batches
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.gate.verdict import Executor
+
+if TYPE_CHECKING:
+    from polygraphy.backend.base import BaseRunner
+
+    from trtq.backends.onnxruntime import SimulationRunner
 
 DEFAULT_BATCH_SIZE = 16
 ENGINE_SUFFIXES = (".plan", ".engine")
@@ -85,6 +90,7 @@ def run_model(
     batch_size: int | None = None,
     threads: int | None = None,
     progress: Callable[[int], object] | None = None,
+    runner: BaseRunner | None = None,
 ) -> Outputs:
     """The outputs of `model` on every row of `samples`.
 
@@ -97,6 +103,7 @@ def run_model(
         batch_size: rows at once; None: `DEFAULT_BATCH_SIZE`, or what the model takes.
         threads: CPU threads; None: all cores.
         progress: called with the number of rows just done, such as a progress bar's `update`.
+        runner: an active one of the model, which stays active; None: one for this call.
 
     Raises:
         InputError: the model does not load, does not take these inputs or this batch size, or has
@@ -104,13 +111,15 @@ def run_model(
         MissingBackendError: an engine, and no GPU, driver or TensorRT here.
     """
     is_engine = Path(model).suffix in ENGINE_SUFFIXES
-    runner = engine_runner(Path(model)) if is_engine else _simulation_runner(model, threads)
     rows_total = len(samples)
     if rows_total == 0:
         raise InputError("the data has no rows")
     arrays: Arrays = {}
     done = 0
-    with _polygraphy_errors(model), runner:
+    with _polygraphy_errors(model), contextlib.ExitStack() as stack:
+        if runner is None:
+            made = engine_runner(Path(model)) if is_engine else simulation_runner(model, threads)
+            runner = stack.enter_context(made)
         metadata = runner.get_input_metadata(use_numpy_dtypes=False)
         limits = _profile_limits(runner.engine, metadata) if is_engine else _shape_limits(metadata)
         size = _batch_size(batch_size, limits, model)
@@ -163,7 +172,8 @@ def fingerprint(model: str | Path) -> str:
     return simulation_fingerprint()
 
 
-def _simulation_runner(model: str | Path, threads: int | None) -> Any:
+def simulation_runner(model: str | Path, threads: int | None) -> SimulationRunner:
+    """Polygraphy's runner of an ONNX model; see `backends.onnxruntime.SimulationRunner`."""
     from trtq.backends.onnxruntime import SimulationRunner
 
     return SimulationRunner(model, threads)

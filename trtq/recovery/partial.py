@@ -109,6 +109,7 @@ class Search:
     Attributes:
         groups: name -> group, in the order of the plan, those inputs last.
         alone: name -> noise of the outputs with this group alone in INT8.
+        free: the groups without multiply-accumulates.
 
     Args:
         start: what to leave nodes out of.
@@ -132,6 +133,7 @@ class Search:
                 self.groups[name] = Group(name, (edge.node,), edge.rule, 0)
                 self._costs[name] = 1.0
                 self.alone[name] = max(self._everything - self.noise(frozenset([name])), 0.0)
+        self.free = frozenset(self.groups) - {effect.group.name for effect in effects}
 
     def _over(self) -> bool:
         return self._budget.over

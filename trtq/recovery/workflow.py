@@ -210,7 +210,8 @@ class _Workflow:
         """The start with the cheapest groups in floating point that let the gate pass; None if none do.
 
         How little noise is little enough is bisected with the (simulated) gate; which groups to leave out for
-        it, the calibration data say alone.
+        it, the calibration data say alone. Where none of those sets passes, the inputs that cost no
+        multiply-accumulates are all left out.
         """
         job, recipe = self.job, self.job.recipe
         least = 0.0 if recipe.min_int8 is None else parse_share(recipe.min_int8)
@@ -237,6 +238,9 @@ class _Workflow:
                 ratio = math.sqrt(failing * enough)
             elif verdict is not None:
                 ratio = max(ratio * min(needed(verdict), 0.5), LEAST_RATIO)
+        if best is None and search.free and not self.budget.over:
+            candidate = search.leaving_out(search.free)
+            return candidate if self.passes(self.simulated(candidate)) else None
         return best
 
     def simulated(self, candidate: Quantization) -> Verdict:
