@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trtq.data import stored
+from trtq.data import load, stored
 from trtq.data.load import load_samples
 from trtq.data.samples import InputSpec
-from trtq.data.stored import StoredRows, read_npz
+from trtq.data.stored import Chained, StoredRows, read_npz
 from trtq.errors import InputError
 
 SPECS = (InputSpec("x", np.dtype(np.float32), ("N", 3, 5)),)
@@ -79,3 +79,26 @@ def test_a_changed_byte_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="damaged") as caught:
         load_samples(str(path), SPECS)
     assert "CRC" in str(caught.value.cause)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(4, 3, 5), (9, 3, 5), (1, 3, 5)], [(4, 3, 5), (5, 3, 6)]], ids=["alike", "ragged"]
+)
+def test_a_folder_is_read_by_rows(
+    shapes: list[tuple[int, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a folder's files hold together counts: each may be small."""
+    specs = (InputSpec("x", np.dtype(np.float32), ("N", 3, None)),)
+    for index, shape in enumerate(shapes):
+        np.savez(tmp_path / f"{index}.npz", x=values(*shape) + index, label=np.arange(shape[0]))
+    whole = load_samples(str(tmp_path), specs)
+    monkeypatch.setattr(load, "IN_MEMORY", 300)
+    by_row = load_samples(str(tmp_path), specs)
+    assert isinstance(by_row.columns["x"], Chained)
+    assert not isinstance(whole.columns["x"], Chained)
+    assert by_row.hash == whole.hash
+    for one, other in zip(by_row.rows(), whole.rows(), strict=True):
+        np.testing.assert_array_equal(one["x"], other["x"])
+    np.testing.assert_array_equal(by_row.targets["label"], whole.targets["label"])
+    with pytest.raises(IndexError):
+        by_row.columns["x"][len(by_row)]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trtq.data.preprocess import Preprocess, decode_image
 from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, InputSpec, Mapped, Origin, Samples, rows_of
-from trtq.data.stored import StoredRows, read_npz
+from trtq.data.stored import IN_MEMORY, Chained, StoredRows, read_npz
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.scripts import load_function
@@ -42,8 +42,7 @@ def load_samples(
               a header, a column `file`, and numeric columns that are targets; without a CSV there are no
               targets;
             - `SCRIPT.py:FUNCTION`: returns an iterable of dicts with the batch axis first (Polygraphy's
-              data-loader convention); entries that are no model inputs are targets. It is read whole, as is
-              a folder of `.npz`;
+              data-loader convention); entries that are no model inputs are targets. It is read whole;
             - a URL of one of the first three (see `trtq.data.remote`).
         preprocess: input name -> how its rows are made (see `Preprocess`).
 
@@ -96,7 +95,7 @@ def _load(spec: str, inputs: Sequence[InputSpec], preprocess: Mapping[str, Mappi
     if ".py:" in spec:
         arrays = _from_script(spec, known)
     elif path.suffix == ".npz":
-        arrays = _from_npz(path)
+        arrays = dict(_from_npz(path))
     elif path.suffix == ".csv" or path.is_dir():
         arrays = _from_folder(path, inputs, recipes)
     else:
@@ -168,12 +167,15 @@ def _hash(
             if isinstance(column, _Images):
                 for path in column.paths:
                     digest.update(sha256_file(path).encode())
-            elif isinstance(column, StoredRows):  # as an array of the same values
+            elif (
+                isinstance(column, StoredRows | Chained) and column.dtype and column.shape
+            ):  # as an array of the same values
                 digest.update(f"{column.dtype.str}{column.shape}\n".encode())
                 for index in range(len(column)):
                     digest.update(column[index].tobytes())
             else:
-                for array in [column] if isinstance(column, np.ndarray) else rows_of(column):
+                rows = (column[index] for index in range(len(column)))
+                for array in [column] if isinstance(column, np.ndarray) else rows:
                     array = np.ascontiguousarray(array)
                     digest.update(f"{array.dtype.str}{array.shape}\n".encode())
                     digest.update(array.tobytes() if array.dtype.kind in "UMm" else array.data)
@@ -185,11 +187,11 @@ def _hash(
 # --- sources ------------------------------------------------------------------------------------------
 
 
-def _from_npz(path: Path) -> dict[str, Column]:
+def _from_npz(path: Path, in_memory: int | None = None) -> dict[str, NDArray | StoredRows]:
     if not path.is_file():
         raise InputError("the data does not exist", file=path, remedy="check the path")
     try:
-        arrays = read_npz(path)
+        arrays = read_npz(path, in_memory)
     except Exception as error:  # zipfile, zlib and numpy each raise their own
         raise InputError(
             "not an .npz of plain arrays, or a damaged one",
@@ -199,14 +201,14 @@ def _from_npz(path: Path) -> dict[str, Column]:
         ) from error
     if scalars := [name for name, array in arrays.items() if not array.shape]:
         raise InputError(f"array '{scalars[0]}' has no rows: it is a single value", file=path)
-    return dict(arrays)
+    return arrays
 
 
 def _from_folder(
     path: Path, inputs: Sequence[InputSpec], recipes: Mapping[str, Preprocess]
 ) -> dict[str, Column]:
     if path.is_dir() and (files := sorted(path.glob("*.npz"))):
-        return _concatenate([_from_npz(file) for file in files], path)
+        return _concatenate([_from_npz(file, IN_MEMORY // len(files)) for file in files], path)
     folder, table = _image_folder(path)
     target_columns: dict[str, Column] = {}
     if table is None:
@@ -313,7 +315,13 @@ def _from_script(spec: str, inputs: Sequence[str]) -> dict[str, Column]:
 
 def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, Column]:
     """The rows of several sets of arrays behind one another; as one array where all shapes agree."""
-    parts = [{name: np.atleast_1d(array) for name, array in part.items()} for part in parts]
+    parts = [
+        {
+            name: array if isinstance(array, StoredRows) else np.atleast_1d(array)
+            for name, array in part.items()
+        }
+        for part in parts
+    ]
     columns: dict[str, Column] = {}
     anchor = next(iter(parts[0]), "")
     for name in dict.fromkeys(name for part in parts for name in part):
@@ -326,7 +334,9 @@ def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, 
                 file=source,
                 remedy="give every part one target for every row, or for every k consecutive rows",
             )
-        if len({(a.shape[1:], a.dtype) for a in arrays}) == 1:
+        if any(isinstance(array, StoredRows) for array in arrays):
+            columns[name] = Chained(arrays)
+        elif len({(a.shape[1:], a.dtype) for a in arrays}) == 1:
             columns[name] = np.concatenate(arrays)
         else:
             columns[name] = [row for array in arrays for row in array]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -41,8 +44,35 @@ class StoredRows:
         return np.fromfile(self._path, self.dtype, values, offset=offset).reshape(self.shape[1:])
 
 
-def read_npz(path: Path) -> dict[str, NDArray | StoredRows]:
+class Chained:
+    """Arrays or stored rows behind one another, as one column.
+
+    Attributes:
+        dtype, shape: those of all of them as one array; None where there is none.
+    """
+
+    def __init__(self, parts: Sequence[NDArray | StoredRows]) -> None:
+        self._parts, self._ends = parts, list(accumulate(map(len, parts)))
+        alike = len({(part.shape[1:], part.dtype) for part in parts}) == 1
+        self.dtype = parts[0].dtype if alike else None
+        self.shape = (len(self), *parts[0].shape[1:]) if alike else None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> NDArray:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self._ends, index)
+        row: NDArray = self._parts[part][index - self._ends[part] + len(self._parts[part])]
+        return row
+
+
+def read_npz(path: Path, in_memory: int | None = None) -> dict[str, NDArray | StoredRows]:
     """The arrays of an `.npz`; large ones that can be are left where they are, once their checksum is right.
+
+    Args:
+        in_memory: arrays up to this many bytes are read whole; None: `IN_MEMORY`.
 
     Raises:
         OSError, ValueError, zipfile.BadZipFile, zlib.error: the file is not an `.npz`, or damaged.
@@ -50,15 +80,16 @@ def read_npz(path: Path) -> dict[str, NDArray | StoredRows]:
     arrays: dict[str, NDArray | StoredRows] = {}
     with np.load(path, allow_pickle=False) as archive:
         for name in archive.files:
-            arrays[name] = _stored(archive.zip, name, path) or archive[name]
+            stored = _stored(archive.zip, name, path, IN_MEMORY if in_memory is None else in_memory)
+            arrays[name] = archive[name] if stored is None else stored
     return arrays
 
 
-def _stored(archive: zipfile.ZipFile, name: str, path: Path) -> StoredRows | None:
+def _stored(archive: zipfile.ZipFile, name: str, path: Path, in_memory: int) -> StoredRows | None:
     """A large array as rows in the file, or None where it has to be read."""
     member = name if name in archive.namelist() else f"{name}.npy"
     info = archive.getinfo(member)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size <= IN_MEMORY:
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size <= in_memory:
         return None
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
@@ -66,7 +97,7 @@ def _stored(archive: zipfile.ZipFile, name: str, path: Path) -> StoredRows | Non
             return None
         read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
         shape, fortran_order, dtype = read_header(file)
-        if fortran_order or dtype.hasobject:
+        if fortran_order or dtype.hasobject or not shape or not shape[0]:
             return None
         header = file.tell()
         while file.read(_PIECE):  # the end of the member compares its checksum
