@@ -8,6 +8,8 @@ speed        Statistics for all methods against the plain pass: ONNX Runtime's d
              and the least of each counts; CPU seconds are in parentheses. The second figure is the command
              `trtq calibrate`, from its start to the table, data read and hashed, by the same plain pass.
 memory       Peak resident memory of that command, as the operating system gives it, for growing data.
+sharding     That command in one process, in two (loky), and on a local Dask cluster of two workers: seconds,
+             and whether the calibration table is the same to the byte.
 thresholds   Every method for 500 tensors, from statistics of real models.
 sensitivity  See sensitivity_cost.py.
 big          See big_model.py.
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import big_model
+import distributed
 import numpy as np
 import onnxruntime
 import sensitivity_cost
@@ -77,8 +80,8 @@ def opened(name: str, zoo: Path, rows: int) -> tuple[Model, Samples]:
     return model, Samples(name, tuple(model.inputs), columns, {}, name)
 
 
-def calibrate(name: str, zoo: Path, rows: int) -> big_model.Cost:
-    """What `trtq calibrate` takes; images are decoded as they are read."""
+def calibrate(name: str, zoo: Path, rows: int, *more: str) -> tuple[big_model.Cost, bytes]:
+    """What `trtq calibrate` takes, and the table that it writes; images are decoded as they are read."""
     with tempfile.TemporaryDirectory(prefix="trtq-bench-") as temporary:
         folder = Path(temporary)
         recipe, data = folder / "recipe.toml", folder / "calib.npz"
@@ -95,7 +98,8 @@ def calibrate(name: str, zoo: Path, rows: int) -> big_model.Cost:
             np.savez(data, **samples.columns)
         options = ("--recipe", recipe, "--method", "mse", "--cache", folder / "cache", "--quiet")
         command = (sys.executable, "-m", "trtq", "calibrate", zoo / "models" / f"{name}.onnx", "--data", data)
-        return big_model.measure(*command, *options, "-o", folder / "table.cache")
+        cost = big_model.measure(*command, *options, *more, "-o", folder / "table.cache")
+        return cost, (folder / "table.cache").read_bytes()
 
 
 def speed_row(name: str, zoo: Path, rows: int) -> tuple[list[str], float]:
@@ -125,7 +129,7 @@ def speed(arguments: argparse.Namespace) -> str:
     lines = []
     for name, rows in ((EFFICIENTNET, 100), (EFFICIENTNET, 200), (MINILM, 128)):
         cells, plain = alone(speed_row, name, arguments.zoo, rows)
-        seconds = min(calibrate(name, arguments.zoo, rows).seconds for _ in range(2))
+        seconds = min(calibrate(name, arguments.zoo, rows)[0].seconds for _ in range(2))
         lines.append([*cells, f"{seconds:.2f}", f"{seconds / plain:.1f}"])
     header = ["model", "rows", "plain pass s (CPU)", "collect s (CPU)", "collect / plain (CPU)"]
     return table([*header, "`trtq calibrate` s", "/ plain"], lines)
@@ -136,12 +140,27 @@ def memory(arguments: argparse.Namespace) -> str:
     model = arguments.zoo / "models" / f"{EFFICIENTNET}.onnx"
     lines = []
     for rows in arguments.rows:
-        cost = calibrate(EFFICIENTNET, arguments.zoo, rows)
+        cost, _ = calibrate(EFFICIENTNET, arguments.zoo, rows)
         above = cost.peak - model.stat().st_size
         lines.append(
             [EFFICIENTNET, str(rows), f"{cost.peak / 1e6:.0f}", f"{above / 1e6:.0f}", f"{cost.seconds:.0f}"]
         )
     return table(["model", "rows", "peak MB", "without the model's file", "s"], lines)
+
+
+def sharding(arguments: argparse.Namespace) -> str:
+    """The whole command in shards, by where they run."""
+    lines, rows = [], arguments.rows[min(1, len(arguments.rows) - 1)]
+    single, table_of_one = calibrate(EFFICIENTNET, arguments.zoo, rows)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+        address = cluster.scheduler_address.removeprefix("tcp://")
+        for where in ("loky:2", f"dask://{address}"):
+            cost, written = calibrate(EFFICIENTNET, arguments.zoo, rows, "--parallel", where)
+            same = "the same" if written == table_of_one else "**another**"
+            name = where.partition(":")[0]
+            lines.append([name, f"{cost.seconds:.1f}", f"{cost.seconds / single.seconds:.2f}", same])
+    header = [f"{EFFICIENTNET}, {rows} rows", "s", "/ one process", "table"]
+    return table(header, [["one process", f"{single.seconds:.1f}", "1.00", ""], *lines])
 
 
 def threshold_seconds(zoo: Path) -> dict[str, float]:
@@ -177,6 +196,7 @@ def big(_: argparse.Namespace) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[argparse.Namespace], str]]] = {
     "speed": ("Calibration against the plain fp32 pass", speed),
     "memory": ("Memory of calibration", memory),
+    "sharding": ("Two worker processes", sharding),
     "thresholds": ("Choosing thresholds", thresholds),
     "sensitivity": ("Sensitivity in plain passes", sensitivity),
     "big": ("Big models", big),

@@ -146,7 +146,7 @@ def measure(*command: object) -> Cost:
     return Cost(time.perf_counter() - started, usage.ru_maxrss * 1024)
 
 
-def run(layers: int, parent: Path | None) -> tuple[int, dict[str, Cost]]:
+def run(layers: int, method: str, parent: Path | None) -> tuple[int, dict[str, Cost]]:
     """Make a model, quantize it and build its engine; the bytes of its weights, and what each step took."""
     trtq = (sys.executable, "-m", "trtq")
     with tempfile.TemporaryDirectory(prefix="trtq-big-", dir=parent) as name:
@@ -154,7 +154,7 @@ def run(layers: int, parent: Path | None) -> tuple[int, dict[str, Cost]]:
         model, data, int8 = folder / "model.onnx", folder / "data.npz", folder / "int8.onnx"
         weights = make_encoder(model, layers)
         np.savez(data, ids=np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH)))
-        options = ("--data", data, "--method", "max", "--cache", folder / "cache", "--quiet")
+        options = ("--data", data, "--method", method, "--cache", folder / "cache", "--quiet")
         costs = {"quantize": measure(*trtq, "quantize", model, *options, "-o", int8)}
         costs["build"] = measure(*trtq, "build", int8, "--quiet", "-o", folder / "model.plan")
     return weights, costs
@@ -163,13 +163,14 @@ def run(layers: int, parent: Path | None) -> tuple[int, dict[str, Cost]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--method", default="max", help="of calibration; default: max")
     parser.add_argument("--folder", type=Path, help="where the models are written, and removed again")
     arguments = parser.parse_args()
     print("| layers | parameters | weights | step | peak memory | peak / weights | seconds |")
     print("|-:|-:|-:|-|-:|-:|-:|")
     runs = []
     for layers in arguments.layers:
-        weights, costs = run(layers, arguments.folder)
+        weights, costs = run(layers, arguments.method, arguments.folder)
         runs.append((weights, costs))
         for step, cost in costs.items():
             print(
