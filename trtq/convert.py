@@ -25,7 +25,7 @@ from trtq.files import PathLike
 from trtq.graph.fold import fold
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, QDQ_OPS, Model, load_model
-from trtq.graph.place import FLOATS, MOVING_OPS, only_moved, place
+from trtq.graph.place import FLOATS, MOVING_OPS, POOL, only_moved, place
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
 from trtq.graph.shapes import fold_constants
@@ -211,7 +211,7 @@ def quantize_with_table(
     """The explicit model with the table's scales where `place` puts Q/DQ.
 
     A node that lacks the range of one of its inputs stays in floating point, with that reason in the plan; a
-    residual addition that lacks it is not fused.
+    residual addition or an average pooling that lacks it is not fused. Tables need not have the latter's.
 
     Args:
         include, exclude, input_shapes: as `place`.
@@ -235,7 +235,7 @@ def quantize_with_table(
     lacking: dict[str, set[str]] = {}
     while True:
         rows = {tensor: row for tensor in plan.tensors if (row := _row_of(source, plan, tensor, table))}
-        short = [edge for edge in plan.edges if edge.range not in rows]
+        short = [edge for edge in plan.edges if edge.range not in rows and edge.rule != POOL]
         for edge in short:
             lacking.setdefault(edge.range, set()).add(edge.node)
         nodes = {edge.node for edge in short if edge.node in plan.int8_nodes}

@@ -73,7 +73,7 @@ class Recipe:
         "evaluation data, with targets where the metric needs them", metavar="EVAL", path=True
     )
     metric: str | None = _option(
-        "top1, top5, accuracy, f1, miou, cosine, or file.py:function (higher is better)",
+        "top1, top5, accuracy, f1, miou, cosine, kl, or file.py:function (higher is better)",
         metavar="M",
         path=True,
     )

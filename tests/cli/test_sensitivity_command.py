@@ -48,4 +48,10 @@ def test_eval_and_metric_go_together(small: Case, trtq_run: _Trtq, option: str) 
     value = small.data if option == "--eval" else "top1"
     run = trtq_run("sensitivity", small.model, "--data", small.data, option, value)
     assert run.code == 2
-    assert "--eval and --metric go together" in run.err
+    assert "--eval and a --metric with labels go together" in run.err
+
+
+def test_a_metric_without_labels_is_measured_on_the_calibration_data(small: Case, trtq_run: _Trtq) -> None:
+    run = trtq_run("sensitivity", small.model, "--data", small.data, "--metric", "kl", "--method", "max")
+    assert run.code == 0, run.err
+    assert "in fp32: kl 1" in run.out

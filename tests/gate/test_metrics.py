@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.special
 from sklearn.metrics import f1_score, jaccard_score, top_k_accuracy_score
 
 from trtq.errors import InputError
@@ -104,6 +105,21 @@ def test_label_free_metrics():
     assert load_metric("sqnr@a").value(off, {}, reference) == pytest.approx(20.0)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 4, 3), (5, 3, 2, 2)])
+def test_kl_is_that_of_the_class_probabilities(shape: tuple[int, ...]) -> None:
+    """Against SciPy; the classes are axis 1 of images and of vectors, and the last of sequences."""
+    p, q = (np.random.default_rng(seed).normal(size=shape).astype(np.float32) * 3 for seed in (0, 1))
+    axis = 2 if len(shape) == 3 else 1
+    divergence = scipy.special.rel_entr(scipy.special.softmax(p, axis), scipy.special.softmax(q, axis)).sum(
+        axis
+    )
+    expected = np.exp(-divergence.reshape(5, -1).mean(axis=1)).mean()
+    metric = load_metric("kl")
+    assert metric.value({"y": q}, {}, {"y": p}) == pytest.approx(expected, rel=1e-6)
+    assert metric.value({"y": p + 7}, {}, {"y": p}) == pytest.approx(1.0)
+    assert not metric.needs_targets
+
+
 def test_which_output_and_target():
     outputs = {"logits": np.eye(3), "hidden": np.ones((3, 4))}
     targets = {"labels": np.arange(3), "weights": np.ones(3)}
@@ -145,7 +161,7 @@ def test_rows_per_sample():
 
 
 def test_unknown_metric_lists_the_known():
-    with pytest.raises(InputError, match="top1, top5, accuracy, f1, miou, cosine, sqnr"):
+    with pytest.raises(InputError, match="top1, top5, accuracy, f1, miou, cosine, sqnr, kl"):
         load_metric("bleu")
 
 

@@ -16,12 +16,13 @@ def _sensitivity(given: argparse.Namespace) -> int:
     from trtq.sensitivity import analyse
 
     recipe, console = recipe_of(given), console_of(given)
-    if (recipe.eval is None) != (recipe.metric is None):
+    metric = load_metric(recipe.metric) if recipe.metric is not None else None
+    labelled = metric is not None and metric.needs_targets
+    if (metric is None and recipe.eval is not None) or (labelled and recipe.eval is None):
         raise InputError(
-            "--eval and --metric go together",
+            "--eval and a --metric with labels go together",
             remedy="give both, or neither: the outputs are then compared on the calibration data",
         )
-    metric = load_metric(recipe.metric) if recipe.metric is not None else None
     job = Job.open(recipe, console)
     samples = job.data
     if recipe.eval is not None:

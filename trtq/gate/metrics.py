@@ -86,7 +86,9 @@ def load_metric(spec: str) -> Metric:
             - `miou`: mean over the occurring classes of intersection over union;
             - `cosine`: label-free, mean per-sample cosine with the reference's output, or the mean
               of that over several outputs;
-            - `sqnr`: label-free, likewise, signal to quantization noise in dB.
+            - `sqnr`: label-free, likewise, signal to quantization noise in dB;
+            - `kl`: label-free, likewise, exp(-KL) of the class probabilities (see `similarity.likelihood`):
+              1 where they are the reference's, 0.99 where they are 0.01 nats away.
 
             Positions whose label is negative (for `miou` also 255) are not scored. OUTPUT is
             needed when a metric with labels meets several outputs, TARGET when there are several
@@ -302,6 +304,7 @@ _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {
     "miou": partial(_counted, _iou_of_counts, True),
     "cosine": partial(_label_free, similarity.cosine),
     "sqnr": partial(_label_free, similarity.sqnr_db),
+    "kl": partial(_label_free, similarity.likelihood),
 }
 
 

@@ -69,6 +69,18 @@ def cosine(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[
     return np.where(both_zero, 1.0, np.clip(dot / np.where(norms == 0, np.inf, norms), -1.0, 1.0))
 
 
+def likelihood(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
+    """exp(-KL) of the reference's class probabilities from the candidate's, 0 to 1; the outputs are logits.
+
+    KL is the mean over a sample's positions of sum p (ln p - ln q) in nats, with p and q the softmax over the
+    classes: axis 1 of two or four dimensions, else the last.
+    """
+    axis = 1 if reference.ndim in (2, 4) else -1
+    p, q = (_log_softmax(array.astype(np.float64), axis) for array in (reference, candidate))
+    divergence = (np.exp(p) * (p - q)).sum(axis=axis)
+    return np.exp(-divergence.reshape(samples, -1).mean(axis=1))
+
+
 def worst_samples(reference: Arrays, candidate: Arrays, samples: int, count: int = 5) -> tuple[int, ...]:
     """Indices of the `count` samples whose lowest SQNR over the outputs is lowest, worst first.
 
@@ -115,6 +127,11 @@ def first_not_finite(outputs: Arrays) -> tuple[str, int] | None:
             if not rows.all():
                 return name, int(np.argmin(rows))
     return None
+
+
+def _log_softmax(logits: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    shifted = logits - logits.max(axis=axis, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
 
 
 def _blocks(array: NDArray, samples: int) -> NDArray:
