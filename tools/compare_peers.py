@@ -291,7 +291,8 @@ def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
     metric = load_metric(place.metric)
     identity = [files.sha256_file(path) for path in (place.fp32, model, place.eval)]
     builder = [importlib.metadata.version("tensorrt_rtx"), TARGET, ENGINE_BATCH]
-    settings = [metric.fingerprint, execute.fingerprint(model), *builder]
+    reading = files.sha256_file(ROOT / "trtq" / "backends" / "compiled.py")
+    settings = [metric.fingerprint, execute.fingerprint(model), *builder, reading]
     key = files.sha256_json([*identity, *settings])
     record = place.file(run, ".measured.json")
     if kept := read_record(record, key):
