@@ -221,10 +221,14 @@ def test_the_scales_of_a_constant_factor_out(
 
 
 @pytest.mark.parametrize("pool", ["GlobalAveragePool", "AveragePool<kernel_shape = [8,8]>"])
-def test_an_average_pooling_between_quantized_layers(pool: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flat", ["f = Flatten(p)", "h = Shape(p) b = Slice(h, o, i) k = Concat<axis = 0>(b, m) f = Reshape(p, k)"]
+)
+def test_an_average_pooling_between_quantized_layers(pool: str, flat: str, tmp_path: Path) -> None:
     """Conv --> Relu r ==> pool p ==> Flatten f ==> Gemm      (p and f share one range)"""
-    nodes = f"c = {SAME}(x, w) r = Relu(c) p = {pool}(r) f = Flatten(p) y = Gemm(f, s)"
-    placed = Placed(images(nodes, s=normal(4, 5)), tmp_path)
+    nodes = f"c = {SAME}(x, w) r = Relu(c) p = {pool}(r) {flat} y = Gemm(f, s)"
+    integers = {"o": np.array([0]), "i": np.array([1]), "m": np.array([-1])}
+    placed = Placed(images(nodes, s=normal(4, 5), **integers), tmp_path)
     names = {n.outputs[0].name: n.name for n in placed.model.graph.nodes}
     assert placed.edges == {
         ("x", names["c"], 0, "weighted-input"),

@@ -290,7 +290,7 @@ def _fused_input(add: gs.Node, placement: Placement) -> int | None:
 
 def _read_in_int8(tensor: gs.Tensor, add: gs.Node, placement: Placement) -> bool:
     """Whether all readers of a node's output but one addition are quantized, and there are some."""
-    others = [node for node in tensor.outputs if node is not add and node.op != "Shape"]
+    others = [node for node in _readers(tensor) if node is not add]
     quantized = bool(others) and all(node.name in placement.quantized for node in others)
     return quantized and bool(tensor.inputs) and tensor not in placement.graph.outputs
 
@@ -303,18 +303,18 @@ def _average_pool(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
     if node.op not in ("AveragePool", "GlobalAveragePool"):
         return
     source, pooled = node.inputs[0], node.outputs[0]
-    if not source.inputs or len(source.outputs) != 1 or source.dtype not in FLOATS:
+    if not source.inputs or len(_readers(source)) != 1 or source.dtype not in FLOATS:
         return
     if _only_feeds_int8(pooled, placement):
         yield Edge(source.name, node.name, 0, POOL, source.name)
-        for reader in pooled.outputs:
+        for reader in _readers(pooled):
             if reader.name not in placement.quantized:
                 yield Edge(pooled.name, reader.name, 0, "moved-input", pooled.name)
 
 
 def _only_feeds_int8(tensor: gs.Tensor, placement: Placement) -> bool:
     """Whether a tensor goes nowhere but into quantized nodes, though it may be reshaped or moved before."""
-    if tensor in placement.graph.outputs or not tensor.outputs:
+    if tensor in placement.graph.outputs or not _readers(tensor):
         return False
     return all(
         reader.name in placement.quantized
@@ -323,8 +323,13 @@ def _only_feeds_int8(tensor: gs.Tensor, placement: Placement) -> bool:
             and only_moved(reader.outputs[0])
             and _only_feeds_int8(reader.outputs[0], placement)
         )
-        for reader in tensor.outputs
+        for reader in _readers(tensor)
     )
+
+
+def _readers(tensor: gs.Tensor) -> list[gs.Node]:
+    """The nodes that read a tensor's values, not only its shape."""
+    return [node for node in tensor.outputs if node.op != "Shape"]
 
 
 def _whole(shape: _Shape | None, other: _Shape | None) -> bool:

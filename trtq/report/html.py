@@ -161,6 +161,10 @@ def _methods(metadata: Any) -> str:
         before, after = metadata["learned"]["sqnr_db"]
         steps = metadata["learned"]["steps"]
         text += f"<p>Learned in {steps} steps: {before:.2f} dB before, {after:.2f} dB after.</p>"
+    if left := metadata.get("left_out"):
+        rows_html = [[f"<code>{escape(name)}</code>", escape(why)] for name, why in left.items()]
+        listed = _table(["in floating point", "why"], rows_html)
+        text += f"<details><summary>{len(left)} left in floating point</summary>{listed}</details>"
     own: dict[str, str] = metadata.get("exceptions", {})
     if own:
         gain = f"{metadata['sqnr_db_with_exceptions']:.2f} dB"
