@@ -145,6 +145,30 @@ def test_every_row_may_have_its_own_shape(workers: int) -> None:
     assert statistics.to_bytes() == expected({"x": x, "y": [row.sum(axis=0) for row in x]}, 6)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_shape_that_depends_on_the_values(workers: int) -> None:
+    """Rows of one shape share buffers, but not where another row needs a larger, smaller or no one."""
+    graph = graph_of(
+        "g (float[N,6] x) => (float[M] y) { c = Greater(x, zero) f = Reshape(c, all) y = Compress(x, f) }",
+        zero=np.float32(0),
+        all=np.array([-1]),
+    )
+    x = rows(40)
+    x[7], x[20] = np.abs(x[7]) + 1, -np.abs(x[20]) - 1
+    statistics = collect(graph, ["x", "y"], samples_of(graph, x=x), workers=workers)
+    assert statistics.to_bytes() == expected({"x": [x], "y": [row[row > 0] for row in x]}, 40)
+
+
+def test_tensors_that_share_memory_in_the_model() -> None:
+    graph = graph_of(
+        "g (float[N,6] x) => (float[N,3,2] y) { h = Abs(x) i = Identity(h) y = Reshape(i, s) }",
+        s=np.array([-1, 3, 2]),
+    )
+    x = rows(9)
+    statistics = collect(graph, ["h", "i", "y"], samples_of(graph, x=x), workers=1)
+    assert statistics.to_bytes() == expected({name: [np.abs(x)] for name in ("h", "i", "y")}, 9)
+
+
 def test_the_graph_is_not_changed() -> None:
     graph = linear()
     before = gs.export_onnx(graph).SerializeToString()

@@ -3,11 +3,14 @@
 Rows are run one at a time (or in the model's fixed batch size), each on one thread, several at once: a
 batch of one keeps the activations in cache, costs no more than larger ones, and makes every result
 independent of the batch size, the order of the rows and the number of workers. Only the tensors that need
-a range are fetched, and nothing of a row is kept but its counts, so memory does not grow with the data.
+a range are fetched, into memory that is used again for the next row, and nothing of a row is kept but its
+counts, so memory does not grow with the data.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -71,9 +74,10 @@ class Collector:
 
         def work() -> Statistics:
             statistics = Statistics.empty(self._tensors)
+            fetched = None if self._session is None else _Fetched(self._session, self._fetched)
             try:
                 while not stop.is_set() and (batch := _next(feeds, lock)) is not None:
-                    values = self._values(batch, samples)
+                    values = batch.feed | (_values(fetched, batch, samples) if fetched else {})
                     for name in self._tensors:
                         _add(statistics, name, values[name], batch, samples)
                     statistics.rows += batch.rows
@@ -95,22 +99,72 @@ class Collector:
                 stop.set()
         return total
 
-    def _values(self, batch: Batch, samples: Samples) -> Arrays:
-        """The model's inputs and the tensors that it computes."""
-        if self._session is None:
-            return batch.feed
+
+class _Fetched:
+    """The tensors that a session computes, in buffers that rows of one shape share.
+
+    Fresh arrays for every row would be copied to, and touch new memory each time.
+    """
+
+    def __init__(self, session: Any, names: Sequence[str]) -> None:
+        self._session, self._names = session, names
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._values: Arrays = {}
+        self._binding: Any = None
+
+    def __call__(self, feed: Arrays) -> Arrays:
+        """The tensors' values for a feed; valid until the next call."""
+        shapes = {name: array.shape for name, array in feed.items()}
+        if self._binding is None or shapes != self._shapes:
+            self._values, self._shapes = self._fresh(feed), shapes
+            self._binding = self._bound()
+            return self._values
+        for name, array in feed.items():
+            self._binding.bind_cpu_input(name, array)
         try:
-            found = self._session.run(self._fetched, batch.feed)
-        except Exception as error:
-            where = _rows(batch, samples)
-            raise InputError(f"the model does not run on {where} of the data", cause=error) from error
-        return batch.feed | dict(zip(self._fetched, found, strict=True))
+            self._session.run_with_iobinding(self._binding)
+        except Exception:  # a shape that depends on the values, or what says so without buffers, too
+            self._binding = None
+            return self._fresh(feed)
+        return self._values
+
+    def _fresh(self, feed: Arrays) -> Arrays:
+        return dict(zip(self._names, self._session.run(self._names, feed), strict=True))
+
+    def _bound(self) -> Any:
+        """A binding of the outputs to the values' memory; None where they are not all plain arrays."""
+        if any(not array.flags.c_contiguous or array.size == 0 for array in self._values.values()):
+            return None
+        binding = self._session.io_binding()
+        for name, array in self._values.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return binding
+
+
+def _values(fetched: _Fetched, batch: Batch, samples: Samples) -> Arrays:
+    try:
+        return fetched(batch.feed)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        where = _rows(batch, samples)
+        raise InputError(f"the model does not run on {where} of the data", cause=error) from error
 
 
 def _session(graph: gs.Graph, tensors: Sequence[str]) -> Any:
     """A session that computes just the named tensors; the serialized model is gone when it returns."""
     with serialized(_only(graph, tensors)) as source:
-        return simulation_session(source, threads=1)
+        session = simulation_session(source, threads=1)
+    _trim()
+    return session
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    What loading, folding and serializing a model leave behind is too scattered for the activations, which
+    would come on top of it.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _next(feeds: Iterator[Batch], lock: threading.Lock) -> Batch | None:
