@@ -232,14 +232,14 @@ def _from_folder(
             if len(inputs) == 1
             else "a model of several inputs takes .npz files or script.py:function",
         )
-    images = _Images([folder / name for name in names])
+    images = _Images([os.path.join(folder, name) for name in names])
     return {recipes[inputs[0].name].source: images, **target_columns}
 
 
 class _Images:
     """Images decoded when they are read: uint8 arrays (height, width, 3), RGB."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
 
     def __len__(self) -> int:

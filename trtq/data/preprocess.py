@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtq.errors import InputError
+from trtq.files import PathLike
 
 OPTIONS = ("from", "scale", "mean", "std", "layout", "resize", "crop", "color")
 
@@ -107,7 +107,7 @@ class Preprocess:
                 )
 
 
-def decode_image(path: Path) -> NDArray[np.uint8]:
+def decode_image(path: PathLike) -> NDArray[np.uint8]:
     """An image file as uint8 (height, width, 3), RGB.
 
     Raises:
