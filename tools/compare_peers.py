@@ -194,7 +194,7 @@ def quantize(run: str, place: Workplace, peers_python: Path) -> dict[str, Any]:
     """Let one tool quantize one model: time, memory, exit code, and `model` or `error`."""
     output, command = quantize_command(run, place, peers_python)
     arguments = [str(word) for word in command]
-    inputs = [files.sha256_file(path) for path in (place.fp32, place.calib)]
+    inputs = [files.sha256_file(path) for path in (place.fp32, place.calib, place.eval)]
     key = files.sha256_json([arguments, *inputs, tool_identity(run)])
     record = place.file(run, ".quantized.json")
     if (kept := read_record(record, key)) and output.exists():
@@ -266,7 +266,8 @@ def run_measured(command: list[str], log: Path) -> dict[str, Any]:
 def tool_identity(run: str) -> object:
     """What must be the same for a kept result of `run` to hold."""
     if run.startswith(("trtq", "qdq")):
-        return [files.sha256_file(path) for path in sorted((ROOT / "trtq").rglob("*.py"))]
+        sources = [*sorted((ROOT / "trtq").rglob("*.py")), ROOT / "tools" / "qdq_everywhere.py"]
+        return [importlib.metadata.version("tensorrt_rtx"), *map(files.sha256_file, sources)]
     return [PEER_PACKAGES, files.sha256_file(ROOT / "tools" / "peer_worker.py")]
 
 

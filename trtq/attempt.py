@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Attempt:
         outcomes = [Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS]
         drop = self.measured.relative_drop
         passed = sum(check.ok for check in self.checks)
-        quality = -1.0 if drop is None else -drop
+        quality = -math.inf if drop is None else -drop
         if self.measured.passed and not self.ok:
             quality = min((output.sqnr_db for output in self.measured.outputs.values()), default=0.0)
         return self.ok, outcomes.index(self.measured.outcome), passed, quality

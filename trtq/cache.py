@@ -7,7 +7,8 @@ Layout, the same at run time and in the repository's `calib_cache/`::
 
 `<model>` and `<data>` are the first 16 digits of their SHA-256, `<detail>` those of everything else the
 content depends on. Files are moved into place, and one key always gives the same bytes, so concurrent
-writers do no harm. Content that does not match its SHA-256 is reported, and computed again.
+writers do no harm; only what is half done (sensitivity, checkpoint) grows under its key. Content that does
+not match its SHA-256 is reported, and computed again.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
+from trtq.backends.onnxruntime import simulation_fingerprint
 from trtq.cache import Cache, Key, default_root
 from trtq.choose import Measure
 from trtq.console import Console
@@ -83,7 +84,7 @@ class Job:
 
     def key(self, kind: str, start: Quantization, **detail: Any) -> Key:
         """The cache key of what is made from a quantization on this job's data."""
-        detail["start"] = start.sha256
+        detail |= {"start": start.sha256, "executor": simulation_fingerprint()}
         return Key(kind, self.model.sha256, self.data.hash, detail)
 
     @property
@@ -122,22 +123,27 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
         )
     with about(recipe.plan):
         plan.check_fits(model.graph)
-    nodes = [
-        replace(node, rule="edited", reason="the plan given says so")
-        if node.rule == "weighted" and not node.int8
-        else node
+    edited = {
+        node.name: "the plan given says so"
         for node in plan.nodes
-    ]
-    return leave_out(model.graph, replace(plan, nodes=nodes), {})
+        if node.rule == "weighted" and not node.int8
+    }
+    whole = [replace(node, int8=True) if node.name in edited else node for node in plan.nodes]
+    return leave_out(model.graph, replace(plan, nodes=whole), edited, rule="edited")
 
 
 def prepare(recipe: Recipe) -> Model:
     """The recipe's model, loaded and folded."""
-    recipe.need("model")
-    assert recipe.model is not None
-    model = load_model(recipe.model, opset=FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET)
+    model = unfolded(recipe)
     fold(model.graph)
     return model
+
+
+def unfolded(recipe: Recipe) -> Model:
+    """The recipe's model as it is."""
+    recipe.need("model")
+    assert recipe.model is not None
+    return load_model(recipe.model, opset=FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET)
 
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:

@@ -9,6 +9,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 import trtq
+from trtq.backends.onnxruntime import simulation_fingerprint
 from trtq.cache import Key
 from trtq.calibration.methods import parse_method
 from trtq.calibration.statistics import Statistics
@@ -49,8 +50,10 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
     source = source or Source(job.model.graph, job.model.sha256)
     requested, data = job.recipe.method, job.data
     detail: dict[str, Any] = {"requested": requested, "tensors": plan.tensors, "quantized": plan.int8_nodes}
-    if requested == "auto":  # the search sees where quantizers stand, not only which tensors have a range
+    detail["executor"] = simulation_fingerprint()
+    if requested == "auto":  # the search sees where quantizers stand, and how much a run costs
         detail["edges"] = [(edge.node, edge.index, edge.range) for edge in plan.edges]
+        detail["macs"] = [plan.batch, *(node.macs for node in plan.nodes)]
     key = Key("table", source.sha256, data.hash, detail)
     bare = Quantization(source.graph, plan, {})
     if (content := job.cache.fetch(key)) is not None:
@@ -72,7 +75,8 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
 
 def statistics_of(job: Job, plan: Plan, samples: Samples, source: Source) -> Statistics:
     """Statistics of the plan's tensors over some rows, from the cache where they are there."""
-    key = Key("statistics", source.sha256, samples.hash, {"tensors": sorted(plan.tensors)})
+    detail = {"tensors": sorted(plan.tensors), "executor": simulation_fingerprint()}
+    key = Key("statistics", source.sha256, samples.hash, detail)
     if (content := job.cache.fetch(key)) is not None:
         job.console.say("statistics", f"{len(samples)} rows from the cache, nothing was run")
         return Statistics.from_bytes(content)

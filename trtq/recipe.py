@@ -100,7 +100,7 @@ class Recipe:
         default="fix,partial,learn",
     )
     budget: str | None = _option(
-        "time after which no further step is begun and a running one stops, such as 90s, 10m, 1h",
+        "time after which no further step is begun, and searching and learning stop, such as 90s, 10m, 1h",
         metavar="TIME",
     )
     labels: str | None = _option(
@@ -128,7 +128,8 @@ class Recipe:
         "batch size that the engine is tuned for and that the gate evaluates with", int, metavar="N"
     )
     parallel: str | None = _option(
-        "spread collecting and evaluating: loky, loky:4, dask://host:8786, ray or spark", metavar="WHERE"
+        "spread collecting, evaluating, sensitivity: loky, loky:4, dask://host:8786, ray or spark",
+        metavar="WHERE",
     )
     threads: int | None = _option("CPU threads; default: all", int, metavar="N")
     cache: str | None = _option(

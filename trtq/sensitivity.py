@@ -9,16 +9,20 @@ ranks groups nearly like all of them do, at the cost of a few passes.
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
+from trtq.backends.onnxruntime import simulation_fingerprint
 from trtq.cache import Cache, Key
 from trtq.console import Advance, Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.files import PathLike, read_json, sha256_json, write_json
+from trtq.files import PathLike, read_json, sha256_json, write_bytes, write_json
 from trtq.gate.metrics import Metric, load_metric
 from trtq.graph.groups import Group, groups
 from trtq.parallel import Pool, Shard, parse_parallel, results
@@ -68,7 +72,7 @@ class Sensitivity:
         """A table, the most sensitive group first."""
         table = [["SQNR dB", "noise", *([self.metric] if self.metric else []), "MACs", "op", "group"]]
         for effect in self.effects:
-            metric = [] if effect.metric is None else [f"{effect.metric:.4g}"]
+            metric = [_value(effect.metric)] if self.metric else []
             macs = "?" if effect.group.macs is None else f"{effect.group.macs:,}"
             nodes = ", ".join(effect.group.nodes)
             table.append(
@@ -81,7 +85,9 @@ class Sensitivity:
         ]
         whole = f"every group in INT8: {self.int8.sqnr_db:.1f} dB"
         if self.metric is not None:
-            whole += f", {self.metric} {self.int8.metric:.4g}; in fp32: {self.metric} {self.reference:.4g}"
+            whole += (
+                f", {self.metric} {_value(self.int8.metric)}; in fp32: {self.metric} {_value(self.reference)}"
+            )
         return "\n".join([_HEADINGS[self.mode], f"{self.rows} rows; {whole}", *lines])
 
     def to_json(self) -> dict[str, Any]:
@@ -152,6 +158,7 @@ def analyse(
     samples = samples.spread(fast_rows(available, count) if fast else available)
     simulator = Simulator(quantization, samples, metric=metric, workers=workers)
     detail = {"mode": mode, "metric": metric.fingerprint if metric else None}
+    detail["executor"] = simulation_fingerprint()
     key = Key("sensitivity", quantization.sha256, samples.hash, detail)
     if pool is None:
         effects = measured(simulator, mode, cache, key, console)
@@ -166,7 +173,9 @@ def analyse(
         metric=metric.name if metric else None,
         reference=metric.value(simulator.reference, dict(samples.targets)) if metric else None,
         int8=simulator.score(quantization.plan),
-        effects=sorted(effects, key=lambda e: (sign * (e.metric or 0.0), -sign * e.noise)),
+        effects=sorted(
+            effects, key=lambda e: (sign * (-math.inf if e.metric is None else e.metric), -sign * e.noise)
+        ),
     )
 
 
@@ -208,11 +217,16 @@ def _measured_in(
         Shard(simulator.samples, None, len(part), (part,))
         for part in (names[i : i + SHARD_GROUPS] for i in range(0, len(names), SHARD_GROUPS))
     ]
-    metric = simulator.metric.name if simulator.metric else None
-    sent = _Sent(sha256_json(key.to_json()), simulator.quantization.to_bytes(), metric)
-    task = partial(_scores, sent, mode, pool.threads(None))
-    for _, content in results(task, shards, pool, cache, console, "sensitivity", "group"):
-        found.add({name: Score(*score) for name, score in json.loads(content).items()})
+    metric = (simulator.metric.name, simulator.metric.fingerprint) if simulator.metric else None
+    content = simulator.quantization.to_bytes()
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        path = Path(folder) / "quantization.npz"
+        if pool.on_this_machine:
+            write_bytes(path, content)
+        sent = _Sent(sha256_json(key.to_json()), path if pool.on_this_machine else content, metric)
+        task = partial(_scores, sent, mode, pool.threads(None))
+        for _, scores in results(task, shards, pool, cache, console, "sensitivity", "group"):
+            found.add({name: Score(*score) for name, score in json.loads(scores).items()})
     return found.effects()
 
 
@@ -243,11 +257,17 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Sent:
-    """A measurement as workers get it: what it measures, under its key, and the metric's name."""
+    """A measurement as workers get it.
+
+    Attributes:
+        key: stands for all of it.
+        quantization: its bytes, or the file that holds them.
+        metric: name and fingerprint.
+    """
 
     key: str
-    quantization: bytes = field(compare=False)
-    metric: str | None = field(compare=False)
+    quantization: bytes | Path = field(compare=False)
+    metric: tuple[str, str] | None = field(compare=False)
 
 
 def _scores(
@@ -269,13 +289,23 @@ class _Rows:
 @lru_cache(maxsize=1)
 def _simulator(sent: _Sent, threads: int, rows: _Rows) -> Simulator:
     """The simulator of this worker, whose passes serve all of its groups."""
-    metric = None if sent.metric is None else load_metric(sent.metric)
-    return Simulator(Quantization.from_bytes(sent.quantization), rows.samples, metric=metric, workers=threads)
+    metric = None
+    if sent.metric is not None:
+        name, fingerprint = sent.metric
+        metric = load_metric(name)
+        if metric.fingerprint != fingerprint:
+            raise InputError(f"a worker has another version of the metric {name}")
+    content = sent.quantization if isinstance(sent.quantization, bytes) else sent.quantization.read_bytes()
+    return Simulator(Quantization.from_bytes(content), rows.samples, metric=metric, workers=threads)
 
 
 def fast_rows(rows: int, count: int) -> int:
     """How many of `rows` rows the fast ranking of `count` groups is measured on."""
     return min(rows, max(FEWEST_ROWS, FAST_PASSES * rows // max(count, 1)))
+
+
+def _value(metric: float | None) -> str:
+    return "not finite" if metric is None else f"{metric:.4g}"
 
 
 def _effect(value: Mapping[str, Any]) -> Effect:

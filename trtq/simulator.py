@@ -31,7 +31,7 @@ from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.gate.metrics import Metric
-from trtq.gate.similarity import decibels
+from trtq.gate.similarity import decibels, first_not_finite
 from trtq.graph.groups import Group, groups
 from trtq.graph.model import export, serialized
 from trtq.graph.place import leave_out
@@ -61,7 +61,7 @@ class Score(NamedTuple):
     Attributes:
         sqnr_db: signal to quantization noise over all rows, averaged over outputs.
         noise: sum of squared errors / sum of squared reference values, averaged over outputs.
-        metric: the metric's value, where the simulator has one.
+        metric: the metric's value, where the simulator has one and the outputs are finite.
     """
 
     sqnr_db: float
@@ -145,7 +145,9 @@ class Simulator:
         relative = np.where(noise == 0, 0.0, 10.0 ** (-sqnr_db / 10))
         value = None
         if self.metric is not None:
-            value = self.metric.value(self._joined(found), dict(self.samples.targets), self.reference)
+            outputs = self._joined(found)
+            if first_not_finite(outputs) is None:
+                value = self.metric.value(outputs, dict(self.samples.targets), self.reference)
         return Score(float(sqnr_db.mean()), float(relative.mean()), value)
 
     def effects(self, mode: Mode = "only", among: Sequence[Group] | None = None) -> Iterator[Effect]:
@@ -251,12 +253,22 @@ class Simulator:
         return list(self._pool.map(run, feeds))
 
     def _energies(self, name: str, found: Sequence[Arrays]) -> tuple[float, float]:
-        """Sums of squares of an output's reference and of its error; one that is not finite is infinite."""
+        """Sums of squares of an output's reference and of its error.
+
+        Raises:
+            InputError: the output's shape depends on its values.
+        """
         signal, noise = 0.0, 0.0
         for r, c in zip(self._rows(name, self._expected), self._rows(name, found), strict=True):
+            if r.shape != c.shape:
+                raise InputError(
+                    f"output '{name}' changes its shape with its values",
+                    cause=f"it is {r.shape} in fp32 and {c.shape} in INT8",
+                    remedy="cut the model in front of what selects, such as NonZero or NonMaxSuppression",
+                )
             signal += float(np.square(r, dtype=np.float64).sum())
             noise += float(np.square(np.subtract(r, c, dtype=np.float64)).sum())
-        return signal, noise if np.isfinite(noise) else np.inf
+        return signal, noise
 
     def _joined(self, found: Sequence[Arrays]) -> Arrays:
         """All rows of every output."""
@@ -405,7 +417,7 @@ class _Program:
         return external
 
     def _alive_at(self, positions: Iterable[int]) -> dict[int, frozenset[str]]:
-        made = {name: position for position, node in enumerate(self.nodes) for name in node.output}
+        made = {name: position for position, node in enumerate(self.nodes) for name in node.output if name}
         last = dict.fromkeys(self.outputs, len(self.nodes))
         for position, node in enumerate(self.nodes):
             for name in _reads(node):
@@ -427,7 +439,7 @@ def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
     """Names that a node reads, those that the bodies of an If, Loop or Scan take from outside among them."""
-    yield from node.input
+    yield from filter(None, node.input)
     for attribute in node.attribute:
         for body in (attribute.g, *attribute.graphs):
             for inner in body.node:

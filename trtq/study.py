@@ -15,11 +15,10 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.files import PathLike, atomic_path, read_json
 from trtq.graph.fold import fold_constants
-from trtq.graph.model import load_model
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
 from trtq.graph.shapes import infer_types
-from trtq.job import Job
+from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
 from trtq.quantization import Quantization, WeightScales
 from trtq.ranges import Source, calibrate, statistics_of
@@ -182,19 +181,17 @@ class _Study:
     def weights(self, plan: Plan, notes: list[str]) -> Iterator[Row]:
         """Weights per channel and per tensor, with BatchNormalization folded and without."""
         forms = [("folded", self.job.model.graph, plan)]
-        unfolded = load_model(self.job.model.path)
-        fold_constants(unfolded.graph)
-        unfolded.graph.cleanup().toposort()
-        infer_types(unfolded.graph)
-        if any(node.op == "BatchNormalization" for node in unfolded.graph.nodes):
-            recipe = self.job.recipe
-            forms.append(
-                (
-                    "not folded",
-                    unfolded.graph,
-                    place(unfolded, include=recipe.include, exclude=recipe.exclude),
-                )
-            )
+        recipe, model = self.job.recipe, unfolded(self.job.recipe)
+        fold_constants(model.graph)
+        model.graph.cleanup().toposort()
+        infer_types(model.graph)
+        if any(node.op == "BatchNormalization" for node in model.graph.nodes):
+            if recipe.plan is None:
+                shapes = opt_shapes(model, self.job.profile)
+                placed = place(model, include=recipe.include, exclude=recipe.exclude, input_shapes=shapes)
+                forms.append(("not folded", model.graph, placed))
+            else:
+                notes.append("weights are compared with BatchNormalization folded only: so the plan has it")
         else:
             notes.append("the model has no BatchNormalization: it was folded before, or there was none")
         for folding, graph, placed in forms:
@@ -222,7 +219,7 @@ class _Study:
             notes.append("the budget was spent before learning")
             return None
         try:
-            return learned(self.job, start, self.budget)
+            return learned(self.job, start, self.budget).quantization
         except (InputError, MissingBackendError) as error:
             notes.append(f"nothing was learned: {error.problem}")
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from trtq.quantization import Quantization
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra qat)")
 
+from trtq.recovery.budget import Budget  # noqa: E402
 from trtq.recovery.learn import learn  # noqa: E402 (needs torch)
 from trtq.recovery.pupil import Pupil, fake_quantize  # noqa: E402
 
@@ -119,7 +120,7 @@ def test_the_teacher_is_the_model_and_not_the_corrected_graph(start: tuple[Case,
     graph.nodes[-1].inputs[2].values = graph.nodes[-1].inputs[2].values + np.float32(5)
     fitting, held_back = case.samples.split()
     wrong = replace(quantization, graph=graph)
-    learned = learn(wrong, case.graph, fitting, held_back, SILENT, threads=1, seconds=0.0)
+    learned = learn(wrong, case.graph, fitting, held_back, SILENT, threads=1, budget=Budget.parse("0.001s"))
     assert learned.before_db == pytest.approx(sqnr(case, wrong, held_back), abs=0.02)
 
 
@@ -130,15 +131,30 @@ def test_labels_must_be_class_numbers(start: tuple[Case, Quantization]) -> None:
         learn(quantization, case.graph, fitting, held_back, SILENT, labels="label", threads=1)
 
 
+@dataclass(frozen=True)
+class Asked(Budget):
+    """A budget that is spent once it was asked a number of times."""
+
+    times: int = 0
+    asked: list[None] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        self.asked.append(None)
+        return len(self.asked) > self.times
+
+
 def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
     states: list[bytes] = []
+    budget = Asked(times=60)
     short = learn(
-        quantization, case.graph, fitting, held_back, SILENT, threads=1, seconds=0.0, save=states.append
+        quantization, case.graph, fitting, held_back, SILENT, threads=1, budget=budget, save=states.append
     )
     whole = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1)
     resumed = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, state=states[-1])
-    assert short.steps < whole.steps
+    assert 0 < short.steps < whole.steps
+    assert (short.whole, whole.whole) == (False, True)
     assert resumed.steps == whole.steps
     assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()

@@ -176,8 +176,8 @@ class Samples:
         if len(static) == len(spec.shape) - 1:
             return {static}
         column = self.columns[spec.name]
-        if isinstance(column, np.ndarray):
-            return {column.shape[1:]}
+        if shape := getattr(column, "shape", None):
+            return {shape[1:]}
         return {np.shape(column[index]) for index in range(len(column))}
 
     def _row(self, spec: InputSpec, index: int) -> NDArray:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.errors import InputError
+
 IN_MEMORY = 1 << 24
 """Arrays up to this many bytes are read whole, and so are compressed ones."""
 
@@ -31,7 +33,7 @@ class StoredRows:
 
     def __init__(self, path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         self.dtype, self.shape = dtype, shape
-        self._path, self._offset = path, offset
+        self._path, self._offset, self._state = path, offset, _state(path)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -39,9 +41,17 @@ class StoredRows:
     def __getitem__(self, index: int) -> NDArray:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        if _state(self._path) != self._state:
+            raise InputError("the data changed while they were read", file=self._path, remedy="run it again")
         values = prod(self.shape[1:])
         offset = self._offset + index * values * self.dtype.itemsize
         return np.fromfile(self._path, self.dtype, values, offset=offset).reshape(self.shape[1:])
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written again."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 class Chained:

@@ -54,7 +54,11 @@ def sqnr_db(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray
 
 
 def decibels(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
-    """10·log10(signal / noise) of two energies; ± `MAX_SQNR_DB` at most, which no noise at all gives."""
+    """10·log10(signal / noise) of two energies; ± `MAX_SQNR_DB` at most, which no noise at all gives.
+
+    Noise that is NaN, as that of outputs which are not finite is, counts as infinite.
+    """
+    noise = np.where(np.isnan(noise), np.inf, noise)
     with np.errstate(divide="ignore"):
         ratio = 10 * (np.log10(signal) - np.log10(np.where(noise == 0, 1, noise)))
     return np.where(noise == 0, MAX_SQNR_DB, np.clip(ratio, -MAX_SQNR_DB, MAX_SQNR_DB))

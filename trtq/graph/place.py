@@ -11,7 +11,7 @@ other additions) stays floating point.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,12 +38,18 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 @dataclass(frozen=True)
 class Placement:
-    """What the rules look at: the folded graph, the user's patterns, and what is decided so far."""
+    """What the rules look at: the folded graph, the user's patterns, and what is decided so far.
+
+    Attributes:
+        quantized: names of the INT8 nodes.
+        spared: names of the additions and poolings whose inputs stay in floating point.
+    """
 
     graph: gs.Graph
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     quantized: set[str] = field(default_factory=set)
+    spared: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -119,36 +125,43 @@ def place(
     )
 
 
-def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str]) -> Plan:
+def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str], *, rule: str = "sensitive") -> Plan:
     """`plan` with some of its INT8 nodes in floating point.
 
     The quantizers that only those needed go, too: their inputs', and the residual input of an Add that no
-    longer fuses. No tensor gets a quantizer that had none, so the table still has every range.
+    longer fuses. No tensor gets a quantizer that had none, so the table still has every range; quantizers
+    that the rules do not know of stay.
 
     Args:
         graph: the folded graph that `plan` is for.
         nodes: name -> why it stays in floating point; that of an Add stands for its residual input, that of
             an average pooling for its input.
+        rule: what the plan calls the reason.
     """
-    left = {node.name for node in plan.nodes if node.int8} - nodes.keys()
-    placement = Placement(graph, quantized=left)
-    needed = {
-        (item.node, item.index)
-        for node in graph.nodes
-        for rule in EDGE_RULES
-        for item in rule.edges(node, placement)
-    }
+    before = set(plan.int8_nodes)
+    unneeded = _edges(Placement(graph, quantized=before))
+    unneeded -= _edges(Placement(graph, quantized=before - nodes.keys(), spared=nodes.keys()))
     return replace(
         plan,
         nodes=[
-            replace(node, int8=False, rule="sensitive", reason=nodes[node.name])
+            replace(node, int8=False, rule=rule, reason=nodes[node.name])
             if node.int8 and node.name in nodes
             else node
             for node in plan.nodes
         ],
-        edges=[e for e in plan.edges if (e.node, e.index) in needed and e.node not in nodes],
-        weights=[weight for weight in plan.weights if weight.node in left],
+        edges=[edge for edge in plan.edges if (edge.node, edge.index) not in unneeded],
+        weights=[weight for weight in plan.weights if weight.node not in nodes],
     )
+
+
+def _edges(placement: Placement) -> set[tuple[str, int]]:
+    """Node and index of every input that the rules quantize."""
+    return {
+        (item.node, item.index)
+        for node in placement.graph.nodes
+        for rule in EDGE_RULES
+        for item in rule.edges(node, placement)
+    }
 
 
 def placed(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Plan:
@@ -260,7 +273,7 @@ def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
     That is the other input of an Add that fuses with the quantized Conv in front of it, or else an input that
     all its other readers take in INT8 anyway: what writes it then writes no second copy in floating point.
     """
-    if node.op != "Add" or len(node.inputs) != 2:
+    if node.op != "Add" or len(node.inputs) != 2 or node.name in placement.spared:
         return
     fused = _fused_input(node, placement)
     for index, residual in enumerate(node.inputs):
@@ -290,7 +303,7 @@ def _fused_input(add: gs.Node, placement: Placement) -> int | None:
 
 def _read_in_int8(tensor: gs.Tensor, add: gs.Node, placement: Placement) -> bool:
     """Whether all readers of a node's output but one addition are quantized, and there are some."""
-    others = [node for node in _readers(tensor) if node is not add]
+    others = [node for node in readers(tensor) if node is not add]
     quantized = bool(others) and all(node.name in placement.quantized for node in others)
     return quantized and bool(tensor.inputs) and tensor not in placement.graph.outputs
 
@@ -300,21 +313,21 @@ def _average_pool(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
 
     TensorRT wants the quantizer behind it in front of a Flatten (seen with TensorRT for RTX 1.7.1).
     """
-    if node.op not in ("AveragePool", "GlobalAveragePool"):
+    if node.op not in ("AveragePool", "GlobalAveragePool") or node.name in placement.spared:
         return
     source, pooled = node.inputs[0], node.outputs[0]
-    if not source.inputs or len(_readers(source)) != 1 or source.dtype not in FLOATS:
+    if not source.inputs or len(readers(source)) != 1 or source.dtype not in FLOATS:
         return
     if _only_feeds_int8(pooled, placement):
         yield Edge(source.name, node.name, 0, POOL, source.name)
-        for reader in _readers(pooled):
+        for reader in readers(pooled):
             if reader.name not in placement.quantized:
                 yield Edge(pooled.name, reader.name, 0, "moved-input", pooled.name)
 
 
 def _only_feeds_int8(tensor: gs.Tensor, placement: Placement) -> bool:
     """Whether a tensor goes nowhere but into quantized nodes, though it may be reshaped or moved before."""
-    if tensor in placement.graph.outputs or not _readers(tensor):
+    if tensor in placement.graph.outputs or not readers(tensor):
         return False
     return all(
         reader.name in placement.quantized
@@ -323,13 +336,13 @@ def _only_feeds_int8(tensor: gs.Tensor, placement: Placement) -> bool:
             and only_moved(reader.outputs[0])
             and _only_feeds_int8(reader.outputs[0], placement)
         )
-        for reader in _readers(tensor)
+        for reader in readers(tensor)
     )
 
 
-def _readers(tensor: gs.Tensor) -> list[gs.Node]:
-    """The nodes that read a tensor's values, not only its shape."""
-    return [node for node in tensor.outputs if node.op != "Shape"]
+def readers(tensor: gs.Tensor) -> list[gs.Node]:
+    """The nodes that read a tensor's values (not only its shape), each once."""
+    return [n for n in {id(n): n for n in tensor.outputs}.values() if n.op not in ("Shape", "Size")]
 
 
 def _whole(shape: _Shape | None, other: _Shape | None) -> bool:

@@ -48,10 +48,12 @@ def correct_biases(
     layer has a bias.
 
     Args:
-        quantization: its graph computes the float model's function.
+        quantization: its graph computes the float model's function; corrections that it has are made anew.
         samples: an evenly spread part of them is used.
         workers: rows run at once; default: one for each processor.
     """
+    if quantization.corrections:
+        quantization = replace(quantization, corrections={})
     graph = quantization.graph.copy()
     int8 = set(quantization.plan.int8_nodes)
     biases = {
@@ -87,6 +89,7 @@ def _mean_errors(
     with serialized(graph) as source:
         session = simulation_session(source, threads=1)
     part = list(samples.spread(MOST_ROWS).batches())
+    part = [batch for batch in part if not batch.padding] or part  # rows that only fill up would count
     rows = sum(batch.rows for batch in part)
 
     with (

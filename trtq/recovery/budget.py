@@ -44,3 +44,6 @@ class Budget:
     def over(self) -> bool:
         """Whether no time is left."""
         return self.left == 0.0
+
+
+NO_BUDGET = Budget()

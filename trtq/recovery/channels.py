@@ -174,11 +174,6 @@ def private(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     return len(tensor.outputs) == 1 and tensor not in graph.outputs
 
 
-def readers(tensor: gs.Tensor) -> list[gs.Node]:
-    """The nodes that read a tensor's values (not only its shape), each once."""
-    return [n for n in {id(n): n for n in tensor.outputs}.values() if n.op not in ("Shape", "Size")]
-
-
 def set_constant(node: gs.Node, index: int, values: NDArray) -> None:
     """Give input `index` of a node other values; other nodes that read the same constant keep theirs.
 

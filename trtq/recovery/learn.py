@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.gate.similarity import decibels
 from trtq.graph.plan import Plan
 from trtq.quantization import Quantization
+from trtq.recovery.budget import NO_BUDGET, Budget
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,12 +70,14 @@ class Learned:
         quantization: the start where nothing was better.
         before_db, after_db: SQNR of the outputs on the rows held back.
         steps: that were taken.
+        whole: whether those are all that were planned; a budget may end learning before.
     """
 
     quantization: Quantization
     before_db: float
     after_db: float
     steps: int
+    whole: bool
 
 
 def learn(
@@ -86,7 +88,7 @@ def learn(
     console: Console,
     *,
     labels: str | None = None,
-    seconds: float | None = None,
+    budget: Budget = NO_BUDGET,
     threads: int | None = None,
     state: bytes | None = None,
     save: Callable[[bytes], object] = lambda state: None,
@@ -99,7 +101,7 @@ def learn(
         teacher: the fp32 model, folded; a fix may have changed the biases of the quantization's own graph.
         labels: the target of `fitting` that holds class numbers (rows,); the model then needs one output
             (rows, classes).
-        seconds: fewer steps are taken if they would take longer.
+        budget: learning stops when it is spent, with what was best until then.
         state: what `save` was given before an interruption; learning goes on from there.
         save: called after each epoch.
 
@@ -118,7 +120,7 @@ def learn(
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run = _Run(quantization, teacher, fitting, held_back, labels, device)
-        return run.learn(console, seconds, state, save)
+        return run.learn(console, budget, state, save)
     finally:
         torch.set_num_threads(before)
 
@@ -161,7 +163,7 @@ class _Run:
         self.exams = list(self._lessons(held_back, None))
 
     def learn(
-        self, console: Console, seconds: float | None, state: bytes | None, save: Callable[[bytes], object]
+        self, console: Console, budget: Budget, state: bytes | None, save: Callable[[bytes], object]
     ) -> Learned:
         import torch
 
@@ -176,9 +178,8 @@ class _Run:
             optimizer.load_state_dict(stored["optimizer"])
             best, best_noise = stored["best"], stored["best_noise"]
             epoch = stored["epoch"]
-        began, first = time.perf_counter(), epoch
         with console.progress("learn", (epochs - epoch) * len(self.lessons), "step") as advance:
-            while epoch < epochs:
+            while epoch < epochs and not budget.over:
                 order = np.random.default_rng(epoch).permutation(len(self.lessons))
                 for position, index in enumerate(order):
                     done = (epoch + position / len(order)) / epochs
@@ -189,17 +190,17 @@ class _Run:
                     self._loss(self.lessons[index]).backward()
                     optimizer.step()
                     advance(1)
-                epoch += 1
+                    if budget.over:
+                        break
                 noise = self._exam()
                 if noise < best_noise:
                     best, best_noise = self._answer(), noise
+                if budget.over:
+                    break
+                epoch += 1
                 console.say(
                     "learn", f"epoch {epoch} of {epochs}: {_decibels(noise):.2f} dB on rows held back"
                 )
-                if seconds is not None and epoch < epochs:
-                    pace = (time.perf_counter() - began) / (epoch - first)
-                    affordable = int((seconds - (time.perf_counter() - began)) / pace)
-                    epochs = min(epochs, epoch + affordable)
                 stored = {
                     "now": self._answer(),
                     "optimizer": optimizer.state_dict(),
@@ -212,7 +213,8 @@ class _Run:
                 save(buffer.getvalue())
         gain = _decibels(best_noise) - _decibels(before)
         quantization = self._exported(best) if gain >= LEAST_GAIN_DB else self.given
-        return Learned(quantization, _decibels(before), _decibels(best_noise), epoch * len(self.lessons))
+        steps = epoch * len(self.lessons)
+        return Learned(quantization, _decibels(before), _decibels(best_noise), steps, epoch == epochs)
 
     def _lessons(self, samples: Samples, labels: NDArray[np.int64] | None) -> Iterator[_Lesson]:
         import torch

@@ -15,7 +15,7 @@ import numpy as np
 
 from trtq.cache import Key
 from trtq.gate.similarity import decibels
-from trtq.graph.groups import Group
+from trtq.graph.groups import Group, groups
 from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
 from trtq.job import Job
@@ -109,7 +109,8 @@ class Search:
     Attributes:
         groups: name -> group, in the order of the plan, those inputs last.
         alone: name -> noise of the outputs with this group alone in INT8.
-        free: the groups without multiply-accumulates.
+        free: the names of those inputs.
+        whole: whether all groups were measured before the budget was spent.
 
     Args:
         start: what to leave nodes out of.
@@ -127,21 +128,33 @@ class Search:
         self.alone = {effect.group.name: max(effect.noise - least, 0.0) for effect in effects}
         self._costs = {name: float(group.macs or 1) for name, group in self.groups.items()}
         self._everything = self.noise(frozenset())
-        for edge in start.plan.edges:
-            if edge.rule in SPARING:
-                name = f"{SPARING[edge.rule]} of {edge.node}"
-                self.groups[name] = Group(name, (edge.node,), edge.rule, 0)
-                self._costs[name] = 1.0
-                self.alone[name] = max(self._everything - self.noise(frozenset([name])), 0.0)
+        spared = {edge.node: edge.rule for edge in start.plan.edges if edge.rule in SPARING}
+        for node, rule in spared.items():
+            if self._over():
+                break
+            name = f"{SPARING[rule]} of {node}"
+            self.groups[name] = Group(name, (node,), rule, 0)
+            self._costs[name] = 1.0
+            self.alone[name] = max(self._everything - self.noise(frozenset([name])), 0.0)
         self.free = frozenset(self.groups) - {effect.group.name for effect in effects}
+        self.whole = len(self.groups) == len(groups(start.graph, start.plan)) + len(spared)
 
     def _over(self) -> bool:
         return self._budget.over
 
     def cheapest(self, ratio: float) -> Quantization:
-        """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less."""
+        """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less.
+
+        Needs a `whole` search.
+        """
         target = ratio * self._everything
-        return self.leaving_out(cheapest_set(self._costs, self.alone, self.noise, target, self._over))
+        if self.free and self.noise(self.free) <= target:
+            among, always = self.free, frozenset[str]()
+        else:
+            among, always = frozenset(self.groups) - self.free, self.free
+        costs = {name: cost for name, cost in self._costs.items() if name in among}
+        found = cheapest_set(costs, self.alone, lambda s: self.noise(s | always), target, self._over)
+        return self.leaving_out(found | always)
 
     def first(self, count: int) -> Quantization:
         """The start without the `count` groups that alone make the most noise per multiply-accumulate."""

@@ -23,6 +23,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.data.samples import Samples
+from trtq.graph.place import readers
 from trtq.graph.plan import Plan
 from trtq.recovery.channels import (
     Bias,
@@ -32,7 +33,6 @@ from trtq.recovery.channels import (
     collect_channels,
     is_linear,
     private,
-    readers,
     set_constant,
     weight_matrix,
 )

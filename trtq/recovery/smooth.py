@@ -29,6 +29,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.data.samples import Samples
+from trtq.graph.place import readers
 from trtq.graph.plan import Plan
 from trtq.numerics import amax_per_channel, fake_quantize, scale_from_amax
 from trtq.recovery.channels import (
@@ -37,7 +38,6 @@ from trtq.recovery.channels import (
     channel_axis,
     collect_channels,
     is_linear,
-    readers,
     set_constant,
     weight_matrix,
 )

@@ -735,7 +735,8 @@ def _recurrent(
         step: (inputs times weights + their bias, states, recurrent weights, recurrent bias) -> states.
     """
     _require(
-        not {"activations", "clip"} & a.keys() and not a.get("layout", 0), "unusual recurrent attributes"
+        not {"activations", "clip"} & a.keys() and not a.get("layout", 0) and not a.get("input_forget", 0),
+        "unusual recurrent attributes",
     )
     directions, size = recurrence.shape[0], recurrence.shape[-1]
     length, batch, _ = x.shape

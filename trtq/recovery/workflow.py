@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from trtq.attempt import Attempt, attempt, parse_share
 from trtq.cache import remove
@@ -42,6 +43,13 @@ LEAST_RATIO = 1 / 256
 
 MOST_GATES, CLOSE = 8, 1.25
 """How often partial quantization asks the gate how much noise is little enough, and how near is near."""
+
+
+class Made(NamedTuple):
+    """What a step made, None where that is no better than before, and whether it was done whole."""
+
+    quantization: Quantization | None
+    whole: bool
 
 
 def parse_steps(text: str) -> frozenset[str]:
@@ -73,13 +81,13 @@ def recover(
     workflow.attempt("calibrate", lambda: calibrate(job, plan))
     whole = workflow.done[0]
     if workflow.wants("fix"):
-        whole = workflow.attempt("fix", lambda: workflow.cached("fix", whole, fix)) or whole
+        whole = workflow.attempt("fix", lambda: workflow.fix(whole)) or whole
     if workflow.wants("partial"):
-        workflow.attempt("partial", lambda: workflow.partial(whole))
+        workflow.attempt("partial", lambda: workflow.partial("partial", whole))
     if workflow.wants("learn"):
         taught = workflow.attempt("learn", lambda: workflow.learn(whole))
         if taught is not None and workflow.wants("partial"):
-            workflow.attempt("learn, partial", lambda: workflow.partial(taught))
+            workflow.attempt("learn, partial", lambda: workflow.partial("learn, partial", taught))
     return workflow.done
 
 
@@ -120,10 +128,10 @@ def can_leave_out(quantization: Quantization, least: float) -> bool:
     )
 
 
-def learned(job: Job, start: Quantization, budget: Budget) -> Quantization | None:
+def learned(job: Job, start: Quantization, budget: Budget) -> Made:
     """A quantization with ranges, biases and weights learned on the job's data; None if it is no better.
 
-    An interrupted run goes on from its last epoch.
+    A run that was interrupted, or ended by the budget, goes on from its last epoch.
 
     Raises:
         InputError, MissingBackendError: as `recovery.learn.learn`.
@@ -137,22 +145,22 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Quantization | Non
         held_back,
         job.console,
         labels=job.recipe.labels,
-        seconds=budget.left,
+        budget=budget,
         threads=job.recipe.threads,
         state=job.cache.fetch(checkpoint),
         save=lambda state: job.cache.store(checkpoint, state),
     )
-    if not budget.over:
+    if result.whole:
         remove(job.cache.path(checkpoint))
     text = f"{result.before_db:.1f} -> {result.after_db:.1f} dB on the rows held back"
     job.console.say("learn", f"{result.steps} steps: {text}")
     if result.quantization is start:
-        return None
+        return Made(None, result.whole)
     notes = {
         **start.notes,
         "learned": {"steps": result.steps, "sqnr_db": [result.before_db, result.after_db]},
     }
-    return replace(result.quantization, notes=notes)
+    return Made(replace(result.quantization, notes=notes), result.whole)
 
 
 @dataclass
@@ -186,41 +194,68 @@ class _Workflow:
         return self.done[-1]
 
     def cached(
-        self, step: str, start: Attempt, make: Callable[[Job, Quantization], Quantization | None]
+        self, step: str, start: Attempt, make: Callable[[Quantization], Made], **detail: Any
     ) -> Quantization | None:
-        """What `make` gives for the attempt's quantization, from the cache where it is there."""
-        key = self.job.key("quantization", start.quantization, step=step)
+        """What `make` gives for the attempt's quantization, from the cache where it is there.
+
+        Args:
+            detail: what it depends on beside that and the data.
+        """
+        key = self.job.key("quantization", start.quantization, step=step, **detail)
         if (content := self.job.cache.fetch(key)) is not None:
             self.job.console.say(step, "from the cache; nothing was run")
             return Quantization.from_bytes(content) if content else None
-        made = make(self.job, start.quantization)
-        if not self.budget.over and (made is None or made.storable):
+        made, whole = make(start.quantization)
+        if whole and (made is None or made.storable):
             self.job.cache.store(key, made.to_bytes() if made else b"")
         return made
+
+    def fix(self, start: Attempt) -> Quantization | None:
+        """The start with the label-free fixes that help; None where none does."""
+        return self.cached("fix", start, lambda first: Made(fix(self.job, first), True))
 
     def learn(self, start: Attempt) -> Quantization | None:
         """The start with ranges, biases and weights learned; None where that is not possible here."""
         try:
-            return self.cached("learn", start, lambda job, first: learned(job, first, self.budget))
+            return self.cached(
+                "learn",
+                start,
+                lambda first: learned(self.job, first, self.budget),
+                labels=self.job.recipe.labels,
+            )
         except (InputError, MissingBackendError) as error:
             self.job.console.warn(f"nothing can be learned: {error}")
             return None
 
-    def partial(self, start: Attempt) -> Quantization | None:
-        """The start with the cheapest groups in floating point that let the gate pass; None if none do.
+    def partial(self, step: str, start: Attempt) -> Quantization | None:
+        """The start with the cheapest groups in floating point that let the gate pass; None if none do."""
+        recipe, evaluation = self.job.recipe, self.evaluation
+        least = 0.0 if recipe.min_int8 is None else parse_share(recipe.min_int8)
+        if start.coverage.share < least or not can_leave_out(start.quantization, least):
+            self.job.console.say("partial", f"no layer can be left out with {least:.1%} in INT8")
+            return None
+        return self.cached(
+            step,
+            start,
+            lambda first: Made(self._searched(start, least), not self.budget.over),
+            evaluation=evaluation.samples.hash,
+            metric=evaluation.metric.fingerprint,
+            gate=[evaluation.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.rest],
+        )
+
+    def _searched(self, start: Attempt, least: float) -> Quantization | None:
+        """`partial`, with a share `least` in INT8.
 
         How little noise is little enough is bisected with the (simulated) gate; which groups to leave out for
         it, the calibration data say alone. Where none of those sets passes, the inputs that cost no
         multiply-accumulates are all left out.
         """
-        job, recipe = self.job, self.job.recipe
-        least = 0.0 if recipe.min_int8 is None else parse_share(recipe.min_int8)
-        if start.coverage.share < least or not can_leave_out(start.quantization, least):
-            job.console.say("partial", f"no layer can be left out with {least:.1%} in INT8")
-            return None
         from trtq.recovery.partial import Search
 
-        search = Search(job, start.quantization, self.budget, self.job.key("sensitivity", start.quantization))
+        job, recipe = self.job, self.job.recipe
+        search = Search(job, start.quantization, self.budget, job.key("sensitivity", start.quantization))
+        if not search.whole:
+            return None
         needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
         ratio, failing, enough, best = needed(start.measured), 1.0, 0.0, None
         for _ in range(MOST_GATES):
