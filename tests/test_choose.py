@@ -17,6 +17,7 @@ from trtq.calibration.statistics import Statistics
 from trtq.choose import CANDIDATES, Measure, choose_method, scales_from
 from trtq.console import SILENT
 from trtq.data.load import load_samples
+from trtq.gate.similarity import MAX_SQNR_DB
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.place import place
@@ -97,3 +98,25 @@ def test_scales_take_a_tensors_own_method(arrays: tuple[np.ndarray, np.ndarray],
     assert scale == pytest.approx(np.median(np.abs(x)) / 127, rel=0.02)
     plain = scales_from(statistics, parse_method("max"))["x"]
     assert plain == pytest.approx(np.abs(x).max() / 127, rel=1e-6)
+
+
+def test_outputs_that_are_not_finite_are_the_worst(tmp_path: Path) -> None:
+    """y = log(x w) is finite in fp32, but not where rounding makes a product 0."""
+    x = np.full((16, 2), 1, np.float32)
+    x[:, 1] = 1e-5
+    graph = gs.Graph(opset=17)
+    graph.inputs = [gs.Variable("x", np.float32, ["N", 2])]
+    graph.outputs = [gs.Variable("y", np.float32, ["N", 1])]
+    weight = gs.Constant("w", np.array([[0], [1]], np.float32))
+    graph.nodes = [gs.Node("MatMul", "m", {}, [*graph.inputs, weight], [gs.Variable("h", np.float32)])]
+    graph.nodes.append(gs.Node("Log", "l", {}, [graph.nodes[0].outputs[0]], graph.outputs))
+    proto = gs.export_onnx(graph)
+    proto.ir_version = 10
+    onnx.save(proto, tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=x)
+    model = load_model(tmp_path / "m.onnx")
+    samples = load_samples(str(tmp_path / "x.npz"), model.inputs)
+    measure = Measure(model.path, model.sha256, samples, Cache(tmp_path / "c"), SILENT)
+    coarse, fine = (Quantization(model.graph, place(model), {"x": np.float32(s)}) for s in (1 / 127, 1e-6))
+    assert measure.sqnr_db(coarse, "coarse") == -MAX_SQNR_DB
+    assert measure.sqnr_db(fine, "fine") > 30

@@ -241,3 +241,34 @@ def test_a_model_that_does_not_run_on_the_data_is_an_input_error(tmp_path: Path)
     quantization = _quantization(model, {"x": np.arange(5)}, tmp_path)
     with pytest.raises(InputError, match="does not run on the data"):
         Simulator(quantization, _samples({"x": np.array([7])}, model, tmp_path))
+
+
+def test_optional_inputs_and_outputs_that_are_left_out(tmp_path: Path) -> None:
+    """Their empty names are no tensor that could be kept or asked for."""
+    model = net(
+        """g (float[N,8] x) => (float[N,4] y) {
+            a = MatMul(x, w) d = Dropout(a) c = Clip(d, , most) y = MatMul(c, v)
+        }""",
+        w=normal(8, 8, seed=1),
+        v=normal(8, 4, seed=2),
+        most=np.float32(1),
+    )
+    model.graph.node[1].output.append("")
+    quantization = _quantization(model, {"x": normal(4, 8)}, tmp_path)
+    samples = _samples({"x": normal(_ROWS, 8)}, model, tmp_path)
+    assert len(list(Simulator(quantization, samples).effects())) == 2
+
+
+def test_an_output_whose_shape_depends_on_its_values_says_so(tmp_path: Path) -> None:
+    model = net(
+        """g (float[N,8] x) => (float[M] y) {
+            a = MatMul(x, w) p = Greater(a, zero) f = Reshape(p, all) v = Reshape(a, all) y = Compress(v, f)
+        }""",
+        w=normal(8, 2048, seed=1),
+        zero=np.float32(0),
+        all=np.array([-1]),
+    )
+    quantization = _quantization(model, {"x": normal(4, 8)}, tmp_path)
+    simulator = Simulator(quantization, _samples({"x": normal(_ROWS, 8)}, model, tmp_path))
+    with pytest.raises(InputError, match="'y' changes its shape with its values"):
+        simulator.score(quantization.plan)

@@ -161,3 +161,20 @@ def test_deploy_goes_by_an_edited_plan(small: Case, written: Path, tmp_path: Pat
     kept = Plan.load(tmp_path / "out" / "plan.json")
     assert kept.int8_nodes == ["conv"]
     assert [edge.node for edge in kept.edges] == ["conv"]
+
+
+def test_a_quantizer_that_no_rule_knows_is_carried_out(
+    small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    nodes = {node.name: node for node in onnx.load(small.model).graph.node}
+    relu = next(node for node in nodes.values() if node.op_type == "Relu")
+    edge = {"tensor": relu.input[0], "node": relu.name, "index": 0, "rule": "mine", "range": relu.input[0]}
+    plan = _edited(written, lambda p: p["edges"].append(edge), tmp_path / "plan.json")
+    run = trtq_run(
+        *("quantize", small.model, "--plan", plan, "--data", small.data, "--method", "max"),
+        *("-o", tmp_path / "model.onnx"),
+    )
+    assert run.code == 0, run.err
+    after = {node.name: node for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    made_by = {name: node.op_type for node in after.values() for name in node.output}
+    assert made_by[after[relu.name].input[0]] == "DequantizeLinear"

@@ -102,3 +102,11 @@ def test_a_folder_is_read_by_rows(
     np.testing.assert_array_equal(by_row.targets["label"], whole.targets["label"])
     with pytest.raises(IndexError):
         by_row.columns["x"][len(by_row)]
+
+
+def test_data_that_change_while_they_are_read_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=values(20, 3, 5))
+    samples = load_samples(str(tmp_path / "a.npz"), SPECS)
+    np.savez(tmp_path / "a.npz", x=values(21, 3, 5))
+    with pytest.raises(InputError, match="changed while they were read"):
+        list(samples.rows())

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError
 from trtq.graph.fold import fold
-from trtq.graph.place import WEIGHTED_OPS, matches, place
+from trtq.graph.place import WEIGHTED_OPS, leave_out, matches, place
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
 from trtq.graph.rewrite import weight_scale
 from trtq.numerics import quantize
@@ -701,3 +701,12 @@ def test_a_missing_plan(tmp_path: Path) -> None:
 def test_plan_json_is_plain(tmp_path: Path) -> None:
     plan = Placed(images(f"y = {SAME}(x, w)"), tmp_path).plan
     assert json.loads(json.dumps(plan.to_json())) == plan.to_json()
+
+
+def test_a_pooling_that_is_left_out_leaves_no_quantizer_in_front_of_flatten(tmp_path: Path) -> None:
+    nodes = f"c = {SAME}(x, w) r = Relu(c) p = GlobalAveragePool(r) f = Flatten(p) y = Gemm(f, s)"
+    placed = Placed(images(nodes, s=normal(4, 5)), tmp_path)
+    (pool,) = (node.name for node in placed.model.graph.nodes if node.op == "GlobalAveragePool")
+    left = leave_out(placed.model.graph, placed.plan, {pool: "to measure"})
+    assert {edge.rule for edge in left.edges} == {"weighted-input"}
+    assert left.int8_nodes == placed.plan.int8_nodes

@@ -119,3 +119,14 @@ def test_corrections_survive_the_cache_and_can_be_baked_in(tmp_path: Path) -> No
         np.testing.assert_array_equal(
             outputs(form.rewritten(), case.samples), outputs(corrected.rewritten(), case.samples)
         )
+
+
+def test_a_second_correction_starts_anew(tmp_path: Path) -> None:
+    def layer(case: Case) -> None:
+        x = case.input("x", 4)
+        case.output(case.node("Add", case.node("MatMul", x, case.weight(4, 3)), case.weight(3)), 3)
+
+    case = small_case(tmp_path, layer)
+    once = correct_biases(case.quantized(), case.samples, SILENT)
+    twice = correct_biases(once, case.samples, SILENT)
+    assert twice.to_bytes() == once.to_bytes()

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtq.recovery.partial import cheapest_set
+import trtq
+from trtq.console import SILENT
+from trtq.job import Job
+from trtq.ranges import calibrate
+from trtq.recipe import Recipe
+from trtq.recovery.budget import Budget
+from trtq.recovery.partial import Search, cheapest_set
 
 GROUPS = "abcdefgh"
 AMOUNT = st.integers(1, 1000).map(float)
@@ -99,3 +106,33 @@ def test_what_holds_is_returned_when_the_time_is_over(allowed: int) -> None:
 
     found = cheapest_set(costs, dict.fromkeys(GROUPS, 1.0), noise, 4.0, over=lambda: calls >= allowed)
     assert len(GROUPS) - len(found) <= 4.0
+
+
+def searched(cache: Path, budget: Budget) -> Search:
+    """Of the demo's network, which has residual additions and an average pooling."""
+    demo = Path(trtq.__file__).parent / "demo"
+    files = {"model": str(demo / "digits.onnx"), "data": str(demo / "calib.npz")}
+    job = Job.open(Recipe(**files, method="max", cache=str(cache)), SILENT)
+    start = calibrate(job, job.place())
+    return Search(job, start, budget, job.key("sensitivity", start))
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    return searched(tmp_path_factory.mktemp("cache"), Budget())
+
+
+@pytest.mark.parametrize("ratio", [0.95, 0.8, 0.5, 0.2, 0.02])
+def test_inputs_that_cost_nothing_go_first(search: Search, ratio: float) -> None:
+    everything = search.noise(frozenset())
+    found = search.cheapest(ratio)
+    left = frozenset(found.notes["left_out"])
+    assert search.noise(left) <= ratio * everything
+    assert left <= search.free or search.free <= left
+    assert (search.noise(search.free) <= ratio * everything) == (left <= search.free)
+    assert len(search.free) == 4  # three residual inputs and the pooling's
+
+
+def test_a_spent_budget_leaves_the_search_incomplete(search: Search, tmp_path: Path) -> None:
+    assert search.whole
+    assert not searched(tmp_path, Budget(0.0)).whole

@@ -202,3 +202,22 @@ def test_a_required_engine_does_not_set_off_recovery(hard: Case, tmp_path: Path)
     done = run(hard, tmp_path / "out", max_drop="90%", require_engine=True)
     assert [attempt.step for attempt in done.attempts] == ["calibrate"]
     assert done.exit_code is ExitCode.INCONCLUSIVE
+
+
+def test_labels_are_not_ignored_after_learning_without(hard: Case, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    data = tmp_path / "labelled.npz"
+    with np.load(hard.data) as arrays:
+        rows = len(next(iter(arrays.values())))
+        np.savez(data, **arrays, label=np.zeros(rows, np.int64))
+    options = {"data": str(data), "min_sqnr": 80.0, "min_int8": "100%", "recover": "learn"}
+    without = run(hard, tmp_path / "out", **options)
+    labelled = run(hard, tmp_path / "labelled", labels="label", **options)
+    assert labelled.attempts[1].quantization.sha256 != without.attempts[1].quantization.sha256
+
+
+def test_a_search_is_not_made_twice(hard: Case, tmp_path: Path) -> None:
+    run(hard, tmp_path / "out", min_sqnr=45.0, recover="partial")
+    log = Log()
+    run(hard, tmp_path / "again", log, min_sqnr=45.0, recover="partial")
+    assert "partial: from the cache; nothing was run" in log.lines

@@ -152,8 +152,8 @@ class Search:
             among, always = self.free, frozenset[str]()
         else:
             among, always = frozenset(self.groups) - self.free, self.free
-        costs = {name: cost for name, cost in self._costs.items() if name in among}
-        found = cheapest_set(costs, self.alone, lambda s: self.noise(s | always), target, self._over)
+        costs, alone = ({name: by[name] for name in by if name in among} for by in (self._costs, self.alone))
+        found = cheapest_set(costs, alone, lambda s: self.noise(s | always), target, self._over)
         return self.leaving_out(found | always)
 
     def first(self, count: int) -> Quantization:
