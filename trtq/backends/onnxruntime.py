@@ -16,7 +16,8 @@ from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
 from trtq.errors import InputError
-from trtq.graph.weights import Light, read_light
+from trtq.graph.model import model_files
+from trtq.graph.weights import IN_MEMORY, Light, read_light
 
 _SESSION_CONFIG = {
     "session.disable_quant_qdq": "1",
@@ -62,6 +63,8 @@ def simulation_session(
     options.log_severity_level = _FATAL
     for key, value in _SESSION_CONFIG.items():
         options.add_session_config_entry(key, value)
+    if _is_large(model):
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
     file = None if isinstance(model, bytes | Light) else model
@@ -75,6 +78,15 @@ def simulation_session(
         )
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise InputError("ONNX Runtime cannot load the model", file=file, cause=error) from error
+
+
+def _is_large(model: str | Path | bytes | Light) -> bool:
+    """Whether a second copy of the weights, laid out for the processor, is more than memory should bear."""
+    if isinstance(model, Light):
+        return True
+    if isinstance(model, bytes):
+        return len(model) > IN_MEMORY
+    return sum(file.stat().st_size for file in model_files(Path(model)) if file.is_file()) > IN_MEMORY
 
 
 @functools.cache
