@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -86,7 +87,9 @@ def _is_large(model: str | Path | bytes | Light) -> bool:
         return True
     if isinstance(model, bytes):
         return len(model) > IN_MEMORY
-    return sum(file.stat().st_size for file in model_files(Path(model)) if file.is_file()) > IN_MEMORY
+    with contextlib.suppress(InputError, OSError):  # ONNX Runtime says what is wrong with it
+        return sum(file.stat().st_size for file in model_files(model)) > IN_MEMORY
+    return False
 
 
 @functools.cache
