@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -200,3 +201,17 @@ def test_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRTQ_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_root() == Path("/home/user/.cache/trtq/calib_cache")
+
+
+def test_content_in_the_place_of_another_is_not_taken_for_it(tmp_path: Path) -> None:
+    reports: list[str] = []
+    cache = Cache(tmp_path, reports.append)
+    first, second = (Key("outputs", "a" * 64, "b" * 64, {"executor": name}) for name in ("one", "two"))
+    for key in (first, second):
+        cache.store(key, str(key).encode())
+    here, there = cache.path(first), cache.path(second)
+    for suffix in ("", ".json"):
+        shutil.copy(f"{there}{suffix}", f"{here}{suffix}")
+    assert cache.fetch(first) is None
+    assert "belongs to another key" in reports[0]
+    assert cache.fetch(second) == str(second).encode()

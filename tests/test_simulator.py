@@ -197,7 +197,7 @@ def test_effects_agree_with_scores_and_metrics(tmp_path: Path) -> None:
             for n, r in simulator.reference.items()
         ]
         assert effect.noise == pytest.approx(np.mean(noises), rel=1e-4)
-        assert effect.sqnr_db == pytest.approx(np.mean(-10 * np.log10(noises)), abs=1e-3)
+        assert effect.sqnr_db == pytest.approx(-10 * np.log10(np.mean(noises)), abs=1e-3)
         assert effect.metric == np.mean(outputs["y"].argmax(axis=1) == labels)
 
 

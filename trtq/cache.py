@@ -112,6 +112,10 @@ class Cache:
         if record.get("sha256") != sha256_bytes(content):
             self.report(f"cache entry {path} is damaged (its hash does not match); it is computed again")
             return None
+        asked = json.loads(json.dumps(key.to_json()))
+        if any(record.get(name) != asked[name] for name in asked.keys() - set(record.get("notes", ()))):
+            self.report(f"cache entry {path} belongs to another key; it is computed again")
+            return None
         return content
 
     def store(self, key: Key, content: bytes, notes: Mapping[str, Any] | None = None) -> None:

@@ -21,7 +21,7 @@ from trtq.console import Console
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.evaluation import candidate_of, outputs_of
-from trtq.gate.similarity import sqnr_db
+from trtq.gate.similarity import overall_sqnr_db, scored, sqnr_db
 from trtq.numerics import scale_from_amax
 from trtq.quantization import Quantization
 
@@ -72,11 +72,11 @@ class Measure:
     threads: int | None = None
 
     def sqnr_db(self, quantization: Quantization, label: str) -> float:
-        """SQNR of the quantized model's outputs, averaged over outputs."""
+        """SQNR of the quantized model's outputs together (see `similarity.overall_sqnr_db`)."""
         reference = self._outputs(self.model, "fp32", self.sha256)
         with candidate_of(quantization) as candidate:
             outputs = self._outputs(candidate, label)
-        return float(np.mean([sqnr_db(expected, outputs[n])[0] for n, expected in reference.items()]))
+        return overall_sqnr_db([sqnr_db(reference[n], outputs[n])[0] for n in scored(reference)])
 
     def _outputs(self, model: Path, label: str, sha256: str | None = None) -> Arrays:
         outputs, _ = outputs_of(

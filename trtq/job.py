@@ -23,6 +23,7 @@ from trtq.graph.plan import Plan
 from trtq.parallel import parse_parallel
 from trtq.quantization import Quantization
 from trtq.recipe import Recipe
+from trtq.recovery.learn import class_numbers
 
 FEWEST_TO_SPLIT = 16
 """With fewer samples, what is fitted on the data is measured on the same rows."""
@@ -55,12 +56,8 @@ class Job:
         assert recipe.data is not None
         model = prepare(recipe)
         data = load_samples(recipe.data, model.inputs, recipe.preprocess)
-        if recipe.labels is not None and recipe.labels not in data.targets:
-            raise InputError(
-                f"the calibration data have no target '{recipe.labels}' to learn from",
-                file=data.source,
-                cause=f"targets: {', '.join(data.targets) or 'none'}",
-            )
+        if recipe.labels is not None:
+            class_numbers(data, recipe.labels)
         return cls(recipe, model, data, open_cache(recipe, console), console)
 
     @cached_property
@@ -123,6 +120,8 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
         )
     with about(recipe.plan):
         plan.check_fits(model.graph)
+        if not plan.int8_nodes:
+            raise InputError("the plan has no node in INT8", remedy="set 'int8' to true where it was")
     edited = {
         node.name: "the plan given says so"
         for node in plan.nodes

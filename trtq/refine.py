@@ -25,7 +25,7 @@ from trtq.choose import scales_from
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
-from trtq.gate.similarity import sqnr_db
+from trtq.gate.similarity import overall_sqnr_db, scored, sqnr_db
 from trtq.graph.model import serialized
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import scales_as_inputs
@@ -92,9 +92,9 @@ def refine_ranges(
     exceptions: dict[str, Method] = {}
 
     def score(scales: Mapping[str, np.float32], count: int) -> float:
-        """SQNR over the first `count` batches, averaged over outputs."""
+        """SQNR of the outputs together over the first `count` batches."""
         found = [runner.run(batch, scales) for batch in part[:count]]
-        return float(np.mean([_sqnr(expected[:count], found, name) for name in expected[0]]))
+        return overall_sqnr_db([_sqnr(expected[:count], found, name) for name in scored(expected[0])])
 
     few, every = max(len(part) // 4, 1), len(part)
     glance, best = score(current, few), score(current, every)

@@ -31,7 +31,7 @@ from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.gate.metrics import Metric
-from trtq.gate.similarity import decibels, first_not_finite
+from trtq.gate.similarity import decibels, first_not_finite, overall_sqnr_db, scored
 from trtq.graph.groups import Group, groups
 from trtq.graph.model import export, serialized
 from trtq.graph.place import leave_out
@@ -59,7 +59,7 @@ class Score(NamedTuple):
     """How far outputs are from those of the fp32 model.
 
     Attributes:
-        sqnr_db: signal to quantization noise over all rows, averaged over outputs.
+        sqnr_db: signal to quantization noise over all rows, of all outputs (`similarity.overall_sqnr_db`).
         noise: sum of squared errors / sum of squared reference values, averaged over outputs.
         metric: the metric's value, where the simulator has one and the outputs are finite.
     """
@@ -113,6 +113,13 @@ class Simulator:
         self._cuts = self._affordable_cuts()
         self._float = self._pass(frozenset())
         self._expected = self._float.outputs if teacher is None else self._taught(teacher)
+        for arrays in self._expected:
+            if broken := first_not_finite(arrays):
+                raise InputError(
+                    f"output '{broken[0]}' of the fp32 model is NaN or infinite",
+                    file=samples.source,
+                    remedy="look at the model: nothing can be compared with such an output",
+                )
         self._whole: _Pass | None = None
 
     @cached_property
@@ -140,7 +147,8 @@ class Simulator:
             InputError: the plan is no part of the quantization's, or the metric does not suit the outputs.
         """
         found = self._run(plan)
-        signal, noise = np.array([self._energies(name, found) for name in self._program.outputs]).T
+        names = scored(self._expected[0])
+        signal, noise = np.array([self._energies(name, found) for name in names]).T
         sqnr_db = decibels(signal, noise)
         relative = np.where(noise == 0, 0.0, 10.0 ** (-sqnr_db / 10))
         value = None
@@ -148,7 +156,7 @@ class Simulator:
             outputs = self._joined(found)
             if first_not_finite(outputs) is None:
                 value = self.metric.value(outputs, dict(self.samples.targets), self.reference)
-        return Score(float(sqnr_db.mean()), float(relative.mean()), value)
+        return Score(overall_sqnr_db(list(sqnr_db)), float(relative.mean()), value)
 
     def effects(self, mode: Mode = "only", among: Sequence[Group] | None = None) -> Iterator[Effect]:
         """The effect of each group, one at a time, in the order of the groups (paper section 5.1).

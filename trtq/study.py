@@ -14,6 +14,7 @@ from trtq.choose import scales_from
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.files import PathLike, atomic_path, read_json
+from trtq.gate.similarity import overall_sqnr_db
 from trtq.graph.fold import fold_constants
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
@@ -47,7 +48,7 @@ class Row:
     Attributes:
         metric: its value; None where the outputs were not finite.
         drop: relative to fp32.
-        sqnr_db: of the outputs on the evaluation data, averaged over outputs.
+        sqnr_db: of the outputs together on the evaluation data (`similarity.overall_sqnr_db`).
         floating_point: weighted nodes left in floating point.
         int8_share: share of the multiply-accumulates planned for INT8; None where they are not known.
     """
@@ -170,7 +171,7 @@ class _Study:
             name,
             verdict.candidate,
             verdict.relative_drop,
-            float(np.mean(found)) if found else None,
+            overall_sqnr_db(found) if found else None,
             len(plan.nodes) - len(plan.int8_nodes),
             plan.mac_share(),
         )

@@ -139,7 +139,7 @@ def test_labels_that_the_data_lack_are_missed_before_anything_runs(
 ) -> None:
     run = trtq_run(*deploy_arguments(small, tmp_path / "out", "--labels", "nowhere"))
     assert run.code == 2
-    assert "have no target 'nowhere'" in run.err
+    assert "have no class number for each row under 'nowhere'" in run.err
     assert "targets: labels" in run.err
 
 

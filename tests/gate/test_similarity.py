@@ -12,6 +12,8 @@ from trtq.gate.similarity import (
     compare,
     cosine,
     first_not_finite,
+    overall_sqnr_db,
+    scored,
     sqnr_db,
     worst_samples,
 )
@@ -87,3 +89,16 @@ def test_not_finite():
 def test_what_cannot_be_compared(reference, candidate, message):
     with pytest.raises(InputError, match=message):
         check_comparable(reference, candidate)
+
+
+def test_an_exact_output_does_not_hide_the_noise_of_another() -> None:
+    assert overall_sqnr_db([40.0]) == pytest.approx(40.0)
+    assert overall_sqnr_db([40.0, MAX_SQNR_DB]) == pytest.approx(40.0 + 10 * np.log10(2))
+    assert overall_sqnr_db([40.0, 20.0]) == pytest.approx(-10 * np.log10((1e-4 + 1e-2) / 2))
+    assert overall_sqnr_db([MAX_SQNR_DB]) == MAX_SQNR_DB
+
+
+def test_noise_is_measured_on_floats() -> None:
+    classes, logits = np.arange(3), np.ones((3, 2), np.float32)
+    assert scored({"class": classes, "logits": logits}) == ["logits"]
+    assert scored({"class": classes}) == ["class"]

@@ -6,6 +6,7 @@ flattened. Every function returns float64 of shape (samples,).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,22 @@ def decibels(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray
     return np.where(noise == 0, MAX_SQNR_DB, np.clip(ratio, -MAX_SQNR_DB, MAX_SQNR_DB))
 
 
+def overall_sqnr_db(sqnr_db: Sequence[float]) -> float:
+    """SQNR in dB of the mean noise of several outputs, each relative to its signal.
+
+    A mean of decibels would let an output that is exact, at `MAX_SQNR_DB`, hide what happens to the others.
+    """
+    values = np.array(sqnr_db, np.float64)
+    noise = np.where(values >= MAX_SQNR_DB, 0.0, 10.0 ** (-values / 10))
+    return float(decibels(np.float64(1.0), noise.mean()))
+
+
+def scored(outputs: Arrays) -> list[str]:
+    """Names of the outputs that noise is measured on: the floating-point ones, or all if there are none."""
+    floats = [name for name, array in outputs.items() if array.dtype.kind == "f"]
+    return floats or list(outputs)
+
+
 def cosine(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
     """Cosine of the angle between reference and candidate; 1 if both are all zero, 0 if only one is."""
     r, c = _blocks(reference, samples), _blocks(candidate, samples)
@@ -78,7 +95,16 @@ def likelihood(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDAr
 
     KL is the mean over a sample's positions of sum p (ln p - ln q) in nats, with p and q the softmax over the
     classes: axis 1 of two or four dimensions, else the last.
+
+    Raises:
+        InputError: the outputs cannot be logits.
     """
+    if reference.dtype.kind != "f" or reference.ndim < 2:
+        raise InputError(
+            "kl needs logits, one for each class",
+            cause=f"the output is {reference.dtype} of shape {reference.shape}",
+            remedy="say which output has them, such as kl@logits",
+        )
     axis = 1 if reference.ndim in (2, 4) else -1
     p, q = (_log_softmax(array.astype(np.float64), axis) for array in (reference, candidate))
     divergence = (np.exp(p) * (p - q)).sum(axis=axis)

@@ -137,6 +137,8 @@ class Plan:
         """
         if value["format"] != FORMAT:
             raise ValueError(f"the format is {value['format']}, not {FORMAT}")
+        if not isinstance(value["model"], str) or not isinstance(value["batch"], int) or value["batch"] < 1:
+            raise ValueError("'model' or 'batch' is not what it should be")
         return cls(
             value["model"],
             [_read(NodePlan, node) for node in value["nodes"]],
@@ -158,7 +160,7 @@ class Plan:
         """
         try:
             return cls.from_json(read_json(path, "plan"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InputError("not a plan of trtq", file=path, cause=repr(error)) from error
 
 

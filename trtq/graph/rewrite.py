@@ -144,6 +144,8 @@ def _quantize_weight(
 ) -> gs.Variable:
     values = values_of(tensor)
     dtype = values.dtype
+    if not np.isfinite(values).all():
+        raise InputError(f"the weight '{tensor.name}' holds NaN or infinite values")
     scale = (weight_scale(values, axis) if scale is None else scale).astype(dtype)
     scale = np.where(scale > 0, scale, np.finfo(dtype).smallest_subnormal)  # float16 may underflow
     name = f"{tensor.name}/{axis}"
