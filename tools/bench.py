@@ -40,7 +40,7 @@ import distributed
 import numpy as np
 import onnxruntime
 import sensitivity_cost
-from compare_peers import CASES
+from compare_peers import CASES, zoo_parser
 from sensitivity_cost import BATCH_SIZES, fastest, plain_passes, timed
 
 from trtq.calibration.collect import collect
@@ -228,11 +228,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    zoo = os.environ.get("TRTQ_ZOO")
-    parser.add_argument("--zoo", type=Path, default=zoo, required=zoo is None, help="default: $TRTQ_ZOO")
+    parser = zoo_parser(__doc__)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--rows", type=int, nargs="+", default=[100, 1000, 10000], help="for `memory`")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report there, too")

@@ -11,14 +11,12 @@ measured on the evaluation rows.
 
 from __future__ import annotations
 
-import argparse
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from compare_peers import CASES
+from compare_peers import CASES, zoo_parser
 
 from trtq import Recipe
 from trtq.console import SILENT
@@ -73,13 +71,10 @@ def compare(name: str, zoo: Path, gains: list[float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = zoo_parser(__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"default: {', '.join(CASES)}")
     parser.add_argument("--gain", type=float, nargs="+", default=[3.0, 6.0], metavar="DB")
-    parser.add_argument("--zoo", type=Path, default=os.environ.get("TRTQ_ZOO"), help="default: $TRTQ_ZOO")
     given = parser.parse_args()
-    if given.zoo is None:
-        parser.error("there is no zoo: set TRTQ_ZOO or give --zoo")
     for name in given.models or CASES:
         compare(name, given.zoo, given.gain)
 

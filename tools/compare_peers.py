@@ -402,12 +402,18 @@ def compare(arguments: argparse.Namespace) -> None:
     files.write_json(arguments.work / "comparison.json", results)
 
 
-def main() -> None:
+def zoo_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a tool's options, the zoo among them."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     zoo = os.environ.get("TRTQ_ZOO")
     parser.add_argument("--zoo", type=Path, default=zoo, required=zoo is None, help="default: $TRTQ_ZOO")
+    return parser
+
+
+def main() -> None:
+    parser = zoo_parser(__doc__)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="default: build/peers")
     parser.add_argument("--peers-env", type=Path, default=ROOT / ".peers", help="default: .peers")
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))

@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from make_demo import write_npz
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ LARGE = 56.0  # pixels: longer sides than this belong to the coarse level
 TRAIN_ROWS, CALIB_ROWS, EVAL_ROWS = 3072, 128, 256
 GAIN_SPREAD = 1.5  # standard deviation of the logarithm of BatchNorm's initial gains
 OPSET = 17
-METRIC = Path(__file__).with_name("detector_metric.py")
+METRIC = Path(__file__).resolve().parents[1] / "tests" / "families" / "detector" / "metric.py"
 RECIPE = """\
 metric = "metric.py:map50"
 
@@ -309,12 +309,6 @@ def mean_precision(model: bytes, data: Arrays) -> float:
     metric = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(metric)
     return float(metric.map50({"detections": np.concatenate(parts)}, {"objects": data["objects"]}))
-
-
-def write_npz(path: Path, data: Arrays) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **data)
-    files.write_bytes(path, buffer.getvalue())
 
 
 def main() -> None:

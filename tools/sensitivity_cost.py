@@ -16,8 +16,6 @@ machine does weighs against the analyses and not for them. CPU seconds are given
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from typing import TypeVar
 
 import numpy as np
 import onnxruntime
-from compare_peers import CASES
+from compare_peers import CASES, zoo_parser
 
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
@@ -133,11 +131,7 @@ def measure(name: str, zoo: Path, rows: int | None) -> str:
 
 def main() -> None:
     """Measure the models that were asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    zoo = os.environ.get("TRTQ_ZOO")
-    parser.add_argument("--zoo", type=Path, default=zoo, required=zoo is None, help="default: $TRTQ_ZOO")
+    parser = zoo_parser(__doc__)
     parser.add_argument("--rows", type=int, help="rows to measure on; default: all calibration rows")
     parser.add_argument("models", nargs="*", default=list(CASES), help=", ".join(CASES))
     arguments = parser.parse_args()

@@ -9,9 +9,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trtq.errors import InputError
 
@@ -19,6 +19,8 @@ if sys.platform != "win32":
     import fcntl
 
 PathLike = str | os.PathLike[str]
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -103,8 +105,21 @@ def read_json(path: PathLike, what: str) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the {what}", file=path, cause=error) from error
+
+
+def read_own_json(path: PathLike, what: str, parse: Callable[[Any], T]) -> T:
+    """What `parse` makes of the JSON value in `path`, a file that trtq wrote.
+
+    Raises:
+        InputError: the file is missing, unreadable or not JSON, or `parse` does not know the value.
+    """
+    value = read_json(path, what)
+    try:
+        return parse(value)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"not a {what} of trtq", file=path, cause=repr(error)) from error
 
 
 def sha256_bytes(content: bytes | memoryview) -> str:

@@ -23,7 +23,6 @@ from trtq.graph.plan import Plan
 from trtq.parallel import parse_parallel
 from trtq.quantization import Quantization
 from trtq.recipe import Recipe
-from trtq.recovery.learn import class_numbers
 
 FEWEST_TO_SPLIT = 16
 """With fewer samples, what is fitted on the data is measured on the same rows."""
@@ -57,7 +56,7 @@ class Job:
         model = prepare(recipe)
         data = load_samples(recipe.data, model.inputs, recipe.preprocess)
         if recipe.labels is not None:
-            class_numbers(data, recipe.labels)
+            data.class_numbers(recipe.labels)
         return cls(recipe, model, data, open_cache(recipe, console), console)
 
     @cached_property

@@ -24,12 +24,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import onnx_graphsurgeon as gs
 
 import trtq
-from trtq.backends.onnxruntime import simulation_fingerprint
+from trtq.backends.onnxruntime import SimulationRunner, simulation_fingerprint
 from trtq.cache import Cache, Key, remove
 from trtq.calibration.collect import Collector
 from trtq.calibration.statistics import Statistics
@@ -38,11 +38,8 @@ from trtq.data.load import reload
 from trtq.data.samples import Origin, Samples, fixed_batch
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
-from trtq.gate.execute import DEFAULT_BATCH_SIZE, Outputs, run_model, simulation_runner
+from trtq.gate.execute import DEFAULT_BATCH_SIZE, Outputs, run_model
 from trtq.graph.model import load_model, model_files, model_sha256, save_model
-
-if TYPE_CHECKING:
-    from trtq.backends.onnxruntime import SimulationRunner
 
 SHARD_ROWS = 128
 """Rows of a shard; more where that is needed for whole samples and whole batches."""
@@ -175,7 +172,7 @@ def run_sharded(
     parts: dict[int, Outputs] = {}
     with contextlib.ExitStack() as stack:
         if pool is None:
-            runner = stack.enter_context(simulation_runner(model, threads))
+            runner = stack.enter_context(SimulationRunner(model, threads))
             task: Task = functools.partial(_outputs, model, runner, batch_size)
         else:
             shipped = Shipped.of(model, pool)
@@ -459,7 +456,7 @@ def _outputs_of_shipped(
 def _runner(model: Shipped, threads: int) -> SimulationRunner:
     """The active runner of this worker, which serves all of its shards."""
     with model.open() as path:
-        runner = simulation_runner(path, threads)
+        runner = SimulationRunner(path, threads)
         runner.activate()
     return runner
 

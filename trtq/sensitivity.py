@@ -22,7 +22,7 @@ from trtq.cache import Cache, Key
 from trtq.console import Advance, Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.files import PathLike, read_json, sha256_json, write_bytes, write_json
+from trtq.files import PathLike, read_own_json, sha256_json, write_bytes, write_json
 from trtq.gate.metrics import Metric, load_metric
 from trtq.graph.groups import Group, groups
 from trtq.parallel import Pool, Shard, parse_parallel, results
@@ -119,10 +119,7 @@ class Sensitivity:
         Raises:
             InputError: the file is missing, not JSON, or not an analysis.
         """
-        try:
-            return cls.from_json(read_json(path, "sensitivity analysis"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError("not a sensitivity analysis of trtq", file=path, cause=repr(error)) from error
+        return read_own_json(path, "sensitivity analysis", cls.from_json)
 
 
 def analyse(

@@ -13,7 +13,7 @@ from trtq.calibration.methods import parse_method
 from trtq.choose import scales_from
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
-from trtq.files import PathLike, atomic_path, read_json
+from trtq.files import PathLike, atomic_path, read_own_json
 from trtq.gate.similarity import overall_sqnr_db
 from trtq.graph.fold import fold_constants
 from trtq.graph.place import place
@@ -82,20 +82,26 @@ class Study:
         return {"format": FORMAT, **asdict(self)}
 
     @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Study:
+        """The study in JSON values.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: they are not a study of this format.
+        """
+        fields = dict(value)
+        if fields.pop("format") != FORMAT:
+            raise ValueError(f"the format is not {FORMAT}")
+        tables = {title: [Row(**row) for row in rows] for title, rows in fields.pop("tables").items()}
+        return cls(tables=tables, **fields)
+
+    @classmethod
     def load(cls, path: PathLike) -> Study:
         """Read a study.
 
         Raises:
             InputError: the file is missing, not JSON, or not a study.
         """
-        try:
-            value = read_json(path, "study")
-            if value.pop("format") != FORMAT:
-                raise ValueError(f"the format is not {FORMAT}")
-            tables = {title: [Row(**row) for row in rows] for title, rows in value.pop("tables").items()}
-            return cls(tables=tables, **value)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError("not a study of trtq", file=path, cause=repr(error)) from error
+        return read_own_json(path, "study", cls.from_json)
 
     def text(self) -> str:
         """The tables for a person."""

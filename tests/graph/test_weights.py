@@ -13,6 +13,7 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
+from nets import net
 
 from trtq.backends.onnxruntime import simulation_session
 from trtq.errors import InputError
@@ -40,18 +41,15 @@ def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def proto() -> onnx.ModelProto:
     """y = x a bᵀ + bias: `b` is transposed by a node that folding evaluates."""
-    model = onnx.parser.parse_model(
-        """<ir_version: 8, opset_import: ["": 17]>
-        g (float[N,6] x) => (float[N,4] y) {
+    return net(
+        """g (float[N,6] x) => (float[N,4] y) {
             h = MatMul(x, a)
             t = Transpose(b)
             p = MatMul(h, t)
             y = Add(p, bias)
-        }"""
+        }""",
+        **WEIGHTS,
     )
-    for name, values in WEIGHTS.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    return model
 
 
 @pytest.fixture(params=["whole", "apart"])

@@ -34,6 +34,9 @@ _CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
+_HOLDS_WEIGHTS = 1 << 25
+"""A file above this size holds its weights itself; it is not parsed to look for external data."""
+
 _FATAL = 4
 """ONNX Runtime's log level: what goes wrong is raised, and said once."""
 
@@ -88,6 +91,8 @@ def _is_large(model: str | Path | bytes | Light) -> bool:
     if isinstance(model, bytes):
         return len(model) > IN_MEMORY
     with contextlib.suppress(InputError, OSError):  # ONNX Runtime says what is wrong with it
+        if Path(model).stat().st_size > _HOLDS_WEIGHTS:
+            return Path(model).stat().st_size > IN_MEMORY
         return sum(file.stat().st_size for file in model_files(model)) > IN_MEMORY
     return False
 

@@ -153,6 +153,27 @@ class Samples:
             positions=tuple(positions[g] for g in groups),
         )
 
+    def class_numbers(self, name: str) -> NDArray[np.int64]:
+        """The target that holds a class number for each row, int64 (rows,).
+
+        Raises:
+            InputError: there is none of this name, or it holds something else.
+        """
+        values = self.targets.get(name)
+        cause = f"targets: {', '.join(self.targets) or 'none'}"
+        if values is not None:
+            cause = f"it is {values.dtype} of shape {values.shape}"
+            if values.dtype.kind in "iu" and values.shape == (len(self),):
+                if values.min() >= 0:
+                    return values.astype(np.int64)
+                cause = f"row {self.row_number(int(values.argmin()))} has {values.min()}"
+        raise InputError(
+            f"the calibration data have no class number for each row under '{name}'",
+            file=self.source,
+            cause=cause,
+            remedy="give integers from 0, one for each row, or leave --labels out",
+        )
+
     def row_number(self, index: int) -> int:
         """Where row `index` is in the source, from 0: what a message calls it."""
         if self.positions is None:

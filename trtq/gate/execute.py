@@ -28,8 +28,6 @@ from trtq.gate.verdict import Executor
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
 
-    from trtq.backends.onnxruntime import SimulationRunner
-
 DEFAULT_BATCH_SIZE = 16
 ENGINE_SUFFIXES = (".plan", ".engine")
 
@@ -118,7 +116,7 @@ def run_model(
     done = 0
     with _polygraphy_errors(model), contextlib.ExitStack() as stack:
         if runner is None:
-            made = engine_runner(Path(model)) if is_engine else simulation_runner(model, threads)
+            made = engine_runner(Path(model)) if is_engine else _simulation_runner(model, threads)
             runner = stack.enter_context(made)
         metadata = runner.get_input_metadata(use_numpy_dtypes=False)
         limits = _profile_limits(runner.engine, metadata) if is_engine else _shape_limits(metadata)
@@ -172,8 +170,7 @@ def fingerprint(model: str | Path) -> str:
     return simulation_fingerprint()
 
 
-def simulation_runner(model: str | Path, threads: int | None) -> SimulationRunner:
-    """Polygraphy's runner of an ONNX model; see `backends.onnxruntime.SimulationRunner`."""
+def _simulation_runner(model: str | Path, threads: int | None) -> BaseRunner:
     from trtq.backends.onnxruntime import SimulationRunner
 
     return SimulationRunner(model, threads)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -50,6 +51,11 @@ class Placement:
     exclude: Sequence[str] = ()
     quantized: set[str] = field(default_factory=set)
     spared: Collection[str] = ()
+
+    @cached_property
+    def order(self) -> Mapping[str, int]:
+        """Node -> its position in the graph."""
+        return {node.name: position for position, node in enumerate(self.graph.nodes)}
 
 
 @dataclass(frozen=True)
@@ -288,9 +294,8 @@ def _fused_input(add: gs.Node, placement: Placement) -> int | None:
 
     Where both do, the addition fuses with the Conv that is computed last.
     """
-    order = {n.name: i for i, n in enumerate(placement.graph.nodes)}
     fusing = [
-        (order[t.inputs[0].name], index)
+        (placement.order[t.inputs[0].name], index)
         for index, t in enumerate(add.inputs)
         if len(t.inputs) == 1
         and t.inputs[0].op == "Conv"

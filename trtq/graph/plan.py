@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
-from trtq.files import PathLike, read_json, write_json
+from trtq.files import PathLike, read_own_json, write_json
 
 FORMAT = "trtq-plan-1"
 
@@ -158,10 +158,7 @@ class Plan:
         Raises:
             InputError: the file is missing, not JSON, or not a plan.
         """
-        try:
-            return cls.from_json(read_json(path, "plan"))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise InputError("not a plan of trtq", file=path, cause=repr(error)) from error
+        return read_own_json(path, "plan", cls.from_json)
 
 
 def _read(kind: type[_T], values: Mapping[str, Any]) -> _T:

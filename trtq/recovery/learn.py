@@ -159,7 +159,7 @@ class _Run:
         if labels is not None and len(quantization.graph.outputs) != 1:
             outputs = ", ".join(tensor.name for tensor in quantization.graph.outputs)
             raise InputError("labels need a model with one output", cause=f"this one has {outputs}")
-        numbers = None if labels is None else class_numbers(fitting, labels)
+        numbers = None if labels is None else fitting.class_numbers(labels)
         self.lessons = list(self._lessons(fitting, numbers))
         if numbers is not None:
             (logits,) = self.lessons[0].expected.values()
@@ -369,28 +369,6 @@ def _own_weights(quantization: Quantization) -> Sequence[tuple[str, int]]:
         for name, (axis, *others) in axes.items()
         if not others and len(tensors[name].outputs) == len(readers[name])
     ]
-
-
-def class_numbers(samples: Samples, name: str) -> NDArray[np.int64]:
-    """The target that holds a class number for each row, int64 (rows,).
-
-    Raises:
-        InputError: there is none of this name, or it holds something else.
-    """
-    values = samples.targets.get(name)
-    cause = f"targets: {', '.join(samples.targets) or 'none'}"
-    if values is not None:
-        cause = f"it is {values.dtype} of shape {values.shape}"
-        if values.dtype.kind in "iu" and values.shape == (len(samples),):
-            if values.min() >= 0:
-                return values.astype(np.int64)
-            cause = f"row {samples.row_number(int(values.argmin()))} has {values.min()}"
-    raise InputError(
-        f"the calibration data have no class number for each row under '{name}'",
-        file=samples.source,
-        cause=cause,
-        remedy="give integers from 0, one for each row, or leave --labels out",
-    )
 
 
 def _decibels(noise: float) -> float:
