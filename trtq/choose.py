@@ -21,6 +21,7 @@ from trtq.console import Console
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.evaluation import candidate_of, outputs_of
+from trtq.gate.finite import all_compared, check_reference
 from trtq.gate.similarity import overall_sqnr_db, scored, sqnr_db
 from trtq.numerics import scale_from_amax
 from trtq.quantization import Quantization
@@ -62,6 +63,7 @@ class Measure:
     Attributes:
         model: the file of the fp32 model, whose outputs are the reference; `sha256` is its hash.
         rows: the rows held back.
+        ignore_nonfinite: measure only where the reference is finite.
     """
 
     model: Path
@@ -70,12 +72,18 @@ class Measure:
     cache: Cache
     console: Console
     threads: int | None = None
+    ignore_nonfinite: bool = False
 
     def sqnr_db(self, quantization: Quantization, label: str) -> float:
-        """SQNR of the quantized model's outputs together (see `similarity.overall_sqnr_db`)."""
+        """SQNR of the quantized model's outputs together (see `similarity.overall_sqnr_db`).
+
+        Raises:
+            InputError: the model does not run on the rows, or its outputs are not finite in fp32.
+        """
         reference = self._outputs(self.model, "fp32", self.sha256)
+        check_reference(reference, ignore_nonfinite=self.ignore_nonfinite, samples=self.rows)
         with candidate_of(quantization) as candidate:
-            outputs = self._outputs(candidate, label)
+            reference, outputs = all_compared(reference, self._outputs(candidate, label))
         return overall_sqnr_db([sqnr_db(reference[n], outputs[n])[0] for n in scored(reference)])
 
     def _outputs(self, model: Path, label: str, sha256: str | None = None) -> Arrays:

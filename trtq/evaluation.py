@@ -15,6 +15,7 @@ from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
 from trtq.gate.execute import ENGINE_SUFFIXES, Outputs, fingerprint, run_model
+from trtq.gate.finite import check_reference
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.verdict import Verdict, decide, parse_margin, score_reference
 from trtq.graph.model import model_sha256, save_model
@@ -124,6 +125,7 @@ class Evaluation:
                 remedy="add an array of labels, or use the metric 'cosine', which needs none",
             )
         outputs = _outputs(reference, "reference", recipe, samples, cache, console)
+        check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
         with about(samples.source):
             value = score_reference(outputs.arrays, dict(samples.targets), metric)
         return cls(recipe, samples, metric, max_drop, outputs, value, cache, console)
@@ -144,6 +146,7 @@ class Evaluation:
                 max_drop=self.max_drop,
                 confidence=self.recipe.confidence,
                 executor=outputs.executor,
+                ignore_nonfinite=self.recipe.ignore_nonfinite,
             )
 
     def simulated(self, quantization: Quantization) -> Verdict:

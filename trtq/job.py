@@ -81,13 +81,21 @@ class Job:
     def key(self, kind: str, start: Quantization, **detail: Any) -> Key:
         """The cache key of what is made from a quantization on this job's data."""
         detail |= {"start": start.sha256, "executor": simulation_fingerprint()}
+        if self.recipe.ignore_nonfinite:
+            detail["ignore_nonfinite"] = True
         return Key(kind, self.model.sha256, self.data.hash, detail)
 
     @property
     def measure(self) -> Measure:
         """Scores a quantization on the rows held back."""
         return Measure(
-            self.model.path, self.model.sha256, self.parts[1], self.cache, self.console, self.recipe.threads
+            self.model.path,
+            self.model.sha256,
+            self.parts[1],
+            self.cache,
+            self.console,
+            self.recipe.threads,
+            self.recipe.ignore_nonfinite,
         )
 
 

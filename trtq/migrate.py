@@ -42,7 +42,8 @@ from trtq.errors import ExitCode, InputError
 from trtq.evaluation import Evaluation, outputs_of
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
 from trtq.gate.execute import Outputs
-from trtq.gate.similarity import Similarity, compare, first_not_finite
+from trtq.gate.finite import first_not_finite
+from trtq.gate.similarity import Similarity, compare
 from trtq.gate.verdict import Outcome, Verdict, parse_margin
 from trtq.graph.model import save_model
 from trtq.graph.place import FLOATS, place

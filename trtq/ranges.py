@@ -54,6 +54,8 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
     if requested == "auto":  # the search sees where quantizers stand, and how much a run costs
         detail["edges"] = [(edge.node, edge.index, edge.range) for edge in plan.edges]
         detail["macs"] = [plan.batch, *(node.macs for node in plan.nodes)]
+    if job.recipe.ignore_nonfinite:  # without it, what was made so is refused
+        detail["ignore_nonfinite"] = True
     key = Key("table", source.sha256, data.hash, detail)
     bare = Quantization(source.graph, plan, {})
     if (content := job.cache.fetch(key)) is not None:
@@ -109,7 +111,14 @@ def _search(job: Job, bare: Quantization, source: Source) -> Quantization:
     console.say("method", _choice_text(choice))
     others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
     refined = refine_ranges(
-        bare, statistics, choice.method, others, fitting, console, workers=job.recipe.threads
+        bare,
+        statistics,
+        choice.method,
+        others,
+        fitting,
+        console,
+        workers=job.recipe.threads,
+        ignore_nonfinite=job.recipe.ignore_nonfinite,
     )
     before = choice.sqnr_db[str(choice.method)]
     own = scales_from(statistics, choice.method, refined.exceptions)

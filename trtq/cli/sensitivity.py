@@ -43,6 +43,7 @@ def _sensitivity(given: argparse.Namespace) -> int:
         fast=given.fast,
         workers=recipe.threads,
         parallel=recipe.parallel,
+        ignore_nonfinite=recipe.ignore_nonfinite,
     )
     if recipe.output is not None:
         result.save(recipe.output)
@@ -61,6 +62,7 @@ SENSITIVITY = Command(
         "method",
         "eval",
         "metric",
+        "ignore_nonfinite",
         "plan",
         "include",
         "exclude",

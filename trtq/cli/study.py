@@ -42,6 +42,6 @@ STUDY = Command(
     _study,
     (
         *("model", "output", "data", "eval", "metric", "method", "plan", "include", "exclude"),
-        *("budget", "labels", "batch", "cache", "threads", "parallel"),
+        *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "cache", "threads", "parallel"),
     ),
 )

@@ -18,6 +18,7 @@ from trtq.data.batches import Arrays
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.gate import similarity
+from trtq.gate.finite import compared
 from trtq.scripts import load_function
 
 Float = NDArray[np.float64]
@@ -162,7 +163,7 @@ class _Selection:
             )
         if labels.ndim > 1 and labels.shape[1:] == (1,) and scores.shape != labels.shape:
             labels = labels[:, 0]
-        return _Labelled(scores, labels, reference[names[0]])
+        return _Labelled(_without_nan(scores), labels, reference[names[0]])
 
     def _labels(self, targets: Arrays) -> NDArray[np.int64]:
         named = [name for name in targets if name in _TARGET_NAMES]
@@ -194,7 +195,8 @@ class _Labelled:
             highest = max(int(array.max()) for array in (scores, self.reference, labels))
             return scores.reshape(labels.shape).astype(np.int64), max(highest + 1, 2)
         if scores.size == labels.size:
-            probability = self.reference.min() >= 0 and self.reference.max() <= 1
+            finite = self.reference[np.isfinite(self.reference)]
+            probability = finite.min() >= 0 and finite.max() <= 1
             return (scores.reshape(labels.shape) > (0.5 if probability else 0)).astype(np.int64), 2
         # A sequence has its classes last, an image has them at axis 1, should both fit.
         fitting = [axis for axis in (1, -1) if _without(scores.shape, axis) == labels.shape]
@@ -287,11 +289,16 @@ def _iou_of_counts(counts: Float) -> Float:
     return np.nanmean(_ratio(hit, hit + false_hit + miss), axis=-1)
 
 
-def _label_free(score: Callable[[NDArray, NDArray, int], Float], spec: str, selection: _Selection) -> Metric:
+def _label_free(
+    score: Callable[[NDArray, NDArray, int], Float], fill: float, spec: str, selection: _Selection
+) -> Metric:
+    """A metric of alikeness; `fill` stands in both outputs where the reference is not finite."""
+
     def rows(outputs: Arrays, targets: Arrays, reference: Arrays) -> Float:
         samples, _ = rows_per_sample(outputs, targets)
         names = selection.outputs(outputs)
-        return np.mean([score(reference[name], outputs[name], samples) for name in names], axis=0)
+        pairs = [compared(reference[name], outputs[name], fill) for name in names]
+        return np.mean([score(*pair, samples) for pair in pairs], axis=0)
 
     return Metric(spec, spec, rows, needs_targets=False)
 
@@ -302,9 +309,9 @@ _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {
     "accuracy": _accuracy,
     "f1": partial(_counted, _f1_of_counts, False),
     "miou": partial(_counted, _iou_of_counts, True),
-    "cosine": partial(_label_free, similarity.cosine),
-    "sqnr": partial(_label_free, similarity.sqnr_db),
-    "kl": partial(_label_free, similarity.likelihood),
+    "cosine": partial(_label_free, similarity.cosine, 0.0),
+    "sqnr": partial(_label_free, similarity.sqnr_db, 0.0),
+    "kl": partial(_label_free, similarity.likelihood, -np.finfo(np.float16).max),  # no class at all
 }
 
 
@@ -332,6 +339,13 @@ def _read_only(arrays: Arrays) -> Arrays:
     for view in views.values():
         view.flags.writeable = False
     return views
+
+
+def _without_nan(scores: NDArray) -> NDArray:
+    """The scores with -inf for NaN, which no comparison would tell from the highest."""
+    if scores.dtype.kind != "f" or not (broken := np.isnan(scores)).any():
+        return scores
+    return np.where(broken, scores.dtype.type(-np.inf), scores)
 
 
 def _ratio(part: Float, whole: Float) -> Float:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
+from trtq.gate.finite import check_reference
 
 MAX_SQNR_DB = 200.0
 """SQNR is clipped to ± this many dB: equal outputs would be at infinity, which JSON cannot carry.
@@ -121,12 +122,12 @@ def worst_samples(reference: Arrays, candidate: Arrays, samples: int, count: int
     return tuple(int(i) for i in order if lowest[i] < MAX_SQNR_DB)
 
 
-def check_comparable(reference: Arrays, candidate: Arrays) -> None:
+def check_comparable(reference: Arrays, candidate: Arrays, *, ignore_nonfinite: bool = False) -> None:
     """Refuse outputs that cannot be compared.
 
     Raises:
         InputError: no output or no row, an output missing in the candidate, different shapes, or a
-            reference that is not finite.
+            reference that is not finite (see `finite.check_reference`).
     """
     if not reference or any(array.ndim == 0 or len(array) == 0 for array in reference.values()):
         raise InputError("the reference has no outputs to compare", remedy="give at least one sample")
@@ -142,21 +143,7 @@ def check_comparable(reference: Arrays, candidate: Arrays) -> None:
                 f"output {name!r} has shape {expected.shape} in the reference"
                 f" but {candidate[name].shape} in the candidate"
             )
-    if broken := first_not_finite(reference):
-        raise InputError(
-            f"output {broken[0]!r} of the reference is NaN or infinite in row {broken[1]}",
-            remedy="check the sample and the floating-point model: nothing can be compared with it",
-        )
-
-
-def first_not_finite(outputs: Arrays) -> tuple[str, int] | None:
-    """Name and row of the first NaN or infinity in the outputs, or None."""
-    for name, array in outputs.items():
-        if np.issubdtype(array.dtype, np.floating):
-            rows = np.isfinite(array.reshape(len(array), -1)).all(axis=1)
-            if not rows.all():
-                return name, int(np.argmin(rows))
-    return None
+    check_reference(reference, ignore_nonfinite=ignore_nonfinite)
 
 
 def _log_softmax(logits: NDArray[np.float64], axis: int) -> NDArray[np.float64]:

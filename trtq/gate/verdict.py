@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.errors import ExitCode, InputError
-from trtq.gate import intervals, similarity
+from trtq.gate import finite, intervals, similarity
 from trtq.gate.metrics import Metric, rows_per_sample
 from trtq.gate.similarity import Similarity
 
@@ -164,6 +164,7 @@ def decide(
     max_drop: float = 0.01,
     confidence: float | None = None,
     executor: Executor,
+    ignore_nonfinite: bool = False,
 ) -> Verdict:
     """The verdict on a candidate, from both models' outputs on the same samples.
 
@@ -176,6 +177,7 @@ def decide(
         targets: target name -> array, samples first; empty for a label-free metric.
         max_drop: the allowed relative drop, 0 to 1 (see `parse_margin`).
         confidence: 0.5 to 1, exclusive, or None.
+        ignore_nonfinite: compare only where the reference is finite; the candidate has to be finite there.
 
     Raises:
         InputError: arrays that cannot be compared or scored, or a margin that means nothing: a
@@ -185,11 +187,11 @@ def decide(
         raise InputError(f"the allowed drop must be between 0 and 1, not {max_drop}")
     if confidence is not None and not 0.5 < confidence < 1:
         raise InputError(f"the confidence must be between 0.5 and 1, not {confidence}")
+    similarity.check_comparable(reference, candidate, ignore_nonfinite=ignore_nonfinite)
     reference_value = score_reference(reference, targets, metric)
-    similarity.check_comparable(reference, candidate)
-    candidate = {name: candidate[name] for name in reference}
+    candidate = finite.with_references(reference, candidate)
     samples, k = rows_per_sample(reference, targets)
-    broken = similarity.first_not_finite(candidate)
+    broken = finite.first_not_finite(candidate, reference)
     if broken is not None:
         name, row = broken
         return Verdict(
@@ -212,6 +214,7 @@ def decide(
             notes=(f"output {name!r} of the candidate is NaN or infinite in sample {row // k}",),
         )
     value = metric.value(candidate, targets, reference)
+    plain = finite.all_compared(reference, candidate)
     level = confidence or REPORTED_CONFIDENCE
     margin = value - (1 - max_drop) * reference_value
     evidence = _evidence(reference, candidate, targets, metric, margin, max_drop, level)
@@ -237,9 +240,9 @@ def decide(
         samples=samples,
         samples_to_prove=evidence.samples_to_prove,
         executor=executor,
-        outputs=similarity.compare(reference, candidate),
-        worst_samples=similarity.worst_samples(reference, candidate, samples),
-        notes=(_note(evidence, samples, max_drop, level),),
+        outputs=similarity.compare(*plain),
+        worst_samples=similarity.worst_samples(*plain, samples),
+        notes=(_note(evidence, samples, max_drop, level), *finite.ignored(reference)),
     )
 
 

@@ -30,6 +30,7 @@ from trtq.console import Console
 from trtq.data.batches import Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
+from trtq.gate.finite import check_reference
 from trtq.gate.similarity import decibels
 from trtq.graph.plan import Plan
 from trtq.quantization import Quantization
@@ -90,6 +91,7 @@ def learn(
     labels: str | None = None,
     budget: Budget = NO_BUDGET,
     threads: int | None = None,
+    ignore_nonfinite: bool = False,
     state: bytes | None = None,
     save: Callable[[bytes], object] = lambda state: None,
 ) -> Learned:
@@ -102,12 +104,14 @@ def learn(
         labels: the target of `fitting` that holds class numbers (rows,); the model then needs one output
             (rows, classes).
         budget: learning stops when it is spent, with what was best until then.
+        ignore_nonfinite: learn only from what is finite in the teacher's outputs.
         state: what `save` was given before an interruption; learning goes on from there.
         save: called after each epoch.
 
     Raises:
         MissingBackendError: PyTorch is not installed.
-        InputError: an operator cannot be differentiated, or the labels do not suit the model.
+        InputError: an operator cannot be differentiated, the labels do not suit the model, or the teacher's
+            outputs are not finite.
     """
     try:
         import torch
@@ -119,7 +123,7 @@ def learn(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        run = _Run(quantization, teacher, fitting, held_back, labels, device)
+        run = _Run(quantization, teacher, fitting, held_back, labels, device, ignore_nonfinite)
         return run.learn(console, budget, state, save)
     finally:
         torch.set_num_threads(before)
@@ -145,11 +149,12 @@ class _Run:
         held_back: Samples,
         labels: str | None,
         device: Any,
+        ignore_nonfinite: bool,
     ) -> None:
         from trtq.recovery.pupil import Pupil
         from trtq.recovery.torch_graph import TorchGraph
 
-        self.given, self.device = quantization, device
+        self.given, self.device, self.ignore_nonfinite = quantization, device, ignore_nonfinite
         self.start = quantization = quantization.with_corrections_inside()
         self.pupil: Pupil = Pupil(quantization, device)
         self.biases = {name: self.pupil.make_trainable(name) for name in _biases(quantization.graph)}
@@ -235,6 +240,8 @@ class _Run:
             expected = {name: value for name, value in outputs.items() if value.is_floating_point()}
             if not expected:
                 raise InputError("none of the model's outputs is a float, so there is nothing to learn from")
+            arrays = {name: value.cpu().numpy() for name, value in expected.items()}
+            check_reference(arrays, ignore_nonfinite=self.ignore_nonfinite, samples=samples, batch=batch)
             yield _Lesson(feed, expected, None if labels is None else self._batch_of(labels, batch))
 
     def _batch_of(self, labels: NDArray[np.int64], batch: Batch) -> Tensor:
@@ -257,7 +264,7 @@ class _Run:
     def _noise(self, lesson: _Lesson, found: dict[str, Tensor]) -> Tensor:
         """Noise of the outputs relative to the signal, averaged over the outputs."""
         ratios = [
-            (expected - found[name]).square().sum() / expected.square().sum().clamp_min(1e-30)
+            _error(expected, found[name]).square().sum() / _signal(expected).square().sum().clamp_min(1e-30)
             for name, expected in lesson.expected.items()
         ]
         return sum(ratios[1:], ratios[0]) / len(ratios)
@@ -272,8 +279,8 @@ class _Run:
             with torch.no_grad():
                 found = self.pupil(exam.feed)
             for name, expected in exam.expected.items():
-                signal[name] += float(expected.double().square().sum())
-                noise[name] += float((expected - found[name]).double().square().sum())
+                signal[name] += float(_signal(expected).double().square().sum())
+                noise[name] += float(_error(expected, found[name]).double().square().sum())
         mean = float(np.mean([noise[name] / max(signal[name], 1e-30) for name in signal]))
         return mean if math.isfinite(mean) else math.inf
 
@@ -335,6 +342,16 @@ _VECTORS = {
     "BatchNormalization": (1, 2),
 }
 """The inputs of an operator that scale or shift its channels."""
+
+
+def _signal(expected: Tensor) -> Tensor:
+    """What is expected, with 0 where it is not finite."""
+    return expected.where(expected.isfinite(), 0)
+
+
+def _error(expected: Tensor, found: Tensor) -> Tensor:
+    """Expected minus found, 0 where what is expected is not finite."""
+    return (expected - found).where(expected.isfinite(), 0)
 
 
 def _steps(plan: Plan) -> int:

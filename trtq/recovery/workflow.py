@@ -147,6 +147,7 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
         labels=job.recipe.labels,
         budget=budget,
         threads=job.recipe.threads,
+        ignore_nonfinite=job.recipe.ignore_nonfinite,
         state=job.cache.fetch(checkpoint),
         save=lambda state: job.cache.store(checkpoint, state),
     )
