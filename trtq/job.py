@@ -11,9 +11,11 @@ from typing import Any
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
 from trtq.backends.onnxruntime import simulation_fingerprint
 from trtq.cache import Cache, Key, default_root
+from trtq.calibration.methods import parse_method
 from trtq.choose import Measure
 from trtq.console import Console
 from trtq.data.load import load_samples
+from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.graph.fold import fold
@@ -52,12 +54,42 @@ class Job:
         """
         recipe.need("model", "data")
         parse_parallel(recipe.parallel)
+        if recipe.method.strip().lower() != "auto":
+            parse_method(recipe.method)
         assert recipe.data is not None
         model = prepare(recipe)
         data = load_samples(recipe.data, model.inputs, recipe.preprocess)
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
-        return cls(recipe, model, data, open_cache(recipe, console), console)
+        job = cls(recipe, model, data, open_cache(recipe, console), console)
+        job._warn_of_few()
+        return job
+
+    def warn_of_shared(self, evaluation: Samples) -> None:
+        """Warn of calibration rows among those of the evaluation."""
+        if (shared := shared_rows(self.data, evaluation)) is not None:
+            theirs, mine = shared.first
+            self.console.warn(
+                f"{shared.found} of {shared.rows} evaluation rows are also calibration rows (first: row {theirs}"
+                f" = calibration row {mine}): what was fitted on a row looks better on it than it is on others;"
+                " evaluate on rows of their own"
+            )
+
+    def _warn_of_few(self) -> None:
+        """Warn of calibration data that are too few to hold some back, or few because they repeat."""
+        samples = len(self.data) // self.data.group
+        if not self.enough:
+            self.console.warn(
+                f"{samples} calibration samples are too few to hold some back ({FEWEST_TO_SPLIT} are enough):"
+                " what is fitted on them is measured on the same ones; a few hundred would be better"
+            )
+        distinct = distinct_rows(self.data, FEWEST_TO_SPLIT)
+        if distinct < min(len(self.data), FEWEST_TO_SPLIT):
+            rows = "row is" if distinct == 1 else "rows are"
+            self.console.warn(
+                f"only {distinct} of {len(self.data)} calibration {rows} different, the others are copies:"
+                " ranges and choices rest on these alone; look at how the data were made"
+            )
 
     @cached_property
     def profile(self) -> Profile:

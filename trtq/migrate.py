@@ -168,6 +168,7 @@ def migrate(
     assert recipe.output is not None
     if (recipe.eval is None) != (recipe.metric is None):
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
+    console = console.fresh()
     backend = builder(recipe.backend)
     backend.check_targets(recipe.target)
     parse_margin(recipe.max_drop)

@@ -26,7 +26,7 @@ from trtq.convert import load_source, quantize_with_table, require_complete
 from trtq.coverage import Coverage
 from trtq.data.load import load_samples
 from trtq.errors import ExitCode, InputError
-from trtq.evaluation import Evaluation
+from trtq.evaluation import Evaluation, gate_of
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
 from trtq.gate.verdict import Verdict
 from trtq.graph.fold import fold
@@ -114,10 +114,13 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     budget, steps = Budget.parse(recipe.budget), parse_steps(recipe.recover)
     if recipe.min_int8 is not None:
         parse_share(recipe.min_int8)
+    gate_of(recipe)
+    console = console.fresh()
     job = Job.open(recipe, console)
     plan = job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
+    job.warn_of_shared(evaluation.samples)
     console.say("plan", plan_text(plan))
     with staged_folder(recipe.output) as folder:
         attempts = recover(job, plan, evaluation, steps, budget, folder)
@@ -129,10 +132,19 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         write_text(folder / "recipe.toml", recipe.dumps())
         steps_taken = [{**tried.to_json(), "kept": tried is best} for tried in attempts]
         write_json(folder / "workflow.json", steps_taken)
+        attempts = [_warned(tried, console) for tried in attempts]
+        best = max(attempts, key=lambda attempt: attempt.rank)
+        write_json(folder / "verdict.json", best.verdict.to_json())
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
     console.say("verdict", "\n".join(line.strip() for line in best.verdict.text().splitlines()[1:]))
     return Deployment(Path(recipe.output), best, tuple(attempts))
+
+
+def _warned(attempt: Attempt, console: Console) -> Attempt:
+    """The attempt with everything in its verdict that was warned of, since it was made as well."""
+    verdict = dataclasses.replace(attempt.verdict, warnings=tuple(console.warnings))
+    return dataclasses.replace(attempt, verdict=verdict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from trtq.files import staged_folder, write_json, write_text
 
 
 def _study(given: argparse.Namespace) -> int:
-    from trtq.evaluation import Evaluation
+    from trtq.evaluation import Evaluation, gate_of
     from trtq.job import Job
     from trtq.recovery.budget import Budget
     from trtq.study import plot, study
@@ -19,8 +19,10 @@ def _study(given: argparse.Namespace) -> int:
     recipe, console = recipe_of(given), console_of(given)
     recipe.need("model", "data", "eval", "metric")
     budget = Budget.parse(recipe.budget)
+    gate_of(recipe)
     job = Job.open(recipe, console)
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
+    job.warn_of_shared(evaluation.samples)
     result = study(job, evaluation, budget)
     print(result.text())
     if recipe.output is not None:

@@ -41,6 +41,7 @@ class Metric:
         summarise: mean rows, with any leading axes -> values, of the leading axes' shape.
         function: (outputs, targets) -> float.
         needs_targets: labels are needed; without, outputs are scored against the reference's.
+        labels: targets -> the class numbers (samples, ...) that a built-in metric with labels reads.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Metric:
     summarise: Callable[[Float], Float] | None = None
     function: Callable[[Arrays, Arrays], float] | None = None
     needs_targets: bool = True
+    labels: Callable[[Arrays], NDArray[np.int64]] | None = None
 
     @property
     def per_sample(self) -> Callable[[Arrays, Arrays, Arrays], Float] | None:
@@ -155,7 +157,7 @@ class _Selection:
                 cause=f"the outputs are {', '.join(names)}",
                 remedy=f"say which one, such as top1@{names[0]}",
             )
-        scores, labels = outputs[names[0]], self._labels(targets)
+        scores, labels = outputs[names[0]], self.labels(targets)
         if len(scores) != len(labels):
             raise InputError(
                 f"output {names[0]!r} has {len(scores)} rows for {len(labels)} labels",
@@ -165,7 +167,8 @@ class _Selection:
             labels = labels[:, 0]
         return _Labelled(_without_nan(scores), labels, reference[names[0]])
 
-    def _labels(self, targets: Arrays) -> NDArray[np.int64]:
+    def labels(self, targets: Arrays) -> NDArray[np.int64]:
+        """The chosen target: class numbers (samples, ...)."""
         named = [name for name in targets if name in _TARGET_NAMES]
         name = self.target or (named[0] if len(named) == 1 else next(iter(targets), ""))
         if name not in targets or (self.target is None and len(named) != 1 and len(targets) != 1):
@@ -235,7 +238,7 @@ def _top(k: int, spec: str, selection: _Selection) -> Metric:
         ahead = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < labels[:, None]))
         return (ahead.sum(axis=1) < k).astype(np.float64)
 
-    return Metric(spec, spec, rows)
+    return Metric(spec, spec, rows, labels=selection.labels)
 
 
 def _accuracy(spec: str, selection: _Selection) -> Metric:
@@ -250,7 +253,7 @@ def _accuracy(spec: str, selection: _Selection) -> Metric:
         right = (predicted == data.labels) & ~ignored
         return right.reshape(len(right), -1).sum(axis=1) / scored
 
-    return Metric(spec, spec, rows)
+    return Metric(spec, spec, rows, labels=selection.labels)
 
 
 def _counted(
@@ -273,7 +276,7 @@ def _counted(
         counts = [hit, count(predicted, ~ignored) - hit, count(data.labels, ~ignored) - hit]
         return np.stack(counts, axis=1).astype(np.float64)
 
-    return Metric(spec, spec, rows, summarise)
+    return Metric(spec, spec, rows, summarise, labels=selection.labels)
 
 
 def _f1_of_counts(counts: Float) -> Float:

@@ -62,6 +62,7 @@ class Verdict:
         outputs: similarity of the candidate's outputs to the reference's, by output name.
         worst_samples: up to five sample numbers, least similar (lowest SQNR) first.
         notes: sentences for the reader.
+        warnings: what makes the verdict, or the data it stands on, doubtful.
     """
 
     outcome: Outcome
@@ -81,6 +82,7 @@ class Verdict:
     outputs: dict[str, Similarity]
     worst_samples: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> ExitCode:
@@ -107,6 +109,7 @@ class Verdict:
             "absolute_interval": self.absolute_interval and list(self.absolute_interval),
             "worst_samples": list(self.worst_samples),
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
         }
 
     @classmethod
@@ -127,6 +130,7 @@ class Verdict:
                     "outputs": {name: Similarity(**item) for name, item in value["outputs"].items()},
                     "worst_samples": tuple(value["worst_samples"]),
                     "notes": tuple(value["notes"]),
+                    "warnings": tuple(value.get("warnings", ())),
                 }
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -253,11 +257,7 @@ def score_reference(reference: Arrays, targets: Arrays, metric: Metric) -> float
         InputError: the outputs or targets do not suit the metric, the reference scores 0 or less, or the
             metric is `sqnr`, whose decibels have no relative drop.
     """
-    if metric.name.partition("@")[0] == "sqnr":
-        raise InputError(
-            "sqnr cannot decide: a relative drop of decibels means nothing",
-            remedy="use cosine or a metric with labels; the SQNR is reported with every verdict",
-        )
+    check_decides(metric)
     value = metric.value(reference, targets, reference)
     if not value > 0:
         raise InputError(
@@ -266,6 +266,19 @@ def score_reference(reference: Arrays, targets: Arrays, metric: Metric) -> float
             remedy="check labels and preprocessing, or use a metric whose good values are positive",
         )
     return value
+
+
+def check_decides(metric: Metric) -> None:
+    """Refuse a metric that has no relative drop.
+
+    Raises:
+        InputError: it is `sqnr`.
+    """
+    if metric.name.partition("@")[0] == "sqnr":
+        raise InputError(
+            "sqnr cannot decide: a relative drop of decibels means nothing",
+            remedy="use cosine or a metric with labels; the SQNR is reported with every verdict",
+        )
 
 
 def parse_fraction(text: str) -> float:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from trtq.attempt import Attempt, attempt, parse_share
 from trtq.cache import remove
+from trtq.drift import gap
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.gate.verdict import Verdict
@@ -80,6 +81,7 @@ def recover(
     workflow = _Workflow(job, evaluation, steps, budget, folder)
     workflow.attempt("calibrate", lambda: calibrate(job, plan))
     whole = workflow.done[0]
+    workflow.warn_of_gap(whole)
     if workflow.wants("fix"):
         whole = workflow.attempt("fix", lambda: workflow.fix(whole)) or whole
     if workflow.wants("partial"):
@@ -183,6 +185,14 @@ class _Workflow:
             self.job.console.warn(f"the budget is spent: '{step}' is not tried")
             return False
         return True
+
+    def warn_of_gap(self, done: Attempt) -> None:
+        """Warn where an attempt does otherwise on the evaluation data than on calibration rows held back."""
+        ran = done.build.engine if done.measured.executor == "engine" else done.folder / "model.int8.onnx"
+        held_back = self.job.parts[1]
+        text = gap(self.evaluation, self.job.model.path, held_back, done.measured, ran)
+        if text is not None:
+            self.job.console.warn(text)
 
     def attempt(self, step: str, make: Callable[[], Quantization | None]) -> Attempt | None:
         """What `make` gives, built and gated; None where it gives nothing."""

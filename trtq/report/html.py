@@ -54,6 +54,7 @@ def write_report(folder: PathLike) -> Path:
     title = f"{verdict.metric}: {verdict.outcome.value}"
     sections = [
         _headline(verdict),
+        *([_section("Warnings", _warnings(verdict))] if verdict.warnings else []),
         _section("Accuracy", _interval(verdict) + _paragraphs(verdict.text().splitlines()[1:])),
         _section("Steps", _steps(folder)),
         _section("Calibration", _methods(table.metadata)),
@@ -81,6 +82,11 @@ def _section(title: str, body: str) -> str:
 
 def _paragraphs(lines: Iterable[str]) -> str:
     return "".join(f"<div>{escape(line.strip())}</div>" for line in lines)
+
+
+def _warnings(verdict: Verdict) -> str:
+    items = (f"<li>{escape(text).replace(chr(10), '<br>')}</li>" for text in verdict.warnings)
+    return f"<ul>{''.join(items)}</ul>"
 
 
 def _interval(verdict: Verdict) -> str:
