@@ -7,11 +7,13 @@ otherwise, or show something else, the figures part by tens of decibels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
@@ -19,12 +21,16 @@ from trtq.evaluation import Evaluation, outputs_of
 from trtq.gate.finite import all_compared, check_reference
 from trtq.gate.similarity import Similarity, compare, overall_sqnr_db, scored
 from trtq.gate.verdict import Verdict
+from trtq.job import Job
 
 LEAST_GAP_DB = 6.0
-"""Figures closer than this are alike: what two parts of one data set differ by stays below it."""
+"""Figures closer than this are alike: what two parts of one data set differ by mostly stays below it."""
+
+LEAST_DEVIATIONS = 3.0
+"""Figures of single rows are alike where their ranks are within this many standard deviations of chance."""
 
 MOST_ROWS = 64
-"""Rows held back whose own figures are looked at, evenly spread over them."""
+"""Rows of each data set whose own figures are looked at, evenly spread over them."""
 
 MOST_INPUTS = 4
 """Inputs whose values are described."""
@@ -41,17 +47,13 @@ class Spread(NamedTuple):
         return f"{self.low:.4g} to {self.high:.4g}, mean {self.mean:.4g}"
 
 
-def gap(
-    evaluation: Evaluation, model: Path, held_back: Samples, verdict: Verdict, candidate: Path
-) -> str | None:
-    """What to warn of where a candidate does otherwise on the evaluation data than on rows held back.
+def gap(job: Job, evaluation: Evaluation, verdict: Verdict, candidate: Path) -> str | None:
+    """What to warn of where a candidate does otherwise on the evaluation data than on calibration rows.
 
-    The figures part if they are `LEAST_GAP_DB` apart and the evaluation's lies beyond that of every row held
-    back: an unlucky draw of rows from the same data is among them.
+    The figures part if they are `LEAST_GAP_DB` apart, and so do those of single rows by their ranks: one
+    strange row among many, or an unlucky draw, does not make two kinds of data.
 
     Args:
-        model: the fp32 model.
-        held_back: calibration rows.
         verdict: the gate's on the candidate.
         candidate: the file that the gate ran.
 
@@ -60,33 +62,26 @@ def gap(
     """
     if not verdict.outputs:
         return None
-    recipe = evaluation.recipe
-    reference, found = (
-        outputs_of(
-            file,
-            held_back,
-            evaluation.cache,
-            evaluation.console,
-            label="held back",
-            batch_size=recipe.batch,
-            threads=recipe.threads,
-        )[0].arrays
-        for file in (model, candidate)
-    )
-    check_reference(reference, ignore_nonfinite=recipe.ignore_nonfinite, samples=held_back)
+    held_back = job.parts[1]
+    reference = _outputs(job, job.model.path, held_back)
+    check_reference(reference, ignore_nonfinite=job.recipe.ignore_nonfinite, samples=held_back)
+    found = _outputs(job, candidate, held_back)
     names = scored(reference)
-    there = _overall(verdict.outputs, names)
     here = _overall(compare(*all_compared(reference, found)), names)
-    count = min(len(held_back), MOST_ROWS)
-    rows = [_row_sqnr_db(reference, found, i * len(held_back) // count) for i in range(count)]
-    if abs(here - there) < LEAST_GAP_DB or min(rows) <= there <= max(rows):
+    there = _overall(verdict.outputs, names)
+    if abs(here - there) < LEAST_GAP_DB:
+        return None
+    part = evaluation.samples.spread(MOST_ROWS)
+    rows_here = _row_figures(reference, found)
+    rows_there = _row_figures(_outputs(job, job.model.path, part), _outputs(job, candidate, part))
+    if not _part(rows_here, rows_there, here > there):
         return None
     return "\n".join(
         [
-            f"the outputs have {here:.1f} dB on {len(held_back)} calibration rows"
-            f" ({min(rows):.1f} to {max(rows):.1f} dB each), but {there:.1f} dB on the evaluation data: the"
-            " calibration data do not look like them",
-            *inputs_apart(held_back, evaluation.samples),
+            f"the outputs have {here:.1f} dB on {len(held_back)} calibration rows, but {there:.1f} dB on the"
+            f" evaluation data (the median row {np.median(rows_here):.1f} dB, but {np.median(rows_there):.1f}"
+            " dB): the calibration data do not look like the evaluation's",
+            *inputs_apart(job.data, evaluation.samples),
         ]
     )
 
@@ -122,12 +117,38 @@ def _distance(one: Spread, other: Spread) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True)) / max(width, 1e-30)
 
 
+def _outputs(job: Job, model: Path, samples: Samples) -> Arrays:
+    outputs, _ = outputs_of(
+        model,
+        samples,
+        job.cache,
+        job.console,
+        label="comparing",
+        batch_size=job.recipe.batch,
+        threads=job.recipe.threads,
+    )
+    return outputs.arrays
+
+
 def _overall(outputs: Mapping[str, Similarity], names: list[str]) -> float:
     return overall_sqnr_db([outputs[name].sqnr_db for name in names])
 
 
-def _row_sqnr_db(reference: Arrays, candidate: Arrays, row: int) -> float:
-    one, other = (
-        {name: array[row : row + 1] for name, array in side.items()} for side in (reference, candidate)
-    )
-    return _overall(compare(*all_compared(one, other)), scored(reference))
+def _row_figures(reference: Arrays, candidate: Arrays) -> NDArray[np.float64]:
+    """The SQNR in dB of up to `MOST_ROWS` rows, evenly spread, each by itself."""
+    length = len(next(iter(reference.values())))
+    count = min(length, MOST_ROWS)
+    names = scored(reference)
+
+    def figure(row: int) -> float:
+        one, other = ({name: a[row : row + 1] for name, a in side.items()} for side in (reference, candidate))
+        return _overall(compare(*all_compared(one, other)), names)
+
+    return np.array([figure(i * length // count) for i in range(count)])
+
+
+def _part(here: NDArray[np.float64], there: NDArray[np.float64], above: bool) -> bool:
+    """Whether one set of figures lies above the other, by `LEAST_DEVIATIONS` of Mann and Whitney's test."""
+    sign = float(np.sign(here[:, None] - there).mean()) * (1 if above else -1)
+    deviation = math.sqrt((len(here) + len(there) + 1) / (3 * len(here) * len(there)))
+    return sign >= LEAST_DEVIATIONS * deviation

@@ -70,9 +70,9 @@ class Job:
         if (shared := shared_rows(self.data, evaluation)) is not None:
             theirs, mine = shared.first
             self.console.warn(
-                f"{shared.found} of {shared.rows} evaluation rows are also calibration rows (first: row {theirs}"
-                f" = calibration row {mine}): what was fitted on a row looks better on it than it is on others;"
-                " evaluate on rows of their own"
+                f"{shared.found} of {shared.rows} evaluation rows are also calibration rows (first: row"
+                f" {theirs} = calibration row {mine}): what was fitted on a row looks better on it than on"
+                " others; evaluate on rows of their own"
             )
 
     def _warn_of_few(self) -> None:

@@ -189,9 +189,7 @@ class _Workflow:
     def warn_of_gap(self, done: Attempt) -> None:
         """Warn where an attempt does otherwise on the evaluation data than on calibration rows held back."""
         ran = done.build.engine if done.measured.executor == "engine" else done.folder / "model.int8.onnx"
-        held_back = self.job.parts[1]
-        text = gap(self.evaluation, self.job.model.path, held_back, done.measured, ran)
-        if text is not None:
+        if (text := gap(self.job, self.evaluation, done.measured, ran)) is not None:
             self.job.console.warn(text)
 
     def attempt(self, step: str, make: Callable[[], Quantization | None]) -> Attempt | None:
