@@ -85,9 +85,9 @@ class Job:
             )
         distinct = distinct_rows(self.data, FEWEST_TO_SPLIT)
         if distinct < min(len(self.data), FEWEST_TO_SPLIT):
-            rows = "row is" if distinct == 1 else "rows are"
+            are = "is" if distinct == 1 else "are"
             self.console.warn(
-                f"only {distinct} of {len(self.data)} calibration {rows} different, the others are copies:"
+                f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others are copies:"
                 " ranges and choices rest on these alone; look at how the data were made"
             )
 
