@@ -87,8 +87,8 @@ class Job:
         if distinct < min(len(self.data), FEWEST_TO_SPLIT):
             are = "is" if distinct == 1 else "are"
             self.console.warn(
-                f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others are copies:"
-                " ranges and choices rest on these alone; look at how the data were made"
+                f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others are"
+                " copies: ranges and choices rest on these alone; look at how the data were made"
             )
 
     @cached_property
