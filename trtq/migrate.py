@@ -31,6 +31,7 @@ from trtq.attempt import engine_runs_here, parse_share, share_check
 from trtq.backends.builders import builder
 from trtq.backends.interface import Build
 from trtq.cache import Cache
+from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
@@ -191,6 +192,7 @@ def migrate(
         weights=recipe.weights,
         rest=recipe.rest,
         observed=observe(source, given, samples) if samples else None,
+        extents=measure_extents(model.graph, samples) if samples and recipe.rest == "fp16" else None,
     )
     console.say("table", explicit.fit.text())
     if strict:

@@ -19,18 +19,20 @@ import onnx_graphsurgeon as gs
 from trtq.attempt import Attempt, parse_share
 from trtq.backends.builders import builder, chosen
 from trtq.backends.interface import Build
+from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
 from trtq.convert import load_source, quantize_with_table, require_complete
 from trtq.coverage import Coverage
 from trtq.data.load import load_samples
+from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.evaluation import Evaluation
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
 from trtq.gate.verdict import Verdict
 from trtq.graph.fold import fold
-from trtq.graph.half import convert_to_half
+from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
@@ -244,8 +246,11 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
 
 
 @contextlib.contextmanager
-def in_precision(model: Model, rest: str) -> Iterator[Path]:
+def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Iterator[Path]:
     """The file of a model in fp32 as it is, or of its conversion to fp16 while the context lasts.
+
+    Args:
+        samples: rows on which to measure what has to stay float32.
 
     Raises:
         InputError: fp16 is asked for and the model is quantized already, or cannot be converted.
@@ -263,16 +268,21 @@ def in_precision(model: Model, rest: str) -> Iterator[Path]:
     fold(upgraded.graph)
     with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
         path = Path(folder) / model.path.name
-        save_model(convert_to_half(upgraded.graph), path)
+        extents = measure_extents(upgraded.graph, samples) if samples else {}
+        save_model(half_by_rules(upgraded.graph, extents), path)
         yield path
 
 
 def plan_text(plan: Plan) -> str:
-    """What the plan does, in a few lines."""
+    """What the plan does, in a few lines; one for all nodes that stay float32 by the same rule."""
     share = plan.mac_share()
     of_macs = "" if share is None else f", {share:.1%} of the multiply-accumulates"
     lines = [f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes to INT8{of_macs}"]
     lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8]
+    for rule in dict.fromkeys(node.rule for node in plan.float32):
+        first, *more = (node for node in plan.float32 if node.rule == rule)
+        others = f", and {len(more)} more ({rule})" if more else ""
+        lines.append(f"in float32: {first.name} ({first.op}): {first.reason}{others}")
     return "\n".join(lines)
 
 

@@ -69,7 +69,9 @@ class Quantization:
         Raises:
             InputError: a tensor of the plan has no scale, or the graph cannot be converted to half.
         """
-        graph = convert_to_half(self.graph) if rest == "fp16" else self.graph
+        graph = self.graph
+        if rest == "fp16":
+            graph = convert_to_half(graph, [node.name for node in self.plan.float32])
         return rewrite(
             graph,
             self.plan,

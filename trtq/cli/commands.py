@@ -114,7 +114,7 @@ def _build(given: argparse.Namespace) -> int:
         data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
         profile = profile_for(model, recipe, data)
         plan = placed(model, opt_shapes(model, profile))
-        with pipeline.in_precision(model, recipe.rest) as source:
+        with pipeline.in_precision(model, recipe.rest, data) as source:
             built = builder(recipe.backend).build(
                 source,
                 recipe.output,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
 import onnx_graphsurgeon as gs
@@ -54,6 +54,16 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Float32Node:
+    """A node that stays float32 where the rest becomes float16, by which rule, and the reason in words."""
+
+    name: str
+    op: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """The placement of one model; saved as `plan.json`.
 
@@ -63,6 +73,7 @@ class Plan:
         edges: activations to quantize; several edges of one tensor share one Q/DQ pair.
         weights: constants to quantize.
         batch: the batch size for which multiply-accumulates are counted.
+        float32: every node that stays float32 where what is not quantized is float16.
     """
 
     model: str
@@ -70,6 +81,7 @@ class Plan:
     edges: list[Edge]
     weights: list[Weight]
     batch: int = 1
+    float32: list[Float32Node] = field(default_factory=list)
 
     @property
     def tensors(self) -> list[str]:
@@ -145,6 +157,7 @@ class Plan:
             [_read(Edge, edge) for edge in value["edges"]],
             [_read(Weight, weight) for weight in value["weights"]],
             value["batch"],
+            [_read(Float32Node, node) for node in value.get("float32", [])],
         )
 
     def save(self, path: PathLike) -> None:
