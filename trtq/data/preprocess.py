@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from trtq.errors import InputError
 from trtq.files import PathLike
 
+VERSION = 2
+"""Of what the options mean, which is part of the data's hash: 2 resizes and crops as torchvision does."""
+
 OPTIONS = ("from", "scale", "mean", "std", "layout", "resize", "crop", "color")
 
 
