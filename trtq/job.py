@@ -18,7 +18,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
-from trtq.graph.place import leave_out, place
+from trtq.graph.place import leave_out, place, with_every_product
 from trtq.graph.plan import Plan
 from trtq.parallel import parse_parallel
 from trtq.quantization import Quantization
@@ -94,7 +94,7 @@ class Job:
 def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Plan:
     """The plan that the recipe names, or what the placement rules say.
 
-    A node that was set to floating point by hand loses its quantizers.
+    A node that was set to floating point by hand loses its quantizers; one that is missing counts as such.
 
     Args:
         profile: multiply-accumulates are counted for its opt shapes; None: they are not.
@@ -127,7 +127,8 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
         if node.rule == "weighted" and not node.int8
     }
     whole = [replace(node, int8=True) if node.name in edited else node for node in plan.nodes]
-    return leave_out(model.graph, replace(plan, nodes=whole), edited, rule="edited")
+    plan = with_every_product(replace(plan, nodes=whole), model.graph)
+    return leave_out(model.graph, plan, edited, rule="edited")
 
 
 def prepare(recipe: Recipe) -> Model:

@@ -33,7 +33,7 @@ from trtq.graph.fold import fold
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Plan, percent
 from trtq.job import Job, opt_shapes, planned, prepare, profile_for
 from trtq.quantization import Quantization
 from trtq.ranges import calibrate
@@ -270,7 +270,7 @@ def in_precision(model: Model, rest: str) -> Iterator[Path]:
 def plan_text(plan: Plan) -> str:
     """What the plan does, in a few lines."""
     share = plan.mac_share()
-    of_macs = "" if share is None else f", {share:.1%} of the multiply-accumulates"
+    of_macs = "" if share is None else f", {percent(share)} of the multiply-accumulates"
     lines = [f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes to INT8{of_macs}"]
     lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8]
     return "\n".join(lines)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError
 from trtq.graph.fold import fold
-from trtq.graph.place import WEIGHTED_OPS, leave_out, matches, place
+from trtq.graph.place import leave_out, matches, place
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
+from trtq.graph.products import product
 from trtq.graph.rewrite import weight_scale
 from trtq.numerics import quantize
 
@@ -643,7 +644,7 @@ def test_every_weighted_node_is_in_the_plan_once(
     every = ", ".join(tensors)
     model = images(f"{' '.join(nodes)} y = Sum({every})")
     placed = Placed(model, tmp_path_factory.mktemp("model"))
-    weighted = [n.name for n in placed.model.graph.nodes if n.op in WEIGHTED_OPS]
+    weighted = [n.name for n in placed.model.graph.nodes if product(n)]
     assert [n.name for n in placed.plan.nodes] == weighted
     assert all(n.reason and n.rule for n in placed.plan.nodes)
     assert set(placed.plan.int8_nodes) == {w.node for w in placed.plan.weights}
