@@ -231,7 +231,11 @@ def _codes(tensor: gs.Tensor) -> str | None:
     quantized = [source.inputs[0], *source.inputs[2:3]]  # numbers and zero-point are of one type
     if source.inputs[0].inputs:
         quantized += source.inputs[0].inputs[0].inputs[2:3]
-    return next((str(np.dtype(t.dtype)) for t in quantized if t.name and t.dtype is not None), "uint8")
+    known = (t.dtype for t in quantized if t.name and t.dtype is not None)
+    dtype = next(known, np.uint8)
+    if isinstance(dtype, int):  # of ONNX, where NumPy has none
+        return str(onnx.TensorProto.DataType.Name(dtype)).lower()
+    return str(np.dtype(dtype))
 
 
 def _only_cast(tensor: gs.Tensor) -> bool:
