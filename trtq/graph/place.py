@@ -31,6 +31,9 @@ RESIDUAL, POOL = "residual-add", "average-pool"
 SPARING = {RESIDUAL: "residual input", POOL: "input"}
 """Those rules -> what their edges are of a node."""
 
+NOT_NAMED = "not-named"
+"""The rule of nodes that a plan given does not name."""
+
 _Shape = Sequence[int | str | None]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
@@ -140,7 +143,7 @@ def with_every_product(plan: Plan, graph: gs.Graph) -> Plan:
     """
     named = {node.name for node in plan.nodes}
     lacking = [
-        NodePlan(node.name, node.op, False, "not-in-plan", "the plan does not name it")
+        NodePlan(node.name, node.op, False, NOT_NAMED, "the plan does not name it")
         for body in (graph, *graph.subgraphs(recursive=True))
         for node in body.nodes
         if product(node) and node.name not in named
