@@ -18,6 +18,7 @@ from trtq.evaluation import Evaluation
 from trtq.files import write_json, write_text
 from trtq.gate.verdict import Outcome, Verdict, parse_fraction
 from trtq.graph.model import save_model
+from trtq.graph.plan import percent
 from trtq.job import Job
 from trtq.quantization import Quantization
 from trtq.recipe import Recipe
@@ -136,7 +137,7 @@ def _checks(recipe: Recipe, covered: Coverage, verdict: Verdict) -> Iterator[Che
 
 def share_check(covered: Coverage, least: float) -> Check:
     """Whether the engine runs at least the share `least` in INT8."""
-    message = f"the engine runs {covered.share:.1%} in INT8, at least {least:.1%} were asked for"
+    message = f"the engine runs {percent(covered.share)} in INT8, at least {least:.1%} were asked for"
     return Check(f"int8 share at least {least:.1%}", covered.share >= least, message)
 
 

@@ -18,7 +18,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
-from trtq.graph.place import leave_out, place
+from trtq.graph.place import NOT_NAMED, leave_out, place, with_every_product
 from trtq.graph.plan import Plan
 from trtq.parallel import parse_parallel
 from trtq.quantization import Quantization
@@ -94,7 +94,7 @@ class Job:
 def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Plan:
     """The plan that the recipe names, or what the placement rules say.
 
-    A node that was set to floating point by hand loses its quantizers.
+    A node that was set to floating point by hand, or that the plan does not name, loses its quantizers.
 
     Args:
         profile: multiply-accumulates are counted for its opt shapes; None: they are not.
@@ -121,10 +121,11 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
         plan.check_fits(model.graph)
         if not plan.int8_nodes:
             raise InputError("the plan has no node in INT8", remedy="set 'int8' to true where it was")
+    plan = with_every_product(plan, model.graph)
     edited = {
-        node.name: "the plan given says so"
+        node.name: node.reason if node.rule == NOT_NAMED else "the plan given says so"
         for node in plan.nodes
-        if node.rule == "weighted" and not node.int8
+        if node.rule in ("weighted", NOT_NAMED) and not node.int8
     }
     whole = [replace(node, int8=True) if node.name in edited else node for node in plan.nodes]
     return leave_out(model.graph, replace(plan, nodes=whole), edited, rule="edited")

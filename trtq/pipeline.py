@@ -35,7 +35,7 @@ from trtq.graph.fold import fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Plan, percent
 from trtq.job import Job, opt_shapes, planned, prepare, profile_for
 from trtq.quantization import Quantization
 from trtq.ranges import calibrate
@@ -276,7 +276,7 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
 def plan_text(plan: Plan) -> str:
     """What the plan does, in a few lines; one for all nodes that stay float32 by the same rule."""
     share = plan.mac_share()
-    of_macs = "" if share is None else f", {share:.1%} of the multiply-accumulates"
+    of_macs = "" if share is None else f", {percent(share)} of the multiply-accumulates"
     lines = [f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes to INT8{of_macs}"]
     lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8]
     for rule in dict.fromkeys(node.rule for node in plan.float32):

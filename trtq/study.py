@@ -17,7 +17,7 @@ from trtq.files import PathLike, atomic_path, read_own_json
 from trtq.gate.similarity import overall_sqnr_db
 from trtq.graph.fold import fold_constants
 from trtq.graph.place import place
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Plan, percent
 from trtq.graph.shapes import infer_types
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
@@ -110,7 +110,7 @@ class Study:
             width = max(len(row.name) for row in rows)
             lines += ["", title, f"  {'':<{width}}    metric     drop  SQNR dB  float  int8 MACs"]
             for row in rows:
-                share = "" if row.int8_share is None else f"{row.int8_share:.1%}"
+                share = "" if row.int8_share is None else percent(row.int8_share)
                 value = "-" if row.metric is None else f"{row.metric:.4f}"
                 drop = "-" if row.drop is None else f"{row.drop:.2%}"
                 noise = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"

@@ -231,6 +231,18 @@ def test_a_quantized_model_is_recognised(tmp_path: Path) -> None:
     assert not loaded(conv(), tmp_path).is_quantized
 
 
+@pytest.mark.parametrize(("op", "already"), [("QLinearAdd", True), ("MatMulNBits", True), ("Gelu", False)])
+def test_other_tools_operators_say_that_the_model_is_quantized(
+    op: str, already: bool, tmp_path: Path
+) -> None:
+    model = conv()
+    model.graph.node[0].op_type, model.graph.node[0].domain = op, "com.microsoft"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(InputError, match=f"unknown operator '{op}'") as caught:
+        loaded(model, tmp_path)
+    assert ("quantized already" in str(caught.value)) == already
+
+
 # -- writing
 
 

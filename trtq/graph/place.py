@@ -16,21 +16,23 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
 from trtq.graph.model import Model
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
-from trtq.graph.shapes import concrete_shapes, macs
-
-WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
-"""Operators that multiply by weights or by another activation: the candidates for INT8."""
+from trtq.graph.products import macs, product
+from trtq.graph.shapes import concrete_shapes
 
 RESIDUAL, POOL = "residual-add", "average-pool"
 """The rules of edges that no INT8 node needs: they spare TensorRT memory traffic or a kernel."""
 
 SPARING = {RESIDUAL: "residual input", POOL: "input"}
 """Those rules -> what their edges are of a node."""
+
+NOT_NAMED = "not-named"
+"""The rule of nodes that a plan given does not name."""
 
 _Shape = Sequence[int | str | None]
 
@@ -95,7 +97,7 @@ def place(
     """
     if model.is_quantized:
         raise InputError(
-            "the model is quantized already: it holds QuantizeLinear or DequantizeLinear nodes",
+            f"the model is quantized already: it holds {', '.join(model.quantizers)} nodes",
             file=model.path,
             remedy="quantize the fp32 model, or take this one straight to 'trtq build' and 'trtq gate'",
         )
@@ -108,7 +110,7 @@ def place(
             )
     placement = Placement(model.graph, include, exclude)
     shapes = concrete_shapes(model.graph, input_shapes) if input_shapes else {}
-    weighted = [node for node in model.graph.nodes if node.op in WEIGHTED_OPS]
+    weighted = [node for node in model.graph.nodes if product(node)]
     nodes = [replace(_decide(node, placement), macs=macs(node, shapes)) for node in weighted]
     nodes += _in_subgraphs(model.graph)
     placement.quantized.update(n.name for n in nodes if n.int8)
@@ -117,7 +119,7 @@ def place(
             "no node of the model can be quantized",
             file=model.path,
             cause="; ".join(f"{n.name} ({n.op}): {n.reason}" for n in nodes[:5])
-            or f"it has no {', '.join(WEIGHTED_OPS[:4])} node",
+            or "it has no Conv, Gemm or MatMul node",
         )
     found = [
         item for node in model.graph.nodes for rule in EDGE_RULES for item in rule.edges(node, placement)
@@ -129,6 +131,24 @@ def place(
         weights=[item for item in found if isinstance(item, Weight)],
         batch=next((shape[0] for shape in (input_shapes or {}).values() if len(shape)), 1),
     )
+
+
+def with_every_product(plan: Plan, graph: gs.Graph) -> Plan:
+    """`plan` with the weighted nodes that it does not name, in floating point: they count, too.
+
+    A plan that was edited, or made when fewer operators counted, may lack some.
+
+    Args:
+        graph: the folded graph that `plan` is for.
+    """
+    named = {node.name for node in plan.nodes}
+    lacking = [
+        NodePlan(node.name, node.op, False, NOT_NAMED, "the plan does not name it")
+        for body in (graph, *graph.subgraphs(recursive=True))
+        for node in body.nodes
+        if product(node) and node.name not in named
+    ]
+    return replace(plan, nodes=[*plan.nodes, *lacking])
 
 
 def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str], *, rule: str = "sensitive") -> Plan:
@@ -171,16 +191,60 @@ def _edges(placement: Placement) -> set[tuple[str, int]]:
 
 
 def placed(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Plan:
-    """The placement that a model already has: weighted nodes are INT8 where both operands come from Q/DQ."""
+    """The placement that a model already has: which weighted nodes multiply 8-bit integers, and why.
+
+    Those are integer operators, and products whose operands all come from the DequantizeLinear of 8-bit
+    integers; what only moves or casts values may stand in between, as TensorRT looks through it, too.
+    """
     shapes = concrete_shapes(model.graph, input_shapes) if input_shapes else {}
 
     def decide(node: gs.Node) -> NodePlan:
-        int8 = all(t.inputs and t.inputs[0].op == "DequantizeLinear" for t in node.inputs[:2])
-        reason = "both operands are dequantized" if int8 else "it is not between Q/DQ"
+        int8, reason = _as_given(node)
         return NodePlan(node.name, node.op, int8, "as-given", reason, macs(node, shapes))
 
-    weighted = [node for node in model.graph.nodes if node.op in WEIGHTED_OPS]
-    return Plan(model.sha256, [decide(node) for node in weighted], [], [])
+    weighted = [node for node in model.graph.nodes if product(node)]
+    return Plan(model.sha256, [*map(decide, weighted), *_in_subgraphs(model.graph)], [], [])
+
+
+def _as_given(node: gs.Node) -> tuple[bool, str]:
+    """Whether a weighted node multiplies 8-bit integers by its place in the graph, and the reason."""
+    found = product(node)
+    assert found is not None
+    if found.integer:
+        return True, "it is an operator on integers"
+    if found.operands == 0:
+        return False, found.float_reason
+    codes = [_codes(tensor) for tensor in node.inputs[: found.operands]]
+    if None in codes:
+        return False, "it is not between Q/DQ"
+    if other := sorted({code for code in codes if code is not None} - {"int8", "uint8"}):
+        return False, f"its operands are dequantized from {', '.join(other)}"
+    return True, "both operands are dequantized"
+
+
+def _codes(tensor: gs.Tensor) -> str | None:
+    """The type of the numbers that a tensor's DequantizeLinear reads; None if it does not come from one."""
+    while tensor.inputs and tensor.inputs[0].op != "DequantizeLinear":
+        if not (only_moved(tensor) or _only_cast(tensor)):
+            return None
+        tensor = tensor.inputs[0].inputs[0]
+    if not tensor.inputs:
+        return None
+    source = tensor.inputs[0]
+    quantized = [source.inputs[0], *source.inputs[2:3]]  # numbers and zero-point are of one type
+    if source.inputs[0].inputs:
+        quantized += source.inputs[0].inputs[0].inputs[2:3]
+    known = (t.dtype for t in quantized if t.name and t.dtype is not None)
+    dtype = next(known, np.uint8)
+    if isinstance(dtype, int):  # of ONNX, where NumPy has none
+        return str(onnx.TensorProto.DataType.Name(dtype)).lower()
+    return str(np.dtype(dtype))
+
+
+def _only_cast(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is another one in float16 or float32."""
+    node = tensor.inputs[0]
+    return node.op == "Cast" and node.attrs["to"] in (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT)
 
 
 def matches(pattern: str, node: gs.Node) -> bool:
@@ -202,7 +266,7 @@ def _decide(node: gs.Node, placement: Placement) -> NodePlan:
 def _in_subgraphs(graph: gs.Graph) -> list[NodePlan]:
     reason = "it is in the body of an If, Loop or Scan, which TensorRT does not fuse with quantizers"
     inner = (node for body in graph.subgraphs(recursive=True) for node in body.nodes)
-    return [NodePlan(n.name, n.op, False, "subgraph", reason) for n in inner if n.op in WEIGHTED_OPS]
+    return [NodePlan(n.name, n.op, False, "subgraph", reason) for n in inner if product(n)]
 
 
 # --- why a node stays in floating point -----------------------------------------------------------------
@@ -218,13 +282,8 @@ def _excluded(node: gs.Node, placement: Placement) -> str | None:
 
 
 def _no_int8_kernel(node: gs.Node, placement: Placement) -> str | None:
-    return {
-        "ConvTranspose": "TensorRT runs it in floating point even between Q/DQ, which would only cost",
-        "Einsum": "it is not one matrix product; export it as MatMul to quantize it",
-        "LSTM": "TensorRT runs recurrent layers in floating point",
-        "GRU": "TensorRT runs recurrent layers in floating point",
-        "RNN": "TensorRT runs recurrent layers in floating point",
-    }.get(node.op)
+    found = product(node)
+    return found.float_reason if found else None
 
 
 def _not_floating_point(node: gs.Node, placement: Placement) -> str | None:

@@ -174,6 +174,11 @@ class Plan:
         return read_own_json(path, "plan", cls.from_json)
 
 
+def percent(share: float) -> str:
+    """A share for a person, to a tenth of a percent; 100.0% is said of the whole only."""
+    return f"{share if share >= 1 else min(share, 0.999):.1%}"
+
+
 def _read(kind: type[_T], values: Mapping[str, Any]) -> _T:
     """A dataclass from JSON values, which have to have its fields' types."""
     for name, wanted in get_type_hints(kind).items():

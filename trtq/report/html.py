@@ -14,7 +14,7 @@ from trtq.coverage import Coverage, coverage
 from trtq.errors import InputError, about
 from trtq.files import PathLike, read_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Plan, percent
 from trtq.numerics import INT8_MAX
 
 _STYLE = """
@@ -129,7 +129,7 @@ def _steps(folder: Path) -> str:
                     gate,
                     drop,
                     noise,
-                    f"{step['int8_share']:.1%}",
+                    percent(step["int8_share"]),
                 ]
             )
     header = ["step (kept: bold)", "gate", "drop", "SQNR dB", "INT8 MACs"]
