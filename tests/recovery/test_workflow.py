@@ -23,7 +23,7 @@ from trtq.recovery.workflow import LEAST_RATIO, noise_ratio, parse_steps
 
 def verdict(drop: float | None, upper: float = 0.0, sqnr_db: float = 20.0, max_drop: float = 0.01) -> Verdict:
     return Verdict(
-        outcome=Outcome.FAIL,
+        gate=Outcome.FAIL,
         metric="top1",
         reference=1.0,
         candidate=None if drop is None else 1 - drop,

@@ -66,7 +66,8 @@ def diagnose(
         (a for a in attempts if "left_out" not in a.quantization.notes), key=lambda a: a.accuracy.rank
     )
     diagnosis = _Diagnosis(job, evaluation, whole, budget, limit)
-    if not (without := diagnosis.without_int8()).passed:
+    without = diagnosis.without_int8()
+    if without is not None and not without.passed:
         return InTheWay(
             f"INT8 is not the cause: with no layer in INT8 it is {without.outcome.value}, too",
             advice=without.gate_line(),
@@ -91,11 +92,13 @@ class _Diagnosis:
         """Whether there is no time to try more sets."""
         return self.budget.over or self.limit.over
 
-    def without_int8(self) -> Verdict:
-        """What the gate says with every layer in floating point, in the precision that the rest has."""
+    def without_int8(self) -> Verdict | None:
+        """What the gate says with every layer in floating point, in the precision that the rest has; None
+        where that is the reference itself, which passes by its point estimate."""
         job = self.job
         if job.recipe.rest == "fp32":
-            return self.evaluation.verdict(job.model.path)
+            itself = job.model.path
+            return None if job.recipe.confidence is None else self.evaluation.verdict(itself)
         plan = job.place()
         bare = leave_out(job.model.graph, plan, dict.fromkeys(plan.int8_nodes, "left out to measure"))
         return self.evaluation.simulated(Quantization(job.model.graph, bare, {}))

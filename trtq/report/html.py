@@ -85,7 +85,7 @@ def _in_the_way(found: InTheWay | None) -> str:
     rows = [
         [
             str(rank),
-            "<br>".join(f"<code>{escape(node)}</code>" for node in obstacle.nodes),
+            ", ".join(f"<code>{escape(node)}</code>" for node in obstacle.nodes),
             escape(obstacle.op),
             "" if obstacle.sqnr_db is None else f"{obstacle.sqnr_db:.1f} dB",
             "" if obstacle.noise_share is None else f"{obstacle.noise_share:.1%}",
