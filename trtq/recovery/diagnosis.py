@@ -170,7 +170,7 @@ class _Diagnosis:
         if self.over:
             reason += ": the time was up before one was found"
         if "partial" not in parse_steps(self.job.recipe.recover):
-            reason += "; 'partial' searches longer (run without --recover, or with it)"
+            reason += f"; run without --recover {self.job.recipe.recover} to search for one"
         return None, reason
 
     def _fewest(self, ranked: Sequence[Effect]) -> int | None:
