@@ -16,7 +16,7 @@ from trtq.errors import InputError, about
 from trtq.files import sha256_file
 from trtq.gate.execute import ENGINE_SUFFIXES, Outputs, fingerprint, run_model
 from trtq.gate.metrics import Metric, load_metric
-from trtq.gate.verdict import Verdict, decide, parse_margin, score_reference
+from trtq.gate.verdict import Check, Outcome, Verdict, decide, parse_margin, score_reference
 from trtq.graph.model import model_sha256, save_model
 from trtq.parallel import KEPT_BYTES, run_sharded
 from trtq.quantization import Quantization
@@ -129,14 +129,15 @@ class Evaluation:
         return cls(recipe, samples, metric, max_drop, outputs, value, cache, console)
 
     def verdict(self, candidate: Path, against: Outputs | None = None) -> Verdict:
-        """What the gate says of a candidate (ONNX model or engine); see `published`.
+        """What the gate says of a candidate (ONNX model or engine), with the SQNR that the recipe asks for as
+        a check; see `published`.
 
         Args:
-            against: other outputs to compare with than the reference's.
+            against: other outputs to compare with than the reference's; their SQNR is not checked.
         """
         outputs = self.outputs(candidate, "candidate")
         with about(candidate):
-            return decide(
+            verdict = decide(
                 (against or self.reference).arrays,
                 outputs.arrays,
                 dict(self.samples.targets),
@@ -145,6 +146,8 @@ class Evaluation:
                 confidence=self.recipe.confidence,
                 executor=outputs.executor,
             )
+        least = self.recipe.min_sqnr
+        return verdict if least is None or against else verdict.with_checks(_sqnr_check(verdict, least))
 
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""
@@ -158,6 +161,17 @@ class Evaluation:
     def outputs(self, model: Path, label: str) -> Outputs:
         """A model's outputs on the evaluation rows."""
         return _outputs(model, label, self.recipe, self.samples, self.cache, self.console)
+
+
+def _sqnr_check(verdict: Verdict, least: float) -> Check:
+    """Whether every output has an SQNR of at least `least` dB."""
+    lowest = verdict.lowest_sqnr_db
+    found = f"the outputs have {lowest:.1f} dB" if verdict.outputs else "the outputs are not finite"
+    return Check(
+        f"SQNR at least {least:g} dB",
+        Outcome.PASS if lowest >= least else Outcome.FAIL,
+        f"--min-sqnr: {found}, at least {least:g} dB were asked for",
+    )
 
 
 def _outputs(

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from trtq.attempt import Attempt, parse_share
+from trtq.attempt import Attempt, Fruitless, parse_share, write_verdict
 from trtq.backends.builders import builder, chosen
 from trtq.backends.interface import Build
 from trtq.calibration.extents import measure_extents
@@ -30,7 +31,7 @@ from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.evaluation import Evaluation
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
-from trtq.gate.verdict import Verdict
+from trtq.gate.verdict import Check, Verdict
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
@@ -41,9 +42,9 @@ from trtq.quantization import Quantization
 from trtq.ranges import calibrate
 from trtq.recipe import Recipe
 from trtq.recovery.budget import Budget
+from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.workflow import parse_steps, recover
 from trtq.report.html import write_report
-from trtq.report.junit import Check
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ class Deployment:
     """What `deploy` leaves behind.
 
     Attributes:
-        attempts: every step that the workflow took; `best` is the one whose files are in `folder`.
+        best: the attempt whose files are in `folder`.
+        steps: every step that the workflow tried, in order.
     """
 
     folder: Path
     best: Attempt
-    attempts: tuple[Attempt, ...]
+    steps: tuple[Attempt | Fruitless, ...]
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """The steps that gave something to build and gate."""
+        return tuple(step for step in self.steps if isinstance(step, Attempt))
 
     @property
     def plan(self) -> Plan:
@@ -80,18 +87,18 @@ class Deployment:
 
     @property
     def verdict(self) -> Verdict:
-        """The gate's."""
+        """The gate's and all checks': the one outcome."""
         return self.best.verdict
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """The other checks."""
-        return self.best.checks
+        """What was asked for beside the gate."""
+        return self.verdict.checks
 
     @property
     def exit_code(self) -> ExitCode:
         """What the command returns."""
-        return self.best.exit_code
+        return self.verdict.exit_code
 
 
 def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Deployment:
@@ -121,20 +128,26 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     console.say("plan", plan_text(plan))
+    started = time.perf_counter()
     with staged_folder(recipe.output) as folder:
-        attempts = recover(job, plan, evaluation, steps, budget, folder)
-        best = max(attempts, key=lambda attempt: attempt.rank)
+        tried = recover(job, plan, evaluation, steps, budget, folder)
+        attempts = [step for step in tried if isinstance(step, Attempt)]
+        kept = max(attempts, key=lambda attempt: attempt.measured.rank)
+        in_the_way = diagnose(job, evaluation, attempts, kept, budget, time.perf_counter() - started)
+        best = dataclasses.replace(kept, verdict=dataclasses.replace(kept.verdict, in_the_way=in_the_way))
+        tried = [best if step is kept else step for step in tried]
         for path in list(best.folder.iterdir()):
             os.replace(path, folder / path.name)
         for attempt in attempts:
             shutil.rmtree(attempt.folder)
+        write_verdict(folder, best.verdict)
         write_text(folder / "recipe.toml", recipe.dumps())
-        steps_taken = [{**tried.to_json(), "kept": tried is best} for tried in attempts]
-        write_json(folder / "workflow.json", steps_taken)
+        record = [{**step.to_json(), "kept": step is best} for step in tried]
+        write_json(folder / "workflow.json", record)
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
-    console.say("verdict", "\n".join(line.strip() for line in best.verdict.text().splitlines()[1:]))
-    return Deployment(Path(recipe.output), best, tuple(attempts))
+    console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))
+    return Deployment(Path(recipe.output), best, tuple(tried))
 
 
 @dataclass(frozen=True)

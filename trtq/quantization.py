@@ -97,6 +97,15 @@ class Quantization:
         """The corrections of the nodes that are INT8 in a plan."""
         return [self.corrections[name] for name in plan.int8_nodes if name in self.corrections]
 
+    @property
+    def remark(self) -> str:
+        """What is to be known of it beside its figures; mostly nothing."""
+        return str(self.notes.get("remark", ""))
+
+    def with_remark(self, remark: str) -> Quantization:
+        """The same with a remark among the notes."""
+        return replace(self, notes={**self.notes, "remark": remark})
+
     def table(self) -> Table:
         """The calibration table of the plan's tensors, with the notes as its metadata."""
         return Table({name: self.scales[name] for name in self.plan.tensors}, metadata=self.notes)

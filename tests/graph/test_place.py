@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from trtq.backends.compiled import int8_nodes
 from trtq.errors import InputError
 from trtq.graph.fold import fold
-from trtq.graph.place import leave_out, matches, place, placed, with_every_product
+from trtq.graph.place import leave_out, matches, pattern_of, place, placed, with_every_product
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
 from trtq.graph.products import product
 from trtq.graph.rewrite import weight_scale
@@ -906,3 +906,15 @@ def test_a_pooling_that_is_left_out_leaves_no_quantizer_in_front_of_flatten(tmp_
     left = leave_out(placed.model.graph, placed.plan, {pool: "to measure"})
     assert {edge.rule for edge in left.edges} == {"weighted-input"}
     assert left.int8_nodes == placed.plan.int8_nodes
+
+
+_names = st.text(r"ab*?\[]:.op", min_size=1, max_size=6)
+
+
+@given(name=_names, other=_names)
+def test_the_pattern_of_a_name_matches_that_name_alone(name: str, other: str) -> None:
+    """But for the first letter of a name that reads as an operator's pattern."""
+    pattern = pattern_of(name)
+    assert matches(pattern, gs.Node("Conv", name))
+    if name != other and not name.startswith("op:"):
+        assert not matches(pattern, gs.Node("Conv", other))

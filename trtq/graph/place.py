@@ -248,12 +248,21 @@ def _only_cast(tensor: gs.Tensor) -> bool:
 
 
 def matches(pattern: str, node: gs.Node) -> bool:
-    """Whether `pattern` names the node: `op:Type` by operator, else a name with * and ? wildcards."""
+    """Whether `pattern` names the node: `op:Type` by operator, else a name with * and ? wildcards; `\\*` and
+    `\\?` are the characters themselves."""
     kind, _, operator = pattern.partition(":")
     if kind == "op" and operator:
         return bool(node.op == operator)
-    regex = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    wildcards = {"*": ".*", "?": ".", r"\*": r"\*", r"\?": r"\?"}
+    tokens = re.findall(r"\\[*?]|.", pattern, re.DOTALL)
+    regex = "".join(wildcards.get(token, re.escape(token)) for token in tokens)
     return re.fullmatch(regex, node.name) is not None
+
+
+def pattern_of(name: str) -> str:
+    """The pattern that `matches` the node of this name."""
+    escaped = re.sub("[*?]", r"\\\g<0>", name)
+    return f"?{escaped[1:]}" if name.startswith("op:") else escaped
 
 
 def _decide(node: gs.Node, placement: Placement) -> NodePlan:

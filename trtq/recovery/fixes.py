@@ -22,6 +22,7 @@ from trtq.job import Job
 from trtq.quantization import Quantization
 from trtq.ranges import Source, calibrate, statistics_of
 from trtq.recovery.bias import correct_biases
+from trtq.recovery.made import Made
 from trtq.recovery.shift import shift
 from trtq.recovery.smooth import smooth
 
@@ -31,14 +32,14 @@ PASSES: tuple[tuple[str, Callable[..., gs.Graph | None]], ...] = (("shift", shif
 LEAST_GAIN_DB = 0.05
 
 
-def fix(job: Job, start: Quantization) -> Quantization | None:
+def fix(job: Job, start: Quantization) -> Made:
     """The quantization with the combination of fixes that does best on the rows held back.
 
     The rows to fit on decide how the graph is changed; what is kept is calibrated anew, by the recipe's
     method and from all rows.
 
     Returns:
-        None where nothing helps.
+        none where nothing helps, and what was tried.
     """
     fitting, _ = job.parts
     found = {"as calibrated": job.measure.sqnr_db(start, "calibrated")}
@@ -56,15 +57,16 @@ def fix(job: Job, start: Quantization) -> Quantization | None:
                 candidates[label] = changed
     ranked = sorted(found.items(), key=lambda item: -item[1])
     best, after = ranked[0]
-    job.console.say("fixes", ", ".join(f"{label} {value:.1f} dB" for label, value in ranked))
+    tried = ", ".join(f"{label} {value:.1f} dB" for label, value in ranked)
+    job.console.say("fixes", tried)
     if after < found["as calibrated"] + LEAST_GAIN_DB:
-        return None
+        return Made(None, True, f"nothing helped: {tried}")
     kept = candidates[best]
     if kept.graph is not start.graph:
         kept = calibrate(job, start.plan, Source.changed(kept.graph))
     if best.endswith("bias"):
         kept = _corrected(job, kept, job.data)
-    return replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found})
+    return Made(replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found}), True)
 
 
 def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) -> Quantization | None:
