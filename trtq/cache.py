@@ -124,12 +124,19 @@ def _version(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the cache as `trtq cache` lists it; `problem` says what is wrong with it, if anything."""
+    """A file of the cache as `trtq cache` lists it.
+
+    Attributes:
+        key: as its record says (see `Key.to_json`); empty where the record cannot be read, or is an old one.
+        problem: what is wrong with it, if anything.
+        notes: what is kept beside it.
+    """
 
     path: Path
     key: Mapping[str, Any]
     size: int
     problem: str | None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def default_root() -> Path:
@@ -193,7 +200,7 @@ class Cache:
     def notes(self, key: Key) -> dict[str, Any]:
         """The notes kept beside a content that `fetch` has just given."""
         _, record = _read(self.path(key))
-        return {name: value for name, value in record.items() if name not in ("sha256", "key")}
+        return _notes(record)
 
     def entries(self) -> Iterator[Entry]:
         """Every entry of the cache, verified, in the order of their paths."""
@@ -230,10 +237,12 @@ def _entry(path: Path) -> Entry | None:
     except (OSError, ValueError) as error:
         return Entry(path, {}, size, f"unreadable: {error}")
     damaged = record.get("sha256") != sha256_bytes(content)
-    key = record.get("key")
-    return Entry(
-        path, key if isinstance(key, dict) else {}, size, "its hash does not match" if damaged else None
-    )
+    key, problem = record.get("key"), "its hash does not match" if damaged else None
+    return Entry(path, key if isinstance(key, dict) else {}, size, problem, _notes(record))
+
+
+def _notes(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in ("sha256", "key")}
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:

@@ -184,7 +184,8 @@ def _cache(given: argparse.Namespace) -> int:
         return ExitCode.PASS
     if given.action == "show":
         for entry in entries:
-            print(json.dumps({"path": str(entry.path), "problem": entry.problem, **entry.key}, indent=2))
+            known = {**entry.notes, **entry.key}
+            print(json.dumps({"path": str(entry.path), "problem": entry.problem, **known}, indent=2))
         return ExitCode.PASS
     shown = entries if given.action == "list" else [e for e in entries if e.problem]
     for entry in shown:
