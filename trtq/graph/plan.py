@@ -104,7 +104,8 @@ class Plan:
             raise ValueError(f"the format is {value['format']}, not {FORMAT}")
         rest = {name: item for name, item in value.items() if name != "format"}
         for name, kind in (("nodes", NodePlan), ("edges", Edge), ("weights", Weight)):
-            rest[name] = [_read(kind, item, f"{name}[{i}]") for i, item in enumerate(value[name])]
+            if isinstance(value.get(name), list):
+                rest[name] = [_read(kind, item, f"{name}[{i}]") for i, item in enumerate(value[name])]
         plan = _read(cls, rest, "the plan")
         if plan.batch < 1:
             raise ValueError(f"'batch' is {plan.batch}")
@@ -128,6 +129,8 @@ class Plan:
 def _read(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
     """A dataclass from JSON values: its fields and no others, of their types; those with a default may
     be missing."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {values!r}, no JSON object")
     known = get_type_hints(kind)
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{where} has the unknown key '{unknown[0]}'; it may have {', '.join(known)}")
