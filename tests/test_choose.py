@@ -12,8 +12,8 @@ import pytest
 
 from trtq.cache import Cache
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
-from trtq.calibration.statistics import Statistics
+from trtq.calibration.methods import Method, parse_method
+from trtq.calibration.statistics import Histogram, Statistics
 from trtq.choose import CANDIDATES, Measure, choose_method, scales_from
 from trtq.console import SILENT
 from trtq.data.load import load_samples
@@ -82,11 +82,20 @@ def test_the_best_candidate_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp
 
 
 def test_of_equals_the_first_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
-    _, weight = arrays
-    measure, bare, statistics = measured(tmp_path, np.zeros((64, 32), np.float32), weight)
+    x, weight = arrays
+    measure, bare, statistics = measured(tmp_path, x, np.zeros_like(weight))
     choice = choose_method(measure, bare, statistics)
     assert len(set(choice.sqnr_db.values())) == 1
     assert str(choice.method) == CANDIDATES[0]
+
+
+def test_a_method_that_keeps_only_zeros_takes_the_maximum_and_zeros_have_no_scale() -> None:
+    histogram, never = Histogram(), Histogram()
+    histogram.add(np.array([3.0], np.float32))
+    never.add(np.zeros(3, np.float32))
+    zeros = Method("zeros", lambda h: 0.0)
+    scales = scales_from(Statistics({"x": histogram, "never": never, "empty": Histogram()}), zeros)
+    assert scales == {"x": np.float32(3 / 127)}
 
 
 def test_scales_take_a_tensors_own_method(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from trtq.gate.metrics import load_metric
 from trtq.gate.similarity import sqnr_db
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, load_model, save_model
-from trtq.graph.place import WEIGHTED_OPS, place
+from trtq.graph.place import place
+from trtq.graph.products import product
 from trtq.quantization import Quantization
 from trtq.recipe import Recipe
 
@@ -47,7 +48,7 @@ def check(family: str, folder: Path, *, rest: str = "fp32") -> None:
     static = {s.name: s.shape for s in model.inputs}
     plan = place(model, input_shapes=static | {name: shapes.opt for name, shapes in profile.items()})
 
-    weighted = [node.name for node in model.graph.nodes if node.op in WEIGHTED_OPS]
+    weighted = [node.name for node in model.graph.nodes if product(node)]
     assert [node.name for node in plan.nodes] == weighted
     assert all(node.macs for node in plan.nodes)
     left = [node for node in plan.nodes if not node.int8]

@@ -16,13 +16,13 @@ import numpy as np
 
 from trtq.cache import Cache
 from trtq.calibration.methods import Method, parse_method
-from trtq.calibration.statistics import Statistics
+from trtq.calibration.statistics import Histogram, Statistics
 from trtq.console import Console
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.evaluation import candidate_of, outputs_of
 from trtq.gate.similarity import overall_sqnr_db, scored, sqnr_db
-from trtq.numerics import scale_from_amax
+from trtq.numerics import has_scale, scale_from_amax
 from trtq.quantization import Quantization
 
 CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "percentile:99.999")
@@ -47,12 +47,23 @@ class Choice:
 def scales_from(
     statistics: Statistics, method: Method, exceptions: Mapping[str, Method] | None = None
 ) -> dict[str, np.float32]:
-    """Tensor -> float32 scale (amax / 127) by one method, or by the tensor's own among `exceptions`."""
+    """Tensor -> float32 scale (amax / 127) by one method, or by the tensor's own among `exceptions`.
+
+    Tensors that no method has a range for are left out (see `amax_of`).
+    """
     exceptions = exceptions or {}
-    return {
-        name: np.float32(scale_from_amax(exceptions.get(name, method).amax(histogram)))
+    found = {
+        name: amax_of(exceptions.get(name, method), histogram)
         for name, histogram in statistics.histograms.items()
     }
+    return {name: np.float32(scale_from_amax(amax)) for name, amax in found.items() if has_scale(amax)}
+
+
+def amax_of(method: Method, histogram: Histogram) -> float:
+    """A method's amax; the largest |x| where the method keeps nothing but zeros, as a percentile of a tensor
+    that is nearly always zero does. Only a tensor that never was anything else has no range then."""
+    amax = method.amax(histogram)
+    return amax if has_scale(amax) else histogram.amax
 
 
 @dataclass(frozen=True)

@@ -225,14 +225,7 @@ def quantize_with_table(
         InputError: the table was made for another model or gives no node all of its ranges; or as `place`
             and `rewrite`.
     """
-    made_for = table.metadata.get("model", source.model.sha256)
-    if made_for != source.model.sha256:
-        raise InputError(
-            "the table was made for another model",
-            file=source.model.path,
-            cause=f"it is for {made_for[:16]}…, this one is {source.model.sha256[:16]}…",
-            remedy="give that model, or calibrate this one",
-        )
+    table.check_made_for(source.model.sha256, source.model.path)
     first = plan = place(source.model, include=include, exclude=exclude, input_shapes=input_shapes)
     lacking: dict[str, set[str]] = {}
     while True:

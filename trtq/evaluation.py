@@ -14,7 +14,7 @@ from trtq.data.load import load_samples
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
-from trtq.gate.execute import ENGINE_SUFFIXES, Outputs, fingerprint, run_model
+from trtq.gate.execute import Outputs, fingerprint, is_engine, run_model
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.verdict import Check, Outcome, Verdict, decide, parse_margin, score_reference
 from trtq.graph.model import model_sha256, save_model
@@ -34,6 +34,7 @@ def outputs_of(
     batch_size: int | None = None,
     threads: int | None = None,
     parallel: str | None = None,
+    afresh: bool = False,
 ) -> tuple[Outputs, bool]:
     """The model's outputs on every row, and whether they came from the cache.
 
@@ -42,15 +43,21 @@ def outputs_of(
         label: what the progress is called.
         sha256: hash of the model including its external data; default: found here.
         parallel: where an ONNX model's rows are run, see `parallel.parse_parallel`.
+        afresh: an engine is run even where the cache has its outputs.
 
     Raises:
-        InputError, MissingBackendError: as `run_model`.
+        InputError, MissingBackendError: as `run_model`, also where the cache has the outputs of an engine:
+            they are those of one GPU and its driver, and nobody can tell which without it.
     """
-    sha256 = sha256 or (sha256_file(model) if model.suffix in ENGINE_SUFFIXES else model_sha256(model))
-    key = Key("outputs", sha256, samples.hash, {"executor": fingerprint(model)})
-    if (content := cache.fetch(key)) is not None:
-        return Outputs.from_bytes(content), True
-    if model.suffix not in ENGINE_SUFFIXES:
+    engine = is_engine(model)
+    sha256 = sha256 or (sha256_file(model) if engine else model_sha256(model))
+    key = Key.of("outputs", model=sha256, data=samples.hash, batch=batch_size, **fingerprint(model))
+    if not (engine and afresh) and (content := cache.fetch(key)) is not None:
+        outputs = Outputs.from_bytes(content)
+        if (outputs.executor == "engine") == engine:
+            return outputs, True
+        cache.report(f"cache entry {cache.path(key)} is damaged (another executor); it is computed again")
+    if not engine:
         outputs = run_sharded(
             model,
             samples,
@@ -186,6 +193,7 @@ def _outputs(
         batch_size=recipe.batch,
         threads=recipe.threads,
         parallel=recipe.parallel,
+        afresh=recipe.require_engine,
     )
     if cached:
         console.say("gate", f"outputs of the {label} from the cache, nothing was run")

@@ -371,6 +371,7 @@ def _outputs_of_all(
             sha256=sha256,
             batch_size=recipe.batch,
             threads=recipe.threads,
+            afresh=recipe.require_engine,
         )[0]
 
     with tempfile.TemporaryDirectory(prefix="trtq-") as scratch:

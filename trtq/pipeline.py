@@ -182,6 +182,7 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
             require_complete(explicit.fit, table)
             return Quantized(explicit.graph, explicit.plan, explicit.table)
         model = prepare(recipe)
+        given.check_made_for(model.sha256, model.path)
         quantization = Quantization(model.graph, planned(recipe, model), given.scales, notes=given.metadata)
     elif recipe.data is not None:
         job = Job.open(recipe, console)
@@ -231,7 +232,9 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
         model, include=recipe.include, exclude=recipe.exclude, input_shapes=opt_shapes(model, profile)
     )
     if table is not None and algorithm is None:
-        make: Callable[[Any], Any] = partial(calibrators.table_calibrator, table=read_table(table))
+        given = read_table(table)
+        given.check_made_for(model.sha256, model.path)
+        make: Callable[[Any], Any] = partial(calibrators.table_calibrator, table=given)
     elif table is None and algorithm is not None and data is not None:
         make = partial(
             calibrators.data_calibrator,

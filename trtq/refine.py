@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from trtq.backends.onnxruntime import simulation_session
 from trtq.calibration.methods import Method, scaled
 from trtq.calibration.statistics import Statistics
-from trtq.choose import scales_from
+from trtq.choose import amax_of, scales_from
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
@@ -121,10 +121,10 @@ def _options(
 ) -> dict[Method, np.float32]:
     """Methods whose scale for the tensor differs by 1 % or more from `start`'s and from each other's."""
     histogram = statistics.histograms[tensor]
-    seen = [float(scale_from_amax(start.amax(histogram)))]
+    seen = [float(scale_from_amax(amax_of(start, histogram)))]
     options: dict[Method, np.float32] = {}
     for method in methods:
-        scale = scale_from_amax(method.amax(histogram))
+        scale = scale_from_amax(amax_of(method, histogram))
         if all(abs(float(scale) / other - 1) >= 0.01 for other in seen):
             seen.append(float(scale))
             options[method] = np.float32(scale)

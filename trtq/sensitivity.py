@@ -154,9 +154,15 @@ def analyse(
     available = min(len(samples), MOST_ROWS)
     samples = samples.spread(fast_rows(available, count) if fast else available)
     simulator = Simulator(quantization, samples, metric=metric, workers=workers)
-    detail = {"mode": mode, "metric": metric.fingerprint if metric else None}
-    detail["executor"] = simulation_fingerprint()
-    key = Key("sensitivity", quantization.sha256, samples.hash, detail)
+    key = Key.of(
+        "sensitivity",
+        model=quantization.plan.model,
+        data=samples.hash,
+        start=quantization.sha256,
+        mode=mode,
+        metric=metric.fingerprint if metric else None,
+        executor=simulation_fingerprint(),
+    )
     if pool is None:
         effects = measured(simulator, mode, cache, key, console)
     else:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import scipy.special
@@ -182,6 +184,34 @@ def test_metric_from_a_file(tmp_path):
     path.write_text(path.read_text() + "\n# changed\n")
     assert load_metric(f"{path}:score").fingerprint != before
     assert before.endswith(":score")
+
+
+def test_a_metrics_fingerprint_covers_the_users_modules_behind_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    (tmp_path / "inner_of_metric.py").write_text("FACTOR = 2.0\n")
+    helpers = tmp_path / "helpers_of_metric"
+    helpers.mkdir()
+    (helpers / "__init__.py").write_text("")
+    (helpers / "scores.py").write_text("from inner_of_metric import FACTOR\n")
+    path = _file(
+        tmp_path,
+        "import numpy as np\n"
+        "def score(outputs, targets):\n"
+        "    from helpers_of_metric import scores\n"
+        "    return scores.FACTOR * float(np.mean(outputs['y']))\n",
+    )
+    found = [load_metric(f"{path}:score").fingerprint]
+    assert load_metric(f"{path}:score").fingerprint == found[0]
+    for changed, text in (
+        (tmp_path / "inner_of_metric.py", "FACTOR = 3.0\n"),
+        (helpers / "scores.py", "FACTOR = 2.0\n"),
+    ):
+        changed.write_text(text)
+        found.append(load_metric(f"{path}:score").fingerprint)
+    assert len(set(found)) == 3
+    (tmp_path / "unrelated.py").write_text("")
+    assert load_metric(f"{path}:score").fingerprint == found[-1]
 
 
 @pytest.mark.parametrize(

@@ -197,11 +197,12 @@ def _cache(given: argparse.Namespace) -> int:
         return ExitCode.PASS
     if given.action == "show":
         for entry in entries:
-            print(json.dumps({"path": str(entry.path), "problem": entry.problem, **entry.key}, indent=2))
+            known = {**entry.notes, **entry.key}
+            print(json.dumps({"path": str(entry.path), "problem": entry.problem, **known}, indent=2))
         return ExitCode.PASS
     shown = entries if given.action == "list" else [e for e in entries if e.problem]
     for entry in shown:
-        what = entry.key.get("requested") or entry.key.get("executor", "").partition(":")[0]
+        what = entry.key.get("method") or str(entry.key.get("executor", "")).partition(":")[0]
         state = entry.problem or "ok"
         print(f"{entry.size:>12,}  {state:<4}  {entry.path.relative_to(cache.root)}  {what}")
     damaged = sum(entry.problem is not None for entry in entries)

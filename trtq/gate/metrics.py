@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
-from trtq.files import sha256_file
 from trtq.gate import similarity
 from trtq.scripts import load_function
+from trtq.source import script_sha256
 
 Float = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ class Metric:
     Attributes:
         name: as the user wrote it.
         fingerprint: equal for metrics that compute the same: the name, or for a file the hash of
-            its bytes and the function's name.
+            its bytes and of the user's modules that it imports, and the function's name.
         rows: (outputs, targets, reference outputs) -> float64 (samples, ...): what each sample
             contributes. The value is the mean of the rows, put through `summarise` if it is there.
         summarise: mean rows, with any leading axes -> values, of the leading axes' shape.
@@ -323,7 +323,7 @@ def _metric_of_file(spec: str) -> Metric:
             raise InputError(f"the metric {name!r} did not return a number", file=path, cause=repr(value))
         return float(value)
 
-    return Metric(spec, f"{sha256_file(path)}:{name}", function=checked)
+    return Metric(spec, f"{script_sha256(path)}:{name}", function=checked)
 
 
 def _read_only(arrays: Arrays) -> Arrays:

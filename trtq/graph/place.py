@@ -31,9 +31,6 @@ RESIDUAL, POOL = "residual-add", "average-pool"
 SPARING = {RESIDUAL: "residual input", POOL: "input"}
 """Those rules -> what their edges are of a node."""
 
-NOT_NAMED = "not-named"
-"""The rule of nodes that a plan given does not name."""
-
 _Shape = Sequence[int | str | None]
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
@@ -133,24 +130,6 @@ def place(
     )
 
 
-def with_every_product(plan: Plan, graph: gs.Graph) -> Plan:
-    """`plan` with the weighted nodes that it does not name, in floating point: they count, too.
-
-    A plan that was edited, or made when fewer operators counted, may lack some.
-
-    Args:
-        graph: the folded graph that `plan` is for.
-    """
-    named = {node.name for node in plan.nodes}
-    lacking = [
-        NodePlan(node.name, node.op, False, NOT_NAMED, "the plan does not name it")
-        for body in (graph, *graph.subgraphs(recursive=True))
-        for node in body.nodes
-        if product(node) and node.name not in named
-    ]
-    return replace(plan, nodes=[*plan.nodes, *lacking])
-
-
 def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str], *, rule: str = "sensitive") -> Plan:
     """`plan` with some of its INT8 nodes in floating point.
 
@@ -178,6 +157,28 @@ def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str], *, rule: st
         edges=[edge for edge in plan.edges if (edge.node, edge.index) not in unneeded],
         weights=[weight for weight in plan.weights if weight.node not in nodes],
     )
+
+
+def without_ranges(graph: gs.Graph, plan: Plan, reasons: Mapping[str, str], *, rule: str) -> Plan:
+    """`plan` without the quantizers of some ranges; the INT8 nodes that need one stay in floating point.
+
+    Additions and average poolings whose quantizers go are only not fused. The result needs no range that
+    `plan` does not need.
+
+    Args:
+        graph: the folded graph that `plan` is for.
+        reasons: tensor (the `range` of edges) -> why it has no range.
+        rule: what the plan calls the reason.
+    """
+    int8, tensors = set(plan.int8_nodes), graph.tensors()
+    nodes: dict[str, str] = {}
+    for edge in plan.edges:
+        if edge.range in reasons:
+            pools = [n.name for n in tensors[edge.tensor].inputs if edge.rule == "moved-input"]
+            for name in [edge.node] if edge.node in int8 or edge.rule in SPARING else pools:
+                nodes.setdefault(name, reasons[edge.range])
+    left = leave_out(graph, plan, nodes, rule=rule)
+    return replace(left, edges=[edge for edge in left.edges if edge.range not in reasons])
 
 
 def _edges(placement: Placement) -> set[tuple[str, int]]:
@@ -316,6 +317,12 @@ SKIP_RULES: tuple[SkipRule, ...] = (
 )
 
 
+def unquantizable(node: gs.Node, graph: gs.Graph) -> str | None:
+    """Why a weighted node of a graph can never be INT8, whatever the user includes; None where it can."""
+    decided = _decide(node, Placement(graph))
+    return None if decided.int8 else decided.reason
+
+
 # --- where quantizers go --------------------------------------------------------------------------------
 
 
@@ -327,10 +334,10 @@ def _weighted_inputs(node: gs.Node, placement: Placement) -> Iterator[Edge | Wei
         if not isinstance(tensor, gs.Constant):
             yield Edge(tensor.name, node.name, index, "weighted-input", tensor.name)
         else:
-            yield Weight(tensor.name, node.name, index, _output_axis(node, index))
+            yield Weight(tensor.name, node.name, index, output_axis(node, index))
 
 
-def _output_axis(node: gs.Node, index: int) -> int:
+def output_axis(node: gs.Node, index: int) -> int:
     """The axis of a constant operand that becomes output channels: only its scales factor out."""
     rank = len(node.inputs[index].shape)
     if node.op == "Conv":

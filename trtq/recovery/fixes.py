@@ -18,9 +18,9 @@ from trtq.calibration.methods import parse_method
 from trtq.choose import choose_method, scales_from
 from trtq.console import SILENT
 from trtq.data.samples import Samples
-from trtq.job import Job
+from trtq.job import AUTO, Job, canonical
 from trtq.quantization import Quantization
-from trtq.ranges import Source, calibrate, statistics_of
+from trtq.ranges import Source, calibrate, rangeless, statistics_of, without_ranges_of
 from trtq.recovery.bias import correct_biases
 from trtq.recovery.made import Made
 from trtq.recovery.shift import shift
@@ -81,9 +81,12 @@ def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) 
     if not names:
         return start
     statistics = statistics_of(job, start.plan, fitting, Source.changed(graph))
-    changed = replace(start, graph=graph)
-    method = parse_method(start.notes["method"])
-    if job.recipe.method == "auto":
+    method, search = parse_method(start.notes["method"]), canonical(job.recipe.method) == AUTO
+    reasons = rangeless(statistics, None if search else method)
+    changed = without_ranges_of(replace(start, graph=graph), reasons)
+    if not changed.plan.int8_nodes:
+        return None
+    if search:
         method = choose_method(job.measure, changed, statistics).method
     return replace(changed, scales=scales_from(statistics, method))
 

@@ -24,11 +24,12 @@ from trtq.attempt import Attempt, Fruitless, attempt, parse_share
 from trtq.cache import remove
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
+from trtq.files import sha256_json
 from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
 from trtq.graph.place import SPARING
 from trtq.graph.plan import Plan
-from trtq.job import Job
+from trtq.job import Job, canonical
 from trtq.quantization import Quantization
 from trtq.ranges import calibrate
 from trtq.recovery.budget import Budget
@@ -196,13 +197,13 @@ class _Workflow:
         self.done.append(tried)
         return tried
 
-    def cached(self, step: str, start: Attempt, make: Callable[[Quantization], Made], **detail: Any) -> Made:
+    def cached(self, step: str, start: Attempt, make: Callable[[Quantization], Made], **entries: Any) -> Made:
         """What `make` gives for the attempt's quantization, from the cache where it is there.
 
         Args:
-            detail: what it depends on beside that and the data.
+            entries: what it depends on beside that and the data.
         """
-        key = self.job.key("quantization", start.quantization, step=step, **detail)
+        key = self.job.key("quantization", start.quantization, step=step, **entries)
         if (content := self.job.cache.fetch(key)) is not None:
             self.job.console.say(step, "from the cache; nothing was run")
             return Made.from_bytes(content)
@@ -213,7 +214,8 @@ class _Workflow:
 
     def fix(self, start: Attempt) -> Made:
         """The start with the label-free fixes that help."""
-        return self.cached("fix", start, lambda first: fix(self.job, first))
+        method = canonical(self.job.recipe.method)
+        return self.cached("fix", start, lambda first: fix(self.job, first), method=method)
 
     def learn(self, start: Attempt) -> Made:
         """The start with ranges, biases and weights learned, where that is possible here."""
@@ -242,6 +244,7 @@ class _Workflow:
             lambda _: self._searched(start, least),
             evaluation=evaluation.samples.hash,
             metric=evaluation.metric.fingerprint,
+            measured=sha256_json(start.measured.to_json()),
             gate=[evaluation.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.rest],
         )
 
