@@ -22,13 +22,13 @@ from trtq.calibration.table import ENCODINGS, Table
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
+from trtq.graph.evaluate import fold_constants
 from trtq.graph.fold import fold
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, QDQ_OPS, Model, load_model
 from trtq.graph.place import FLOATS, MOVING_OPS, POOL, only_moved, place
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
-from trtq.graph.shapes import fold_constants
 from trtq.numerics import INT8_MAX
 
 NO_RANGE = "no-range"

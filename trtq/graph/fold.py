@@ -14,7 +14,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtq.graph.shapes import fold_constants, infer_types
+from trtq.graph.evaluate import fold_constants
+from trtq.graph.names import Names
+from trtq.graph.shapes import infer_types
 
 
 def fold(graph: gs.Graph) -> None:
@@ -27,6 +29,7 @@ def fold(graph: gs.Graph) -> None:
 
 def einsum_to_matmul(graph: gs.Graph) -> None:
     """Write an Einsum that is a matrix product as MatMul, with Transposes where its axes lie otherwise."""
+    names = Names(graph)
     for node in [n for n in graph.nodes if n.op == "Einsum" and len(n.inputs) == 2]:
         terms, _, result = node.attrs["equation"].replace(" ", "").partition("->")
         a, b = terms.split(",")
@@ -37,12 +40,14 @@ def einsum_to_matmul(graph: gs.Graph) -> None:
             continue
         node.op, node.attrs = "MatMul", {}
         node.inputs = [
-            _transposed(graph, left, a, axes[0], f"{node.name}/left"),
-            _transposed(graph, right, b, axes[1], f"{node.name}/right"),
+            _transposed(graph, names, left, a, axes[0], f"{node.name}/left"),
+            _transposed(graph, names, right, b, axes[1], f"{node.name}/right"),
         ]
         if axes[2] != result:
-            product, perm = gs.Variable(f"{node.name}/product"), [axes[2].index(axis) for axis in result]
-            transpose = gs.Node("Transpose", f"{node.name}/transpose", {"perm": perm}, [product])
+            product = gs.Variable(names.tensor(f"{node.name}/product"))
+            perm = [axes[2].index(axis) for axis in result]
+            name = names.node(f"{node.name}/transpose")
+            transpose = gs.Node("Transpose", name, {"perm": perm}, [product])
             transpose.outputs, node.outputs = list(node.outputs), [product]
             graph.nodes.append(transpose)
 
@@ -52,6 +57,7 @@ def fold_batch_norm(graph: gs.Graph) -> None:
 
     W' = W * g and b' = (b - mean) * g + beta with g = gamma / sqrt(var + eps), in float64.
     """
+    names = Names(graph)
     for norm in [n for n in graph.nodes if n.op == "BatchNormalization"]:
         producer = _sole_producer(graph, norm.inputs[0])
         if producer is None or producer.op not in ("Conv", "ConvTranspose", "Gemm"):
@@ -73,8 +79,8 @@ def fold_batch_norm(graph: gs.Graph) -> None:
         new_bias = (old_bias - mean) * gain + beta
         producer.inputs = [
             producer.inputs[0],
-            gs.Constant(f"{norm.name}/folded_weight", new_weight.astype(dtype)),
-            gs.Constant(f"{norm.name}/folded_bias", new_bias.astype(dtype)),
+            gs.Constant(names.tensor(f"{norm.name}/folded_weight"), new_weight.astype(dtype)),
+            gs.Constant(names.tensor(f"{norm.name}/folded_bias"), new_bias.astype(dtype)),
         ]
         producer.outputs = [norm.outputs[0]]
         norm.outputs = []
@@ -117,13 +123,15 @@ def _product_axes(a: str, b: str, result: str) -> tuple[str, str, str] | None:
     return axes if set(result) == set(axes[2]) else None
 
 
-def _transposed(graph: gs.Graph, tensor: gs.Tensor, axes: str, order: str, name: str) -> gs.Tensor:
+def _transposed(
+    graph: gs.Graph, names: Names, tensor: gs.Tensor, axes: str, order: str, name: str
+) -> gs.Tensor:
     """`tensor`, whose axes are called `axes`, with them in `order`."""
     if axes == order:
         return tensor
-    moved = gs.Variable(f"{name}_transposed", tensor.dtype)
+    moved = gs.Variable(names.tensor(f"{name}_transposed"), tensor.dtype)
     perm = [axes.index(letter) for letter in order]
-    graph.nodes.append(gs.Node("Transpose", name, {"perm": perm}, [tensor], [moved]))
+    graph.nodes.append(gs.Node("Transpose", names.node(name), {"perm": perm}, [tensor], [moved]))
     return moved
 
 

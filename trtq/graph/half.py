@@ -13,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
+from trtq.graph.names import Names
 from trtq.graph.weights import values_of
 
 SQUARING_OPS = frozenset({"Pow", "ReduceL2", "ReduceSumSquare"})
@@ -36,7 +37,7 @@ def convert_to_half(graph: gs.Graph) -> gs.Graph:
     Raises:
         InputError: control flow, or a tensor whose dtype is not known.
     """
-    graph = graph.copy()
+    graph, names = graph.copy(), Names(graph)
     for node in graph.nodes:
         if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
             raise InputError(
@@ -59,10 +60,10 @@ def convert_to_half(graph: gs.Graph) -> gs.Graph:
         for index, tensor in enumerate(node.inputs):
             if tensor.name and tensor.dtype in _CAST_TO:
                 wanted = np.dtype(np.float16 if _takes_half(node, index, graph.opset) else np.float32)
-                node.inputs[index] = _as(graph, casts, tensor, wanted)
+                node.inputs[index] = _as(graph, names, casts, tensor, wanted)
     for index, output in enumerate(graph.outputs):
         if output.dtype == np.float16:
-            graph.outputs[index] = _restore_output(graph, output)
+            graph.outputs[index] = _restore_output(graph, names, output)
     return graph.toposort()
 
 
@@ -106,31 +107,34 @@ def _set_output_dtype(node: gs.Node) -> None:
 
 
 def _as(
-    graph: gs.Graph, casts: dict[tuple[int, np.dtype], gs.Variable], tensor: gs.Tensor, dtype: np.dtype
+    graph: gs.Graph,
+    names: Names,
+    casts: dict[tuple[int, np.dtype], gs.Variable],
+    tensor: gs.Tensor,
+    dtype: np.dtype,
 ) -> gs.Tensor:
     """`tensor` in `dtype`: itself, a converted constant, or the output of a Cast, one for all its readers."""
     if tensor.dtype == dtype:
         return tensor
     key = (id(tensor), dtype)
     if key not in casts:
-        name = f"{tensor.name}/{dtype}"
+        name = names.tensor(f"{tensor.name}/{dtype}")
         if isinstance(tensor, gs.Constant):
             values = values_of(tensor)
             casts[key] = gs.Constant(name, _to_half(values) if dtype == np.float16 else values.astype(dtype))
         else:
             casts[key] = gs.Variable(name, dtype=dtype, shape=tensor.shape)
-            cast = gs.Node("Cast", f"{name}/Cast", {"to": _CAST_TO[dtype]}, [tensor], [casts[key]])
-            graph.nodes.append(cast)
+            node = names.node(f"{name}/Cast")
+            graph.nodes.append(gs.Node("Cast", node, {"to": _CAST_TO[dtype]}, [tensor], [casts[key]]))
     return casts[key]
 
 
-def _restore_output(graph: gs.Graph, output: gs.Variable) -> gs.Variable:
+def _restore_output(graph: gs.Graph, names: Names, output: gs.Variable) -> gs.Variable:
     """A float32 tensor under the model output's own name; the float16 one gets another."""
     restored = gs.Variable(output.name, dtype=np.dtype(np.float32), shape=output.shape)
-    output.name = f"{output.name}/float16"
-    graph.nodes.append(
-        gs.Node("Cast", f"{restored.name}/Cast", {"to": onnx.TensorProto.FLOAT}, [output], [restored])
-    )
+    output.name = names.tensor(f"{output.name}/float16")
+    node = names.node(f"{restored.name}/Cast")
+    graph.nodes.append(gs.Node("Cast", node, {"to": onnx.TensorProto.FLOAT}, [output], [restored]))
     return restored
 
 

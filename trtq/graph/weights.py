@@ -138,22 +138,6 @@ def leave_in_files(graph: gs.Graph, folder: Path) -> None:
             constant.data_location = None  # GraphSurgeon would write it beside other values
 
 
-def read_foldable(graph: gs.Graph) -> None:
-    """Read and keep the weights that constant folding may evaluate, of a graph in topological order.
-
-    What GraphSurgeon folds it runs as a model in memory, which has no files beside it.
-    """
-    known = {id(tensor) for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)}
-    for node in graph.nodes:
-        if node.op == "Shape":
-            known.update(id(tensor) for tensor in node.outputs)
-        elif node.inputs and all(id(tensor) in known for tensor in node.inputs):
-            known.update(id(tensor) for tensor in node.outputs)
-            for constant in node.inputs:
-                if isinstance(constant, gs.Constant):
-                    constant.values = values_of(constant)
-
-
 def export_light(graph: gs.Graph) -> tuple[onnx.ModelProto, dict[str, gs.Constant]]:
     """The ONNX model of a graph whose initializers have no values yet, and the constants that have them.
 
