@@ -17,10 +17,10 @@ import onnx.reference
 import onnx_graphsurgeon as gs
 import onnxruntime
 from numpy.typing import NDArray
-from onnx_graphsurgeon.ir.tensor import SparseValues
 
 from trtq.graph.model import QDQ_OPS, export
 from trtq.graph.names import Names
+from trtq.graph.weights import is_number, is_plain
 
 GROWTH = 1 << 24
 """Bytes up to which a result is always folded. What is larger must be made of weights, not of a small
@@ -232,7 +232,7 @@ def _constant(node: gs.Node) -> Any:
     """The value of a Constant, which stays in its file if it is in one; None if NumPy has no such dtype."""
     (name, value), *_ = node.attrs.items()
     if name == "value":
-        return value._values if _is_plain(value) else None
+        return value._values if is_plain(value) else None
     dtype = {
         "value_float": np.float32,
         "value_floats": np.float32,
@@ -278,7 +278,7 @@ def _taken(node: gs.Node, dimensions: NDArray) -> NDArray | None:
         node.inputs[i].values.tolist() if i < len(node.inputs) and node.inputs[i].name else default
         for i, default in ((3, [0]), (4, [1]))
     )
-    if axes not in ([0], [-1]):
+    if axes not in ([0], [-1]) or steps == [0] or any(t.values.size != 1 for t in operands):
         return None
     return dimensions[operands[0].values.item() : operands[1].values.item() : steps[0]]
 
@@ -317,32 +317,20 @@ def _is_foldable(node: gs.Node) -> bool:
     ):
         return False
     attributes = node.attrs.values()
-    if not all(_is_plain(t) for t in (*node.inputs, *attributes) if isinstance(t, gs.Constant)):
+    if not all(is_plain(t) for t in (*node.inputs, *attributes) if isinstance(t, gs.Constant)):
         return False
     if not all(_is_numpy(node.attrs[name]) for name in ("to", "dtype") if name in node.attrs):
         return False
     return all(_is_foldable(inner) for body in _bodies(node) for inner in body.nodes)
 
 
-def _is_plain(constant: gs.Constant) -> bool:
-    """Whether a constant has numbers of a dtype that NumPy has itself."""
-    if isinstance(constant._values, SparseValues) or not isinstance(constant.dtype, np.dtype | type):
-        return False
-    return _is_number(np.dtype(constant.dtype))
-
-
 def _is_numpy(kind: Any) -> bool:
-    """The same of a data type of ONNX's, or of what GraphSurgeon makes of it."""
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else np.dtype(kind)
-    return _is_number(dtype)
-
-
-def _is_number(dtype: np.dtype) -> bool:
-    return dtype.isbuiltin == 1 and dtype.kind in "biuf"
+    """Whether a data type of ONNX's, or what GraphSurgeon makes of it, is one of NumPy's own numbers."""
+    return is_number(onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else np.dtype(kind))
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and _is_number(value.dtype)
+    return isinstance(value, np.ndarray) and is_number(value.dtype)
 
 
 def _is_known(tensor: gs.Tensor, made: set[int]) -> bool:
@@ -350,7 +338,7 @@ def _is_known(tensor: gs.Tensor, made: set[int]) -> bool:
 
 
 def _nbytes(constant: gs.Constant) -> int:
-    return prod(constant.shape) * np.dtype(constant.dtype).itemsize if _is_plain(constant) else 0
+    return prod(constant.shape) * np.dtype(constant.dtype).itemsize if is_plain(constant) else 0
 
 
 def _bodies(node: gs.Node) -> Iterator[gs.Graph]:

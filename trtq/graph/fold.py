@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.names import Names
 from trtq.graph.shapes import infer_types
+from trtq.graph.weights import is_plain
 
 
 def fold(graph: gs.Graph) -> None:
@@ -62,25 +63,28 @@ def fold_batch_norm(graph: gs.Graph) -> None:
         producer = _sole_producer(graph, norm.inputs[0])
         if producer is None or producer.op not in ("Conv", "ConvTranspose", "Gemm"):
             continue
-        parameters = [t.values.astype(np.float64) for t in norm.inputs[1:5] if isinstance(t, gs.Constant)]
         weight, *bias = producer.inputs[1:]
-        foldable = isinstance(weight, gs.Constant) and all(isinstance(t, gs.Constant) for t in bias)
+        foldable = all(isinstance(t, gs.Constant) and is_plain(t) for t in (weight, *bias, *norm.inputs[1:5]))
         training = norm.attrs.get("training_mode", 0) or len([t for t in norm.outputs if t.name]) > 1
-        if len(parameters) != 4 or not foldable or training:
+        if not foldable or training:
             continue
-        gamma, beta, mean, variance = parameters
+        gamma, beta, mean, variance = (t.values.astype(np.float64) for t in norm.inputs[1:5])
         gain = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
         old_bias = bias[0].values.astype(np.float64) if bias else np.zeros_like(gain)
         if producer.op == "Gemm":
             old_bias = old_bias * producer.attrs.get("beta", 1.0)
+        with np.errstate(over="ignore"):
+            dtype, values = weight.values.dtype, weight.values.astype(np.float64)
+            new_weight = _scale_output_channels(producer, values, gain).astype(dtype)
+            new_bias = ((old_bias - mean) * gain + beta).astype(dtype)
+        if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):  # beyond the dtype's range
+            continue
+        if producer.op == "Gemm":
             producer.attrs["beta"] = 1.0
-        dtype = weight.values.dtype
-        new_weight = _scale_output_channels(producer, weight.values.astype(np.float64), gain)
-        new_bias = (old_bias - mean) * gain + beta
         producer.inputs = [
             producer.inputs[0],
-            gs.Constant(names.tensor(f"{norm.name}/folded_weight"), new_weight.astype(dtype)),
-            gs.Constant(names.tensor(f"{norm.name}/folded_bias"), new_bias.astype(dtype)),
+            gs.Constant(names.tensor(f"{norm.name}/folded_weight"), new_weight),
+            gs.Constant(names.tensor(f"{norm.name}/folded_bias"), new_bias),
         ]
         producer.outputs = [norm.outputs[0]]
         norm.outputs = []
@@ -96,9 +100,9 @@ def fold_zero_pad(graph: gs.Graph) -> None:
         pads = _spatial_pads(pad, None if weight.shape is None else len(weight.shape))
         if pads is None:
             continue
-        own = np.asarray(conv.attrs.get("pads", [0] * len(pads)))
+        explicit = conv.attrs.pop("auto_pad", "NOTSET") == "NOTSET"
+        own = np.asarray(conv.attrs.get("pads", 0) if explicit else 0)
         conv.attrs["pads"] = [int(p) for p in own + pads]
-        conv.attrs.pop("auto_pad", None)
         conv.inputs[0] = pad.inputs[0]
 
 
@@ -162,7 +166,7 @@ def _spatial_pads(pad: gs.Node, rank: int | None) -> NDArray[np.int64] | None:
     absent = value is None or value.name == ""
     if rank is None or pad.attrs.get("mode", "constant") != "constant" or not isinstance(pads, gs.Constant):
         return None
-    if not absent and not (isinstance(value, gs.Constant) and np.all(value.values == 0)):
+    if not absent and not (isinstance(value, gs.Constant) and is_plain(value) and np.all(value.values == 0)):
         return None
     amounts = pads.values.reshape(2, -1)
     if axes is not None and axes.name:
