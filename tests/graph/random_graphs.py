@@ -405,7 +405,9 @@ class _Builder:
     def _normalized(self, made: str | None, channels: int) -> None:
         if made is None:
             return
-        if self.opset >= 14 and self.random.random() < 0.5:  # before, the reference normalizes by the batch's own
+        if (
+            self.opset >= 14 and self.random.random() < 0.5
+        ):  # before, the reference normalizes by the batch's own
             low = ((-1.5, 1.5), (-1, 1), (-1, 1), (0.2, 2))
             values = [self.constant(self.random.uniform(*bounds, channels), np.float32) for bounds in low]
             made = self.add("BatchNormalization", made, *values, epsilon=self.chosen(1e-5, 0.1)) or made

@@ -37,7 +37,7 @@ def einsum_to_matmul(graph: gs.Graph) -> None:
         left, right = node.inputs
         if not _product_axes(a, b, result):
             a, b, left, right = b, a, right, left
-        if not (axes := _product_axes(a, b, result)):
+        if not (axes := _product_axes(a, b, result)) or _is_stretched(axes[0][-1], (left, a), (right, b)):
             continue
         node.op, node.attrs = "MatMul", {}
         node.inputs = [
@@ -125,6 +125,12 @@ def _product_axes(a: str, b: str, result: str) -> tuple[str, str, str] | None:
         return None
     axes = batch + rows + summed, batch + summed + columns, batch + rows + columns
     return axes if set(result) == set(axes[2]) else None
+
+
+def _is_stretched(axis: str, *operands: tuple[gs.Tensor, str]) -> bool:
+    """Whether an Einsum repeats one operand along the axis that it sums over, which MatMul does not."""
+    sizes = [tensor.shape[axes.index(axis)] for tensor, axes in operands if tensor.shape is not None]
+    return sizes.count(1) == 1
 
 
 def _transposed(
