@@ -22,12 +22,12 @@ from trtq.calibration.table import ENCODINGS, Table
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
+from trtq.graph.evaluate import fold_constants
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import Extent, float32_nodes
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, QDQ_OPS, Model, load_model
 from trtq.graph.place import FLOATS, MOVING_OPS, POOL, only_moved, place
 from trtq.graph.plan import Plan
-from trtq.graph.shapes import fold_constants
 from trtq.numerics import INT8_MAX
 from trtq.quantization import Quantization
 

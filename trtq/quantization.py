@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trtq.calibration.table import Table
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
+from trtq.graph.names import Names
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
 from trtq.graph.weights import graph_sha256
@@ -85,11 +86,11 @@ class Quantization:
         """The same Q/DQ model with the corrections in the float graph, which is then not the model's own."""
         if not self.corrections:
             return self
-        graph = self.graph.copy()
+        graph, names = self.graph.copy(), Names(self.graph)
         nodes = {node.name: node for node in graph.nodes}
         for correction in self.corrections_of(self.plan):
             inputs = nodes[correction.node].inputs
-            name = f"{inputs[correction.index].name}/{correction.node}/corrected"
+            name = names.tensor(f"{inputs[correction.index].name}/{correction.node}/corrected")
             inputs[correction.index] = gs.Constant(name, correction.values)
         return replace(self, graph=graph.cleanup(), corrections={})
 

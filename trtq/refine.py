@@ -88,7 +88,7 @@ def refine_ranges(
     expected = _outputs(quantization.graph, part)
     current = scales_from(statistics, start)
     quantized = replace(quantization, scales=current).rewritten()
-    runner = _Runner(quantized, scales_as_inputs(quantized, plan.tensors))
+    runner = _Runner(quantized, scales_as_inputs(quantized, plan))
     exceptions: dict[str, Method] = {}
 
     def score(scales: Mapping[str, np.float32], count: int) -> float:

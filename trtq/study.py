@@ -16,7 +16,7 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.files import PathLike, atomic_path, read_own_json
 from trtq.gate.similarity import overall_sqnr_db
-from trtq.graph.fold import fold_constants
+from trtq.graph.evaluate import fold_constants
 from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
 from trtq.graph.shapes import infer_types

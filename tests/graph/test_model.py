@@ -200,7 +200,7 @@ def test_node_names_are_unique(tmp_path: Path) -> None:
     model = net("g (float[N] x) => (float[N] y) { a = Abs(x) b = Abs(a) c = Abs(b) d = Abs(c) y = Abs(d) }")
     for node, name in zip(model.graph.node, ["n", "", "n", "n_1", ""], strict=True):
         node.name = name
-    assert [n.name for n in loaded(model, tmp_path).graph.nodes] == ["n", "Abs_1", "n_1", "n_1_1", "Abs_4"]
+    assert [n.name for n in loaded(model, tmp_path).graph.nodes] == ["n", "Abs_1", "n_2", "n_1", "Abs_4"]
 
 
 def test_node_names_are_unique_across_bodies(tmp_path: Path) -> None:

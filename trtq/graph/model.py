@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from trtq.data.samples import InputSpec
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
 from trtq.graph.weights import (
     Light,
@@ -149,13 +150,11 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
 
 def name_nodes(graph: gs.Graph) -> None:
     """Give unnamed nodes, those of bodies too, a name of operator and position; make every name unique."""
-    seen: set[str] = set()
+    names, seen = Names(graph), {""}
     bodies = graph.subgraphs(recursive=True)
     for index, node in enumerate(node for body in (graph, *bodies) for node in body.nodes):
-        base = node.name or f"{node.op}_{index}"
-        node.name, suffix = base, 1
-        while node.name in seen:
-            node.name, suffix = f"{base}_{suffix}", suffix + 1
+        if node.name in seen:
+            node.name = names.node(node.name or f"{node.op}_{index}")
         seen.add(node.name)
 
 

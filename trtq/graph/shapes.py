@@ -9,26 +9,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from trtq.graph.evaluate import fold_constants
 from trtq.graph.model import export
-from trtq.graph.weights import read_foldable
 
-_END = np.iinfo(np.int64).max  # of a Slice without an end
 _SHAPE_VALUES = 1024  # constants up to this size may be shapes, which inference needs to see
-
-
-def fold_constants(graph: gs.Graph, size_threshold: int | None = None) -> None:
-    """Evaluate, in place, everything that does not depend on the graph's inputs, known shapes included.
-
-    Args:
-        size_threshold: leave tensors above this many bytes to run time.
-    """
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)  # its constant folding warns about harmless things
-    for body in (graph, *graph.subgraphs(recursive=True)):
-        _slice_shapes(body)
-    read_foldable(graph.toposort())
-    graph.fold_constants(size_threshold=size_threshold)
 
 
 def infer_types(graph: gs.Graph) -> None:
@@ -74,19 +58,6 @@ def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dic
         for name, tensor in concrete.tensors().items()
         if tensor.shape is not None and all(isinstance(d, (int, np.integer)) for d in tensor.shape)
     }
-
-
-def _slice_shapes(graph: gs.Graph) -> None:
-    """Write a Shape with `start` or `end` as Shape and Slice: GraphSurgeon overlooks them when it folds."""
-    for node in [n for n in graph.nodes if n.op == "Shape" and n.attrs.keys() & {"start", "end"}]:
-        bounds = node.attrs.pop("start", 0), node.attrs.pop("end", _END)
-        whole = gs.Variable(f"{node.name}/whole", np.int64)
-        limits = [
-            gs.Constant(f"{node.name}/{name}", np.array([value], np.int64))
-            for name, value in zip(("start", "end"), bounds, strict=True)
-        ]
-        graph.nodes.append(gs.Node("Slice", f"{node.name}/slice", {}, [whole, *limits], [node.outputs[0]]))
-        node.outputs = [whole]
 
 
 def _without_weights(graph: gs.Graph) -> gs.Graph:
