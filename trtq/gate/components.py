@@ -5,7 +5,8 @@ energy the scores have a millionth, so they can be destroyed while the output as
 indices along such an axis are split into groups of like scale, and each is then judged by its own energy.
 
 The rule looks at the reference alone. It takes the largest |x| of every index along an axis (any but the
-samples'), over all rows, sorts these peaks, and cuts where a peak is `GAP` times the next one or more.
+samples'), over all rows, sorts these peaks, and cuts where a peak is `GAP` times the next one or more and the
+root mean squares of the two sides are as far apart.
 
 - Peaks up to 1 stay together, however small some are: probabilities of classes that hardly occur are no
   component of their own. So an output within -1...1 is whole, and so is one whose values along the axis are
@@ -13,15 +14,18 @@ samples'), over all rows, sorts these peaks, and cuts where a peak is `GAP` time
 - A cut has to follow a layout that somebody made, such as 4 boxes before 80 scores, or x, y, visibility over
   and over: along the axis, almost all runs of one side are of a few lengths. Channels that are weak or strong
   because training made them so are scattered.
+- A minority of small values has to reach `LEAST`: scores that say something do, channels that died do not.
 - A side with fewer than 1 of `HANDFUL` indices is an outlier, as embeddings have them, unless it is one
   block: of 3 or more indices, of 2 at an end of the axis, or of 1 where the small side are scores (within
-  0...1): a large one at an end, or a lone score among large values.
-- An index that is zero everywhere tells no scale; it belongs to the smallest.
+  0...1): a large one at an end, or a lone score among large values that are alike.
+- An index tells no scale that is zero everywhere, or as far below the largest as rounding in float32 is
+  (`RESIDUE`); nor does a small one that is constant. Such indices belong to the smallest group.
 - An axis whose indices have fewer than `FEWEST_VALUES` values each is never split: peaks of that few say
   nothing. Where several axes could be split, the one with the widest gap is.
 
 What this cannot see: scales that pass into each other without a gap (70, 20, 5, 1), scales within -1...1,
-several components along two axes at once, and integers, which are always whole.
+components along two axes at once, and integers, which are always whole. An outlier among up to `HANDFUL`
+channels cannot be told from a component, and is taken for one.
 """
 
 from __future__ import annotations
@@ -43,14 +47,23 @@ BOUND = 1.0
 HANDFUL = 32
 """A group of fewer than 1 of this many indices is an outlier unless its place says otherwise."""
 
+RESIDUE = 1e-7
+"""Peaks below this share of the largest are rounding."""
+
+CONSTANT = 1e-3
+"""Values that differ by less than this share of their peak are a constant."""
+
+LEAST = 0.1
+"""What a minority of small values reaches where it is more than channels that died."""
+
 FEWEST_VALUES = 8
 """Values of each index that its peak is taken from, at least."""
 
 _RUN_KINDS, _LAID_OUT = 3, 0.9
 """Runs along the axis are a layout if this share of them is of this many kinds (side and length)."""
 
-_LEAST_SCORE, _LIKE = 0.1, 30.0
-"""A lone score reaches at least this, and the values that it stands among are alike within this factor."""
+_LIKE = 30.0
+"""Values that a lone score stands among are alike if their peaks are within this factor."""
 
 _LISTED = 4
 """Ranges of indices that a label names."""
@@ -117,16 +130,16 @@ def components(batches: Sequence[NDArray]) -> Components:
 
 def _split(batches: Sequence[NDArray], axis: int) -> tuple[Components, float]:
     """The groups along an axis and the widest gap between them; `WHOLE` and 0 where there is one group."""
-    others = tuple(i for i in range(batches[0].ndim) if i != axis)
-    highest = np.max([batch.max(axis=others, initial=-np.inf) for batch in batches], axis=0)
-    lowest = np.min([batch.min(axis=others, initial=np.inf) for batch in batches], axis=0)
-    peaks = np.maximum(highest, -lowest).astype(np.float64)
-    order = np.sort(peaks[peaks > 0])[::-1]
-    ratios = order[:-1] / order[1:]
+    values = _Values.along(batches, axis)
+    peaks = values.peaks
+    order = np.argsort(-peaks, kind="stable")
+    order = order[peaks[order] > RESIDUE * peaks.max()]
+    upper, lower = peaks[order[:-1]], peaks[order[1:]]
+    wide = (upper >= GAP * lower) & (upper > BOUND) & values.vary[order[1:]]
     gaps = {
-        float(order[i]): float(ratios[i])
-        for i in np.flatnonzero((ratios >= GAP) & (order[:-1] > BOUND))
-        if _made(peaks >= order[i], peaks, lowest)
+        float(upper[i]): float(upper[i] / lower[i])
+        for i in np.flatnonzero(wide)
+        if _is_made(values, peaks >= upper[i])
     }
     if not gaps:
         return WHOLE, 0.0
@@ -135,24 +148,54 @@ def _split(batches: Sequence[NDArray], axis: int) -> tuple[Components, float]:
     return Components(axis, indices, tuple(float(peaks[own].max()) for own in indices)), max(gaps.values())
 
 
-def _made(large: Mask, peaks: NDArray[np.float64], lowest: NDArray) -> bool:
+@dataclass(frozen=True)
+class _Values:
+    """The values of each index along an axis; all of shape (indices,).
+
+    Attributes:
+        peaks: the largest |x|.
+        lowest: the smallest x.
+        vary: whether they are more than a constant.
+        energy: the mean of x².
+    """
+
+    peaks: NDArray[np.float64]
+    lowest: NDArray[np.float64]
+    vary: Mask
+    energy: NDArray[np.float64]
+
+    @classmethod
+    def along(cls, batches: Sequence[NDArray], axis: int) -> _Values:
+        others = tuple(i for i in range(batches[0].ndim) if i != axis)
+        highest = np.max([b.max(axis=others, initial=-np.inf) for b in batches], axis=0).astype(np.float64)
+        lowest = np.min([b.min(axis=others, initial=np.inf) for b in batches], axis=0).astype(np.float64)
+        peaks = np.maximum(highest, -lowest)
+        squares = [np.square(b, dtype=np.float64).sum(axis=others) for b in batches]
+        energy = np.sum(squares, axis=0) * (len(peaks) / sum(b.size for b in batches))
+        return cls(peaks, lowest, highest - lowest > CONSTANT * peaks, energy)
+
+
+def _is_made(values: _Values, large: Mask) -> bool:
     """Whether a cut between the indices of large values and the others is a layout that somebody made."""
-    runs = [(side, len(list(run))) for side, run in groupby(large)]
+    if values.energy[large].mean() < GAP**2 * values.energy[~large].mean():
+        return False
+    runs = [(bool(side), len(list(run))) for side, run in groupby(large)]
     common = sum(count for _, count in Counter(runs).most_common(_RUN_KINDS))
     if common < _LAID_OUT * len(runs):
         return False
     few = large if 2 * large.sum() < large.size else ~large
-    count = int(few.sum())
+    top, count = values.peaks[~large].max(), int(few.sum())
+    if few is not large and 2 * count < large.size and top < LEAST:
+        return False
     if HANDFUL * count >= large.size:
         return True
-    if count >= 3:
-        return len(runs) <= 3
-    at_end = bool(few[0] or few[-1])
-    if count == 2:
-        return len(runs) == 2
-    small_top, alike = peaks[~large].max(), peaks[large].max() <= _LIKE * peaks[large].min()
-    scores = bool(lowest[~large].min() >= 0 and small_top <= BOUND)
-    return scores and (at_end if few is large else bool(alike and small_top >= _LEAST_SCORE))
+    if count > 1:
+        return len(runs) == 2 or (count > 2 and len(runs) == 3)
+    if values.lowest[~large].min() < 0 or top > BOUND:
+        return False
+    if few is large:
+        return bool(few[0] or few[-1])
+    return bool(values.peaks[large].max() <= _LIKE * values.peaks[large].min())
 
 
 def _distribution(batches: Sequence[NDArray], axis: int) -> bool:
