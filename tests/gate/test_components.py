@@ -242,7 +242,10 @@ def test_parts_and_labels() -> None:
     first, second = split.parts(array)
     np.testing.assert_array_equal(first, array[:, [0, 1, 2, 5]])
     np.testing.assert_array_equal(second, array[:, 3:5])
-    assert split.labels() == ["channels 0-2, 5 of axis 1 (up to 640)", "channels 3-4 of axis 1 (up to 0.988)"]
+    assert split.labels() == [
+        "channels 0-2, 5 of axis 1 (up to 640)",
+        "channels 3-4 of axis 1 (up to 0.9876)",
+    ]
     scattered = Components(2, (np.arange(0, 30, 3), np.array([1])), (1.0, 0.1))
     assert scattered.labels()[0] == "channels 0, 3, 6, 9, ... (10 in all) of axis 2 (up to 1)"
     assert scattered.labels()[1].startswith("channel 1 of")

@@ -97,7 +97,7 @@ class Components:
     def labels(self) -> list[str]:
         """Which indices each group has and how large its values are; nothing where the output is whole."""
         return [
-            f"{_ranges(indices)} of axis {self.axis} (up to {peak:.3g})"
+            f"{_ranges(indices)} of axis {self.axis} (up to {peak:.4g})"
             for indices, peak in zip(self.indices, self.peaks, strict=True)
         ]
 
@@ -113,9 +113,10 @@ def components(batches: Sequence[NDArray]) -> Components:
             to batch is not split.
     """
     first = batches[0]
-    if first.dtype.kind != "f" or not all(np.isfinite(batch).all() for batch in batches):
+    if first.dtype.kind != "f":
         return WHOLE
-    if all(batch.max(initial=0.0) <= BOUND and batch.min(initial=0.0) >= -BOUND for batch in batches):
+    peak = np.max([[batch.max(initial=0.0), -batch.min(initial=0.0)] for batch in batches])
+    if not BOUND < peak < np.inf:  # NaN is neither
         return WHOLE
     best, widest = WHOLE, 0.0
     for axis in range(1, first.ndim):
@@ -130,12 +131,18 @@ def components(batches: Sequence[NDArray]) -> Components:
 
 def _split(batches: Sequence[NDArray], axis: int) -> tuple[Components, float]:
     """The groups along an axis and the widest gap between them; `WHOLE` and 0 where there is one group."""
-    values = _Values.along(batches, axis)
-    peaks = values.peaks
+    others = tuple(i for i in range(batches[0].ndim) if i != axis)
+    highest = np.max([b.max(axis=others, initial=-np.inf) for b in batches], axis=0).astype(np.float64)
+    lowest = np.min([b.min(axis=others, initial=np.inf) for b in batches], axis=0).astype(np.float64)
+    peaks = np.maximum(highest, -lowest)
+    vary = highest - lowest > CONSTANT * peaks
     order = np.argsort(-peaks, kind="stable")
     order = order[peaks[order] > RESIDUE * peaks.max()]
     upper, lower = peaks[order[:-1]], peaks[order[1:]]
-    wide = (upper >= GAP * lower) & (upper > BOUND) & values.vary[order[1:]]
+    wide = (upper >= GAP * lower) & (upper > BOUND) & vary[order[1:]]
+    if not wide.any():
+        return WHOLE, 0.0
+    values = _Values(peaks, lowest, np.sum([_energy(batch, axis) for batch in batches], axis=0))
     gaps = {
         float(upper[i]): float(upper[i] / lower[i])
         for i in np.flatnonzero(wide)
@@ -155,24 +162,17 @@ class _Values:
     Attributes:
         peaks: the largest |x|.
         lowest: the smallest x.
-        vary: whether they are more than a constant.
-        energy: the mean of x².
+        energy: the sum of x².
     """
 
     peaks: NDArray[np.float64]
     lowest: NDArray[np.float64]
-    vary: Mask
     energy: NDArray[np.float64]
 
-    @classmethod
-    def along(cls, batches: Sequence[NDArray], axis: int) -> _Values:
-        others = tuple(i for i in range(batches[0].ndim) if i != axis)
-        highest = np.max([b.max(axis=others, initial=-np.inf) for b in batches], axis=0).astype(np.float64)
-        lowest = np.min([b.min(axis=others, initial=np.inf) for b in batches], axis=0).astype(np.float64)
-        peaks = np.maximum(highest, -lowest)
-        squares = [np.square(b, dtype=np.float64).sum(axis=others) for b in batches]
-        energy = np.sum(squares, axis=0) * (len(peaks) / sum(b.size for b in batches))
-        return cls(peaks, lowest, highest - lowest > CONSTANT * peaks, energy)
+
+def _energy(batch: NDArray, axis: int) -> NDArray[np.float64]:
+    every = list(range(batch.ndim))
+    return np.einsum(batch, every, batch, every, [axis], dtype=np.float64)
 
 
 def _is_made(values: _Values, large: Mask) -> bool:
