@@ -9,6 +9,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from graph.nets import normal, run
+from mixed import BOXES, SCORES, lowest_decibels, mixed_net
 
 from trtq.cache import Cache
 from trtq.calibration.collect import collect
@@ -41,6 +43,18 @@ def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, 
     statistics = collect(model.graph, plan.tensors, samples)
     measure = Measure(model.path, model.sha256, samples, Cache(folder / "c"), SILENT)
     return measure, Quantization(model.graph, plan, {}), statistics
+
+
+def mixed(folder: Path) -> tuple[Measure, Quantization, Statistics]:
+    """The same of a network whose output mixes scales."""
+    onnx.save(mixed_net(), folder / "m.onnx")
+    np.savez(folder / "x.npz", x=normal(64, 16))
+    model = load_model(folder / "m.onnx")
+    fold(model.graph)
+    plan = place(model)
+    samples = load_samples(str(folder / "x.npz"), model.inputs)
+    measure = Measure(model.path, model.sha256, samples, Cache(folder / "c"), SILENT)
+    return measure, Quantization(model.graph, plan, {}), collect(model.graph, plan.tensors, samples)
 
 
 def by_hand(x: np.ndarray, weight: np.ndarray, scale: float) -> float:
@@ -129,3 +143,17 @@ def test_outputs_that_are_not_finite_are_the_worst(tmp_path: Path) -> None:
     coarse, fine = (Quantization(model.graph, place(model), {"x": np.float32(s)}) for s in (1 / 127, 1e-6))
     assert measure.sqnr_db(coarse, "coarse") == -MAX_SQNR_DB
     assert measure.sqnr_db(fine, "fine") > 30
+
+
+def test_a_method_is_chosen_for_scores_that_boxes_drown(tmp_path: Path) -> None:
+    """Judged as one array, maxima are as good as anything: they are best for the boxes."""
+    measure, bare, statistics = mixed(tmp_path)
+    choice = choose_method(measure, bare, statistics)
+    reference = run(bare.graph, {"x": normal(64, 16)})["y"]
+    for name in ("max", "percentile:99.9"):
+        scales = scales_from(statistics, parse_method(name))
+        found = run(replace(bare, scales=scales).rewritten(), {"x": normal(64, 16)})["y"]
+        expected = lowest_decibels(reference, found, [BOXES, SCORES])
+        assert choice.sqnr_db[name] == pytest.approx(expected, abs=0.05)
+    assert choice.sqnr_db["max"] < 12
+    assert choice.sqnr_db[str(choice.method)] > choice.sqnr_db["max"] + 3

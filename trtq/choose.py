@@ -21,7 +21,7 @@ from trtq.console import Console
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.evaluation import candidate_of, outputs_of
-from trtq.gate.similarity import overall_sqnr_db, scored, sqnr_db
+from trtq.gate.similarity import Reference
 from trtq.numerics import has_scale, scale_from_amax
 from trtq.quantization import Quantization
 
@@ -35,7 +35,7 @@ class Choice:
 
     Attributes:
         method: the best one.
-        sqnr_db: candidate -> SQNR of the outputs on the rows held back, averaged over outputs.
+        sqnr_db: candidate -> SQNR of the outputs together on the rows held back.
         rows: how many rows were held back.
     """
 
@@ -83,11 +83,11 @@ class Measure:
     threads: int | None = None
 
     def sqnr_db(self, quantization: Quantization, label: str) -> float:
-        """SQNR of the quantized model's outputs together (see `similarity.overall_sqnr_db`)."""
+        """SQNR of the quantized model's outputs together (see `similarity.Reference`)."""
         reference = self._outputs(self.model, "fp32", self.sha256)
         with candidate_of(quantization) as candidate:
             outputs = self._outputs(candidate, label)
-        return overall_sqnr_db([sqnr_db(reference[n], outputs[n])[0] for n in scored(reference)])
+        return Reference([reference]).sqnr_db([outputs])
 
     def _outputs(self, model: Path, label: str, sha256: str | None = None) -> Arrays:
         outputs, _ = outputs_of(

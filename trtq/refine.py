@@ -25,7 +25,7 @@ from trtq.choose import amax_of, scales_from
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
-from trtq.gate.similarity import overall_sqnr_db, scored, sqnr_db
+from trtq.gate.similarity import Reference
 from trtq.graph.model import serialized
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import scales_as_inputs
@@ -85,7 +85,7 @@ def refine_ranges(
     runs = sum(len(tried) for tried in options.values())
     rows = _row_count(plan, runs, len(samples))
     part = _spread(samples, rows)
-    expected = _outputs(quantization.graph, part)
+    reference = Reference(_outputs(quantization.graph, part))
     current = scales_from(statistics, start)
     quantized = replace(quantization, scales=current).rewritten()
     runner = _Runner(quantized, scales_as_inputs(quantized, plan))
@@ -93,8 +93,7 @@ def refine_ranges(
 
     def score(scales: Mapping[str, np.float32], count: int) -> float:
         """SQNR of the outputs together over the first `count` batches."""
-        found = [runner.run(batch, scales) for batch in part[:count]]
-        return overall_sqnr_db([_sqnr(expected[:count], found, name) for name in scored(expected[0])])
+        return reference.sqnr_db(runner.run(batch, scales) for batch in part[:count])
 
     few, every = max(len(part) // 4, 1), len(part)
     glance, best = score(current, few), score(current, every)
@@ -149,12 +148,6 @@ def _outputs(graph: gs.Graph, part: Sequence[Batch]) -> list[Arrays]:
     """A graph's outputs of every batch; its session, with all the weights, is gone when this returns."""
     runner = _Runner(graph, {})
     return [runner.run(batch, {}) for batch in part]
-
-
-def _sqnr(expected: Sequence[Arrays], found: Sequence[Arrays], name: str) -> float:
-    parts = ([outputs[name].ravel() for outputs in side] for side in (expected, found))
-    reference, candidate = (np.concatenate(list(part)) for part in parts)
-    return float(sqnr_db(reference, candidate)[0])
 
 
 class _Runner:

@@ -4,6 +4,9 @@ Every group is measured: alone in INT8 with all others in fp32, as in the paper,
 others in INT8, which also shows how groups act on each other. The fast ranking is the same measurement on
 few rows: a group's noise is an average over many output values of each row already, so a handful of rows
 ranks groups nearly like all of them do, at the cost of a few passes.
+
+The noise of an output that mixes scales is that of its worst component, so a group of nodes counts by what it
+does to scores, however large the boxes beside them are.
 """
 
 from __future__ import annotations

@@ -232,3 +232,47 @@ def test_parse_margin(text, margin):
 def test_parse_margin_refuses(text):
     with pytest.raises(InputError, match="is no allowed drop"):
         parse_margin(text)
+
+
+def yolo() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Boxes with a little noise beside scores that are turned round."""
+    rng = np.random.default_rng(0)
+    reference = np.concatenate([rng.uniform(50, 640, (20, 4, 6)), rng.uniform(0, 1, (20, 8, 6))], axis=1)
+    reference[0, 0, 0], reference[0, 4, 0] = 640, 1
+    candidate = reference + rng.normal(0, 0.1, reference.shape)
+    candidate[:, 4:] = 1 - reference[:, 4:]
+    return {"y": reference}, {"y": candidate}
+
+
+def test_scores_beside_boxes_cannot_be_broken_unseen():
+    reference, candidate = yolo()
+    found = decide(reference, candidate, {}, load_metric("cosine"), executor="simulation")
+    assert found.outcome is Outcome.FAIL
+    r, c = (side["y"][:, 4:] for side in (reference, candidate))
+    expected = 10 * np.log10((r**2).sum() / ((r - c) ** 2).sum())
+    assert found.outputs["y"].sqnr_db == pytest.approx(expected)
+    lines = found.text().splitlines()
+    (index,) = (i for i, line in enumerate(lines) if line.startswith("  output y:"))
+    assert lines[index].endswith("(the worst of 2 components)")
+    assert f"SQNR {expected:.1f} dB" in lines[index]
+    assert lines[index + 1].startswith("    channels 0-3 of axis 1 (up to 640): cosine 1.00000, SQNR")
+    assert lines[index + 2].startswith("    channels 4-11 of axis 1 (up to 1):")
+    assert f"SQNR {expected:.1f} dB" in lines[index + 2]
+
+
+def test_components_in_json():
+    reference, candidate = yolo()
+    found = decide(reference, candidate, {}, load_metric("cosine"), executor="simulation")
+    value = found.to_json()
+    assert json.loads(json.dumps(value, allow_nan=False)) == value  # nothing but JSON's own values
+    assert Verdict.from_json(value) == found
+    assert [part["label"] for part in value["outputs"]["y"]["parts"]] == [
+        "channels 0-3 of axis 1 (up to 640)",
+        "channels 4-11 of axis 1 (up to 1)",
+    ]
+
+
+def test_a_verdict_from_before_there_were_components():
+    value = verdict(classifier(50, 3), classifier(49, 4)).to_json()
+    assert value["outputs"]["y"].pop("parts") == []
+    assert Verdict.from_json(value) == verdict(classifier(50, 3), classifier(49, 4))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from mixed import lowest_decibels
 from small_graphs import Case, outputs, small_case
 
 from trtq.backends.onnxruntime import simulation_session
@@ -158,3 +159,29 @@ def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(start: tuple[C
     assert (short.whole, whole.whole) == (False, True)
     assert resumed.steps == whole.steps
     assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()
+
+
+def mixed(case: Case) -> None:
+    """Boxes in pixels beside scores, each of a layer of its own behind a common one."""
+    x = case.input("x", 16)
+    hidden = case.node("Relu", case.node("Gemm", x, case.weight(16, 16), case.weight(16)))
+    hidden.shape = ["N", 16]
+    boxes = case.node("Add", case.node("Gemm", hidden, 30 * case.weight(16, 4)), np.float32(320))
+    scores = case.node("Sigmoid", case.node("Gemm", hidden, case.weight(16, 8) / 4))
+    case.output(case.node("Concat", boxes, scores, axis=1), 12)
+
+
+def test_learning_is_measured_by_the_worst_component(tmp_path: Path) -> None:
+    case = small_case(tmp_path, mixed, np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32))
+    quantization = case.quantized()
+    wide = {name: np.float32(4 * scale) for name, scale in quantization.scales.items()}
+    fitting, held_back = case.samples.split()
+    learned = learn(replace(quantization, scales=wide), case.graph, fitting, held_back, SILENT, threads=1)
+
+    def lowest(found: Quantization) -> float:
+        pair = outputs(case.graph, held_back)[0], outputs(found.rewritten(), held_back)[0]
+        return lowest_decibels(*pair, [slice(0, 4), slice(4, 12)])
+
+    assert learned.before_db == pytest.approx(lowest(replace(quantization, scales=wide)), abs=0.02)
+    assert learned.after_db == pytest.approx(lowest(learned.quantization), abs=0.02)
+    assert learned.after_db > learned.before_db + 1

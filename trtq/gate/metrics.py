@@ -86,7 +86,8 @@ def load_metric(spec: str) -> Metric:
             - `miou`: mean over the occurring classes of intersection over union;
             - `cosine`: label-free, mean per-sample cosine with the reference's output, or the mean
               of that over several outputs;
-            - `sqnr`: label-free, likewise, signal to quantization noise in dB;
+            - `sqnr`: label-free, likewise, signal to quantization noise in dB; as with `cosine`, an output
+              that mixes scales counts with its worst component (see `components`);
             - `kl`: label-free, likewise, exp(-KL) of the class probabilities (see `similarity.likelihood`):
               1 where they are the reference's, 0.99 where they are 0.01 nats away.
 

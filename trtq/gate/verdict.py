@@ -17,7 +17,7 @@ from trtq.errors import ExitCode, InputError
 from trtq.gate import intervals, similarity
 from trtq.gate.in_the_way import InTheWay
 from trtq.gate.metrics import Metric, rows_per_sample
-from trtq.gate.similarity import Similarity
+from trtq.gate.similarity import Part, Similarity
 
 Executor = Literal["engine", "simulation"]
 
@@ -175,11 +175,15 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as JSON values; every number is finite."""
+        value = dataclasses.asdict(self)
         return (
             {"outcome": self.outcome.value}
-            | dataclasses.asdict(self)
+            | value
             | {
                 "gate": self.gate.value,
+                "outputs": {
+                    name: item | {"parts": list(item["parts"])} for name, item in value["outputs"].items()
+                },
                 "relative_interval": self.relative_interval and list(self.relative_interval),
                 "absolute_interval": self.absolute_interval and list(self.absolute_interval),
                 "worst_samples": list(self.worst_samples),
@@ -211,7 +215,7 @@ class Verdict:
                     "gate": Outcome(fields["gate"]),
                     "relative_interval": pair[0] and (float(pair[0][0]), float(pair[0][1])),
                     "absolute_interval": pair[1] and (float(pair[1][0]), float(pair[1][1])),
-                    "outputs": {name: Similarity(**item) for name, item in value["outputs"].items()},
+                    "outputs": {name: _similarity(item) for name, item in value["outputs"].items()},
                     "worst_samples": tuple(value["worst_samples"]),
                     "notes": tuple(value["notes"]),
                     "checks": tuple(checks),
@@ -257,7 +261,9 @@ class Verdict:
             lines.append(f"two-sided {level} interval of the drop: {low} to {high}")
         lines.append("measured on the " + ("engine" if self.executor == "engine" else "CPU, simulated"))
         for name, item in self.outputs.items():
-            lines.append(f"output {name}: {_similarity_text(item)}")
+            worst = f" (the worst of {len(item.parts)} components)" if item.parts else ""
+            lines.append(f"output {name}: {_similarity_text(item)}{worst}")
+            lines += [f"  {part.label}: {_similarity_text(part)}" for part in item.parts]
         if self.worst_samples:
             lines.append(f"least similar samples: {', '.join(map(str, self.worst_samples))}")
         return [*lines, *self.notes, *(self.in_the_way.lines() if self.in_the_way else ())]
@@ -462,7 +468,12 @@ def _without_fail(outcome: Outcome) -> Outcome:
     return Outcome.INCONCLUSIVE if outcome is Outcome.FAIL else outcome
 
 
-def _similarity_text(item: Similarity) -> str:
+def _similarity(value: dict[str, Any]) -> Similarity:
+    """Out of JSON; older files have no parts."""
+    return Similarity(**value | {"parts": tuple(Part(**part) for part in value.get("parts", ()))})
+
+
+def _similarity_text(item: Similarity | Part) -> str:
     exact = item.sqnr_db >= similarity.MAX_SQNR_DB
     noise = "exact" if exact else f"SQNR {item.sqnr_db:.1f} dB"
     return f"cosine {item.cosine:.5f}, {noise}, largest error {item.max_abs_error:.4g}"
