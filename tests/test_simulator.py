@@ -290,3 +290,35 @@ def test_an_output_that_mixes_scales_has_the_noise_of_its_worst_component(tmp_pa
         assert effects[group.name].sqnr_db == pytest.approx(expected, abs=0.02)
         assert effects[group.name].noise == pytest.approx(10 ** (-expected / 10), rel=0.01)
     assert min(effects.values(), key=lambda effect: effect.sqnr_db).group.nodes == ("cls",)
+
+
+def _logarithm() -> onnx.ModelProto:
+    return net("g (float[N,8] x) => (float[N,4] y) { h = MatMul(x, w) y = Log(h) }", w=np.abs(normal(8, 4)))
+
+
+def test_outputs_that_are_not_finite_in_fp32_are_named_with_their_row(tmp_path: Path) -> None:
+    rows = np.abs(normal(_ROWS, 8))
+    quantization = _quantization(_logarithm(), {"x": rows}, tmp_path)
+    rows[4] *= -1
+    samples = _samples({"x": rows}, _logarithm(), tmp_path)
+    with pytest.raises(InputError, match="output 'y' of the reference is NaN or infinite in row 4"):
+        Simulator(quantization, samples)
+    with pytest.raises(InputError, match="in row 4"):
+        Simulator(quantization, samples.subset([1, 4]))
+
+
+def test_only_what_is_finite_in_fp32_is_scored_if_asked_for(tmp_path: Path) -> None:
+    """A zero column makes -inf in every row, in fp32 and INT8 alike: the rest is scored as if it were not."""
+    weight = np.abs(normal(8, 4))
+    rows = np.abs(normal(_ROWS, 8))
+    whole = net("g (float[N,8] x) => (float[N,4] y) { h = MatMul(x, w) y = Log(h) }", w=weight)
+    weight = np.insert(weight, 2, 0, axis=1)
+    holed = net("g (float[N,8] x) => (float[N,5] y) { h = MatMul(x, w) y = Log(h) }", w=weight)
+    scores = []
+    for model in (whole, holed):
+        quantization = _quantization(model, {"x": rows}, tmp_path)
+        samples = _samples({"x": rows}, model, tmp_path)
+        simulator = Simulator(quantization, samples, metric=load_metric("cosine"), ignore_nonfinite=True)
+        scores.append(simulator.score(quantization.plan))
+    assert scores[1] == pytest.approx(scores[0])
+    assert scores[0].sqnr_db > 20

@@ -21,6 +21,7 @@ from trtq.console import Console
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.evaluation import candidate_of, outputs_of
+from trtq.gate.finite import check_reference
 from trtq.gate.similarity import Reference
 from trtq.numerics import has_scale, scale_from_amax
 from trtq.quantization import Quantization
@@ -73,6 +74,7 @@ class Measure:
     Attributes:
         model: the file of the fp32 model, whose outputs are the reference; `sha256` is its hash.
         rows: the rows held back.
+        ignore_nonfinite: measure only where the reference is finite.
     """
 
     model: Path
@@ -81,10 +83,16 @@ class Measure:
     cache: Cache
     console: Console
     threads: int | None = None
+    ignore_nonfinite: bool = False
 
     def sqnr_db(self, quantization: Quantization, label: str) -> float:
-        """SQNR of the quantized model's outputs together (see `similarity.Reference`)."""
+        """SQNR of the quantized model's outputs together (see `similarity.Reference`).
+
+        Raises:
+            InputError: the model does not run on the rows, or its outputs are not finite in fp32.
+        """
         reference = self._outputs(self.model, "fp32", self.sha256)
+        check_reference(reference, ignore_nonfinite=self.ignore_nonfinite, samples=self.rows)
         with candidate_of(quantization) as candidate:
             outputs = self._outputs(candidate, label)
         return Reference([reference]).sqnr_db([outputs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,22 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Console:
-    """Prints steps and progress; `quiet` prints nothing, as a library should by default."""
+    """Prints steps and progress; `quiet` prints nothing, as a library should by default.
+
+    Attributes:
+        warnings: what was warned of, each once.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._stream = stream or sys.stderr
         self._quiet = quiet
+        self.warnings: list[str] = []
+
+    def fresh(self) -> Console:
+        """The same console for a job of its own: `warnings` holds what is warned of from now on."""
+        console = copy.copy(self)
+        console.warnings = []
+        return console
 
     def say(self, label: str, text: str) -> None:
         """One finished step: a short label and what came of it; further lines are indented."""
@@ -29,7 +41,9 @@ class Console:
             print(f"  {label:<{_LABEL}}{indented}", file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
-        """Something that did not stop the job but should be known."""
+        """Something that did not stop the job but should be known; it is kept in `warnings`."""
+        if text not in self.warnings:
+            self.warnings.append(text)
         self.say("warning", text)
 
     @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trtq.cache import Cache, Key
@@ -15,8 +15,18 @@ from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
 from trtq.gate.execute import Outputs, fingerprint, is_engine, run_model
+from trtq.gate.finite import check_reference
 from trtq.gate.metrics import Metric, load_metric
-from trtq.gate.verdict import Check, Outcome, Verdict, decide, parse_margin, score_reference
+from trtq.gate.reference import doubt
+from trtq.gate.verdict import (
+    Check,
+    Outcome,
+    Verdict,
+    check_decides,
+    decide,
+    parse_margin,
+    score_reference,
+)
 from trtq.graph.model import model_sha256, save_model
 from trtq.parallel import KEPT_BYTES, run_sharded
 from trtq.quantization import Quantization
@@ -85,6 +95,19 @@ def candidate_of(quantization: Quantization, rest: str = "fp32") -> Iterator[Pat
         yield path
 
 
+def gate_of(recipe: Recipe) -> tuple[float, Metric]:
+    """The recipe's allowed drop and metric: all that is known of the gate before data are read.
+
+    Raises:
+        InputError: an option is missing or wrong, or the metric cannot decide.
+    """
+    recipe.need("eval", "metric")
+    assert recipe.metric is not None
+    max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
+    check_decides(metric)
+    return max_drop, metric
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The gate of a recipe: its evaluation rows, and the reference's outputs on them.
@@ -117,12 +140,10 @@ class Evaluation:
 
         Raises:
             InputError: an option is missing or wrong, the data have no targets for the metric, the reference
-                does not run on them, or its outputs cannot be scored.
+                does not run on them, or its outputs cannot be scored or score less than the recipe wants.
         """
-        recipe.need("eval", "metric")
+        max_drop, metric = gate_of(recipe)
         assert recipe.eval is not None
-        assert recipe.metric is not None
-        max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
         samples = load_samples(recipe.eval, tuple(inputs), recipe.preprocess)
         if metric.needs_targets and not samples.targets:
             raise InputError(
@@ -131,8 +152,20 @@ class Evaluation:
                 remedy="add an array of labels, or use the metric 'cosine', which needs none",
             )
         outputs = _outputs(reference, "reference", recipe, samples, cache, console)
+        check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
         with about(samples.source):
             value = score_reference(outputs.arrays, dict(samples.targets), metric)
+        doubtful = doubt(metric, outputs.arrays, dict(samples.targets), value)
+        if recipe.min_reference is not None and value < recipe.min_reference:
+            raise InputError(
+                f"the reference scores {value:.4g} in {metric.name}, at least {recipe.min_reference:g} was"
+                " asked for",
+                file=samples.source,
+                cause=doubtful,
+                remedy="check labels, preprocessing and model: such a reference is none to judge by",
+            )
+        if doubtful:
+            console.warn(doubtful)
         return cls(recipe, samples, metric, max_drop, outputs, value, cache, console)
 
     def verdict(self, candidate: Path, against: Outputs | None = None) -> Verdict:
@@ -152,6 +185,7 @@ class Evaluation:
                 max_drop=self.max_drop,
                 confidence=self.recipe.confidence,
                 executor=outputs.executor,
+                ignore_nonfinite=self.recipe.ignore_nonfinite,
             )
         least = self.recipe.min_sqnr
         return verdict if least is None or against else verdict.with_checks(_sqnr_check(verdict, least))
@@ -162,7 +196,9 @@ class Evaluation:
             return self.verdict(candidate)
 
     def published(self, verdict: Verdict) -> Verdict:
-        """A verdict as the user gets it: inconclusive where the recipe requires an engine and none ran."""
+        """A verdict as the user gets it, with the warnings so far: inconclusive where the recipe requires an
+        engine and none ran."""
+        verdict = replace(verdict, warnings=tuple(self.console.warnings))
         return verdict.require_engine() if self.recipe.require_engine else verdict
 
     def outputs(self, model: Path, label: str) -> Outputs:

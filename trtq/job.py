@@ -15,6 +15,7 @@ from trtq.calibration.methods import parse_method
 from trtq.choose import Measure
 from trtq.console import Console
 from trtq.data.load import load_samples
+from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.graph.fit import check_fits
@@ -57,12 +58,42 @@ class Job:
         """
         recipe.need("model", "data")
         parse_parallel(recipe.parallel)
+        if recipe.method.strip().lower() != "auto":
+            parse_method(recipe.method)
         assert recipe.data is not None
         model = prepare(recipe)
         data = load_samples(recipe.data, model.inputs, recipe.preprocess)
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
-        return cls(recipe, model, data, open_cache(recipe, console), console)
+        job = cls(recipe, model, data, open_cache(recipe, console), console)
+        job._warn_of_few()
+        return job
+
+    def warn_of_shared(self, evaluation: Samples) -> None:
+        """Warn of calibration rows among those of the evaluation."""
+        if (shared := shared_rows(self.data, evaluation)) is not None:
+            theirs, mine = shared.first
+            self.console.warn(
+                f"{shared.found} of {shared.rows} evaluation rows are also calibration rows (first: row"
+                f" {theirs} = calibration row {mine}): what was fitted on a row looks better on it than on"
+                " others; evaluate on rows of their own"
+            )
+
+    def _warn_of_few(self) -> None:
+        """Warn of calibration data that are too few to hold some back, or few because they repeat."""
+        samples = len(self.data) // self.data.group
+        if not self.enough:
+            self.console.warn(
+                f"{samples} calibration samples are too few to hold some back ({FEWEST_TO_SPLIT} are enough):"
+                " what is fitted on them is measured on the same ones; a few hundred would be better"
+            )
+        distinct = distinct_rows(self.data, FEWEST_TO_SPLIT)
+        if distinct < min(len(self.data), FEWEST_TO_SPLIT):
+            are = "is" if distinct == 1 else "are"
+            self.console.warn(
+                f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others copies:"
+                " ranges and choices rest on these alone; look at how the data were made"
+            )
 
     @cached_property
     def profile(self) -> Profile:
@@ -89,6 +120,8 @@ class Job:
         Args:
             entries: what it depends on beside those.
         """
+        if self.recipe.ignore_nonfinite:  # without it, what was made so is refused
+            entries["ignore_nonfinite"] = True
         return Key.of(
             kind,
             model=self.model.sha256,
@@ -102,7 +135,13 @@ class Job:
     def measure(self) -> Measure:
         """Scores a quantization on the rows held back."""
         return Measure(
-            self.model.path, self.model.sha256, self.parts[1], self.cache, self.console, self.recipe.threads
+            self.model.path,
+            self.model.sha256,
+            self.parts[1],
+            self.cache,
+            self.console,
+            self.recipe.threads,
+            self.recipe.ignore_nonfinite,
         )
 
 

@@ -43,7 +43,8 @@ from trtq.errors import ExitCode, InputError
 from trtq.evaluation import Evaluation, outputs_of
 from trtq.files import PathLike, sha256_file, staged_folder, write_json
 from trtq.gate.execute import Outputs
-from trtq.gate.similarity import Similarity, compare, first_not_finite
+from trtq.gate.finite import first_not_finite
+from trtq.gate.similarity import Similarity, compare
 from trtq.gate.verdict import Check, Outcome, Verdict, overall, parse_margin
 from trtq.graph.model import save_model
 from trtq.graph.place import FLOATS, place
@@ -179,6 +180,7 @@ def migrate(
     assert recipe.output is not None
     if (recipe.eval is None) != (recipe.metric is None):
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
+    console = console.fresh()
     backend = builder(recipe.backend)
     backend.check_targets(recipe.target)
     parse_margin(recipe.max_drop)

@@ -29,7 +29,7 @@ from trtq.coverage import Coverage
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
-from trtq.evaluation import Evaluation
+from trtq.evaluation import Evaluation, gate_of
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph.fold import fold
@@ -123,10 +123,13 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     budget, steps = Budget.parse(recipe.budget), parse_steps(recipe.recover)
     if recipe.min_int8 is not None:
         parse_share(recipe.min_int8)
+    gate_of(recipe)
+    console = console.fresh()
     job = Job.open(recipe, console)
     plan = job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
+    job.warn_of_shared(evaluation.samples)
     console.say("plan", plan_text(plan))
     started = time.perf_counter()
     with staged_folder(recipe.output) as folder:
@@ -134,7 +137,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = max(attempts, key=lambda attempt: attempt.measured.rank)
         in_the_way = diagnose(job, evaluation, attempts, kept, budget, time.perf_counter() - started)
-        best = dataclasses.replace(kept, verdict=dataclasses.replace(kept.verdict, in_the_way=in_the_way))
+        verdict = dataclasses.replace(kept.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
+        best = dataclasses.replace(kept, verdict=verdict)
         tried = [best if step is kept else step for step in tried]
         for path in list(best.folder.iterdir()):
             os.replace(path, folder / path.name)

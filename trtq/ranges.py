@@ -144,6 +144,7 @@ def _table_key(job: Job, plan: Plan, source: Source) -> Key:
             "weights": [(weight.node, weight.index, weight.axis) for weight in plan.weights],
             "macs": [node.macs for node in plan.nodes],
             "batch": plan.batch,
+            "ignore_nonfinite": job.recipe.ignore_nonfinite,
         }
     return Key.of(
         "table",
@@ -220,7 +221,14 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
     console.say("method", _choice_text(choice))
     others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
     refined = refine_ranges(
-        bare, statistics, choice.method, others, fitting, console, workers=job.recipe.threads
+        bare,
+        statistics,
+        choice.method,
+        others,
+        fitting,
+        console,
+        workers=job.recipe.threads,
+        ignore_nonfinite=job.recipe.ignore_nonfinite,
     )
     before = choice.sqnr_db[str(choice.method)]
     own = scales_from(statistics, choice.method, refined.exceptions)

@@ -33,6 +33,7 @@ else:
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "confidence": (lambda c: 0.5 < c < 1, "between 0.5 and 1"),
     "min_sqnr": (math.isfinite, "of decibels"),
+    "min_reference": (math.isfinite, "of the metric"),
     "batch": (lambda n: n >= 1, "from 1"),
     "threads": (lambda n: n >= 1, "from 1"),
     "workspace": (lambda n: n >= 1, "from 1"),
@@ -87,6 +88,17 @@ class Recipe:
     )
     require_engine: bool = _option(
         "a verdict that was simulated on the CPU is inconclusive", bool, default=False
+    )
+    min_reference: float | None = _option(
+        "smallest value of the fp32 model's metric; below it the labels or the preprocessing are taken to be"
+        " wrong, and the job ends with exit code 2 before anything is quantized",
+        float,
+        metavar="V",
+    )
+    ignore_nonfinite: bool = _option(
+        "compare outputs only where fp32 is finite; without it NaN or infinity there is an error",
+        bool,
+        default=False,
     )
     min_int8: str | None = _option(
         "smallest share of multiply-accumulates that the engine runs in INT8", metavar="90%"

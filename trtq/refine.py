@@ -25,6 +25,7 @@ from trtq.choose import amax_of, scales_from
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
+from trtq.gate.finite import check_reference
 from trtq.gate.similarity import Reference
 from trtq.graph.model import serialized
 from trtq.graph.plan import Plan
@@ -61,6 +62,7 @@ def refine_ranges(
     console: Console,
     *,
     workers: int | None = None,
+    ignore_nonfinite: bool = False,
 ) -> Refinement:
     """One pass of coordinate search over the tensors' ranges.
 
@@ -74,6 +76,10 @@ def refine_ranges(
         methods: the others to try, besides `NARROWER` ranges of `start`.
         samples: the rows to measure on; an evenly spread part of them is used.
         workers: runs at once; default: one for each processor.
+        ignore_nonfinite: measure only where the outputs are finite in fp32.
+
+    Raises:
+        InputError: they are not finite, and nothing was said of it.
     """
     plan = quantization.plan
     options = {
@@ -84,8 +90,12 @@ def refine_ranges(
     }
     runs = sum(len(tried) for tried in options.values())
     rows = _row_count(plan, runs, len(samples))
-    part = _spread(samples, rows)
-    reference = Reference(_outputs(quantization.graph, part))
+    samples = _spread(samples, rows)
+    part = list(samples.batches(BATCH))
+    expected = _outputs(quantization.graph, part)
+    for batch, outputs in zip(part, expected, strict=True):
+        check_reference(outputs, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
+    reference = Reference(expected)
     current = scales_from(statistics, start)
     quantized = replace(quantization, scales=current).rewritten()
     runner = _Runner(quantized, scales_as_inputs(quantized, plan))
@@ -136,12 +146,12 @@ def _row_count(plan: Plan, runs: int, available: int) -> int:
     return int(min(available, MOST_ROWS, max(FEWEST_ROWS, affordable)))
 
 
-def _spread(samples: Samples, rows: int) -> list[Batch]:
+def _spread(samples: Samples, rows: int) -> Samples:
     """About `rows` rows, as whole samples evenly spread over the data, and so is each quarter of them."""
     samples = samples.spread(rows)
     groups = range(len(samples) // samples.group)
     order = [group for first in range(4) for group in groups[first::4]]
-    return list(samples.subset(order).batches(BATCH))
+    return samples.subset(order)
 
 
 def _outputs(graph: gs.Graph, part: Sequence[Batch]) -> list[Arrays]:

@@ -136,6 +136,7 @@ def analyse(
     fast: bool = False,
     workers: int | None = None,
     parallel: str | None = None,
+    ignore_nonfinite: bool = False,
 ) -> Sensitivity:
     """Measure every group of a quantization, on `MOST_ROWS` rows at most.
 
@@ -146,6 +147,7 @@ def analyse(
         fast: measure on a few rows only (`fast_rows`).
         workers: batches run at once; default: one for each processor.
         parallel: where groups are measured (see `parallel.parse_parallel`); workers read the rows themselves.
+        ignore_nonfinite: compare only where the outputs are finite in fp32.
 
     Raises:
         InputError: the model does not run on the samples, or the metric does not suit them; as
@@ -156,7 +158,9 @@ def analyse(
     count = len(groups(quantization.graph, quantization.plan))
     available = min(len(samples), MOST_ROWS)
     samples = samples.spread(fast_rows(available, count) if fast else available)
-    simulator = Simulator(quantization, samples, metric=metric, workers=workers)
+    simulator = Simulator(
+        quantization, samples, metric=metric, workers=workers, ignore_nonfinite=ignore_nonfinite
+    )
     key = Key.of(
         "sensitivity",
         model=quantization.plan.model,
@@ -309,7 +313,10 @@ def _simulator(sent: _Sent, threads: int, rows: _Rows) -> Simulator:
         if metric.fingerprint != fingerprint:
             raise InputError(f"a worker has another version of the metric {name}")
     content = sent.quantization if isinstance(sent.quantization, bytes) else sent.quantization.read_bytes()
-    return Simulator(Quantization.from_bytes(content), rows.samples, metric=metric, workers=threads)
+    quantization = Quantization.from_bytes(content)
+    return Simulator(  # that the reference may be compared with, who sent the work has made sure
+        quantization, rows.samples, metric=metric, workers=threads, ignore_nonfinite=True
+    )
 
 
 def fast_rows(rows: int, count: int) -> int:

@@ -30,8 +30,9 @@ from trtq.backends.onnxruntime import simulation_session
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.gate.finite import check_reference, first_not_finite, with_references
 from trtq.gate.metrics import Metric
-from trtq.gate.similarity import Reference, first_not_finite, noise_db, scored
+from trtq.gate.similarity import Reference, noise_db, scored
 from trtq.graph.groups import Group, groups
 from trtq.graph.model import export, serialized
 from trtq.graph.place import leave_out
@@ -91,9 +92,11 @@ class Simulator:
         metric: scores the outputs, too.
         teacher: the model whose outputs are the reference, where the quantization's graph is no longer it.
         workers: batches run at once; default: one for each processor.
+        ignore_nonfinite: compare only where the reference is finite.
 
     Raises:
-        InputError: a row does not suit the model, or the model does not run on it.
+        InputError: a row does not suit the model, or the model does not run on it, or its outputs are not
+            finite there.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Simulator:
         metric: Metric | None = None,
         teacher: gs.Graph | None = None,
         workers: int | None = None,
+        ignore_nonfinite: bool = False,
     ) -> None:
         self.quantization, self.samples, self.metric = quantization, samples, metric
         self.workers = workers or os.cpu_count() or 1
@@ -114,13 +118,8 @@ class Simulator:
         self._cuts = self._affordable_cuts()
         self._float = self._pass(frozenset())
         self._expected = self._float.outputs if teacher is None else self._taught(teacher)
-        for arrays in self._expected:
-            if broken := first_not_finite(arrays):
-                raise InputError(
-                    f"output '{broken[0]}' of the fp32 model is NaN or infinite",
-                    file=samples.source,
-                    remedy="look at the model: nothing can be compared with such an output",
-                )
+        for batch, arrays in zip(self._batches, self._expected, strict=True):
+            check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
         self._scored = scored(self._expected[0])
         self._measured_against = Reference(list(self._own_rows(self._expected)))
         self._whole: _Pass | None = None
@@ -154,7 +153,8 @@ class Simulator:
         value = None
         if self.metric is not None:
             outputs = self._joined(found)
-            if first_not_finite(outputs) is None:
+            if first_not_finite(outputs, self.reference) is None:
+                outputs = with_references(self.reference, outputs)
                 value = self.metric.value(outputs, dict(self.samples.targets), self.reference)
         return Score(noise_db(noise), noise, value)
 

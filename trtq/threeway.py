@@ -28,6 +28,7 @@ from trtq.data.samples import Samples, fixed_batch
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.gate.execute import engine_runner
+from trtq.gate.finite import compared
 from trtq.gate.similarity import decibels
 from trtq.graph.fold import fold
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model, serialized
@@ -201,7 +202,7 @@ def _sqnr(runs: list[Run], names: list[str], samples: Samples, fixed: int | None
         for index, run in enumerate(runs[1:]):
             after = run(batch.feed)
             for name in names:
-                r, c = (np.asarray(values[name], np.float64) for values in (before, after))
+                r, c = compared(np.asarray(before[name], np.float64), np.asarray(after[name], np.float64))
                 signal[index][name] += float(np.sum(r * r))
                 noise[index][name] += float(np.sum((r - c) ** 2))
             before = {name: np.array(after[name]) for name in names}

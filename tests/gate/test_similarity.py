@@ -12,7 +12,6 @@ from trtq.gate.similarity import (
     check_comparable,
     compare,
     cosine,
-    first_not_finite,
     overall_sqnr_db,
     scored,
     sqnr_db,
@@ -70,11 +69,6 @@ def test_worst_samples_are_ordered_and_never_exact():
     candidate["a"][3] += 0.1
     candidate["b"][1] += 0.5
     assert worst_samples(reference, candidate, 5) == (1, 3)
-
-
-def test_not_finite():
-    assert first_not_finite({"a": np.ones((2, 2)), "b": np.array([0, 1, np.inf, np.nan])}) == ("b", 2)
-    assert first_not_finite({"ids": np.arange(3)}) is None
 
 
 @pytest.mark.parametrize(

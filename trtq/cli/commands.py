@@ -26,7 +26,7 @@ _PLACEMENT = ("plan", "include", "exclude", "weights", "rest")
 _CALIBRATION = ("data", "method", "cache", "threads", "parallel")
 _ENGINE = ("backend", "target", "profile", "batch", "min_int8")
 _TENSOR_SAMPLES = 16
-_GATE = ("eval", "metric", "max_drop", "confidence", "require_engine")
+_GATE = ("eval", "metric", "max_drop", "confidence", "require_engine", "min_reference", "ignore_nonfinite")
 _RECOVERY = ("min_sqnr", "recover", "budget", "labels")
 
 
@@ -246,13 +246,13 @@ COMMANDS: tuple[Command, ...] = (
         "calibrate",
         "make a calibration table from data",
         _calibrate,
-        ("model", "output", *_CALIBRATION, *_PLACEMENT),
+        ("model", "output", *_CALIBRATION, "ignore_nonfinite", *_PLACEMENT),
     ),
     Command(
         "quantize",
         "insert Q/DQ: write an explicit INT8 model",
         _quantize,
-        ("model", "output", *_CALIBRATION, *_PLACEMENT),
+        ("model", "output", *_CALIBRATION, "ignore_nonfinite", *_PLACEMENT),
         (argument("--table", metavar="TABLE", help="take the scales from this table"),),
     ),
     Command(

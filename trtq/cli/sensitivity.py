@@ -27,6 +27,7 @@ def _sensitivity(given: argparse.Namespace) -> int:
     samples = job.data
     if recipe.eval is not None:
         samples = load_samples(recipe.eval, tuple(job.model.inputs), recipe.preprocess)
+        job.warn_of_shared(samples)
     if metric is not None and metric.needs_targets and not samples.targets:
         raise InputError(
             f"the metric '{metric.name}' needs targets, and the evaluation data has none",
@@ -43,6 +44,7 @@ def _sensitivity(given: argparse.Namespace) -> int:
         fast=given.fast,
         workers=recipe.threads,
         parallel=recipe.parallel,
+        ignore_nonfinite=recipe.ignore_nonfinite,
     )
     if recipe.output is not None:
         result.save(recipe.output)
@@ -61,6 +63,7 @@ SENSITIVITY = Command(
         "method",
         "eval",
         "metric",
+        "ignore_nonfinite",
         "plan",
         "include",
         "exclude",

@@ -11,7 +11,7 @@ from trtq.files import staged_folder, write_json, write_text
 
 
 def _study(given: argparse.Namespace) -> int:
-    from trtq.evaluation import Evaluation
+    from trtq.evaluation import Evaluation, gate_of
     from trtq.job import Job
     from trtq.recovery.budget import Budget
     from trtq.study import plot, study
@@ -19,8 +19,10 @@ def _study(given: argparse.Namespace) -> int:
     recipe, console = recipe_of(given), console_of(given)
     recipe.need("model", "data", "eval", "metric")
     budget = Budget.parse(recipe.budget)
+    gate_of(recipe)
     job = Job.open(recipe, console)
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
+    job.warn_of_shared(evaluation.samples)
     result = study(job, evaluation, budget)
     print(result.text())
     if recipe.output is not None:
@@ -42,6 +44,6 @@ STUDY = Command(
     _study,
     (
         *("model", "output", "data", "eval", "metric", "method", "plan", "include", "exclude"),
-        *("budget", "labels", "batch", "cache", "threads", "parallel"),
+        *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "cache", "threads", "parallel"),
     ),
 )

@@ -248,6 +248,10 @@ class _Images:
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
         return decode_image(self.paths[index])
 
+    def digest(self, index: int) -> bytes:
+        """A hash of the file's bytes."""
+        return sha256_file(self.paths[index]).encode()
+
 
 def _image_folder(path: Path) -> tuple[Path, Path | None]:
     """The folder of the images and the CSV that lists them, if there is one."""

@@ -48,13 +48,13 @@ class Mapped:
     """A column whose rows are computed from those of another one when they are read."""
 
     def __init__(self, rows: Column, function: Callable[[Any], NDArray]) -> None:
-        self._rows, self._function = rows, function
+        self.rows, self.function = rows, function
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> NDArray:
-        return self._function(self._rows[index])
+        return self.function(self.rows[index])
 
 
 class Picked:

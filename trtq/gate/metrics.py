@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
 from trtq.gate import similarity
+from trtq.gate.finite import compared
 from trtq.scripts import load_function
 from trtq.source import script_sha256
 
@@ -40,6 +41,7 @@ class Metric:
         summarise: mean rows, with any leading axes -> values, of the leading axes' shape.
         function: (outputs, targets) -> float.
         needs_targets: labels are needed; without, outputs are scored against the reference's.
+        labels: targets -> the class numbers (samples, ...) that a built-in metric with labels reads.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Metric:
     summarise: Callable[[Float], Float] | None = None
     function: Callable[[Arrays, Arrays], float] | None = None
     needs_targets: bool = True
+    labels: Callable[[Arrays], NDArray[np.int64]] | None = None
 
     @property
     def per_sample(self) -> Callable[[Arrays, Arrays, Arrays], Float] | None:
@@ -155,7 +158,7 @@ class _Selection:
                 cause=f"the outputs are {', '.join(names)}",
                 remedy=f"say which one, such as top1@{names[0]}",
             )
-        scores, labels = outputs[names[0]], self._labels(targets)
+        scores, labels = outputs[names[0]], self.labels(targets)
         if len(scores) != len(labels):
             raise InputError(
                 f"output {names[0]!r} has {len(scores)} rows for {len(labels)} labels",
@@ -163,9 +166,10 @@ class _Selection:
             )
         if labels.ndim > 1 and labels.shape[1:] == (1,) and scores.shape != labels.shape:
             labels = labels[:, 0]
-        return _Labelled(scores, labels, reference[names[0]])
+        return _Labelled(_without_nan(scores), labels, reference[names[0]])
 
-    def _labels(self, targets: Arrays) -> NDArray[np.int64]:
+    def labels(self, targets: Arrays) -> NDArray[np.int64]:
+        """The chosen target: class numbers (samples, ...)."""
         named = [name for name in targets if name in _TARGET_NAMES]
         name = self.target or (named[0] if len(named) == 1 else next(iter(targets), ""))
         if name not in targets or (self.target is None and len(named) != 1 and len(targets) != 1):
@@ -195,7 +199,8 @@ class _Labelled:
             highest = max(int(array.max()) for array in (scores, self.reference, labels))
             return scores.reshape(labels.shape).astype(np.int64), max(highest + 1, 2)
         if scores.size == labels.size:
-            probability = self.reference.min() >= 0 and self.reference.max() <= 1
+            finite = self.reference[np.isfinite(self.reference)]
+            probability = finite.min() >= 0 and finite.max() <= 1
             return (scores.reshape(labels.shape) > (0.5 if probability else 0)).astype(np.int64), 2
         # A sequence has its classes last, an image has them at axis 1, should both fit.
         fitting = [axis for axis in (1, -1) if _without(scores.shape, axis) == labels.shape]
@@ -234,7 +239,7 @@ def _top(k: int, spec: str, selection: _Selection) -> Metric:
         ahead = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < labels[:, None]))
         return (ahead.sum(axis=1) < k).astype(np.float64)
 
-    return Metric(spec, spec, rows)
+    return Metric(spec, spec, rows, labels=selection.labels)
 
 
 def _accuracy(spec: str, selection: _Selection) -> Metric:
@@ -249,7 +254,7 @@ def _accuracy(spec: str, selection: _Selection) -> Metric:
         right = (predicted == data.labels) & ~ignored
         return right.reshape(len(right), -1).sum(axis=1) / scored
 
-    return Metric(spec, spec, rows)
+    return Metric(spec, spec, rows, labels=selection.labels)
 
 
 def _counted(
@@ -272,7 +277,7 @@ def _counted(
         counts = [hit, count(predicted, ~ignored) - hit, count(data.labels, ~ignored) - hit]
         return np.stack(counts, axis=1).astype(np.float64)
 
-    return Metric(spec, spec, rows, summarise)
+    return Metric(spec, spec, rows, summarise, labels=selection.labels)
 
 
 def _f1_of_counts(counts: Float) -> Float:
@@ -288,11 +293,16 @@ def _iou_of_counts(counts: Float) -> Float:
     return np.nanmean(_ratio(hit, hit + false_hit + miss), axis=-1)
 
 
-def _label_free(score: Callable[[NDArray, NDArray, int], Float], spec: str, selection: _Selection) -> Metric:
+def _label_free(
+    score: Callable[[NDArray, NDArray, int], Float], fill: float, spec: str, selection: _Selection
+) -> Metric:
+    """A metric of alikeness; `fill` stands in both outputs where the reference is not finite."""
+
     def rows(outputs: Arrays, targets: Arrays, reference: Arrays) -> Float:
         samples, _ = rows_per_sample(outputs, targets)
         names = selection.outputs(outputs)
-        return np.mean([score(reference[name], outputs[name], samples) for name in names], axis=0)
+        pairs = [compared(reference[name], outputs[name], fill) for name in names]
+        return np.mean([score(*pair, samples) for pair in pairs], axis=0)
 
     return Metric(spec, spec, rows, needs_targets=False)
 
@@ -303,9 +313,9 @@ _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {
     "accuracy": _accuracy,
     "f1": partial(_counted, _f1_of_counts, False),
     "miou": partial(_counted, _iou_of_counts, True),
-    "cosine": partial(_label_free, similarity.cosine),
-    "sqnr": partial(_label_free, similarity.sqnr_db),
-    "kl": partial(_label_free, similarity.likelihood),
+    "cosine": partial(_label_free, similarity.cosine, 0.0),
+    "sqnr": partial(_label_free, similarity.sqnr_db, 0.0),
+    "kl": partial(_label_free, similarity.likelihood, -np.finfo(np.float16).max),  # no class at all
 }
 
 
@@ -333,6 +343,13 @@ def _read_only(arrays: Arrays) -> Arrays:
     for view in views.values():
         view.flags.writeable = False
     return views
+
+
+def _without_nan(scores: NDArray) -> NDArray:
+    """The scores with -inf for NaN, which no comparison would tell from the highest."""
+    if scores.dtype.kind != "f" or not (broken := np.isnan(scores)).any():
+        return scores
+    return np.where(broken, scores.dtype.type(-np.inf), scores)
 
 
 def _ratio(part: Float, whole: Float) -> Float:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
 from trtq.gate.components import Components, components
+from trtq.gate.finite import check_reference, compared
 
 MAX_SQNR_DB = 200.0
 """SQNR is clipped to ± this many dB: equal outputs would be at infinity, which JSON cannot carry.
@@ -59,7 +60,7 @@ class Similarity:
 class Reference:
     """The fp32 model's outputs, and what the noise of all candidates of one search is measured against.
 
-    The components are found once, on all batches.
+    The components are found once, on all batches. What is not finite in the reference is left out.
 
     Args:
         batches: the outputs of every batch.
@@ -67,10 +68,11 @@ class Reference:
 
     def __init__(self, batches: Sequence[Arrays]) -> None:
         self._batches = batches
-        self.components = {name: components([b[name] for b in batches]) for name in scored(batches[0])}
+        finite = [{name: compared(array, array)[0] for name, array in batch.items()} for batch in batches]
+        self.components = {name: components([b[name] for b in finite]) for name in scored(batches[0])}
         self._signal = [
             {name: _energies(found, batch[name]) for name, found in self.components.items()}
-            for batch in batches
+            for batch in finite
         ]
 
     def noise(self, found: Iterable[Arrays]) -> float:
@@ -82,9 +84,10 @@ class Reference:
                 measured against.
         """
         signal, noise = ({name: np.zeros(len(c)) for name, c in self.components.items()} for _ in range(2))
-        for expected, energies, outputs in zip(self._batches, self._signal, found, strict=False):
+        for raw, energies, outputs in zip(self._batches, self._signal, found, strict=False):
             for name, split in self.components.items():
-                difference = _noise(expected[name], outputs[name]).reshape(expected[name].shape)
+                expected, candidate = compared(raw[name], outputs[name])
+                difference = _noise(expected, candidate).reshape(expected.shape)
                 signal[name] += energies[name]
                 noise[name] += _energies(split, difference)
         return float(np.mean([_relative(decibels(signal[n], noise[n])).max() for n in self.components]))
@@ -200,12 +203,12 @@ def worst_samples(reference: Arrays, candidate: Arrays, samples: int, count: int
     return tuple(int(i) for i in order if lowest[i] < MAX_SQNR_DB)
 
 
-def check_comparable(reference: Arrays, candidate: Arrays) -> None:
+def check_comparable(reference: Arrays, candidate: Arrays, *, ignore_nonfinite: bool = False) -> None:
     """Refuse outputs that cannot be compared.
 
     Raises:
         InputError: no output or no row, an output missing in the candidate, different shapes, or a
-            reference that is not finite.
+            reference that is not finite (see `finite.check_reference`).
     """
     if not reference or any(array.ndim == 0 or len(array) == 0 for array in reference.values()):
         raise InputError("the reference has no outputs to compare", remedy="give at least one sample")
@@ -221,21 +224,7 @@ def check_comparable(reference: Arrays, candidate: Arrays) -> None:
                 f"output {name!r} has shape {expected.shape} in the reference"
                 f" but {candidate[name].shape} in the candidate"
             )
-    if broken := first_not_finite(reference):
-        raise InputError(
-            f"output {broken[0]!r} of the reference is NaN or infinite in row {broken[1]}",
-            remedy="check the sample and the floating-point model: nothing can be compared with it",
-        )
-
-
-def first_not_finite(outputs: Arrays) -> tuple[str, int] | None:
-    """Name and row of the first NaN or infinity in the outputs, or None."""
-    for name, array in outputs.items():
-        if np.issubdtype(array.dtype, np.floating):
-            rows = np.isfinite(array.reshape(len(array), -1)).all(axis=1)
-            if not rows.all():
-                return name, int(np.argmin(rows))
-    return None
+    check_reference(reference, ignore_nonfinite=ignore_nonfinite)
 
 
 def _worst(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.errors import ExitCode, InputError
-from trtq.gate import intervals, similarity
+from trtq.gate import finite, intervals, similarity
 from trtq.gate.in_the_way import InTheWay
 from trtq.gate.metrics import Metric, rows_per_sample
 from trtq.gate.similarity import Part, Similarity
@@ -97,6 +97,7 @@ class Verdict:
         outputs: similarity of the candidate's outputs to the reference's, by output name.
         worst_samples: up to five sample numbers, least similar (lowest SQNR) first.
         notes: sentences for the reader.
+        warnings: what makes the verdict, or the data it stands on, doubtful.
         checks: what else was asked for.
         in_the_way: what stands in the way, where this is no pass and it was looked for.
     """
@@ -118,6 +119,7 @@ class Verdict:
     outputs: dict[str, Similarity]
     worst_samples: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     in_the_way: InTheWay | None = None
 
@@ -188,6 +190,7 @@ class Verdict:
                 "absolute_interval": self.absolute_interval and list(self.absolute_interval),
                 "worst_samples": list(self.worst_samples),
                 "notes": list(self.notes),
+                "warnings": list(self.warnings),
                 "checks": [check.to_json() for check in self.checks],
                 "in_the_way": self.in_the_way and self.in_the_way.to_json(),
             }
@@ -218,6 +221,7 @@ class Verdict:
                     "outputs": {name: _similarity(item) for name, item in value["outputs"].items()},
                     "worst_samples": tuple(value["worst_samples"]),
                     "notes": tuple(value["notes"]),
+                    "warnings": tuple(value.get("warnings", ())),
                     "checks": tuple(checks),
                     "in_the_way": in_the_way and InTheWay.from_json(in_the_way),
                 }
@@ -290,6 +294,7 @@ def decide(
     max_drop: float = 0.01,
     confidence: float | None = None,
     executor: Executor,
+    ignore_nonfinite: bool = False,
 ) -> Verdict:
     """The verdict on a candidate, from both models' outputs on the same samples.
 
@@ -302,6 +307,7 @@ def decide(
         targets: target name -> array, samples first; empty for a label-free metric.
         max_drop: the allowed relative drop, 0 to 1 (see `parse_margin`).
         confidence: 0.5 to 1, exclusive, or None.
+        ignore_nonfinite: compare only where the reference is finite; the candidate has to be finite there.
 
     Raises:
         InputError: arrays that cannot be compared or scored, or a margin that means nothing: a
@@ -311,11 +317,11 @@ def decide(
         raise InputError(f"the allowed drop must be between 0 and 1, not {max_drop}")
     if confidence is not None and not 0.5 < confidence < 1:
         raise InputError(f"the confidence must be between 0.5 and 1, not {confidence}")
+    similarity.check_comparable(reference, candidate, ignore_nonfinite=ignore_nonfinite)
     reference_value = score_reference(reference, targets, metric)
-    similarity.check_comparable(reference, candidate)
-    candidate = {name: candidate[name] for name in reference}
+    candidate = finite.with_references(reference, candidate)
     samples, k = rows_per_sample(reference, targets)
-    broken = similarity.first_not_finite(candidate)
+    broken = finite.first_not_finite(candidate, reference)
     if broken is not None:
         name, row = broken
         return Verdict(
@@ -338,6 +344,7 @@ def decide(
             notes=(f"output {name!r} of the candidate is NaN or infinite in sample {row // k}",),
         )
     value = metric.value(candidate, targets, reference)
+    plain = finite.all_compared(reference, candidate)
     level = confidence or REPORTED_CONFIDENCE
     margin = value - (1 - max_drop) * reference_value
     evidence = _evidence(reference, candidate, targets, metric, margin, max_drop, level)
@@ -363,9 +370,9 @@ def decide(
         samples=samples,
         samples_to_prove=evidence.samples_to_prove,
         executor=executor,
-        outputs=similarity.compare(reference, candidate),
-        worst_samples=similarity.worst_samples(reference, candidate, samples),
-        notes=(_note(evidence, samples, max_drop, level),),
+        outputs=similarity.compare(*plain),
+        worst_samples=similarity.worst_samples(*plain, samples),
+        notes=(_note(evidence, samples, max_drop, level), *finite.ignored(reference)),
     )
 
 
@@ -376,11 +383,7 @@ def score_reference(reference: Arrays, targets: Arrays, metric: Metric) -> float
         InputError: the outputs or targets do not suit the metric, the reference scores 0 or less, or the
             metric is `sqnr`, whose decibels have no relative drop.
     """
-    if metric.name.partition("@")[0] == "sqnr":
-        raise InputError(
-            "sqnr cannot decide: a relative drop of decibels means nothing",
-            remedy="use cosine or a metric with labels; the SQNR is reported with every verdict",
-        )
+    check_decides(metric)
     value = metric.value(reference, targets, reference)
     if not value > 0:
         raise InputError(
@@ -389,6 +392,19 @@ def score_reference(reference: Arrays, targets: Arrays, metric: Metric) -> float
             remedy="check labels and preprocessing, or use a metric whose good values are positive",
         )
     return value
+
+
+def check_decides(metric: Metric) -> None:
+    """Refuse a metric that has no relative drop.
+
+    Raises:
+        InputError: it is `sqnr`.
+    """
+    if metric.name.partition("@")[0] == "sqnr":
+        raise InputError(
+            "sqnr cannot decide: a relative drop of decibels means nothing",
+            remedy="use cosine or a metric with labels; the SQNR is reported with every verdict",
+        )
 
 
 def parse_fraction(text: str) -> float:

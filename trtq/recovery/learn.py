@@ -31,6 +31,7 @@ from trtq.console import Console
 from trtq.data.batches import Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
+from trtq.gate.finite import check_reference
 from trtq.gate.similarity import Reference, noise_db
 from trtq.graph.plan import Plan
 from trtq.quantization import Quantization
@@ -91,6 +92,7 @@ def learn(
     labels: str | None = None,
     budget: Budget = NO_BUDGET,
     threads: int | None = None,
+    ignore_nonfinite: bool = False,
     state: bytes | None = None,
     save: Callable[[bytes], object] = lambda state: None,
 ) -> Learned:
@@ -103,12 +105,14 @@ def learn(
         labels: the target of `fitting` that holds class numbers (rows,); the model then needs one output
             (rows, classes).
         budget: learning stops when it is spent, with what was best until then.
+        ignore_nonfinite: learn only from what is finite in the teacher's outputs.
         state: what `save` was given before an interruption; learning goes on from there.
         save: called after each epoch.
 
     Raises:
         MissingBackendError: PyTorch is not installed.
-        InputError: an operator cannot be differentiated, or the labels do not suit the model.
+        InputError: an operator cannot be differentiated, the labels do not suit the model, or the teacher's
+            outputs are not finite.
     """
     try:
         import torch
@@ -120,7 +124,7 @@ def learn(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        run = _Run(quantization, teacher, fitting, held_back, labels, device)
+        run = _Run(quantization, teacher, fitting, held_back, labels, device, ignore_nonfinite)
         return run.learn(console, budget, state, save)
     finally:
         torch.set_num_threads(before)
@@ -146,13 +150,14 @@ class _Run:
         held_back: Samples,
         labels: str | None,
         device: Any,
+        ignore_nonfinite: bool,
     ) -> None:
         import torch
 
         from trtq.recovery.pupil import Pupil
         from trtq.recovery.torch_graph import TorchGraph
 
-        self.given, self.device = quantization, device
+        self.given, self.device, self.ignore_nonfinite = quantization, device, ignore_nonfinite
         self.start = quantization = quantization.with_corrections_inside()
         self.pupil: Pupil = Pupil(quantization, device)
         self.biases = {name: self.pupil.make_trainable(name) for name in _biases(quantization.graph)}
@@ -241,6 +246,8 @@ class _Run:
             expected = {name: value for name, value in outputs.items() if value.is_floating_point()}
             if not expected:
                 raise InputError("none of the model's outputs is a float, so there is nothing to learn from")
+            arrays = {name: value.cpu().numpy() for name, value in expected.items()}
+            check_reference(arrays, ignore_nonfinite=self.ignore_nonfinite, samples=samples, batch=batch)
             yield _Lesson(feed, expected, None if labels is None else self._batch_of(labels, batch))
 
     def _batch_of(self, labels: NDArray[np.int64], batch: Batch) -> Tensor:
@@ -264,9 +271,11 @@ class _Run:
         """Noise of the outputs relative to the signal, averaged over an output's components and outputs."""
         ratios = []
         for name, expected in lesson.expected.items():
+            signal = self._parts(name, _signal(expected))
+            error = self._parts(name, _error(expected, found[name]))
             parts = [
-                (r - c).square().sum() / r.square().sum().clamp_min(1e-30)
-                for r, c in zip(self._parts(name, expected), self._parts(name, found[name]), strict=True)
+                e.square().sum() / s.square().sum().clamp_min(1e-30)
+                for e, s in zip(error, signal, strict=True)
             ]
             ratios.append(sum(parts[1:], parts[0]) / len(parts))
         return sum(ratios[1:], ratios[0]) / len(ratios)
@@ -341,6 +350,16 @@ _VECTORS = {
     "BatchNormalization": (1, 2),
 }
 """The inputs of an operator that scale or shift its channels."""
+
+
+def _signal(expected: Tensor) -> Tensor:
+    """What is expected, with 0 where it is not finite."""
+    return expected.where(expected.isfinite(), 0)
+
+
+def _error(expected: Tensor, found: Tensor) -> Tensor:
+    """Expected minus found, 0 where what is expected is not finite."""
+    return (expected - found).where(expected.isfinite(), 0)
 
 
 def _steps(plan: Plan) -> int:

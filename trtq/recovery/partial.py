@@ -123,7 +123,13 @@ class Search:
     def __init__(self, job: Job, start: Quantization, budget: Budget, key: Key) -> None:
         self._start, self._budget = start, budget
         rows = job.parts[0].spread(MOST_ROWS)
-        self._simulator = Simulator(start, rows, teacher=job.model.graph, workers=job.recipe.threads)
+        self._simulator = Simulator(
+            start,
+            rows,
+            teacher=job.model.graph,
+            workers=job.recipe.threads,
+            ignore_nonfinite=job.recipe.ignore_nonfinite,
+        )
         effects = measured(self._simulator, "only", job.cache, key, job.console, self._over)
         self.groups = {effect.group.name: effect.group for effect in effects}
         nodes = dict.fromkeys(start.plan.int8_nodes, "left out to measure")

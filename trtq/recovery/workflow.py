@@ -22,6 +22,7 @@ from typing import Any
 
 from trtq.attempt import Attempt, Fruitless, attempt, parse_share
 from trtq.cache import remove
+from trtq.drift import gap
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.files import sha256_json
@@ -76,6 +77,7 @@ def recover(
     whole = workflow.attempt("calibrate", lambda: Made(calibrate(job, plan), True))
     assert whole is not None
     start = whole
+    workflow.warn_of_gap(whole)
     if workflow.wants("fix"):
         start = workflow.attempt("fix", lambda: workflow.fix(whole)) or whole
     if workflow.wants("partial"):
@@ -142,6 +144,7 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
         labels=job.recipe.labels,
         budget=budget,
         threads=job.recipe.threads,
+        ignore_nonfinite=job.recipe.ignore_nonfinite,
         state=job.cache.fetch(checkpoint),
         save=lambda state: job.cache.store(checkpoint, state),
     )
@@ -183,6 +186,12 @@ class _Workflow:
             self.done.append(Fruitless(name or step, "not tried: the budget was spent"))
             return False
         return True
+
+    def warn_of_gap(self, done: Attempt) -> None:
+        """Warn where an attempt does otherwise on the evaluation data than on calibration rows held back."""
+        ran = done.build.engine if done.measured.executor == "engine" else done.folder / "model.int8.onnx"
+        if (text := gap(self.job, self.evaluation, done.measured, ran)) is not None:
+            self.job.console.warn(text)
 
     def attempt(self, step: str, make: Callable[[], Made]) -> Attempt | None:
         """What `make` gives, built and gated; None where it gives nothing."""

@@ -57,6 +57,7 @@ def write_report(folder: PathLike) -> Path:
     sections = [
         _headline(verdict),
         _in_the_way(verdict.in_the_way),
+        *([_section("Warnings", _warnings(verdict))] if verdict.warnings else []),
         _section("Accuracy", _interval(verdict) + _paragraphs(_measured(verdict))),
         _section("Steps", _steps(folder)),
         _section("Calibration", _methods(table.metadata)),
@@ -111,6 +112,11 @@ def _section(title: str, body: str) -> str:
 
 def _paragraphs(lines: Iterable[str]) -> str:
     return "".join(f"<div>{escape(line.strip())}</div>" for line in lines)
+
+
+def _warnings(verdict: Verdict) -> str:
+    items = (f"<li>{escape(text).replace(chr(10), '<br>')}</li>" for text in verdict.warnings)
+    return f"<ul>{''.join(items)}</ul>"
 
 
 def _interval(verdict: Verdict) -> str:
