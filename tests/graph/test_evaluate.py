@@ -263,6 +263,24 @@ def test_a_branch_that_is_always_taken(branch: str, copied: bool) -> None:
         np.testing.assert_allclose(values, expected[name], rtol=1e-6)
 
 
+def test_an_output_of_a_branch_that_nobody_wants() -> None:
+    """It is still what another output is made of."""
+    model = net(
+        """g (float[N,4] x) => (float[N,4] y) {
+            p, y = If (no) <
+                then_branch = t () => (float[N,4] i, float[N,4] j) { i = Abs(x) j = Neg(i) },
+                else_branch = e () => (float[N,4] k, float[N,4] l) { k = Sqrt(x) l = Exp(k) }
+            >
+        }""",
+        no=np.array(True),
+    )
+    model.graph.node[0].output[0] = ""
+    graph = graph_of(model)
+    fold(graph)
+    x = normal(3, 4)
+    np.testing.assert_array_equal(run(graph, {"x": x})["y"], -np.abs(x))
+
+
 def test_branches_of_an_unknown_condition_are_folded_within() -> None:
     model = net(
         """g (float[N,4] x, bool c) => (float[N,4] y) {

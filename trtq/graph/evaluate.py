@@ -372,6 +372,7 @@ def _inline_branches(graph: gs.Graph, root: gs.Graph) -> bool:
         ends = [
             _end(graph, root, branch, output, result)
             for output, result in zip(outputs, branch.outputs, strict=True)
+            if output.name
         ]
         graph.nodes[position:position] = [*branch.nodes, *filter(None, ends)]
     return bool(chosen)
