@@ -60,7 +60,7 @@ def model(tmp_path: Path) -> Model:
 def test_what_the_rules_write_fits(model: Model, tmp_path: Path) -> None:
     plan = place(model)
     check_fits(plan, model.graph)
-    assert [node.name for node in plan.nodes if node.rule == "subgraph"] == ["inner"]
+    assert [node.op for node in plan.nodes if node.rule == "subgraph"] == ["MatMul"]
     assert {weight.node: weight.axis for weight in plan.weights} == {"g0": 1, "g1": 0}
     folder = tmp_path / "attention"
     folder.mkdir()
@@ -70,9 +70,9 @@ def test_what_the_rules_write_fits(model: Model, tmp_path: Path) -> None:
 
 
 def int8(name: str) -> Edit:
-    """The plan with a node of it made INT8."""
+    """The plan with a node of this name, or of this rule, made INT8."""
     return lambda plan: replace(
-        plan, nodes=[replace(node, int8=node.int8 or node.name == name) for node in plan.nodes]
+        plan, nodes=[replace(node, int8=node.int8 or name in (node.name, node.rule)) for node in plan.nodes]
     )
 
 
@@ -96,7 +96,7 @@ def with_axis(node: str, axis: int) -> Edit:
         (with_axis("g0", 0), "axis 0 of 'straight' is not the output channels of 'g0'"),
         (with_axis("g1", 1), "axis 1 of 'turned' is not the output channels of 'g1'"),
         (int8("up"), "'up' (ConvTranspose) cannot be INT8: TensorRT runs it in floating point"),
-        (int8("inner"), "'inner' is in the body of an If, Loop or Scan"),
+        (int8("subgraph"), "is in the body of an If, Loop or Scan"),
         (with_edge(Edge("index", "picked", 1, "mine", "index")), "'index' is int64, not float32 or float16"),
         (with_edge(Edge("x", "most", 0, "mine", "index")), "'index' is int64, not float32 or float16"),
         (with_weight(Weight("kernel", "up", 1, 1)), "'kernel' is no weight of an INT8 product"),
