@@ -457,6 +457,15 @@ def test_a_damaged_cache_entry_is_reported_and_made_again(
     assert trtq_run("cache", "verify").code == ExitCode.PASS
 
 
+def test_two_spellings_of_a_method_are_one(small: Case, tmp_path: Path, trtq_run: Command) -> None:
+    for spellings in (("max", "MAX"), ("auto", " Auto")):
+        for method, cached in zip(spellings, (False, True), strict=True):
+            arguments = ("--data", small.data, "--method", method, "-o", tmp_path / "t.cache")
+            run = trtq_run("calibrate", small.model, *arguments)
+            assert run.code == 0, run.err
+            assert ("from the cache; nothing was run" in run.err) is cached
+
+
 def test_cache_list_show_and_prune(small: Case, tmp_path: Path, trtq_run: Command) -> None:
     trtq_run(*deploy_arguments(small, tmp_path / "one", "--method", "max"))
     listed = trtq_run("cache", "list").out.splitlines()
