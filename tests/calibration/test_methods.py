@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from fractions import Fraction
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from trtq.calibration.methods import (
+    _least_mse_amax,
     amax_entropy,
     amax_max,
     amax_mse,
@@ -35,7 +37,7 @@ def histogram(x: NDArray) -> Histogram:
 
 def times(made: Histogram, factor: int) -> Histogram:
     """The histogram of every value seen `factor` times."""
-    return Histogram(made.counts * factor, made.exponent, made.low, made.high)
+    return Histogram.of(made.counts * factor, made.exponent, made.low, made.high)
 
 
 def amaxes(made: Histogram) -> dict[str, float]:
@@ -134,9 +136,10 @@ def test_entropy_is_the_brute_force_minimum(kind: str) -> None:
 
 def test_entropy_of_128_bins_is_their_maximum() -> None:
     """Every bin is a level of its own: P = Q, and clipping gains nothing."""
-    made = Histogram(np.zeros(BINS, np.int64), 13, 0.0, 127.5)
-    made.counts[:128] = np.random.default_rng(0).integers(0, 1000, 128)
-    assert made.bin_width == 1
+    made = Histogram.of(np.zeros(BINS, np.int64), 13, 0.0, 127.5)
+    counts = np.random.default_rng(0).integers(0, 1000, 128)
+    made.counts[np.searchsorted(made.edges, np.arange(128))] = counts
+    np.testing.assert_array_equal(made.equal_counts()[:128], counts)  # of width 1
     assert amax_entropy(made) == 127.5
 
 
@@ -161,10 +164,9 @@ def test_entropy_ignores_zeros() -> None:
 
 @pytest.mark.parametrize("ratio", [1e3, 1e4, 1e5, 1e6])
 @pytest.mark.parametrize("count", [1, 10])
-def test_with_nothing_but_the_first_bins_occupied_every_method_gives_a_range(
+def test_with_the_bulk_far_below_the_largest_value_every_method_gives_a_range(
     ratio: float, count: int
 ) -> None:
-    """A histogram of equal bins does not resolve values far below amax / 4096; nothing may break down."""
     x = np.r_[draw("normal"), np.full(count, ratio)]
     for name, amax in amaxes(histogram(x)).items():
         assert 0 < amax <= np.float32(ratio), name
@@ -193,7 +195,7 @@ def check_mse(x: NDArray) -> None:
 def reference_mse(made: Histogram) -> float:
     """The best candidate by explicit integrals: each bin is cut at the rounding boundaries inside it."""
     counts = made.counts.astype(np.float64)
-    edges = np.arange(BINS + 1) * made.bin_width
+    edges = made.edges
     candidates = made.amax * 0.99 ** np.arange(552)
     errors = []
     for amax in candidates:
@@ -202,7 +204,8 @@ def reference_mse(made: Histogram) -> float:
         middles = (cuts[:-1] + cuts[1:]) / 2
         values = np.minimum(np.floor(middles / step + 0.5), 127) * step
         cubes = (cuts[1:] - values) ** 3 - (cuts[:-1] - values) ** 3
-        errors.append(np.sum(counts[(middles / made.bin_width).astype(int)] * cubes / 3))
+        bins = np.searchsorted(edges, middles) - 1
+        errors.append(np.sum(counts[bins] / np.diff(edges)[bins] * cubes / 3))
     return float(candidates[np.argmin(errors)])
 
 
@@ -248,7 +251,9 @@ def test_percentile_is_the_ranked_value_to_a_bin(kind: str, percentile: str) -> 
     made = histogram(x)
     rank = max(math.ceil(Fraction(percentile) * x.size / 100), 1)  # the inverse of the empirical CDF
     expected = np.sort(np.abs(x))[rank - 1]
-    assert amax_percentile(made, float(percentile)) == pytest.approx(expected, abs=made.bin_width)
+    upper = int(np.searchsorted(made.edges, expected, side="right"))
+    width = made.edges[upper] - made.edges[upper - 1]
+    assert amax_percentile(made, float(percentile)) == pytest.approx(expected, abs=width)
 
 
 def reference_percentile(made: Histogram, percentile: float) -> float:
@@ -256,7 +261,8 @@ def reference_percentile(made: Histogram, percentile: float) -> float:
     wanted, passed = made.total * percentile / 100, 0
     for index, count in enumerate(made.counts.tolist()):
         if passed + count >= wanted:
-            return min((index + (wanted - passed) / count) * made.bin_width, made.amax)
+            low, high = made.edges[index : index + 2]
+            return min(low + (wanted - passed) / count * (high - low), made.amax)
         passed += count
     return made.amax
 
@@ -275,13 +281,89 @@ def test_the_hundredth_percentile_is_the_maximum(kind: str) -> None:
 
 
 def test_percentiles_by_hand() -> None:
-    """Ten values, one in each of ten bins of width 1 / 8: the k-th tenth ends where the k-th bin does."""
-    made = Histogram(np.zeros(BINS, np.int64), 10, 0.0, 1.25)
-    made.counts[:10] = 1
-    assert made.bin_width == 1 / 8
-    for k in range(1, 11):
-        assert amax_percentile(made, 10 * k) == pytest.approx(k / 8)
-        assert amax_percentile(made, 10 * k - 5) == pytest.approx((k - 0.5) / 8)
+    """Ten values, one in each of ten bins: the k-th tenth ends where the k-th bin does.
+
+    From 512 on bins are 1/8 wide, 2^10 / 2^13; from 2 to 4 there are 128, which makes them 1/64 wide.
+    """
+    for start, width in ((512, 1 / 8), (2, 1 / 64)):
+        x = start + width * (np.arange(10) + 0.5)
+        made = histogram(np.append(x, 1000.0))
+        made.counts[-1 - 8 * 24] -= 1  # the bin of 1000 is [1000, 1000 + 1/8)
+        assert made.total == 10
+        for k in range(1, 11):
+            assert amax_percentile(made, 10 * k) == pytest.approx(start + width * k)
+            assert amax_percentile(made, 10 * k - 5) == pytest.approx(start + width * (k - 0.5))
+
+
+# -- a bulk that lies far below the largest value
+
+
+def bulk(kind: str, size: int = 20000) -> NDArray[np.float32]:
+    """Values at evenly spaced quantiles of a distribution of unit scale, in float32."""
+    p = (np.arange(size) + 0.5) / size
+    return np.asarray(
+        {
+            "normal": lambda: [NormalDist().inv_cdf(q) for q in p],
+            "laplace": lambda: -np.sign(p - 0.5) * np.log(1 - 2 * np.abs(p - 0.5)),
+            "t2": lambda: (2 * p - 1) / np.sqrt(2 * p * (1 - p)),
+            "relu": lambda: [max(NormalDist().inv_cdf(q), 0) for q in p],
+        }[kind](),
+        np.float32,
+    )
+
+
+BULKS = ["normal", "laplace", "t2", "relu"]
+RATIOS = [10.0, 100.0, 6e3, 2e4, 1e6, 1e8]
+
+
+@pytest.mark.parametrize("kind", BULKS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_percentiles_of_a_bulk_far_below_the_largest_value(kind: str, ratio: float) -> None:
+    x = np.append(bulk(kind), np.float32(ratio))
+    ranked = np.sort(np.abs(x))
+    for percentile in (60, 90, 99, 99.9, 99.99):
+        expected = ranked[math.ceil(Fraction(str(percentile)) * x.size / 100) - 1]
+        assert amax_percentile(histogram(x), percentile) == pytest.approx(expected, rel=0.01), percentile
+
+
+@pytest.mark.parametrize("kind", BULKS)
+@pytest.mark.parametrize("ratio", RATIOS[:-1])
+@pytest.mark.parametrize("clipped", [True, False])
+def test_mse_of_a_bulk_far_below_the_largest_value(kind: str, ratio: float, clipped: bool) -> None:
+    """The error of the range found is within 0.1 % of the least one, by the values in float64.
+
+    The bulk is seen often enough for clipping one larger value to be best, or once, where it seldom is.
+    """
+    x = bulk(kind)
+    often = int(max(1, ratio**2 / 20)) if clipped else 1
+    made = times(histogram(x), often)
+    made.merge(histogram(np.array([ratio])))
+
+    def error(amax: float) -> float:
+        return often * x.size * squared_error(x, amax) + squared_error(np.float32([ratio]), amax)
+
+    coarse = np.append(np.arange(0.5, 1, 1 / 64), 1) * made.amax
+    while coarse[0] > 0.5:
+        coarse = np.append(coarse[:32] / 2, coarse)
+    best = coarse[np.argsort([error(amax) for amax in coarse])[:3]]
+    fine = np.outer(best, np.linspace(63 / 64, 65 / 64, 65)).ravel().clip(0, made.amax)
+    least = min(map(error, fine))
+    amax = amax_mse(made)
+    assert error(amax) <= 1.001 * least
+    if clipped and ratio >= 6e3:
+        assert amax < ratio / 50
+
+
+@pytest.mark.parametrize("kind", CONTINUOUS + DISCRETE)
+def test_no_amax_below_those_tried_has_the_least_error(kind: str) -> None:
+    """The bound on what is tried, by the values: everything below it is worse than some amax above it."""
+    for x in (draw(kind, 3000), np.append(draw(kind, 3000), np.abs(draw(kind, 3000)).max() * 1000)):
+        made = histogram(x)
+        bound = _least_mse_amax(made)
+        assert 0 < bound <= made.amax
+        below = min(squared_error(x, bound * f) for f in np.linspace(0.02, 0.999, 200))
+        above = min(squared_error(x, amax) for amax in np.geomspace(bound, made.amax, 1000))
+        assert above <= below * (1 + 1e-9)
 
 
 # -- all methods
@@ -310,7 +392,7 @@ def test_other_factors_scale_to_a_bin(kind: str, factor: float) -> None:
     before, after = (histogram(draw(kind).astype(np.float64) * f) for f in (1, factor))
     for name in ("max", "mse", "percentile:99.9"):
         method = parse_method(name)
-        slack = 2 * after.bin_width + 0.0101 * method.amax(after) * (name == "mse")
+        slack = 2 * np.diff(after.edges).max() + 0.0101 * method.amax(after) * (name == "mse")
         assert method.amax(after) == pytest.approx(factor * method.amax(before), rel=1e-6, abs=slack), name
 
 

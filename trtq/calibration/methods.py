@@ -71,12 +71,13 @@ def amax_percentile(histogram: Histogram, percentile: float) -> float:
     wanted = histogram.total * percentile / 100
     if wanted <= 0:
         return histogram.amax
-    cumulative = np.cumsum(histogram.counts)
+    counts, edges = histogram.counts, histogram.edges
+    cumulative = np.cumsum(counts)
     index = int(np.searchsorted(cumulative, wanted))
     if index >= cumulative.size:
         return histogram.amax
-    inside = (wanted - (cumulative[index] - histogram.counts[index])) / histogram.counts[index]
-    return min((index + inside) * histogram.bin_width, histogram.amax)
+    inside = (wanted - (cumulative[index] - counts[index])) / counts[index]
+    return float(min(edges[index] + inside * (edges[index + 1] - edges[index]), histogram.amax))
 
 
 def amax_entropy(histogram: Histogram) -> float:
@@ -132,22 +133,39 @@ def amax_entropy(histogram: Histogram) -> float:
 def amax_mse(histogram: Histogram) -> float:
     """The amax whose INT8 grid has the least mean squared error, rounding and saturation together.
 
-    The error of every candidate (amax down to amax / 256 in steps of 1 %) is exact for values spread
-    evenly inside their bins: the moments of a piecewise constant density between the rounding
-    boundaries. See Sung et al. 2015 and Banner et al. 2018 (ACIQ) for the criterion.
+    The error of every candidate (from the largest |x| downwards in steps of 1 %, as far as one can be the
+    best) is exact for values spread evenly inside their bins: the moments of a piecewise constant density
+    between the rounding boundaries. See Sung et al. 2015 and Banner et al. 2018 (ACIQ) for the criterion.
     """
     if histogram.amax == 0:
         return 0.0
-    counts = histogram.counts.astype(np.float64)
-    width = histogram.bin_width
-    edges = np.arange(counts.size + 1) * width
-    density = counts / width
+    steps = math.log(_least_mse_amax(histogram) / histogram.amax) / math.log(0.99)
+    candidates = histogram.amax * 0.99 ** np.arange(math.ceil(steps) + 1)
+    return float(candidates[int(np.argmin(_squared_errors(histogram, candidates)))])
 
-    candidates = histogram.amax * 0.99 ** np.arange(552)
+
+def _least_mse_amax(histogram: Histogram) -> float:
+    """A magnitude at or below the amax of least squared error.
+
+    For any m with p values above it and q below, m as amax rather than some lower a saves each of the p at
+    least (m - a)^2, and costs each of the q at most half a step squared, (m / 254)^2. So no a is best with
+    m - a > sqrt(q / p) * m / 254.
+    """
+    counts, edges = histogram.counts, histogram.edges
+    below = _cumulative(counts)[:-1]
+    above = counts.sum() - below
+    bounds = edges[:-1] * (1 - np.sqrt(below / np.maximum(above, 0.5)) / (2 * (LEVELS - 1)))
+    return min(max(float(bounds.max()), edges[1]), histogram.amax)
+
+
+def _squared_errors(histogram: Histogram, candidates: Float64) -> Float64:
+    """Sum of the squared errors of rounding and saturation for every candidate amax."""
+    counts, edges = histogram.counts.astype(np.float64), histogram.edges
+    density = counts / np.diff(edges)
     step = candidates[:, None] / (LEVELS - 1)
     boundaries = np.concatenate([(np.arange(LEVELS) - 0.5).clip(0) * step, np.full_like(step, edges[-1])], 1)
     boundaries = boundaries.clip(0, edges[-1])
-    bins = np.minimum((boundaries / width).astype(np.int64), counts.size - 1)
+    bins = np.searchsorted(edges[:-1], boundaries, side="right") - 1
     inside = density[bins]
 
     def moments(k: int) -> Float64:
@@ -158,8 +176,7 @@ def amax_mse(histogram: Histogram) -> float:
 
     m0, m1, m2 = (moments(k) for k in range(3))
     level = np.arange(LEVELS) * step
-    errors = (m2 - 2 * level * m1 + level**2 * m0).sum(axis=1)
-    return float(candidates[int(np.argmin(errors))])
+    return (m2 - 2 * level * m1 + level**2 * m0).sum(axis=1)
 
 
 _PLAIN: dict[str, Callable[[Histogram], float]] = {
@@ -171,7 +188,8 @@ _PLAIN: dict[str, Callable[[Histogram], float]] = {
 
 def _trimmed(histogram: Histogram, most: int) -> tuple[Float64, float]:
     """Counts up to the largest |x|, merged in pairs to at most `most` bins, and their width."""
-    counts, width = histogram.counts, histogram.bin_width
+    counts = histogram.equal_counts()
+    width = math.ldexp(1.0, histogram.exponent) / counts.size
     used = int(histogram.amax / width) + 1
     while used > most:
         counts, width, used = counts.reshape(-1, 2).sum(axis=1), 2 * width, (used + 1) // 2
