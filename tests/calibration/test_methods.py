@@ -188,31 +188,34 @@ def check_mse(x: NDArray) -> None:
     candidates = made.amax * 0.99 ** np.arange(552)
     errors = np.array([squared_error(x, amax) for amax in candidates])
     amax = amax_mse(made)
-    one_step = abs(math.log(amax / candidates[errors.argmin()]) / math.log(0.99)) < 1.01
-    assert one_step or squared_error(x, amax) <= 1.01 * errors.min()
+    two_steps = abs(math.log(amax / candidates[errors.argmin()]) / math.log(0.99)) < 2.01
+    assert two_steps or squared_error(x, amax) <= 1.01 * errors.min()
+
+
+def integrated_error(made: Histogram, amax: float) -> float:
+    """Squared error by explicit integrals: each bin is cut at the rounding boundaries inside it."""
+    step, edges = amax / 127, made.edges
+    cuts = np.union1d(edges, [(k - 0.5) * step for k in range(1, 128) if (k - 0.5) * step < edges[-1]])
+    middles = (cuts[:-1] + cuts[1:]) / 2
+    values = np.minimum(np.floor(middles / step + 0.5), 127) * step
+    cubes = (cuts[1:] - values) ** 3 - (cuts[:-1] - values) ** 3
+    bins = np.searchsorted(edges, middles) - 1
+    return float(np.sum(made.counts[bins] / np.diff(edges)[bins] * cubes / 3))
 
 
 def reference_mse(made: Histogram) -> float:
-    """The best candidate by explicit integrals: each bin is cut at the rounding boundaries inside it."""
-    counts = made.counts.astype(np.float64)
-    edges = made.edges
-    candidates = made.amax * 0.99 ** np.arange(552)
-    errors = []
-    for amax in candidates:
-        step = amax / 127
-        cuts = np.union1d(edges, [(k - 0.5) * step for k in range(1, 128) if (k - 0.5) * step < edges[-1]])
-        middles = (cuts[:-1] + cuts[1:]) / 2
-        values = np.minimum(np.floor(middles / step + 0.5), 127) * step
-        cubes = (cuts[1:] - values) ** 3 - (cuts[:-1] - values) ** 3
-        bins = np.searchsorted(edges, middles) - 1
-        errors.append(np.sum(counts[bins] / np.diff(edges)[bins] * cubes / 3))
-    return float(candidates[np.argmin(errors)])
+    """The best candidate down to amax / 256 in steps of 1 %, then in tenths of a step on both sides."""
+    best = made.amax
+    for steps in (np.arange(552), np.arange(-10, 11) / 10):
+        candidates = [min(float(best * 0.99**step), made.amax) for step in steps]
+        best = min(candidates, key=lambda amax: integrated_error(made, amax))
+    return best
 
 
 @pytest.mark.parametrize("kind", CONTINUOUS + DISCRETE)
 def test_mse_is_the_minimum_of_explicit_integrals(kind: str) -> None:
     made = histogram(draw(kind, 20000))
-    assert amax_mse(made) == reference_mse(made)
+    assert amax_mse(made) == pytest.approx(reference_mse(made), rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", CONTINUOUS)
@@ -298,7 +301,7 @@ def test_percentiles_by_hand() -> None:
 # -- a bulk that lies far below the largest value
 
 
-def bulk(kind: str, size: int = 20000) -> NDArray[np.float32]:
+def bulk(kind: str, size: int = 10000) -> NDArray[np.float32]:
     """Values at evenly spaced quantiles of a distribution of unit scale, in float32."""
     p = (np.arange(size) + 0.5) / size
     return np.asarray(
@@ -335,35 +338,33 @@ def test_mse_of_a_bulk_far_below_the_largest_value(kind: str, ratio: float, clip
     The bulk is seen often enough for clipping one larger value to be best, or once, where it seldom is.
     """
     x = bulk(kind)
-    often = int(max(1, ratio**2 / 20)) if clipped else 1
+    often = int(max(1, ratio**2 / 10)) if clipped else 1
     made = times(histogram(x), often)
     made.merge(histogram(np.array([ratio])))
 
     def error(amax: float) -> float:
         return often * x.size * squared_error(x, amax) + squared_error(np.float32([ratio]), amax)
 
-    coarse = np.append(np.arange(0.5, 1, 1 / 64), 1) * made.amax
-    while coarse[0] > 0.5:
-        coarse = np.append(coarse[:32] / 2, coarse)
+    coarse = np.append(np.geomspace(0.5, made.amax, round(32 * math.log(2 * made.amax))), made.amax)
     best = coarse[np.argsort([error(amax) for amax in coarse])[:3]]
-    fine = np.outer(best, np.linspace(63 / 64, 65 / 64, 65)).ravel().clip(0, made.amax)
+    fine = np.outer(best, np.linspace(31 / 32, 33 / 32, 65)).ravel().clip(0, made.amax)
     least = min(map(error, fine))
     amax = amax_mse(made)
     assert error(amax) <= 1.001 * least
     if clipped and ratio >= 6e3:
-        assert amax < ratio / 50
+        assert amax < ratio / 20
 
 
 @pytest.mark.parametrize("kind", CONTINUOUS + DISCRETE)
 def test_no_amax_below_those_tried_has_the_least_error(kind: str) -> None:
     """The bound on what is tried, by the values: everything below it is worse than some amax above it."""
-    for x in (draw(kind, 3000), np.append(draw(kind, 3000), np.abs(draw(kind, 3000)).max() * 1000)):
+    for x in (draw(kind, 1000), np.append(draw(kind, 1000), np.abs(draw(kind, 1000)).max() * 1000)):
         made = histogram(x)
         bound = _least_mse_amax(made)
         assert 0 < bound <= made.amax
-        below = min(squared_error(x, bound * f) for f in np.linspace(0.02, 0.999, 200))
-        above = min(squared_error(x, amax) for amax in np.geomspace(bound, made.amax, 1000))
-        assert above <= below * (1 + 1e-9)
+        edges = np.append(made.edges[(made.edges >= bound) & (made.edges < made.amax)], made.amax)
+        above = min(squared_error(x, amax) for amax in edges)
+        assert all(above <= squared_error(x, bound * part) for part in np.linspace(0.02, 0.999, 300))
 
 
 # -- all methods
@@ -388,11 +389,14 @@ def test_powers_of_two_scale_exactly(kind: str, power: int) -> None:
 @pytest.mark.parametrize("kind", CONTINUOUS)
 @pytest.mark.parametrize("factor", [0.7, 1.1, 3.0])
 def test_other_factors_scale_to_a_bin(kind: str, factor: float) -> None:
-    """Entropy is left out: its minimum is flat, and jumps with the position of the bins."""
+    """Entropy is left out: its minimum is flat, and jumps with the position of the bins.
+
+    That of the squared error is flat, too: of its candidates, 1 % apart, the next but one may win.
+    """
     before, after = (histogram(draw(kind).astype(np.float64) * f) for f in (1, factor))
     for name in ("max", "mse", "percentile:99.9"):
         method = parse_method(name)
-        slack = 2 * np.diff(after.edges).max() + 0.0101 * method.amax(after) * (name == "mse")
+        slack = 2 * np.diff(after.edges).max() + 0.0202 * method.amax(after) * (name == "mse")
         assert method.amax(after) == pytest.approx(factor * method.amax(before), rel=1e-6, abs=slack), name
 
 
