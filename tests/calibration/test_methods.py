@@ -19,12 +19,15 @@ from trtq.calibration.methods import (
     amax_max,
     amax_mse,
     amax_percentile,
+    method_name,
     parse_method,
     scaled,
 )
 from trtq.calibration.statistics import BINS, Histogram
+from trtq.choose import CANDIDATES
 from trtq.errors import InputError
 from trtq.numerics import scale_from_amax
+from trtq.study import METHODS as STUDIED
 
 METHODS = ["max", "entropy", "mse", "percentile:99.9", "percentile:99.99"]
 
@@ -454,13 +457,46 @@ def test_any_values_have_ranges_within_them(values: list[float], power: int) -> 
         ("MSE", "mse"),
         ("percentile:99.99", "percentile:99.99"),
         ("Percentile: 100", "percentile:100"),
-        ("percentile:1e-3", "percentile:1e-3"),
+        ("percentile:1e-3", "percentile:0.001"),
+        ("PERCENTILE:99.90", "percentile:99.9"),
+        ("percentile:+9.99e1 ", "percentile:99.9"),
+        ("percentile:1e-7", "percentile:1e-07"),
+        ("percentile:99.99999999999999", "percentile:99.99999999999999"),
     ],
 )
 def test_names(text: str, name: str) -> None:
     method = parse_method(text)
     assert (method.name, str(method)) == (name, name)
     assert str(parse_method(method.name)) == name
+
+
+def test_methods_of_one_name_are_equal() -> None:
+    assert parse_method("percentile:99.90") == parse_method(" Percentile:99.9")
+    assert len({parse_method(text) for text in ("max", "MAX", "mse", "percentile:5", "percentile:5.0")}) == 3
+    assert parse_method("max") != parse_method("mse")
+    assert scaled(parse_method("MSE"), 0.5) == scaled(parse_method("mse"), 0.50)
+    assert scaled(parse_method("mse"), 0.5) != scaled(parse_method("mse"), 0.6)
+
+
+@given(st.floats(0, 100, exclude_min=True))
+def test_every_spelling_of_a_percentile_is_one_method(percentile: float) -> None:
+    for text in (repr(percentile), f"{percentile:.17e}", f"{percentile:.1100f}"):
+        name = parse_method(f"percentile:{text}").name
+        assert name == parse_method(name).name
+        assert float(name.removeprefix("percentile:")) == percentile
+
+
+def test_the_spelling_of_what_may_be_asked_for() -> None:
+    assert [method_name(text) for text in ("auto", "AUTO", " Auto ")] == ["auto"] * 3
+    assert method_name("percentile:99.90") == "percentile:99.9"
+    for text in ("nope", "auto:1", ""):
+        with pytest.raises(InputError, match="unknown calibration method"):
+            method_name(text)
+
+
+@pytest.mark.parametrize("name", [*CANDIDATES, *STUDIED])
+def test_names_in_the_code_are_spelled_like_that(name: str) -> None:
+    assert method_name(name) == name
 
 
 def test_names_are_of_their_methods() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,19 +23,32 @@ LEVELS = 128
 """Magnitudes an INT8 code can hold: 0 ... 127."""
 
 
+AUTO = "auto"
+"""What stands for a measured choice among methods."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """A calibration method as named on the command line: `max`, `entropy`, `mse` or `percentile:P`."""
+    """A calibration method: `max`, `entropy`, `mse` or `percentile:P`; equal where the names are."""
 
     name: str
-    amax: Callable[[Histogram], float]
+    amax: Callable[[Histogram], float] = field(compare=False)
 
     def __str__(self) -> str:
         return self.name
 
 
+def method_name(text: str) -> str:
+    """The one spelling of what `--method` may be: a method's name, or `auto`.
+
+    Raises:
+        InputError: as `parse_method`.
+    """
+    return AUTO if text.strip().lower() == AUTO else parse_method(text).name
+
+
 def parse_method(text: str) -> Method:
-    """The method named by `text`.
+    """The method named by `text`, whatever its case, blanks and form of the number.
 
     Raises:
         InputError: unknown name, or a percentile outside (0, 100].
@@ -49,10 +62,11 @@ def parse_method(text: str) -> Method:
         except ValueError:
             percentile = math.nan
         if 0 < percentile <= 100:
-            return Method(f"percentile:{parameter.strip()}", lambda h: amax_percentile(h, percentile))
+            number = repr(percentile).removesuffix(".0")
+            return Method(f"percentile:{number}", lambda h: amax_percentile(h, percentile))
     raise InputError(
         f"unknown calibration method '{text}'",
-        remedy="use max, entropy, mse, or percentile:P with 0 < P <= 100, e.g. percentile:99.99",
+        remedy="use max, entropy, mse, percentile:P with 0 < P <= 100, e.g. percentile:99.99, or auto",
     )
 
 

@@ -93,7 +93,7 @@ class Histogram:
     @property
     def edges(self) -> NDArray[np.float64]:
         """float64 (BINS + 1,), from 0 to 2**exponent in the tensor's unit, exact."""
-        return np.ldexp(_EDGES, self.exponent - EQUAL_BITS)
+        return _EDGES * math.ldexp(1.0, self.exponent - EQUAL_BITS)
 
     @property
     def amax(self) -> float:
