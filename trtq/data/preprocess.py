@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class Preprocess:
                 )
             try:
                 checks[option](value)
-            except (TypeError, ValueError, ZeroDivisionError) as error:
+            except (TypeError, ValueError, ArithmeticError) as error:
                 raise InputError(f"[preprocess.{name}] {option} = {value!r} is not valid") from error
         return cls(name, dict(options))
 
@@ -186,11 +186,18 @@ def _gray(row: NDArray) -> NDArray[np.uint8]:
 
 
 def _number(value: Any) -> float:
-    return float(Fraction(value)) if isinstance(value, str) else float(value)
+    """A finite number, or the fraction that such as "1/255" means."""
+    above, slash, below = value.partition("/") if isinstance(value, str) else (value, "", "")
+    number = float(above) / float(below if slash else 1)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(value)
+    return number
 
 
 def _per_channel(value: Any) -> NDArray[np.float32]:
     """A number as shape (), or one per channel as shape (channels,)."""
+    if any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
+        raise ValueError(value)
     values = np.asarray(value, np.float32)
     if values.ndim > 1 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(value)
@@ -199,7 +206,7 @@ def _per_channel(value: Any) -> NDArray[np.float32]:
 
 def _size(value: Any) -> None:
     sides = [value, value] if isinstance(value, int) else value
-    if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
+    if len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides):
         raise ValueError(value)
 
 
