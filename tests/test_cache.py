@@ -8,12 +8,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import trtq
-from trtq.cache import SUFFIXES, Cache, Key, default_root, remove
+from trtq.cache import KINDS, Cache, Key, default_root, remove
 from trtq.errors import InputError
+from trtq.source import own_module
 
 KEY = Key("table", "a" * 64, "b" * 64, {"method": "max", "tensors": ["x", "y"]})
 CONTENT = bytes(range(256)) * 50
@@ -41,7 +44,7 @@ def test_what_is_stored_comes_back(cache: Cache) -> None:
     assert cache.fetch(KEY) is None
     cache.store(KEY, CONTENT)
     assert cache.fetch(KEY) == CONTENT
-    assert Cache(cache.root).fetch(replace(KEY, detail={"tensors": ["x", "y"], "method": "max"})) == CONTENT
+    assert Cache(cache.root).fetch(replace(KEY, entries={"tensors": ["x", "y"], "method": "max"})) == CONTENT
     assert reports == []
 
 
@@ -54,16 +57,22 @@ def test_layout(cache: Cache) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, f"{path.name}.json"])
     record = json.loads(record_of(cache).read_text())
     assert record.pop("sha256")
+    key = record["key"]
+    assert key.pop("packages")["numpy"] == np.__version__
+    assert len(key.pop("code")) == 64
     assert record == {
-        "kind": "table",
-        "model": "a" * 64,
-        "data": "b" * 64,
-        "trtq": trtq.__version__,
-        "method": "max",
-        "tensors": ["x", "y"],
         "name": "net",
-        "notes": ["name"],
+        "key": {
+            "kind": "table",
+            "algorithm": KINDS["table"].algorithm,
+            "model": "a" * 64,
+            "data": "b" * 64,
+            "trtq": trtq.__version__,
+            "method": "max",
+            "tensors": ["x", "y"],
+        },
     }
+    assert cache.notes(KEY) == {"name": "net"}
 
 
 def test_every_component_of_a_key_counts(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,16 +82,41 @@ def test_every_component_of_a_key_counts(cache: Cache, monkeypatch: pytest.Monke
         replace(KEY, kind="outputs"),
         replace(KEY, model="a" * 63 + "c"),
         replace(KEY, data="b" * 63 + "c"),
-        replace(KEY, detail={}),
-        replace(KEY, detail={"method": "max", "tensors": ["y", "x"]}),
-        replace(KEY, detail={"method": "mse", "tensors": ["x", "y"]}),
-        replace(KEY, detail={**KEY.detail, "executor": "simulation"}),
+        replace(KEY, entries={}),
+        replace(KEY, entries={"method": "max", "tensors": ["y", "x"]}),
+        replace(KEY, entries={"method": "mse", "tensors": ["x", "y"]}),
+        replace(KEY, entries={**KEY.entries, "executor": "simulation"}),
     ]
     for index, key in enumerate(keys):
         cache.store(key, b"%d" % index)
     assert [cache.fetch(key) for key in keys] == [b"%d" % index for index in range(len(keys))]
     monkeypatch.setattr("trtq.cache.__version__", "0.0.0")
     assert cache.fetch(KEY) is None
+    assert reports == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"algorithm": 99}, {"modules": ("trtq.errors",)}, {"packages": ("numpy", "tqdm")}]
+)
+def test_what_another_algorithm_code_or_package_computed_is_not_used(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    cache.store(KEY, CONTENT)
+    monkeypatch.setitem(KINDS, "table", replace(KINDS["table"], **change))
+    assert cache.fetch(KEY) is None
+    cache.store(KEY, b"new")
+    assert (cache.fetch(KEY), len(list(cache.entries()))) == (b"new", 2)
+
+
+def test_a_key_is_named_and_its_names_are_its_own() -> None:
+    assert Key.of("table", model="a" * 64, data="b" * 64, tensors=["x", "y"], method="max") == KEY
+    with pytest.raises(ValueError, match="every key has"):
+        replace(KEY, entries={"code": "mine"}).to_json()
+
+
+def test_every_kinds_code_is_there() -> None:
+    for kind in KINDS.values():
+        assert all(own_module(name) for name in kind.modules)
 
 
 def test_damaged_content_is_reported_and_replaced(cache: Cache) -> None:
@@ -153,7 +187,7 @@ def test_concurrent_writers_and_readers_see_whole_entries(cache: Cache) -> None:
 
 
 def stored(cache: Cache) -> list[Key]:
-    keys = [replace(KEY, kind=kind, model=model * 64) for kind in SUFFIXES for model in "cd"]
+    keys = [replace(KEY, kind=kind, model=model * 64) for kind in KINDS for model in "cd"]
     for key in keys:
         cache.store(key, key.kind.encode())
     return keys

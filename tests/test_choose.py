@@ -9,11 +9,13 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from graph.nets import normal, run
+from mixed import BOXES, SCORES, lowest_decibels, mixed_net
 
 from trtq.cache import Cache
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
-from trtq.calibration.statistics import Statistics
+from trtq.calibration.methods import Method, parse_method
+from trtq.calibration.statistics import Histogram, Statistics
 from trtq.choose import CANDIDATES, Measure, choose_method, scales_from
 from trtq.console import SILENT
 from trtq.data.load import load_samples
@@ -41,6 +43,18 @@ def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, 
     statistics = collect(model.graph, plan.tensors, samples)
     measure = Measure(model.path, model.sha256, samples, Cache(folder / "c"), SILENT)
     return measure, Quantization(model.graph, plan, {}), statistics
+
+
+def mixed(folder: Path) -> tuple[Measure, Quantization, Statistics]:
+    """The same of a network whose output mixes scales."""
+    onnx.save(mixed_net(), folder / "m.onnx")
+    np.savez(folder / "x.npz", x=normal(64, 16))
+    model = load_model(folder / "m.onnx")
+    fold(model.graph)
+    plan = place(model)
+    samples = load_samples(str(folder / "x.npz"), model.inputs)
+    measure = Measure(model.path, model.sha256, samples, Cache(folder / "c"), SILENT)
+    return measure, Quantization(model.graph, plan, {}), collect(model.graph, plan.tensors, samples)
 
 
 def by_hand(x: np.ndarray, weight: np.ndarray, scale: float) -> float:
@@ -82,11 +96,20 @@ def test_the_best_candidate_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp
 
 
 def test_of_equals_the_first_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
-    _, weight = arrays
-    measure, bare, statistics = measured(tmp_path, np.zeros((64, 32), np.float32), weight)
+    x, weight = arrays
+    measure, bare, statistics = measured(tmp_path, x, np.zeros_like(weight))
     choice = choose_method(measure, bare, statistics)
     assert len(set(choice.sqnr_db.values())) == 1
     assert str(choice.method) == CANDIDATES[0]
+
+
+def test_a_method_that_keeps_only_zeros_takes_the_maximum_and_zeros_have_no_scale() -> None:
+    histogram, never = Histogram(), Histogram()
+    histogram.add(np.array([3.0], np.float32))
+    never.add(np.zeros(3, np.float32))
+    zeros = Method("zeros", lambda h: 0.0)
+    scales = scales_from(Statistics({"x": histogram, "never": never, "empty": Histogram()}), zeros)
+    assert scales == {"x": np.float32(3 / 127)}
 
 
 def test_scales_take_a_tensors_own_method(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
@@ -120,3 +143,17 @@ def test_outputs_that_are_not_finite_are_the_worst(tmp_path: Path) -> None:
     coarse, fine = (Quantization(model.graph, place(model), {"x": np.float32(s)}) for s in (1 / 127, 1e-6))
     assert measure.sqnr_db(coarse, "coarse") == -MAX_SQNR_DB
     assert measure.sqnr_db(fine, "fine") > 30
+
+
+def test_a_method_is_chosen_for_scores_that_boxes_drown(tmp_path: Path) -> None:
+    """Judged as one array, maxima are as good as anything: they are best for the boxes."""
+    measure, bare, statistics = mixed(tmp_path)
+    choice = choose_method(measure, bare, statistics)
+    reference = run(bare.graph, {"x": normal(64, 16)})["y"]
+    for name in ("max", "percentile:99.9"):
+        scales = scales_from(statistics, parse_method(name))
+        found = run(replace(bare, scales=scales).rewritten(), {"x": normal(64, 16)})["y"]
+        expected = lowest_decibels(reference, found, [BOXES, SCORES])
+        assert choice.sqnr_db[name] == pytest.approx(expected, abs=0.05)
+    assert choice.sqnr_db["max"] < 12
+    assert choice.sqnr_db[str(choice.method)] > choice.sqnr_db["max"] + 3

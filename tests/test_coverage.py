@@ -63,3 +63,11 @@ def test_unknown_work_is_counted_in_nodes() -> None:
 def test_a_node_in_two_kernels_is_int8_only_if_both_are() -> None:
     both = (*engine_of(a="Int8").layers, *engine_of(a="Half").layers)
     assert coverage(plan_of(("a", True, 1)), Compiled(both)).share == 0
+
+
+@pytest.mark.parametrize(("left", "said"), [(0, "100.0%"), (1, "99.9%"), (2_000_000, "83.3%")])
+def test_all_of_the_work_is_said_of_all_of_it_only(left: int, said: str) -> None:
+    """One multiply-accumulate in ten million that is not in INT8 is not nothing."""
+    plan = plan_of(("a", True, 10_000_000), ("b", False, left))
+    text = coverage(plan, engine_of(a="Int8", b="Half")).text()
+    assert text == f"1 of 2 weighted nodes in INT8, {said} of the multiply-accumulates"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from jobs import Case, Deployed, Run
 
@@ -34,6 +35,34 @@ def test_a_quantized_model(demo: Deployed) -> None:
     dequantizers = sum(node.op_type == "DequantizeLinear" for node in nodes)
     assert found.values["operators"]["DequantizeLinear"] == dequantizers
     assert "17 of 17 weighted nodes between Q/DQ" in found.text()
+
+
+def write(path: Path, nodes: str) -> Path:
+    """A model (2, 4, 4) -> y with int8 weights c, scale s and zero-point z."""
+    text = f"g (float[2,4,4] x) => (float y) {{ {nodes} }}"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
+    codes = np.random.default_rng(0).integers(-127, 128, (4, 4)).astype(np.int8)
+    for name, values in {"c": codes, "s": np.float32(0.1), "z": np.int8(0)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_model_of_quantization_aware_training(tmp_path: Path) -> None:
+    """As PyTorch writes a linear layer: the weight is transposed behind its DequantizeLinear."""
+    nodes = """q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)
+        w = DequantizeLinear(c, s, z) t = Transpose(w) m = MatMul(d, t) y = MatMul(m, t)"""
+    found = inspect(write(tmp_path / "model.onnx", nodes))
+    assert "1 of 2 weighted nodes between Q/DQ" in found.text()
+    assert [node["int8"] for node in found.values["weighted"]] == [True, False]
+
+
+def test_a_model_of_dynamic_quantization(tmp_path: Path) -> None:
+    nodes = """q, r, p = DynamicQuantizeLinear(x) i = MatMulInteger(q, c, p, z) f = Cast<to = 1>(i)
+        k = Mul(f, r) y = MatMul(k, x)"""
+    found = inspect(write(tmp_path / "model.onnx", nodes))
+    assert found.values["quantized"] is True
+    assert "quantized 1 of 2 weighted nodes between Q/DQ or on integers" in found.text()
 
 
 def test_a_table(demo: Deployed) -> None:

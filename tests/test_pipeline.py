@@ -19,6 +19,7 @@ from trtq.calibration.table import Table
 from trtq.choose import scales_from
 from trtq.console import SILENT
 from trtq.errors import ExitCode, InputError
+from trtq.gate.verdict import Outcome
 from trtq.job import Job, prepare, profile_for
 from trtq.ranges import Source, calibrate, statistics_of
 
@@ -49,8 +50,13 @@ def test_a_failed_check_fails_a_passed_gate(small: Case, tmp_path: Path) -> None
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     options = {"method": "max", "exclude": ("conv",), "min_int8": "99%"}
     done = deploy(recipe_for(small, tmp_path / "out", **options))
-    assert done.verdict.exit_code is ExitCode.PASS
+    assert done.verdict.gate is Outcome.PASS
+    assert done.verdict.outcome is Outcome.FAIL
     assert done.exit_code is ExitCode.FAIL
+    assert done.verdict.in_the_way is not None
+    (obstacle,) = done.verdict.in_the_way.obstacles
+    assert obstacle.nodes == ("conv",)
+    assert "excluded by 'conv'" in obstacle.reason
 
 
 def test_a_job_that_fails_late_keeps_the_old_results(

@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trtq.attempt import parse_share
 from trtq.backends.interface import BuildOptions
 from trtq.errors import InputError
+from trtq.gate.verdict import parse_margin
 from trtq.graph.rewrite import WEIGHT_FORMS
 from trtq.recipe import Recipe, flag, options
+from trtq.recovery.budget import Budget
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
 texts = st.lists(text, max_size=3).map(tuple)
@@ -151,17 +154,43 @@ def test_keys_may_be_written_as_on_the_command_line(file: Path) -> None:
     [
         ("metod = 'max'", ["metod", "did you mean 'method'?"]),
         ("zzz = 1", ["zzz", "max_drop", "preprocess"]),
-        ("max_drop = 0.01", ["max_drop", "0.01"]),
+        ("max_drop = true", ["max_drop", "True", "1% or 0.01"]),
+        ("max_drop = ['1%']", ["max_drop", "1% or 0.01"]),
+        ("max_drop = nan", ["max_drop", "nan", "1% or 0.01"]),
+        ("max_drop = inf", ["max_drop", "inf", "1% or 0.01"]),
+        ("max_drop = -0.01", ["max_drop", "-0.01", "1% or 0.01"]),
+        ("max_drop = 1e999999999", ["max_drop", "1% or 0.01"]),
+        (f"max_drop = 0x{'f' * 400}", ["max_drop", "1% or 0.01"]),
+        ("min_int8 = -1", ["min_int8", "-1", "90% or 0.9"]),
+        ("budget = inf", ["budget", "inf", "90s, 10m or 1h"]),
+        ("target = nan", ["target", "nan", "8.6"]),
+        ("target = [8.6, true]", ["target", "True", "8.6"]),
+        ("target = [8.6, [9.0]]", ["target", "8.6"]),
+        ("min_sqnr = inf", ["min_sqnr", "inf"]),
+        ("min_sqnr = true", ["min_sqnr", "True", "float"]),
+        (f"min_sqnr = 0x{'f' * 400}", ["min_sqnr", "float"]),
+        ("confidence = nan", ["confidence is nan", "between 0.5 and 1"]),
+        ("batch = 4.0", ["batch", "4.0", "int"]),
+        ("max-drop = '1%'\nmax_drop = '2%'", ["'max-drop' and 'max_drop'", "the same option"]),
+        ("max_drop = '1%'\nmax-drop = '1%'", ["'max_drop' and 'max-drop'", "the same option"]),
+        ("method = 'nope'", ["unknown calibration method 'nope'", "percentile:99.99", "auto"]),
         ("batch = '4'", ["batch", "'4'"]),
         ("batch = true", ["batch", "True"]),
         ("require_engine = 1", ["require_engine"]),
-        ("exclude = 'a'", ["exclude", "list of strings"]),
+        ("exclude = 1", ["exclude", "list of strings"]),
         ("exclude = ['a', 1]", ["exclude", "list of strings"]),
         ("weights = 'int4'", ["weights", "int8, qdq"]),
         ("preprocess = 3", ["preprocess", "table"]),
         ("[preprocess]\nx = 3", ["preprocess.x", "table"]),
         ("[preprocess.x]\nshift = 3", ["shift", "from, scale, mean, std, layout, resize, crop, color"]),
         ("[preprocess.x]\nscale = '1/0'", ["scale", "1/0"]),
+        ("[preprocess.x]\nscale = '1/'", ["scale", "1/"]),
+        ("[preprocess.x]\nscale = '1e999999999'", ["scale", "1e999999999"]),
+        ("[preprocess.x]\nscale = nan", ["scale", "nan"]),
+        ("[preprocess.x]\nscale = true", ["scale", "True"]),
+        ("[preprocess.x]\nmean = [0.5, true]", ["mean", "True"]),
+        (f"[preprocess.x]\nstd = 0x{'f' * 400}", ["std"]),
+        ("[preprocess.x]\nresize = true", ["resize", "True"]),
         ("[preprocess.x]\nstd = [1, 0, 1]", ["std"]),
         ("confidence = 2.0", ["confidence is 2.0", "between 0.5 and 1"]),
         ("model = ", ["cannot read the recipe"]),
@@ -173,6 +202,52 @@ def test_what_is_wrong_is_named_with_the_file(content: str, words: list[str], fi
     assert caught.value.file == str(file)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "value"),
+    [
+        ("max_drop = 0.01", "max_drop", "0.01"),
+        ("max_drop = 0", "max_drop", "0"),
+        ("max_drop = 1e-5", "max_drop", "1e-05"),
+        ("min_int8 = 0.9", "min_int8", "0.9"),
+        ("min_int8 = 1", "min_int8", "1"),
+        ("budget = 600", "budget", "600"),
+        ("budget = 1.5", "budget", "1.5"),
+        ("target = 8.6", "target", ("8.6",)),
+        ("target = [8.0, '9.0']", "target", ("8.0", "9.0")),
+        ("target = '10.0'", "target", ("10.0",)),
+        ("exclude = '/head/*'", "exclude", ("/head/*",)),
+        ("min_sqnr = 20", "min_sqnr", 20.0),
+    ],
+)
+def test_numbers_and_single_items_may_be_written_plainly(
+    content: str, name: str, value: object, file: Path
+) -> None:
+    found = getattr(load(file, content), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_numbers_mean_what_their_text_does() -> None:
+    assert parse_margin("0.01") == parse_margin("1%") == parse_margin("1e-02") == 0.01
+    assert parse_share("1") == parse_share("100%") == 1
+    left = Budget.parse("600").left
+    assert left is not None
+    assert left == pytest.approx(600, abs=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("AUTO", "auto"), (" Max ", "max"), ("Percentile:99.90", "percentile:99.9")]
+)
+def test_the_method_has_one_spelling(text: str, name: str, file: Path) -> None:
+    assert Recipe(method=text).method == Recipe().merged({"method": text}).method == name
+    assert load(file, f'method = "{text}"') == Recipe(method=name)
+
+
+def test_no_method_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(InputError, match="unknown calibration method 'nope'"):
+        Recipe(model="missing.onnx").merged({"method": "nope"})
 
 
 @pytest.mark.parametrize(

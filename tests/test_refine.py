@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
+from graph.nets import normal
+from mixed import mixed_net
 
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
@@ -82,3 +84,11 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
 def test_equal_ranges_are_not_tried(methods: tuple[str, ...], tmp_path: Path) -> None:
     alone = refined(two_layers(tmp_path, outlier=10.0))
     assert refined(tmp_path, *methods).runs == alone.runs == 2 * len(NARROWER)  # two tensors
+
+
+def test_ranges_are_searched_for_scores_that_boxes_drown(tmp_path: Path) -> None:
+    """The outlier in the input of `cls` matters to the scores alone."""
+    onnx.save(mixed_net(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=normal(64, 16))
+    found = refined(tmp_path, "percentile:95", "percentile:90")
+    assert str(found.exceptions["kg"]).startswith("percentile")

@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from graph.nets import normal
+from mixed import mixed_net
 
 from trtq.cache import Cache, Key
 from trtq.calibration.collect import collect
@@ -148,3 +151,17 @@ def test_the_fast_ranking_agrees_with_the_exact_one(zoo: Path, cache: Cache) -> 
     n = len(ranks[0])
     squares = sum((ranks[0][name] - ranks[1][name]) ** 2 for name in ranks[0])
     assert 1 - 6 * squares / (n**3 - n) > 0.75  # Spearman's rank correlation
+
+
+def test_the_layer_that_destroys_scores_beside_boxes_comes_first(cache: Cache, tmp_path: Path) -> None:
+    onnx.save(mixed_net(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=normal(64, 16))
+    samples = load_samples(str(tmp_path / "x.npz"), load_model(tmp_path / "m.onnx").inputs)
+    model = load_model(tmp_path / "m.onnx")
+    fold(model.graph)
+    plan = place(model)
+    scales = scales_from(collect(model.graph, plan.tensors, samples), parse_method("max"))
+    for mode in ("only", "all-but"):
+        found = analyse(Quantization(model.graph, plan, scales), samples, cache, SILENT, mode=mode)
+        assert found.effects[0].group.nodes == ("cls",)
+        assert found.int8.sqnr_db < 12

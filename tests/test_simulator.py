@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from graph.nets import attention, loaded, max_scales, net, normal, run
+from mixed import BOXES, SCORES, lowest_decibels, mixed_net
 from numpy.typing import NDArray
 
 import trtq.simulator
@@ -272,6 +273,23 @@ def test_an_output_whose_shape_depends_on_its_values_says_so(tmp_path: Path) -> 
     simulator = Simulator(quantization, _samples({"x": normal(_ROWS, 8)}, model, tmp_path))
     with pytest.raises(InputError, match="'y' changes its shape with its values"):
         simulator.score(quantization.plan)
+
+
+def test_an_output_that_mixes_scales_has_the_noise_of_its_worst_component(tmp_path: Path) -> None:
+    """Alone in INT8, a layer of the boxes is judged by them, and one of the scores by those."""
+    model, x = mixed_net(), normal(21, 16)  # the last of the batches is a short one
+    quantization = _quantization(model, {"x": x}, tmp_path)
+    simulator = Simulator(quantization, _samples({"x": x}, model, tmp_path))
+    effects = {effect.group.name: effect for effect in simulator.effects()}
+    for group in groups(quantization.graph, quantization.plan):
+        left_out = [n for n in quantization.plan.int8_nodes if n not in group.nodes]
+        plan = leave_out(quantization.graph, quantization.plan, dict.fromkeys(left_out, "to measure"))
+        found = run(dataclasses.replace(quantization, plan=plan).rewritten(), {"x": x})["y"]
+        part = [SCORES] if {"k", "cls"} & set(group.nodes) else [BOXES]
+        expected = lowest_decibels(run(quantization.graph, {"x": x})["y"], found, part)
+        assert effects[group.name].sqnr_db == pytest.approx(expected, abs=0.02)
+        assert effects[group.name].noise == pytest.approx(10 ** (-expected / 10), rel=0.01)
+    assert min(effects.values(), key=lambda effect: effect.sqnr_db).group.nodes == ("cls",)
 
 
 def _logarithm() -> onnx.ModelProto:

@@ -331,7 +331,8 @@ def describe_engine(model: Path, rows: Mapping[str, set[tuple[int, ...]]], plan:
     from trtq.backends.compiled import int8_nodes
     from trtq.backends.interface import Range
     from trtq.graph.model import load_model, save_model
-    from trtq.graph.shapes import concrete_shapes, macs
+    from trtq.graph.products import macs
+    from trtq.graph.shapes import concrete_shapes
 
     graph = load_model(model).graph
     shapes = {name: (ENGINE_BATCH, *shape) for name, (shape,) in rows.items()}

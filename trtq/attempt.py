@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,16 @@ from trtq.backends.builders import builder
 from trtq.backends.interface import Build, find_gpu
 from trtq.console import Console
 from trtq.coverage import Coverage, coverage
-from trtq.errors import ExitCode, InputError
+from trtq.errors import InputError
 from trtq.evaluation import Evaluation
 from trtq.files import write_json, write_text
-from trtq.gate.verdict import Outcome, Verdict, parse_fraction
+from trtq.gate.verdict import Check, Outcome, Verdict, parse_fraction
 from trtq.graph.model import save_model
+from trtq.graph.plan import percent
 from trtq.job import Job
 from trtq.quantization import Quantization
 from trtq.recipe import Recipe
-from trtq.report.junit import Check, junit_xml
+from trtq.report.junit import junit_xml
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,9 @@ class Attempt:
         step: which one.
         folder: where its `model.int8.onnx`, `model.plan`, `plan.json`, `calibration.cache`, `verdict.json`
             and `junit.xml` are.
-        measured: what the gate says.
-        verdict: that, or inconclusive where an engine is required and none ran.
+        accuracy: what the gate says, with the checks on the outputs, on whatever it was measured.
+        on_engine: the checks on what the engine runs.
+        verdict: both together, or inconclusive where an engine is required and none ran.
         seconds: that the step took, with building and gating.
     """
 
@@ -42,34 +42,15 @@ class Attempt:
     folder: Path
     build: Build
     coverage: Coverage
-    measured: Verdict
+    accuracy: Verdict
+    on_engine: tuple[Check, ...]
     verdict: Verdict
-    checks: tuple[Check, ...]
     seconds: float
 
     @property
-    def ok(self) -> bool:
-        """Whether the gate and every other check passed, on whatever it was measured."""
-        return self.measured.passed and all(check.ok for check in self.checks)
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """The verdict's, unless it passes and another check fails."""
-        if self.verdict.exit_code is ExitCode.PASS and not all(check.ok for check in self.checks):
-            return ExitCode.FAIL
-        return self.verdict.exit_code
-
-    @property
-    def rank(self) -> tuple[bool, int, int, float]:
-        """The higher, the better: all passed, the gate's outcome, checks that passed, and the drop; where the
-        gate passes but a check does not, the SQNR."""
-        outcomes = [Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS]
-        drop = self.measured.relative_drop
-        passed = sum(check.ok for check in self.checks)
-        quality = -math.inf if drop is None else -drop
-        if self.measured.passed and not self.ok:
-            quality = min((output.sqnr_db for output in self.measured.outputs.values()), default=0.0)
-        return self.ok, outcomes.index(self.measured.outcome), passed, quality
+    def measured(self) -> Verdict:
+        """The gate and all checks, on whatever they were measured: what the workflow goes by."""
+        return self.accuracy.with_checks(*self.on_engine)
 
     def to_json(self) -> dict[str, Any]:
         """The figures of the attempt, for `workflow.json`."""
@@ -77,13 +58,42 @@ class Attempt:
         return {
             "step": self.step,
             "outcome": verdict.outcome.value,
+            "gate": verdict.gate.value,
             "metric": verdict.candidate,
             "relative_drop": verdict.relative_drop,
             "sqnr_db": {name: output.sqnr_db for name, output in verdict.outputs.items()},
             "int8_nodes": len(self.quantization.plan.int8_nodes),
             "int8_share": self.coverage.share,
-            "checks": [check._asdict() for check in self.checks],
+            "checks": [check.to_json() for check in verdict.checks],
+            "note": self.quantization.remark,
             "seconds": round(self.seconds, 1),
+            "in_the_way": verdict.in_the_way and verdict.in_the_way.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Fruitless:
+    """A step of the workflow that gave nothing to build and gate.
+
+    Attributes:
+        note: why, with the figures.
+        seconds: that it took.
+    """
+
+    step: str
+    note: str
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """For `workflow.json`, with the keys of an attempt."""
+        return {
+            **dict.fromkeys(("outcome", "gate", "metric", "relative_drop", "int8_nodes", "int8_share")),
+            "step": self.step,
+            "sqnr_db": {},
+            "checks": [],
+            "note": self.note,
+            "seconds": round(self.seconds, 1),
+            "in_the_way": None,
         }
 
 
@@ -115,29 +125,29 @@ def attempt(
     covered = coverage(quantization.plan, build.compiled)
     size = build.engine.stat().st_size / 1e6
     console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
-    measured = evaluation.verdict(build.engine if engine_runs_here(recipe, console) else int8)
-    verdict, checks = evaluation.published(measured), tuple(_checks(recipe, covered, measured))
-    write_json(folder / "verdict.json", verdict.to_json())
-    write_text(folder / "junit.xml", junit_xml(verdict, checks))
+    accuracy = evaluation.verdict(build.engine if engine_runs_here(recipe, console) else int8)
+    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
+    on_engine = () if least is None else (share_check(covered, least),)
+    verdict = evaluation.published(accuracy).with_checks(*on_engine)
+    write_verdict(folder, verdict)
+    console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
-    done = Attempt(step, quantization, folder, build, covered, measured, verdict, checks, seconds)
-    console.say(step, "\n".join([verdict.text().splitlines()[0], *(c.message for c in checks)]))
-    return done
+    return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
 
 
-def _checks(recipe: Recipe, covered: Coverage, verdict: Verdict) -> Iterator[Check]:
-    if recipe.min_int8 is not None:
-        yield share_check(covered, parse_share(recipe.min_int8))
-    if recipe.min_sqnr is not None:
-        lowest = min((output.sqnr_db for output in verdict.outputs.values()), default=0.0)
-        message = f"the outputs have {lowest:.1f} dB, at least {recipe.min_sqnr:g} dB were asked for"
-        yield Check(f"SQNR at least {recipe.min_sqnr:g} dB", lowest >= recipe.min_sqnr, message)
+def write_verdict(folder: Path, verdict: Verdict) -> None:
+    """`verdict.json` and `junit.xml`."""
+    write_json(folder / "verdict.json", verdict.to_json())
+    write_text(folder / "junit.xml", junit_xml(verdict))
 
 
 def share_check(covered: Coverage, least: float) -> Check:
     """Whether the engine runs at least the share `least` in INT8."""
-    message = f"the engine runs {covered.share:.1%} in INT8, at least {least:.1%} were asked for"
-    return Check(f"int8 share at least {least:.1%}", covered.share >= least, message)
+    message = (
+        f"--min-int8: the engine runs {percent(covered.share)} in INT8, at least {least:.1%} were asked for"
+    )
+    outcome = Outcome.PASS if covered.share >= least else Outcome.FAIL
+    return Check(f"int8 share at least {least:.1%}", outcome, message)
 
 
 def parse_share(text: str) -> float:

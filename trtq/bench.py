@@ -16,10 +16,12 @@ import numpy as np
 from trtq.backends.builders import builder, describe_engine
 from trtq.backends.compiled import Compiled, CompiledLayer
 from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Profile
+from trtq.calibration.extents import measure_extents
+from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.graph.fold import fold
-from trtq.graph.half import convert_to_half
+from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, load_model, save_model
 
 WARM_UP_RUNS = 50
@@ -105,13 +107,15 @@ def build_three(
     profile: Profile | None = None,
     targets: Sequence[str] = (),
     options: BuildOptions = DEFAULT_OPTIONS,
+    samples: Samples | None = None,
 ) -> dict[str, Build]:
     """FP32, FP16 and INT8 engines of one model, all strongly typed from ONNX: `model.fp32.plan` and so on.
 
     Args:
-        model: fp32 ONNX model; folded, and for FP16 converted (`convert_to_half`).
+        model: fp32 ONNX model; folded, and for FP16 converted (`half_by_rules`).
         int8: the same model with Q/DQ, as `trtq quantize` writes it.
         folder: where the engines go, and the ONNX models of the first two.
+        samples: rows on which to measure what has to stay float32 in the FP16 engine.
 
     Raises:
         InputError, MissingBackendError: as the builder.
@@ -121,7 +125,8 @@ def build_three(
     fold(graph)
     models = {"fp32": folder / "model.fp32.onnx", "fp16": folder / "model.fp16.onnx", "int8": Path(int8)}
     save_model(graph, models["fp32"])
-    save_model(convert_to_half(graph), models["fp16"])
+    extents = measure_extents(graph, samples) if samples else {}
+    save_model(half_by_rules(graph, extents), models["fp16"])
     build = builder(backend).build
     return {
         name: build(path, folder / f"model.{name}.plan", profile=profile, targets=targets, options=options)

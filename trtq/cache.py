@@ -2,13 +2,22 @@
 
 Layout, the same at run time and in the repository's `calib_cache/`::
 
-    <root>/<model>/<data>/<kind>-<detail>.<suffix>        the content: statistics, table or outputs
-    <root>/<model>/<data>/<kind>-<detail>.<suffix>.json   its key and its SHA-256
+    <root>/<model>/<data>/<kind>-<key>.<suffix>        the content: statistics, table or outputs
+    <root>/<model>/<data>/<kind>-<key>.<suffix>.json   its SHA-256, its key, and notes
 
-`<model>` and `<data>` are the first 16 digits of their SHA-256, `<detail>` those of everything else the
-content depends on. Files are moved into place, and one key always gives the same bytes, so concurrent
-writers do no harm; only what is half done (sensitivity, checkpoint) grows under its key. Content that does
-not match its SHA-256 is reported, and computed again.
+`<model>` and `<data>` are the first 16 digits of their SHA-256, `<key>` those of the whole key. A key holds
+
+- `kind`, and the kind's `algorithm`: a number that grows when the same inputs are to give something else;
+- `code`: the hash of the source code that computes the kind, and `packages`: the versions of what it calls;
+- `model`, `data`, and the entries that the caller names: everything else the content depends on.
+
+So nothing that other code computed is used, be it of the same release. What changes no content (threads,
+workers, where shards run) is in no key. Golden tables that are checked in (`calib_cache/`) are therefore
+compared by content; nobody looks them up by key.
+
+Files are moved into place, and one key always gives the same bytes, so concurrent writers do no harm; only
+what is half done (sensitivity, checkpoint) grows under its key. Content that does not match its SHA-256 is
+reported, and computed again.
 """
 
 from __future__ import annotations
@@ -17,61 +26,117 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from trtq import __version__
 from trtq.errors import InputError
 from trtq.files import PathLike, sha256_bytes, sha256_json, write_bytes, write_json
+from trtq.source import code_sha256
 
-SUFFIXES = {
-    "statistics": "npz",
-    "table": "cache",
-    "outputs": "npz",
-    "quantization": "npz",
-    "sensitivity": "bin",
-    "checkpoint": "bin",
-    "shard": "npz",
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of content.
+
+    Attributes:
+        suffix: of its files.
+        algorithm: raise it when the same inputs are to give another content. The hash of the code notices any
+            edit by itself; the number says what was meant, and is all there is without sources.
+        modules: what computes it; all that these import counts, too.
+        packages: what its values depend on beside that and the executor.
+    """
+
+    suffix: str
+    algorithm: int
+    modules: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+
+
+_READING = ("trtq.data.load", "trtq.graph.model", "trtq.graph.fold")
+_PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "pillow")
+
+KINDS: Mapping[str, Kind] = {
+    "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
+    "table": Kind("cache", 2, ("trtq.ranges", *_READING), (*_PACKAGES, "numba")),
+    "outputs": Kind("npz", 2, ("trtq.gate.execute", "trtq.data.load"), _PACKAGES),
+    "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
+    "sensitivity": Kind("bin", 2, ("trtq.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES),
+    "checkpoint": Kind("bin", 2, ("trtq.recovery.learn", *_READING), (*_PACKAGES, "torch")),
+    "shard": Kind("npz", 2, ("trtq.parallel", *_READING), (*_PACKAGES, "numba")),
 }
-"""Kinds of content and their file names' suffixes."""
+"""Every kind of content that is cached."""
 
 _OTHER_FOLDER = "give another folder with --cache or $TRTQ_CACHE"
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a cached content depends on.
+    """What a cached content depends on; `Key.of` names it.
 
     Attributes:
-        kind: one of `SUFFIXES`.
+        kind: one of `KINDS`.
         model, data: SHA-256 of the model and of the data.
-        detail: everything else, as JSON values (method, tensors, executor, ...).
+        entries: name -> everything else, as JSON values (method, tensors, executor, ...).
     """
 
     kind: str
     model: str
     data: str
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    entries: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, kind: str, *, model: str, data: str, **entries: Any) -> Key:
+        """A key with its entries by name."""
+        return cls(kind, model, data, entries)
 
     def to_json(self) -> dict[str, Any]:
-        """The key as it stands in the file beside the content; it includes the tool's version."""
-        return {
+        """The key as it stands in the file beside the content.
+
+        Raises:
+            ValueError: an entry has the name of something that every key holds.
+        """
+        kind = KINDS[self.kind]
+        fixed = {
             "kind": self.kind,
+            "algorithm": kind.algorithm,
+            "code": code_sha256(*kind.modules),
+            "packages": {name: _version(name) for name in kind.packages},
+            "trtq": __version__,
             "model": self.model,
             "data": self.data,
-            "trtq": __version__,
-            **self.detail,
         }
+        if taken := fixed.keys() & self.entries.keys():
+            raise ValueError(f"every key has {sorted(taken)}")
+        return {**fixed, **self.entries}
+
+
+@cache
+def _version(package: str) -> str | None:
+    """The version of a package that is installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the cache as `trtq cache` lists it; `problem` says what is wrong with it, if anything."""
+    """A file of the cache as `trtq cache` lists it.
+
+    Attributes:
+        key: as its record says (see `Key.to_json`); empty where the record cannot be read, or is an old one.
+        problem: what is wrong with it, if anything.
+        notes: what is kept beside it.
+    """
 
     path: Path
     key: Mapping[str, Any]
     size: int
     problem: str | None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def default_root() -> Path:
@@ -96,7 +161,7 @@ class Cache:
     def path(self, key: Key) -> Path:
         """Where the content of `key` is kept."""
         digest = sha256_json(key.to_json())[:16]
-        name = f"{key.kind}-{digest}.{SUFFIXES[key.kind]}"
+        name = f"{key.kind}-{digest}.{KINDS[key.kind].suffix}"
         return Path(self.root) / key.model[:16] / key.data[:16] / name
 
     def fetch(self, key: Key) -> bytes | None:
@@ -112,17 +177,18 @@ class Cache:
         if record.get("sha256") != sha256_bytes(content):
             self.report(f"cache entry {path} is damaged (its hash does not match); it is computed again")
             return None
-        asked = json.loads(json.dumps(key.to_json()))
-        if any(record.get(name) != asked[name] for name in asked.keys() - set(record.get("notes", ()))):
+        if record.get("key") != json.loads(json.dumps(key.to_json())):
             self.report(f"cache entry {path} belongs to another key; it is computed again")
             return None
         return content
 
     def store(self, key: Key, content: bytes, notes: Mapping[str, Any] | None = None) -> None:
-        """Keep `content` under `key`; `notes` are JSON values kept beside it."""
+        """Keep `content` under `key`; `notes` are JSON values kept beside it.
+
+        The record is flat but for the key, so that a cached table's is the metadata of a table.
+        """
         path = self.path(key)
-        notes = dict(notes or {})
-        record = {"sha256": sha256_bytes(content), **key.to_json(), **notes, "notes": list(notes)}
+        record = {**(notes or {}), "sha256": sha256_bytes(content), "key": key.to_json()}
         try:
             write_bytes(path, content)
             write_json(_record_path(path), record)
@@ -134,11 +200,11 @@ class Cache:
     def notes(self, key: Key) -> dict[str, Any]:
         """The notes kept beside a content that `fetch` has just given."""
         _, record = _read(self.path(key))
-        return {name: record[name] for name in record["notes"]}
+        return _notes(record)
 
     def entries(self) -> Iterator[Entry]:
         """Every entry of the cache, verified, in the order of their paths."""
-        for suffix in sorted(set(SUFFIXES.values())):
+        for suffix in sorted({kind.suffix for kind in KINDS.values()}):
             for path in sorted(Path(self.root).glob(f"*/*/*.{suffix}")):
                 if entry := _entry(path):
                     yield entry
@@ -171,8 +237,12 @@ def _entry(path: Path) -> Entry | None:
     except (OSError, ValueError) as error:
         return Entry(path, {}, size, f"unreadable: {error}")
     damaged = record.get("sha256") != sha256_bytes(content)
-    key = {name: value for name, value in record.items() if name != "sha256"}
-    return Entry(path, key, size, "its hash does not match" if damaged else None)
+    key, problem = record.get("key"), "its hash does not match" if damaged else None
+    return Entry(path, key if isinstance(key, dict) else {}, size, problem, _notes(record))
+
+
+def _notes(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in ("sha256", "key")}
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:

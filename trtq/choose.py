@@ -16,14 +16,14 @@ import numpy as np
 
 from trtq.cache import Cache
 from trtq.calibration.methods import Method, parse_method
-from trtq.calibration.statistics import Statistics
+from trtq.calibration.statistics import Histogram, Statistics
 from trtq.console import Console
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.evaluation import candidate_of, outputs_of
-from trtq.gate.finite import all_compared, check_reference
-from trtq.gate.similarity import overall_sqnr_db, scored, sqnr_db
-from trtq.numerics import scale_from_amax
+from trtq.gate.finite import check_reference
+from trtq.gate.similarity import Reference
+from trtq.numerics import has_scale, scale_from_amax
 from trtq.quantization import Quantization
 
 CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "percentile:99.999")
@@ -36,7 +36,7 @@ class Choice:
 
     Attributes:
         method: the best one.
-        sqnr_db: candidate -> SQNR of the outputs on the rows held back, averaged over outputs.
+        sqnr_db: candidate -> SQNR of the outputs together on the rows held back.
         rows: how many rows were held back.
     """
 
@@ -48,12 +48,23 @@ class Choice:
 def scales_from(
     statistics: Statistics, method: Method, exceptions: Mapping[str, Method] | None = None
 ) -> dict[str, np.float32]:
-    """Tensor -> float32 scale (amax / 127) by one method, or by the tensor's own among `exceptions`."""
+    """Tensor -> float32 scale (amax / 127) by one method, or by the tensor's own among `exceptions`.
+
+    Tensors that no method has a range for are left out (see `amax_of`).
+    """
     exceptions = exceptions or {}
-    return {
-        name: np.float32(scale_from_amax(exceptions.get(name, method).amax(histogram)))
+    found = {
+        name: amax_of(exceptions.get(name, method), histogram)
         for name, histogram in statistics.histograms.items()
     }
+    return {name: np.float32(scale_from_amax(amax)) for name, amax in found.items() if has_scale(amax)}
+
+
+def amax_of(method: Method, histogram: Histogram) -> float:
+    """A method's amax; the largest |x| where the method keeps nothing but zeros, as a percentile of a tensor
+    that is nearly always zero does. Only a tensor that never was anything else has no range then."""
+    amax = method.amax(histogram)
+    return amax if has_scale(amax) else histogram.amax
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Measure:
     ignore_nonfinite: bool = False
 
     def sqnr_db(self, quantization: Quantization, label: str) -> float:
-        """SQNR of the quantized model's outputs together (see `similarity.overall_sqnr_db`).
+        """SQNR of the quantized model's outputs together (see `similarity.Reference`).
 
         Raises:
             InputError: the model does not run on the rows, or its outputs are not finite in fp32.
@@ -83,8 +94,8 @@ class Measure:
         reference = self._outputs(self.model, "fp32", self.sha256)
         check_reference(reference, ignore_nonfinite=self.ignore_nonfinite, samples=self.rows)
         with candidate_of(quantization) as candidate:
-            reference, outputs = all_compared(reference, self._outputs(candidate, label))
-        return overall_sqnr_db([sqnr_db(reference[n], outputs[n])[0] for n in scored(reference)])
+            outputs = self._outputs(candidate, label)
+        return Reference([reference]).sqnr_db([outputs])
 
     def _outputs(self, model: Path, label: str, sha256: str | None = None) -> Arrays:
         outputs, _ = outputs_of(

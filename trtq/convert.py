@@ -22,14 +22,14 @@ from trtq.calibration.table import ENCODINGS, Table
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
+from trtq.graph.evaluate import fold_constants
 from trtq.graph.fold import fold
-from trtq.graph.half import convert_to_half
+from trtq.graph.half_rules import Extent, float32_nodes
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, QDQ_OPS, Model, load_model
 from trtq.graph.place import FLOATS, MOVING_OPS, POOL, only_moved, place
 from trtq.graph.plan import Plan
-from trtq.graph.rewrite import rewrite
-from trtq.graph.shapes import fold_constants
 from trtq.numerics import INT8_MAX
+from trtq.quantization import Quantization
 
 NO_RANGE = "no-range"
 """Rule of the plan for nodes that stay in floating point because the table has no row for an input."""
@@ -207,6 +207,7 @@ def quantize_with_table(
     weights: str = "int8",
     rest: str = "fp32",
     observed: Mapping[str, float] | None = None,
+    extents: Mapping[str, Extent] | None = None,
 ) -> Explicit:
     """The explicit model with the table's scales where `place` puts Q/DQ.
 
@@ -218,19 +219,13 @@ def quantize_with_table(
         weights: as `rewrite`.
         rest: precision of what is not quantized, "fp32" or "fp16".
         observed: row -> amax seen on data, to tell scales from other readings of the file.
+        extents: float32 tensor -> its extent on data: decides what stays float32 with `rest` "fp16".
 
     Raises:
         InputError: the table was made for another model or gives no node all of its ranges; or as `place`
             and `rewrite`.
     """
-    made_for = table.metadata.get("model", source.model.sha256)
-    if made_for != source.model.sha256:
-        raise InputError(
-            "the table was made for another model",
-            file=source.model.path,
-            cause=f"it is for {made_for[:16]}…, this one is {source.model.sha256[:16]}…",
-            remedy="give that model, or calibrate this one",
-        )
+    table.check_made_for(source.model.sha256, source.model.path)
     first = plan = place(source.model, include=include, exclude=exclude, input_shapes=input_shapes)
     lacking: dict[str, set[str]] = {}
     while True:
@@ -278,8 +273,11 @@ def quantize_with_table(
         colons=[row for row in table.scales if ":" in row],
         doubts=doubts(table, observed or {}, source.bounds()),
     )
-    graph = convert_to_half(source.model.graph) if rest == "fp16" else source.model.graph
-    return Explicit(rewrite(graph, plan, used.scales, weights=weights), plan, used, fit)
+    if rest == "fp16":
+        kept = float32_nodes(source.model.graph, plan, used.scales, extents or {})
+        plan = replace(plan, float32=kept)
+    quantization = Quantization(source.model.graph, plan, used.scales)
+    return Explicit(quantization.rewritten(weights=weights, rest=rest), plan, used, fit)
 
 
 def doubts(table: Table, observed: Mapping[str, float], bounds: Mapping[str, float]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trtq.backends.compiled import Compiled, int8_nodes
-from trtq.graph.plan import NodePlan, Plan
+from trtq.graph.plan import NodePlan, Plan, percent
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Coverage:
         missed: weighted nodes that were meant to and do not; their Q/DQ only costs.
         skipped: weighted nodes that the plan leaves in floating point, with the reason.
         mac_share: share of the multiply-accumulates of all weighted nodes that run in INT8, or None
-            where the shapes of a node are not known.
+            where those of a node are not known: a shape is not, it is in the body of an If, Loop or Scan
+            (which may run any number of times), or what it does is not known.
         node_share: the same, counting nodes.
         unread: kernels of the builder's list that could not be read; nodes in them count as floating point.
     """
@@ -38,7 +39,9 @@ class Coverage:
         """One line for a person, and one for each node that was meant to be INT8 and is not."""
         total = len(self.int8) + len(self.missed) + len(self.skipped)
         counted = "weighted nodes" if self.mac_share is None else "multiply-accumulates"
-        lines = [f"{len(self.int8)} of {total} weighted nodes in INT8, {self.share:.1%} of the {counted}"]
+        lines = [
+            f"{len(self.int8)} of {total} weighted nodes in INT8, {percent(self.share)} of the {counted}"
+        ]
         lines += [f"meant for INT8 but run in floating point: {n.name} ({n.op})" for n in self.missed]
         if self.unread:
             lines.append(f"{self.unread} kernels could not be read; their nodes count as floating point")

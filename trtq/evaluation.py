@@ -14,11 +14,19 @@ from trtq.data.load import load_samples
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
-from trtq.gate.execute import ENGINE_SUFFIXES, Outputs, fingerprint, run_model
+from trtq.gate.execute import Outputs, fingerprint, is_engine, run_model
 from trtq.gate.finite import check_reference
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.reference import doubt
-from trtq.gate.verdict import Verdict, check_decides, decide, parse_margin, score_reference
+from trtq.gate.verdict import (
+    Check,
+    Outcome,
+    Verdict,
+    check_decides,
+    decide,
+    parse_margin,
+    score_reference,
+)
 from trtq.graph.model import model_sha256, save_model
 from trtq.parallel import KEPT_BYTES, run_sharded
 from trtq.quantization import Quantization
@@ -36,6 +44,7 @@ def outputs_of(
     batch_size: int | None = None,
     threads: int | None = None,
     parallel: str | None = None,
+    afresh: bool = False,
 ) -> tuple[Outputs, bool]:
     """The model's outputs on every row, and whether they came from the cache.
 
@@ -44,15 +53,21 @@ def outputs_of(
         label: what the progress is called.
         sha256: hash of the model including its external data; default: found here.
         parallel: where an ONNX model's rows are run, see `parallel.parse_parallel`.
+        afresh: an engine is run even where the cache has its outputs.
 
     Raises:
-        InputError, MissingBackendError: as `run_model`.
+        InputError, MissingBackendError: as `run_model`, also where the cache has the outputs of an engine:
+            they are those of one GPU and its driver, and nobody can tell which without it.
     """
-    sha256 = sha256 or (sha256_file(model) if model.suffix in ENGINE_SUFFIXES else model_sha256(model))
-    key = Key("outputs", sha256, samples.hash, {"executor": fingerprint(model)})
-    if (content := cache.fetch(key)) is not None:
-        return Outputs.from_bytes(content), True
-    if model.suffix not in ENGINE_SUFFIXES:
+    engine = is_engine(model)
+    sha256 = sha256 or (sha256_file(model) if engine else model_sha256(model))
+    key = Key.of("outputs", model=sha256, data=samples.hash, batch=batch_size, **fingerprint(model))
+    if not (engine and afresh) and (content := cache.fetch(key)) is not None:
+        outputs = Outputs.from_bytes(content)
+        if (outputs.executor == "engine") == engine:
+            return outputs, True
+        cache.report(f"cache entry {cache.path(key)} is damaged (another executor); it is computed again")
+    if not engine:
         outputs = run_sharded(
             model,
             samples,
@@ -154,14 +169,15 @@ class Evaluation:
         return cls(recipe, samples, metric, max_drop, outputs, value, cache, console)
 
     def verdict(self, candidate: Path, against: Outputs | None = None) -> Verdict:
-        """What the gate says of a candidate (ONNX model or engine); see `published`.
+        """What the gate says of a candidate (ONNX model or engine), with the SQNR that the recipe asks for as
+        a check; see `published`.
 
         Args:
-            against: other outputs to compare with than the reference's.
+            against: other outputs to compare with than the reference's; their SQNR is not checked.
         """
         outputs = self.outputs(candidate, "candidate")
         with about(candidate):
-            return decide(
+            verdict = decide(
                 (against or self.reference).arrays,
                 outputs.arrays,
                 dict(self.samples.targets),
@@ -171,6 +187,8 @@ class Evaluation:
                 executor=outputs.executor,
                 ignore_nonfinite=self.recipe.ignore_nonfinite,
             )
+        least = self.recipe.min_sqnr
+        return verdict if least is None or against else verdict.with_checks(_sqnr_check(verdict, least))
 
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""
@@ -188,6 +206,17 @@ class Evaluation:
         return _outputs(model, label, self.recipe, self.samples, self.cache, self.console)
 
 
+def _sqnr_check(verdict: Verdict, least: float) -> Check:
+    """Whether every output has an SQNR of at least `least` dB."""
+    lowest = verdict.lowest_sqnr_db
+    found = f"the outputs have {lowest:.1f} dB" if verdict.outputs else "the outputs are not finite"
+    return Check(
+        f"SQNR at least {least:g} dB",
+        Outcome.PASS if lowest >= least else Outcome.FAIL,
+        f"--min-sqnr: {found}, at least {least:g} dB were asked for",
+    )
+
+
 def _outputs(
     model: Path, label: str, recipe: Recipe, samples: Samples, cache: Cache, console: Console
 ) -> Outputs:
@@ -200,6 +229,7 @@ def _outputs(
         batch_size=recipe.batch,
         threads=recipe.threads,
         parallel=recipe.parallel,
+        afresh=recipe.require_engine,
     )
     if cached:
         console.say("gate", f"outputs of the {label} from the cache, nothing was run")

@@ -109,8 +109,11 @@ def read_json(path: PathLike, what: str) -> Any:
         raise InputError(f"cannot read the {what}", file=path, cause=error) from error
 
 
-def read_own_json(path: PathLike, what: str, parse: Callable[[Any], T]) -> T:
+def read_own_json(path: PathLike, what: str, parse: Callable[[Any], T], remedy: str | None = None) -> T:
     """What `parse` makes of the JSON value in `path`, a file that trtq wrote.
+
+    Args:
+        remedy: what to do about a value that `parse` does not know.
 
     Raises:
         InputError: the file is missing, unreadable or not JSON, or `parse` does not know the value.
@@ -119,7 +122,7 @@ def read_own_json(path: PathLike, what: str, parse: Callable[[Any], T]) -> T:
     try:
         return parse(value)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"not a {what} of trtq", file=path, cause=repr(error)) from error
+        raise InputError(f"not a {what} of trtq", file=path, cause=repr(error), remedy=remedy) from error
 
 
 def sha256_bytes(content: bytes | memoryview) -> str:

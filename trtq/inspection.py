@@ -16,7 +16,8 @@ from trtq.gate.execute import ENGINE_SUFFIXES
 from trtq.graph.model import load_model
 from trtq.graph.place import placed
 from trtq.graph.plan import FORMAT as PLAN_FORMAT
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Plan, percent
+from trtq.graph.products import is_quantizer
 from trtq.numerics import INT8_MAX
 from trtq.sensitivity import FORMAT as SENSITIVITY_FORMAT
 from trtq.sensitivity import Sensitivity
@@ -67,13 +68,17 @@ def _model(path: Path) -> Inspection:
     model = load_model(path)
     plan = placed(model, None)
     ops = Counter(node.op for node in model.graph.nodes)
-    state = f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes between Q/DQ"
+    state = "no"
+    if model.is_quantized:
+        on_integers = any(node.int8 and is_quantizer(node.op) for node in plan.nodes)
+        where = "between Q/DQ or on integers" if on_integers else "between Q/DQ"
+        state = f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes {where}"
     lines = [
         f"sha256    {model.sha256}",
         f"opset     {model.graph.opset} (as loaded), IR {model.graph.ir_version}",
         *(f"input     {spec}" for spec in model.inputs),
         *(f"output    {t.name} {t.dtype} {t.shape}" for t in model.graph.outputs),
-        f"quantized {state if model.is_quantized else 'no'}",
+        f"quantized {state}",
         "nodes     " + ", ".join(f"{op} {count}" for op, count in ops.most_common()),
         *(f"weighted  {node.name} ({node.op}): {node.reason}" for node in plan.nodes),
     ]
@@ -139,7 +144,7 @@ def _plan(path: Path) -> Inspection:
     lines = [
         f"model     {plan.model}",
         f"int8      {len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes"
-        + ("" if share is None else f", {share:.1%} of the multiply-accumulates"),
+        + ("" if share is None else f", {percent(share)} of the multiply-accumulates"),
         f"ranges    {len(plan.tensors)} activations, {len(plan.weights)} weights",
         *(f"float     {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8),
     ]

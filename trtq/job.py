@@ -18,6 +18,7 @@ from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
+from trtq.graph.fit import check_fits
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import leave_out, place
@@ -25,6 +26,9 @@ from trtq.graph.plan import Plan
 from trtq.parallel import parse_parallel
 from trtq.quantization import Quantization
 from trtq.recipe import Recipe
+
+AUTO = "auto"
+"""The method that tries the others."""
 
 FEWEST_TO_SPLIT = 16
 """With fewer samples, what is fitted on the data is measured on the same rows."""
@@ -87,8 +91,8 @@ class Job:
         if distinct < min(len(self.data), FEWEST_TO_SPLIT):
             are = "is" if distinct == 1 else "are"
             self.console.warn(
-                f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others are"
-                " copies: ranges and choices rest on these alone; look at how the data were made"
+                f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others copies:"
+                " ranges and choices rest on these alone; look at how the data were made"
             )
 
     @cached_property
@@ -110,12 +114,22 @@ class Job:
         """Rows to fit on, and every fourth sample, held back to measure on; all for both if they are few."""
         return self.data.split() if self.enough else (self.data, self.data)
 
-    def key(self, kind: str, start: Quantization, **detail: Any) -> Key:
-        """The cache key of what is made from a quantization on this job's data."""
-        detail |= {"start": start.sha256, "executor": simulation_fingerprint()}
-        if self.recipe.ignore_nonfinite:
-            detail["ignore_nonfinite"] = True
-        return Key(kind, self.model.sha256, self.data.hash, detail)
+    def key(self, kind: str, start: Quantization, **entries: Any) -> Key:
+        """The cache key of what is made from a quantization on this job's data.
+
+        Args:
+            entries: what it depends on beside those.
+        """
+        if self.recipe.ignore_nonfinite:  # without it, what was made so is refused
+            entries["ignore_nonfinite"] = True
+        return Key.of(
+            kind,
+            model=self.model.sha256,
+            data=self.data.hash,
+            start=start.sha256,
+            executor=simulation_fingerprint(),
+            **entries,
+        )
 
     @property
     def measure(self) -> Measure:
@@ -131,10 +145,20 @@ class Job:
         )
 
 
+def canonical(method: str) -> str:
+    """The one name of a calibration method however it is written: "auto", or as `parse_method` calls it.
+
+    Raises:
+        InputError: unknown name.
+    """
+    name = method.strip().lower()
+    return AUTO if name == AUTO else str(parse_method(name))
+
+
 def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Plan:
     """The plan that the recipe names, or what the placement rules say.
 
-    A node that was set to floating point by hand loses its quantizers.
+    A node that was set to floating point by hand, or that the plan does not name, loses its quantizers.
 
     Args:
         profile: multiply-accumulates are counted for its opt shapes; None: they are not.
@@ -158,9 +182,10 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
             remedy="give the model it was made for, or leave --plan out",
         )
     with about(recipe.plan):
-        plan.check_fits(model.graph)
+        check_fits(plan, model.graph)
         if not plan.int8_nodes:
             raise InputError("the plan has no node in INT8", remedy="set 'int8' to true where it was")
+    plan = _completed(plan, model, profile)
     edited = {
         node.name: "the plan given says so"
         for node in plan.nodes
@@ -168,6 +193,28 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
     }
     whole = [replace(node, int8=True) if node.name in edited else node for node in plan.nodes]
     return leave_out(model.graph, replace(plan, nodes=whole), edited, rule="edited")
+
+
+def _completed(plan: Plan, model: Model, profile: Profile | None) -> Plan:
+    """A plan that was given, with the weighted nodes that it does not list in floating point: they count.
+
+    Multiply-accumulates are the model's own where there is a profile to count them for.
+    """
+    counted = place(model, input_shapes=None if profile is None else opt_shapes(model, profile))
+    listed = {node.name for node in plan.nodes}
+    reason = "the plan given does not list it"
+    nodes = [
+        *plan.nodes,
+        *(
+            replace(node, int8=False, rule="unlisted", reason=reason) if node.int8 else node
+            for node in counted.nodes
+            if node.name not in listed
+        ),
+    ]
+    if profile is None:
+        return replace(plan, nodes=nodes)
+    macs = {node.name: node.macs for node in counted.nodes}
+    return replace(plan, nodes=[replace(n, macs=macs.get(n.name)) for n in nodes], batch=counted.batch)
 
 
 def prepare(recipe: Recipe) -> Model:

@@ -27,10 +27,11 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from trtq import pipeline
-from trtq.attempt import engine_runs_here, parse_share, share_check
+from trtq.attempt import engine_runs_here, parse_share, share_check, write_verdict
 from trtq.backends.builders import builder
 from trtq.backends.interface import Build
 from trtq.cache import Cache
+from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
@@ -40,11 +41,11 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.evaluation import Evaluation, outputs_of
-from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
+from trtq.files import PathLike, sha256_file, staged_folder, write_json
 from trtq.gate.execute import Outputs
 from trtq.gate.finite import first_not_finite
 from trtq.gate.similarity import Similarity, compare
-from trtq.gate.verdict import Outcome, Verdict, parse_margin
+from trtq.gate.verdict import Check, Outcome, Verdict, overall, parse_margin
 from trtq.graph.model import save_model
 from trtq.graph.place import FLOATS, place
 from trtq.graph.plan import Edge, Plan
@@ -52,7 +53,6 @@ from trtq.graph.rewrite import rewrite
 from trtq.job import open_cache, opt_shapes, profile_for
 from trtq.recipe import Recipe
 from trtq.report.html import write_report
-from trtq.report.junit import Check, junit_xml
 
 MATRIX_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
@@ -86,10 +86,10 @@ class Migration:
 
     Attributes:
         explicit: the Q/DQ model with its plan, the scales it uses, and how the table fits.
-        checks: what else was asked of the engine.
+        checks: what else was asked for; those that there is a verdict for are its checks, too.
         agreement: "migrated to fp32", "migrated to table" and "table to fp32" -> output -> similarity; the
             pairs that were measured.
-        verdict: the gate against fp32; None without evaluation data.
+        verdict: the gate against fp32, with all checks; None without evaluation data.
         against_table: the gate against what the table implies; None, too, where that scores nothing.
     """
 
@@ -104,10 +104,22 @@ class Migration:
 
     @property
     def exit_code(self) -> ExitCode:
-        """That of the first verdict or check that is no pass."""
-        codes = [v.exit_code for v in (self.verdict, self.against_table) if v is not None]
-        codes += [ExitCode.FAIL for check in self.checks if not check.ok]
-        return next((code for code in codes if code is not ExitCode.PASS), ExitCode.PASS)
+        """The outcome's."""
+        return self.outcome.exit_code
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict's, or without one that of the checks."""
+        if self.verdict is not None:
+            return self.verdict.outcome
+        return overall(check.outcome for check in self.checks)
+
+    def headline(self) -> str:
+        """The outcome in one line."""
+        if self.verdict is not None:
+            return self.verdict.headline()
+        found = [check.message for check in self.checks if check.outcome is self.outcome]
+        return "  ".join([self.outcome.value.upper(), "; ".join([*found, "not gated"])])
 
     def text(self) -> str:
         """What came of it, for a person."""
@@ -116,11 +128,11 @@ class Migration:
             lines += [
                 f"{pair}: {name} {s.sqnr_db:.1f} dB, cosine {s.cosine:.6f}" for name, s in outputs.items()
             ]
-        for reference, verdict in (("fp32", self.verdict), ("the table", self.against_table)):
+        for reference, verdict in (("the table", self.against_table), ("fp32", self.verdict)):
             lines += [f"against {reference}: {verdict.text()}"] if verdict is not None else []
         if self.verdict is None:
             lines.append("not gated: give --eval and --metric for a verdict")
-        return "\n".join([*lines, *(f"FAIL  {check.message}" for check in self.checks if not check.ok)])
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """How the table fits and what was measured, as JSON values; `verdict.json` has the main verdict."""
@@ -193,6 +205,7 @@ def migrate(
         weights=recipe.weights,
         rest=recipe.rest,
         observed=observe(source, given, samples) if samples else None,
+        extents=measure_extents(model.graph, samples) if samples and recipe.rest == "fp16" else None,
     )
     console.say("table", explicit.fit.text())
     if strict:
@@ -230,8 +243,17 @@ def migrate(
                 except InputError as error:  # it scores nothing, or is not finite
                     console.warn(f"no gate against what the table implies: {error.problem}")
                     against_table = None
+                if against_table is not None:
+                    check = Check(
+                        "against the table",
+                        against_table.outcome,
+                        f"against the table: {against_table.gate_line()}",
+                    )
+                    migration = replace(migration, checks=(*migration.checks, check))
+                verdict = verdict.with_checks(*migration.checks)
                 migration = replace(migration, verdict=verdict, against_table=against_table)
-                _write_verdicts(migration, folder)
+                write_verdict(folder, verdict)
+                write_report(folder)
         inputs: dict[str, Any] = {
             "model": {"file": str(model.path), "sha256": model.sha256},
             "table": {"file": str(table), "sha256": sha256_file(table), "header": given.header},
@@ -277,17 +299,6 @@ def implied_model(source: Source, table: Table) -> gs.Graph:
     weights = [weight for weight in place(source.model).weights if weight.node in int8]
     plan = Plan(source.model.sha256, [], edges, weights)
     return rewrite(graph, plan, {tensor: table.scales[row] for tensor, row in rows.items()})
-
-
-def _write_verdicts(migration: Migration, folder: Path) -> None:
-    """`verdict.json`, `junit.xml` with the gate against the table as a check, and `report.html`."""
-    checks = [*migration.checks]
-    if (against := migration.against_table) is not None:
-        checks.append(Check("against the table", against.outcome is not Outcome.FAIL, against.text()))
-    assert migration.verdict is not None
-    write_json(folder / "verdict.json", migration.verdict.to_json())
-    write_text(folder / "junit.xml", junit_xml(migration.verdict, checks))
-    write_report(folder)
 
 
 def _agreement(outputs: Mapping[str, Outputs]) -> dict[str, dict[str, Similarity]]:
@@ -362,6 +373,7 @@ def _outputs_of_all(
             sha256=sha256,
             batch_size=recipe.batch,
             threads=recipe.threads,
+            afresh=recipe.require_engine,
         )[0]
 
     with tempfile.TemporaryDirectory(prefix="trtq-") as scratch:

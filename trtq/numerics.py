@@ -56,6 +56,12 @@ def scale_from_amax(amax: ArrayLike, bits: int = 8) -> NDArray[np.float32]:
     return np.where(amax == 0, 1.0, scale).astype(np.float32)
 
 
+def has_scale(amax: float, bits: int = 8) -> bool:
+    """Whether the range [-amax, amax] has a symmetric scale that is a normal float32: not that of zeros, nor
+    of values so small that the scale underflows."""
+    return amax / integer_range(bits)[1] >= np.finfo(np.float32).tiny
+
+
 def amax_per_channel(x: ArrayLike, axis: int | None) -> Float:
     """Largest |x|: shape () for `axis=None` (per tensor), else shape (channels,) along `axis`."""
     x = np.asarray(x)

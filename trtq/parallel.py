@@ -40,6 +40,7 @@ from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
 from trtq.gate.execute import DEFAULT_BATCH_SIZE, Outputs, run_model
 from trtq.graph.model import load_model, model_files, model_sha256, save_model
+from trtq.source import code_sha256
 
 SHARD_ROWS = 128
 """Rows of a shard; more where that is needed for whole samples and whole batches."""
@@ -266,8 +267,10 @@ def cut(samples: Samples, key: Key, batch: int) -> list[Shard]:
     of, shards = sha256_json(key.to_json()), []
     for first in range(0, len(samples) // samples.group, groups):
         part = samples.subset(range(first, min(first + groups, len(samples) // samples.group)))
-        detail = {"of": of, "first": first * samples.group, "rows": len(part)}
-        shards.append(Shard(part, Key("shard", key.model, key.data, detail), len(part)))
+        shard = Key.of(
+            "shard", model=key.model, data=key.data, of=of, first=first * samples.group, rows=len(part)
+        )
+        shards.append(Shard(part, shard, len(part)))
     return shards
 
 
@@ -425,7 +428,8 @@ def _work(
 
 
 def _versions() -> str:
-    return f"trtq {trtq.__version__}, {simulation_fingerprint()}"
+    code = code_sha256("trtq.parallel", "trtq.sensitivity")
+    return f"trtq {trtq.__version__} ({code[:12]}), {simulation_fingerprint()}"
 
 
 def _statistics(

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,32 +17,34 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from trtq.attempt import Attempt, parse_share
+from trtq.attempt import Attempt, Fruitless, parse_share, write_verdict
 from trtq.backends.builders import builder, chosen
 from trtq.backends.interface import Build
+from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
 from trtq.convert import load_source, quantize_with_table, require_complete
 from trtq.coverage import Coverage
 from trtq.data.load import load_samples
+from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.evaluation import Evaluation, gate_of
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
-from trtq.gate.verdict import Verdict
+from trtq.gate.verdict import Check, Verdict
 from trtq.graph.fold import fold
-from trtq.graph.half import convert_to_half
+from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Plan, percent
 from trtq.job import Job, opt_shapes, planned, prepare, profile_for
 from trtq.quantization import Quantization
 from trtq.ranges import calibrate
 from trtq.recipe import Recipe
 from trtq.recovery.budget import Budget
+from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.workflow import parse_steps, recover
 from trtq.report.html import write_report
-from trtq.report.junit import Check
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,18 @@ class Deployment:
     """What `deploy` leaves behind.
 
     Attributes:
-        attempts: every step that the workflow took; `best` is the one whose files are in `folder`.
+        best: the attempt whose files are in `folder`.
+        steps: every step that the workflow tried, in order.
     """
 
     folder: Path
     best: Attempt
-    attempts: tuple[Attempt, ...]
+    steps: tuple[Attempt | Fruitless, ...]
+
+    @property
+    def attempts(self) -> tuple[Attempt, ...]:
+        """The steps that gave something to build and gate."""
+        return tuple(step for step in self.steps if isinstance(step, Attempt))
 
     @property
     def plan(self) -> Plan:
@@ -78,18 +87,18 @@ class Deployment:
 
     @property
     def verdict(self) -> Verdict:
-        """The gate's."""
+        """The gate's and all checks': the one outcome."""
         return self.best.verdict
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """The other checks."""
-        return self.best.checks
+        """What was asked for beside the gate."""
+        return self.verdict.checks
 
     @property
     def exit_code(self) -> ExitCode:
         """What the command returns."""
-        return self.best.exit_code
+        return self.verdict.exit_code
 
 
 def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Deployment:
@@ -122,29 +131,27 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job.warn_of_shared(evaluation.samples)
     console.say("plan", plan_text(plan))
+    started = time.perf_counter()
     with staged_folder(recipe.output) as folder:
-        attempts = recover(job, plan, evaluation, steps, budget, folder)
-        best = max(attempts, key=lambda attempt: attempt.rank)
+        tried = recover(job, plan, evaluation, steps, budget, folder)
+        attempts = [step for step in tried if isinstance(step, Attempt)]
+        kept = max(attempts, key=lambda attempt: attempt.measured.rank)
+        in_the_way = diagnose(job, evaluation, attempts, kept, budget, time.perf_counter() - started)
+        verdict = dataclasses.replace(kept.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
+        best = dataclasses.replace(kept, verdict=verdict)
+        tried = [best if step is kept else step for step in tried]
         for path in list(best.folder.iterdir()):
             os.replace(path, folder / path.name)
         for attempt in attempts:
             shutil.rmtree(attempt.folder)
+        write_verdict(folder, best.verdict)
         write_text(folder / "recipe.toml", recipe.dumps())
-        steps_taken = [{**tried.to_json(), "kept": tried is best} for tried in attempts]
-        write_json(folder / "workflow.json", steps_taken)
-        attempts = [_warned(tried, console) for tried in attempts]
-        best = max(attempts, key=lambda attempt: attempt.rank)
-        write_json(folder / "verdict.json", best.verdict.to_json())
+        record = [{**step.to_json(), "kept": step is best} for step in tried]
+        write_json(folder / "workflow.json", record)
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
-    console.say("verdict", "\n".join(line.strip() for line in best.verdict.text().splitlines()[1:]))
-    return Deployment(Path(recipe.output), best, tuple(attempts))
-
-
-def _warned(attempt: Attempt, console: Console) -> Attempt:
-    """The attempt with everything in its verdict that was warned of, since it was made as well."""
-    verdict = dataclasses.replace(attempt.verdict, warnings=tuple(console.warnings))
-    return dataclasses.replace(attempt, verdict=verdict)
+    console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))
+    return Deployment(Path(recipe.output), best, tuple(tried))
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,7 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
             require_complete(explicit.fit, table)
             return Quantized(explicit.graph, explicit.plan, explicit.table)
         model = prepare(recipe)
+        given.check_made_for(model.sha256, model.path)
         quantization = Quantization(model.graph, planned(recipe, model), given.scales, notes=given.metadata)
     elif recipe.data is not None:
         job = Job.open(recipe, console)
@@ -228,7 +236,9 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
         model, include=recipe.include, exclude=recipe.exclude, input_shapes=opt_shapes(model, profile)
     )
     if table is not None and algorithm is None:
-        make: Callable[[Any], Any] = partial(calibrators.table_calibrator, table=read_table(table))
+        given = read_table(table)
+        given.check_made_for(model.sha256, model.path)
+        make: Callable[[Any], Any] = partial(calibrators.table_calibrator, table=given)
     elif table is None and algorithm is not None and data is not None:
         make = partial(
             calibrators.data_calibrator,
@@ -256,8 +266,11 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
 
 
 @contextlib.contextmanager
-def in_precision(model: Model, rest: str) -> Iterator[Path]:
+def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Iterator[Path]:
     """The file of a model in fp32 as it is, or of its conversion to fp16 while the context lasts.
+
+    Args:
+        samples: rows on which to measure what has to stay float32.
 
     Raises:
         InputError: fp16 is asked for and the model is quantized already, or cannot be converted.
@@ -275,16 +288,21 @@ def in_precision(model: Model, rest: str) -> Iterator[Path]:
     fold(upgraded.graph)
     with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
         path = Path(folder) / model.path.name
-        save_model(convert_to_half(upgraded.graph), path)
+        extents = measure_extents(upgraded.graph, samples) if samples else {}
+        save_model(half_by_rules(upgraded.graph, extents), path)
         yield path
 
 
 def plan_text(plan: Plan) -> str:
-    """What the plan does, in a few lines."""
+    """What the plan does, in a few lines; one for all nodes that stay float32 by the same rule."""
     share = plan.mac_share()
-    of_macs = "" if share is None else f", {share:.1%} of the multiply-accumulates"
+    of_macs = "" if share is None else f", {percent(share)} of the multiply-accumulates"
     lines = [f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes to INT8{of_macs}"]
     lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8]
+    for rule in dict.fromkeys(node.rule for node in plan.float32):
+        first, *more = (node for node in plan.float32 if node.rule == rule)
+        others = f", and {len(more)} more ({rule})" if more else ""
+        lines.append(f"in float32: {first.name} ({first.op}): {first.reason}{others}")
     return "\n".join(lines)
 
 

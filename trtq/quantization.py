@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trtq.calibration.table import Table
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
+from trtq.graph.names import Names
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
 from trtq.graph.weights import graph_sha256
@@ -69,7 +70,9 @@ class Quantization:
         Raises:
             InputError: a tensor of the plan has no scale, or the graph cannot be converted to half.
         """
-        graph = convert_to_half(self.graph) if rest == "fp16" else self.graph
+        graph = self.graph
+        if rest == "fp16":
+            graph = convert_to_half(graph, [node.name for node in self.plan.float32])
         return rewrite(
             graph,
             self.plan,
@@ -83,17 +86,26 @@ class Quantization:
         """The same Q/DQ model with the corrections in the float graph, which is then not the model's own."""
         if not self.corrections:
             return self
-        graph = self.graph.copy()
+        graph, names = self.graph.copy(), Names(self.graph)
         nodes = {node.name: node for node in graph.nodes}
         for correction in self.corrections_of(self.plan):
             inputs = nodes[correction.node].inputs
-            name = f"{inputs[correction.index].name}/{correction.node}/corrected"
+            name = names.tensor(f"{inputs[correction.index].name}/{correction.node}/corrected")
             inputs[correction.index] = gs.Constant(name, correction.values)
         return replace(self, graph=graph.cleanup(), corrections={})
 
     def corrections_of(self, plan: Plan) -> list[Correction]:
         """The corrections of the nodes that are INT8 in a plan."""
         return [self.corrections[name] for name in plan.int8_nodes if name in self.corrections]
+
+    @property
+    def remark(self) -> str:
+        """What is to be known of it beside its figures; mostly nothing."""
+        return str(self.notes.get("remark", ""))
+
+    def with_remark(self, remark: str) -> Quantization:
+        """The same with a remark among the notes."""
+        return replace(self, notes={**self.notes, "remark": remark})
 
     def table(self) -> Table:
         """The calibration table of the plan's tensors, with the notes as its metadata."""

@@ -20,6 +20,7 @@ import tomli_w
 
 from trtq.backends.builders import BUILDERS
 from trtq.backends.interface import BuildOptions
+from trtq.calibration.methods import method_name
 from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError, about
 from trtq.files import PathLike
@@ -50,10 +51,13 @@ def _option(
     choices: tuple[str, ...] | None = None,
     default: Any = None,
     path: bool = False,
+    number: str | None = None,
     flags: tuple[str, ...] = (),
 ) -> Any:
+    """The field of an option; `number` says how the text of one that TOML may give as a number is written."""
     metadata = {
-        "help": help, "kind": kind, "metavar": metavar, "choices": choices, "path": path, "flags": flags
+        "help": help, "kind": kind, "metavar": metavar, "choices": choices, "path": path, "flags": flags,
+        "number": number,
     }  # fmt: skip
     if kind is list:
         return field(default=(), metadata=metadata)
@@ -82,7 +86,9 @@ class Recipe:
     method: str = _option(
         "max, entropy, mse, percentile:P, or auto (measured choice)", metavar="M", default="auto"
     )
-    max_drop: str = _option("largest allowed relative drop of the metric", metavar="1%", default="1%")
+    max_drop: str = _option(
+        "largest allowed relative drop of the metric", metavar="1%", default="1%", number="1% or 0.01"
+    )
     confidence: float | None = _option(
         "confidence at which the bound must clear the margin", float, metavar="C"
     )
@@ -101,7 +107,9 @@ class Recipe:
         default=False,
     )
     min_int8: str | None = _option(
-        "smallest share of multiply-accumulates that the engine runs in INT8", metavar="90%"
+        "smallest share of multiply-accumulates that the engine runs in INT8",
+        metavar="90%",
+        number="90% or 0.9",
     )
     min_sqnr: float | None = _option(
         "smallest signal-to-quantization-noise ratio of every output, in dB", float, metavar="DB"
@@ -114,6 +122,7 @@ class Recipe:
     budget: str | None = _option(
         "time after which no further step is begun, and searching and learning stop, such as 90s, 10m, 1h",
         metavar="TIME",
+        number="90s, 10m or 1h",
     )
     labels: str | None = _option(
         "target of the calibration data, class numbers, to learn from beside the fp32 model", metavar="NAME"
@@ -131,7 +140,9 @@ class Recipe:
         "builder of the engine; default: the one that is installed, TensorRT-RTX first",
         choices=tuple(BUILDERS),
     )
-    target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", list)
+    target: tuple[str, ...] = _option(
+        "compute capability to build for, such as 8.6 (repeatable)", list, number="8.6"
+    )
     profile: tuple[str, ...] = _option(
         "optimization profile NAME:MIN,OPT,MAX: input:1x3x224x224,8x3x224x224,32x3x224x224 (repeatable)",
         list,
@@ -171,22 +182,28 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not allowed(value):
                 raise InputError(f"{flag(name)} is {value}", remedy=f"use a number {expected}")
+        object.__setattr__(self, "method", method_name(self.method))
 
     @classmethod
     def load(cls, path: PathLike) -> Recipe:
         """Read a recipe; relative paths in it are relative to its folder.
 
         Raises:
-            InputError: missing, not TOML, an unknown option, or a value of the wrong kind.
+            InputError: missing, not TOML, an option that is unknown or there twice, or a value of the wrong
+                kind.
         """
         path = Path(path)
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError("cannot read the recipe", file=path, cause=error) from error
-        given = {name.replace("-", "_"): value for name, value in values.items()}
-        for name, value in given.items():
-            _check(name, value, path)
+        given: dict[str, Any] = {}
+        for name, value in values.items():
+            option = name.replace("-", "_")
+            if option in given:
+                spelled = " and ".join(f"'{n}'" for n in values if n.replace("-", "_") == option)
+                raise InputError(f"the recipe has {spelled}, the same option", file=path, remedy="keep one")
+            given[option] = _value(option, value, path)
         with about(path):
             for input_name, steps in given.get("preprocess", {}).items():
                 Preprocess.parse(input_name, steps)
@@ -252,7 +269,12 @@ def _absolute(value: str, base: Path, is_metric: bool) -> str:
     return os.path.abspath(base / value)
 
 
-def _check(name: str, value: Any, path: Path) -> None:
+def _value(name: str, value: Any, path: Path) -> Any:
+    """An option's value in its own kind: a list from a single item, text from a number that it may be.
+
+    Raises:
+        InputError: an unknown option, or a value of another kind or that is no choice.
+    """
     fields = {f.name: f for f in dataclasses.fields(Recipe)}
     if name not in fields:
         close = difflib.get_close_matches(name, fields, 1)
@@ -261,14 +283,26 @@ def _check(name: str, value: Any, path: Path) -> None:
             file=path,
             remedy=f"did you mean '{close[0]}'?" if close else f"options: {', '.join(fields)}",
         )
-    kinds: dict[Any, Any] = {float: (float, int), None: (dict,)}
     metadata = fields[name].metadata
-    kind = metadata["kind"] if metadata else None
-    allowed: tuple[type, ...] = kinds.get(kind, (kind,))
-    of_strings = not isinstance(value, list) or all(isinstance(v, str) for v in value)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool) or not of_strings:
-        wanted = "a list of strings" if kind is list else "a table" if kind is None else kind.__name__
-        raise InputError(f"the recipe's option '{name}' is {value!r}, not {wanted}", file=path)
-    if metadata and metadata["choices"] and value not in metadata["choices"]:
-        choices = ", ".join(metadata["choices"])
-        raise InputError(f"the recipe's option '{name}' is {value!r}", file=path, remedy=f"use {choices}")
+    if not metadata:
+        if not isinstance(value, dict):
+            raise InputError(f"the recipe's option '{name}' is {value!r}, not a table", file=path)
+        return value
+    kind, number, choices = metadata["kind"], metadata["number"], metadata["choices"]
+    items = value if kind is list and isinstance(value, list) else [value]
+    items = [_item(item, str if kind is list else kind, number is not None) for item in items]
+    if None in items or (choices and value not in choices):
+        wanted = "" if choices else ", not a list of strings" if kind is list else f", not {kind.__name__}"
+        remedy = f"use {', '.join(choices)}" if choices else number and f"write it as {number}"
+        raise InputError(f"the recipe's option '{name}' is {value!r}{wanted}", file=path, remedy=remedy)
+    return items if kind is list else items[0]
+
+
+def _item(value: Any, kind: type, number: bool) -> Any:
+    """A TOML value as one of the kinds str, bool, int or float, None if it is none; numbers may be text."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if numeric and number:
+        return str(value) if 0 <= value <= sys.float_info.max else None
+    if type(value) is int and kind is float and abs(value) <= sys.float_info.max:
+        return float(value)
+    return value if type(value) is kind else None

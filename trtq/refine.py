@@ -21,12 +21,12 @@ import onnx_graphsurgeon as gs
 from trtq.backends.onnxruntime import simulation_session
 from trtq.calibration.methods import Method, scaled
 from trtq.calibration.statistics import Statistics
-from trtq.choose import scales_from
+from trtq.choose import amax_of, scales_from
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
-from trtq.gate.finite import check_reference, compared
-from trtq.gate.similarity import overall_sqnr_db, scored, sqnr_db
+from trtq.gate.finite import check_reference
+from trtq.gate.similarity import Reference
 from trtq.graph.model import serialized
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import scales_as_inputs
@@ -95,15 +95,15 @@ def refine_ranges(
     expected = _outputs(quantization.graph, part)
     for batch, outputs in zip(part, expected, strict=True):
         check_reference(outputs, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
+    reference = Reference(expected)
     current = scales_from(statistics, start)
     quantized = replace(quantization, scales=current).rewritten()
-    runner = _Runner(quantized, scales_as_inputs(quantized, plan.tensors))
+    runner = _Runner(quantized, scales_as_inputs(quantized, plan))
     exceptions: dict[str, Method] = {}
 
     def score(scales: Mapping[str, np.float32], count: int) -> float:
         """SQNR of the outputs together over the first `count` batches."""
-        found = [runner.run(batch, scales) for batch in part[:count]]
-        return overall_sqnr_db([_sqnr(expected[:count], found, name) for name in scored(expected[0])])
+        return reference.sqnr_db(runner.run(batch, scales) for batch in part[:count])
 
     few, every = max(len(part) // 4, 1), len(part)
     glance, best = score(current, few), score(current, every)
@@ -130,10 +130,10 @@ def _options(
 ) -> dict[Method, np.float32]:
     """Methods whose scale for the tensor differs by 1 % or more from `start`'s and from each other's."""
     histogram = statistics.histograms[tensor]
-    seen = [float(scale_from_amax(start.amax(histogram)))]
+    seen = [float(scale_from_amax(amax_of(start, histogram)))]
     options: dict[Method, np.float32] = {}
     for method in methods:
-        scale = scale_from_amax(method.amax(histogram))
+        scale = scale_from_amax(amax_of(method, histogram))
         if all(abs(float(scale) / other - 1) >= 0.01 for other in seen):
             seen.append(float(scale))
             options[method] = np.float32(scale)
@@ -158,12 +158,6 @@ def _outputs(graph: gs.Graph, part: Sequence[Batch]) -> list[Arrays]:
     """A graph's outputs of every batch; its session, with all the weights, is gone when this returns."""
     runner = _Runner(graph, {})
     return [runner.run(batch, {}) for batch in part]
-
-
-def _sqnr(expected: Sequence[Arrays], found: Sequence[Arrays], name: str) -> float:
-    parts = ([outputs[name].ravel() for outputs in side] for side in (expected, found))
-    reference, candidate = (np.concatenate(list(part)) for part in parts)
-    return float(sqnr_db(*compared(reference, candidate))[0])
 
 
 class _Runner:

@@ -4,6 +4,9 @@ Every group is measured: alone in INT8 with all others in fp32, as in the paper,
 others in INT8, which also shows how groups act on each other. The fast ranking is the same measurement on
 few rows: a group's noise is an average over many output values of each row already, so a handful of rows
 ranks groups nearly like all of them do, at the cost of a few passes.
+
+The noise of an output that mixes scales is that of its worst component, so a group of nodes counts by what it
+does to scores, however large the boxes beside them are.
 """
 
 from __future__ import annotations
@@ -158,9 +161,15 @@ def analyse(
     simulator = Simulator(
         quantization, samples, metric=metric, workers=workers, ignore_nonfinite=ignore_nonfinite
     )
-    detail = {"mode": mode, "metric": metric.fingerprint if metric else None}
-    detail["executor"] = simulation_fingerprint()
-    key = Key("sensitivity", quantization.sha256, samples.hash, detail)
+    key = Key.of(
+        "sensitivity",
+        model=quantization.plan.model,
+        data=samples.hash,
+        start=quantization.sha256,
+        mode=mode,
+        metric=metric.fingerprint if metric else None,
+        executor=simulation_fingerprint(),
+    )
     if pool is None:
         effects = measured(simulator, mode, cache, key, console)
     else:
@@ -204,6 +213,13 @@ def measured(
             if over():
                 break
     return found.effects()
+
+
+def known(quantization: Quantization, cache: Cache, key: Key) -> list[Effect]:
+    """The effects that the cache has under `key`, in the order of the plan; nothing is measured."""
+    stored = {name: Score(*score) for name, score in json.loads(cache.fetch(key) or b"{}").items()}
+    every = groups(quantization.graph, quantization.plan)
+    return [Effect(group, *stored[group.name]) for group in every if group.name in stored]
 
 
 def _measured_in(

@@ -27,12 +27,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from trtq.backends.onnxruntime import simulation_session
-from trtq.data.batches import Arrays
+from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.gate.finite import check_reference, compared, first_not_finite, with_references
+from trtq.gate.finite import check_reference, first_not_finite, with_references
 from trtq.gate.metrics import Metric
-from trtq.gate.similarity import decibels, overall_sqnr_db, scored
+from trtq.gate.similarity import Reference, noise_db, scored
 from trtq.graph.groups import Group, groups
 from trtq.graph.model import export, serialized
 from trtq.graph.place import leave_out
@@ -60,8 +60,9 @@ class Score(NamedTuple):
     """How far outputs are from those of the fp32 model.
 
     Attributes:
-        sqnr_db: signal to quantization noise over all rows, of all outputs (`similarity.overall_sqnr_db`).
-        noise: sum of squared errors / sum of squared reference values, averaged over outputs.
+        sqnr_db: `noise` in dB.
+        noise: sum of squared errors / sum of squared reference values over all rows: of each output that of
+            its worst component, and of several outputs the mean (`similarity.Reference`).
         metric: the metric's value, where the simulator has one and the outputs are finite.
     """
 
@@ -119,6 +120,8 @@ class Simulator:
         self._expected = self._float.outputs if teacher is None else self._taught(teacher)
         for batch, arrays in zip(self._batches, self._expected, strict=True):
             check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
+        self._scored = scored(self._expected[0])
+        self._measured_against = Reference(list(self._own_rows(self._expected)))
         self._whole: _Pass | None = None
 
     @cached_property
@@ -146,17 +149,14 @@ class Simulator:
             InputError: the plan is no part of the quantization's, or the metric does not suit the outputs.
         """
         found = self._run(plan)
-        names = scored(self._expected[0])
-        signal, noise = np.array([self._energies(name, found) for name in names]).T
-        sqnr_db = decibels(signal, noise)
-        relative = np.where(noise == 0, 0.0, 10.0 ** (-sqnr_db / 10))
+        noise = self._measured_against.noise(self._own_rows(found))
         value = None
         if self.metric is not None:
             outputs = self._joined(found)
             if first_not_finite(outputs, self.reference) is None:
                 outputs = with_references(self.reference, outputs)
                 value = self.metric.value(outputs, dict(self.samples.targets), self.reference)
-        return Score(overall_sqnr_db(list(sqnr_db)), float(relative.mean()), value)
+        return Score(noise_db(noise), noise, value)
 
     def effects(self, mode: Mode = "only", among: Sequence[Group] | None = None) -> Iterator[Effect]:
         """The effect of each group, one at a time, in the order of the groups (paper section 5.1).
@@ -260,30 +260,27 @@ class Simulator:
 
         return list(self._pool.map(run, feeds))
 
-    def _energies(self, name: str, found: Sequence[Arrays]) -> tuple[float, float]:
-        """Sums of squares of an output's reference and of its error.
+    def _own_rows(self, found: Sequence[Arrays]) -> Iterator[Arrays]:
+        """The scored outputs of every batch, without the rows that only fill up a fixed batch.
 
         Raises:
-            InputError: the output's shape depends on its values.
+            InputError: the shape of an output depends on its values.
         """
-        signal, noise = 0.0, 0.0
-        for r, c in zip(self._rows(name, self._expected), self._rows(name, found), strict=True):
-            if r.shape != c.shape:
-                raise InputError(
-                    f"output '{name}' changes its shape with its values",
-                    cause=f"it is {r.shape} in fp32 and {c.shape} in INT8",
-                    remedy="cut the model in front of what selects, such as NonZero or NonMaxSuppression",
-                )
-            r, c = compared(r, c)
-            signal += float(np.square(r, dtype=np.float64).sum())
-            noise += float(np.square(np.subtract(r, c, dtype=np.float64)).sum())
-        return signal, noise
+        for batch, expected, arrays in zip(self._batches, self._expected, found, strict=True):
+            for name in self._scored:
+                if expected[name].shape != arrays[name].shape:
+                    raise InputError(
+                        f"output '{name}' changes its shape with its values",
+                        cause=f"it is {expected[name].shape} in fp32 and {arrays[name].shape} in INT8",
+                        remedy="cut the model in front of what selects, such as NonZero or NonMaxSuppression",
+                    )
+            yield {name: _without_padding(arrays[name], batch) for name in self._scored}
 
     def _joined(self, found: Sequence[Arrays]) -> Arrays:
         """All rows of every output."""
         joined = {}
         for name in self._program.outputs:
-            parts = list(self._rows(name, found))
+            parts = [_without_padding(a[name], b) for b, a in zip(self._batches, found, strict=True)]
             if len({part.shape[1:] for part in parts}) > 1:
                 raise InputError(
                     f"output '{name}' changes its shape from sample to sample",
@@ -293,11 +290,11 @@ class Simulator:
             joined[name] = np.concatenate(parts)
         return joined
 
-    def _rows(self, name: str, found: Sequence[Arrays]) -> Iterator[NDArray]:
-        """An output of every batch, without the rows that only fill up a fixed batch."""
-        for batch, arrays in zip(self._batches, found, strict=True):
-            array, rows = arrays[name], batch.rows + batch.padding
-            yield array[: len(array) * batch.rows // rows] if batch.padding else array
+
+def _without_padding(array: NDArray, batch: Batch) -> NDArray:
+    """An output's rows, without those that only fill up a fixed batch."""
+    rows = batch.rows + batch.padding
+    return array[: len(array) * batch.rows // rows] if batch.padding else array
 
 
 @dataclass(frozen=True)

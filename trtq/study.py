@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import Method, parse_method
+from trtq.calibration.statistics import Statistics
 from trtq.choose import scales_from
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
 from trtq.files import PathLike, atomic_path, read_own_json
 from trtq.gate.similarity import overall_sqnr_db
-from trtq.graph.fold import fold_constants
+from trtq.graph.evaluate import fold_constants
 from trtq.graph.place import place
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Plan, percent
 from trtq.graph.shapes import infer_types
-from trtq.job import Job, opt_shapes, unfolded
+from trtq.job import AUTO, Job, canonical, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
 from trtq.quantization import Quantization, WeightScales
-from trtq.ranges import Source, calibrate, statistics_of
+from trtq.ranges import Source, calibrate, rangeless, statistics_of, without_ranges_of
 from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 from trtq.recovery.workflow import learned
@@ -110,7 +111,7 @@ class Study:
             width = max(len(row.name) for row in rows)
             lines += ["", title, f"  {'':<{width}}    metric     drop  SQNR dB  float  int8 MACs"]
             for row in rows:
-                share = "" if row.int8_share is None else f"{row.int8_share:.1%}"
+                share = "" if row.int8_share is None else percent(row.int8_share)
                 value = "-" if row.metric is None else f"{row.metric:.4f}"
                 drop = "-" if row.drop is None else f"{row.drop:.2%}"
                 noise = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
@@ -141,14 +142,11 @@ class _Study:
     def run(self) -> Study:
         job, plan = self.job, self.job.place()
         source = Source(job.model.graph, job.model.sha256)
+        best = calibrate(self.job, plan)
         statistics = statistics_of(job, plan, job.data, source)
         bare = Quantization(source.graph, plan, {})
-        methods = [
-            self.row(name, replace(bare, scales=scales_from(statistics, parse_method(name))))
-            for name in METHODS
-        ]
-        best = calibrate(self.job, plan)
-        if job.recipe.method == "auto":
+        methods = [self.row(name, _by_method(bare, statistics, parse_method(name))) for name in METHODS]
+        if canonical(job.recipe.method) == AUTO:
             methods.append(self.row("auto", best))
         tables = {"Calibration methods, all layers INT8 (paper table 5)": methods}
         notes: list[str] = []
@@ -230,6 +228,12 @@ class _Study:
         except (InputError, MissingBackendError) as error:
             notes.append(f"nothing was learned: {error.problem}")
             return None
+
+
+def _by_method(bare: Quantization, statistics: Statistics, method: Method) -> Quantization:
+    """All ranges by one method; what that gives no range is not quantized."""
+    ranged = without_ranges_of(bare, rangeless(statistics, method))
+    return replace(ranged, scales=scales_from(statistics, method))
 
 
 def _per_tensor(quantization: Quantization) -> WeightScales:

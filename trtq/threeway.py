@@ -32,7 +32,7 @@ from trtq.gate.finite import compared
 from trtq.gate.similarity import decibels
 from trtq.graph.fold import fold
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model, serialized
-from trtq.graph.place import WEIGHTED_OPS
+from trtq.graph.products import product
 
 PART_DB = 30.0
 """Simulation and engine part where their SQNR is below this, in dB. Both should round to the same INT8
@@ -164,10 +164,10 @@ def _tensors(model: Model, known: set[str]) -> list[tuple[str, gs.Node]]:
     for node in model.graph.copy().toposort().nodes:
         if node.op in QDQ_OPS:
             continue
-        behind = any(t.inputs and t.inputs[0].op in WEIGHTED_OPS for t in node.inputs)
+        behind = any(t.inputs and product(t.inputs[0]) for t in node.inputs)
         for tensor in node.outputs:
             is_output = any(tensor.name == output.name for output in model.graph.outputs)
-            if (node.op in WEIGHTED_OPS or behind or is_output) and tensor.name in known:
+            if (product(node) or behind or is_output) and tensor.name in known:
                 found.append((tensor.name, node))
     return found
 

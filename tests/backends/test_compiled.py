@@ -294,6 +294,14 @@ def attention(
     return net.model(net.op("Relu", net.qdq(context)) if output else context), int8
 
 
+@case("attention operator fp16")
+def attention_operator() -> Case:
+    """ONNX's Attention computes both products in half, though all its inputs come from Q/DQ."""
+    net = Net(23, np.float16)
+    q, k, v = (net.qdq(net.input(2, 4, 64, 32, name=name)) for name in "qkv")
+    return net.model(net.op("Attention", q, k, v, name="node")), set()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_int8_nodes(name: str, build_engine: Callable[..., Build]) -> None:
     model, expected = CASES[name]()

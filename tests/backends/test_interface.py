@@ -68,11 +68,11 @@ def test_every_name_can_be_written(name: str, shape: list[int]) -> None:
 
 
 def test_gpu_as_the_driver_reports_it() -> None:
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader", "--id=0"]
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "--id=0"]
     if shutil.which(query[0]) is None:
         assert find_gpu() is None
         return
     reported = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     gpu = find_gpu()
     assert gpu is not None
-    assert f"{gpu.name}, {gpu.compute_capability}" == reported
+    assert f"{gpu.name}, {gpu.compute_capability}, {gpu.driver}" == reported

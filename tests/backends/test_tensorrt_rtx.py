@@ -110,6 +110,13 @@ def test_weights_in_a_file_beside_the_model(build_engine: Callable[..., Build], 
     assert "big.onnx" in refused(lambda: build_engine(path))
 
 
+def test_attention_in_float32_hints_at_half(build_engine: Callable[..., Build]) -> None:
+    """TensorRT for RTX 1.7 has kernels for ONNX's Attention in half alone."""
+    net = Net(23)
+    q, k, v = (net.input(2, 4, 64, 32, name=name) for name in "qkv")
+    assert "--rest fp16" in refused(lambda: build_engine(net.model(net.op("Attention", q, k, v))))
+
+
 def test_parser_errors_name_node_and_remedy(build_engine: Callable[..., Build], tmp_path: Path) -> None:
     net = Net()
     x = net.op("QuantizeLinear", net.input(8, 64), np.float32(0.1), np.int8(3), name="shifted", dtype=np.int8)

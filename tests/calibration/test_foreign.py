@@ -15,7 +15,8 @@ from trtq.calibration.table import Table
 from trtq.errors import InputError
 
 RANGES = {"a: b": (-2.54, 1.27), "images": (0.0, 255.0), "日本/é:0": (-1.0, 3.0), "zero": (0.0, 0.0)}
-SCALES = {"a: b": 2.54 / 127, "images": 255 / 127, "日本/é:0": 3 / 127, "zero": 1.0}
+SCALES = {"a: b": 2.54 / 127, "images": 255 / 127, "日本/é:0": 3 / 127}
+"""Of the tensors that have a range: that of `zero` is none."""
 FROM_HIGHEST = SCALES | {"a: b": 1.27 / 127}
 
 

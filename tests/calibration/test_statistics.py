@@ -37,12 +37,22 @@ def bytes_of(made: Histogram) -> bytes:
 
 
 def reference(x: NDArray) -> tuple[NDArray[np.int64], int]:
-    """Counts of |x| in equal bins below the smallest power of two above it, and its exponent."""
+    """Counts of |x| below the smallest power of two above it, and its exponent, by the bins' definition.
+
+    Of 8192 equal bins those from the 128th on are as they are; the 32 octaves below have 128 bins each.
+    """
     magnitudes = np.abs(x.astype(np.float64).ravel())
-    exponent = -100
+    exponent = -88
     while magnitudes.size and magnitudes.max() >= 2.0**exponent:
         exponent += 1
-    index = np.floor(magnitudes * (BINS / 2.0**exponent)).astype(np.int64)
+    position = magnitudes * (8192 / 2.0**exponent)
+    index = np.zeros(position.size, np.int64)
+    for octave in range(32):
+        low = 2.0 ** (octave - 25)
+        here = (position >= low) & (position < 2 * low)
+        index[here] = 1 + 128 * octave + np.floor((position[here] - low) / (low / 128)).astype(np.int64)
+    here = position >= 128
+    index[here] = 1 + 128 * 32 + np.floor(position[here]).astype(np.int64) - 128
     return np.bincount(index, minlength=BINS), exponent
 
 
@@ -95,7 +105,6 @@ def test_counts_extrema_and_range_are_those_of_float64(kind: str, size: int) -> 
     counts, exponent = reference(x)
     np.testing.assert_array_equal(made.counts, counts)
     assert made.exponent == exponent
-    assert made.bin_width == 2.0**exponent / BINS
     assert (made.low, made.high, made.amax, made.total) == (x.min(), x.max(), np.abs(x).max(), size)
 
 
@@ -108,7 +117,7 @@ def test_counts_of_any_floats(x: NDArray) -> None:
     assert made.amax == (np.abs(x).max() if x.size else 0)
 
 
-@pytest.mark.parametrize("power", [-99, -20, -1, 0, 1, 13, 126])
+@pytest.mark.parametrize("power", [-88, -20, -1, 0, 1, 13, 126])
 @pytest.mark.parametrize("nudge", [-1, 0, 1])
 def test_values_around_a_power_of_two(power: int, nudge: int) -> None:
     value = np.float32(2.0**power)
@@ -117,19 +126,61 @@ def test_values_around_a_power_of_two(power: int, nudge: int) -> None:
     made = histogram(np.array([value]))
     assert made.exponent == (power if nudge < 0 else power + 1)
     (occupied,) = np.flatnonzero(made.counts)
-    assert occupied * made.bin_width <= value < (occupied + 1) * made.bin_width
+    assert made.edges[occupied] <= value < made.edges[occupied + 1]
 
 
-@given(st.floats(2.0**-100, LARGEST, width=32))
+def test_edges() -> None:
+    """Every bin is as wide as 1/8192 of the range, or 1/256 to 1/128 of its values if that is finer."""
+    made = histogram(np.array([1.5], np.float32))
+    edges, widths = made.edges, np.diff(made.edges)
+    assert (edges.size, edges[0], edges[1], edges[-1]) == (BINS + 1, 0, 2.0**-37, 2)
+    assert (np.diff(edges) > 0).all()
+    finest = np.minimum(2.0 ** np.floor(np.log2(edges[1:-1])) / 128, 2 / 8192)
+    np.testing.assert_array_equal(widths[1:], finest)
+    assert (edges.astype(np.float32) == edges).all()
+
+
+@given(st.floats(2.0**-88, LARGEST, width=32))
 def test_at_least_4096_bins_lie_below_amax(amax: float) -> None:
     made = histogram(np.array([amax, -amax / 3, 0], np.float32))
-    assert made.amax / made.bin_width >= 4096
+    assert made.amax / np.diff(made.edges).max() >= 4096
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_in_equal_bins(kind: str) -> None:
+    x = draw(kind, 3000)
+    made = histogram(x)
+    index = np.floor(np.abs(x.astype(np.float64)) * (8192 / 2.0**made.exponent)).astype(np.int64)
+    np.testing.assert_array_equal(made.equal_counts(), np.bincount(index, minlength=8192))
+
+
+@given(finite, st.integers(-126, 127), st.integers(-126, 127))
+def test_the_bulk_is_resolved_however_large_the_largest_is(x: NDArray, bulk: int, largest: int) -> None:
+    """What is not 2^38 times below the range lies in a bin of at most 1/128 of its size."""
+    x = np.append(np.ldexp(x / np.float32(LARGEST), bulk), np.float32(2.0**largest))
+    made = histogram(x)
+    edges = made.edges
+    index = np.searchsorted(edges, np.abs(x), side="right") - 1
+    np.testing.assert_array_equal(made.counts, np.bincount(index, minlength=BINS))
+    resolved = np.abs(x) >= 2.0 ** (made.exponent - 38)
+    widths = np.diff(edges)[index]
+    assert (widths <= np.abs(x) / 128)[resolved].all()
+    assert (index[~resolved] == 0).all()
 
 
 def test_the_ends_of_float32() -> None:
     made = histogram(np.array([LARGEST, -SMALLEST], np.float32))
     assert (made.low, made.high, made.exponent) == (-SMALLEST, LARGEST, 128)
     assert made.counts[0] == made.counts[-1] == 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, CHUNK, CHUNK + 3])
+def test_zeros_and_tiny_values_are_counted_in_one_bin(size: int) -> None:
+    """The kernel counts them in turns, in slots that are empty again afterwards."""
+    x = np.where(np.arange(size) % 3 == 0, SMALLEST, 0).astype(np.float32)
+    made = histogram(x, x, np.ones(1, np.float32))
+    assert made.counts[0] == 2 * size
+    assert made.slots.sum() == made.total == 2 * size + 1
 
 
 def test_nothing() -> None:
@@ -225,7 +276,10 @@ def test_the_sign_of_zero_does_not_count() -> None:
         assert bytes_of(merged(parts)) == expected
 
 
-@pytest.mark.parametrize("exponents", [(-200, 100), (0, 1), (0, 13), (0, 14), (100, -140)])
+@pytest.mark.parametrize(
+    "exponents",
+    [(-200, 100), (0, 1), (0, 6), (0, 7), (0, 13), (0, 14), (0, 31), (0, 38), (0, 45), (100, -140)],
+)
 def test_shards_of_very_different_ranges(exponents: tuple[int, int]) -> None:
     parts = [np.ldexp(draw("normal", 500, seed).astype(np.float32), e) for seed, e in enumerate(exponents)]
     both = merged(parts)
@@ -343,13 +397,16 @@ def test_a_changed_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
     "changed",
     [
         {"format": None},
-        {"format": np.array("trtq-statistics-2")},
+        {"format": np.array("trtq-statistics-3")},
         {"counts": None},
         {"counts": np.zeros((1, BINS // 2), np.int64)},
         {"counts": np.zeros(BINS, np.int64)},
         {"counts": np.zeros((0, BINS), np.int64)},
         {"lows": np.zeros(2)},
         {"exponents": np.zeros(0, np.int32)},
+        {"exponents": np.array([129])},
+        {"exponents": np.array([-89])},
+        {"counts": np.full((1, BINS), -1)},
         {"tensors": np.array([{}], object)},
         {"rows": np.array([1, 2])},
     ],
@@ -358,6 +415,14 @@ def test_a_changed_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
 def test_archives_of_something_else(tmp_path: Path, changed: dict) -> None:
     assert Statistics.from_bytes(npz()).histograms["x"].total == 9
     refused(tmp_path / "s.npz", npz(**changed))
+
+
+def test_statistics_of_an_earlier_format_are_refused_by_name(tmp_path: Path) -> None:
+    """Format 1 had equal bins only, under the same names."""
+    path = tmp_path / "s.npz"
+    refused(path, npz(format=np.array("trtq-statistics-1"), counts=np.zeros((1, 8192), np.int64)))
+    with pytest.raises(InputError, match="the format is trtq-statistics-1, not trtq-statistics-2"):
+        Statistics.load(path)
 
 
 def test_other_files_of_numpy(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from jobs import Case, Run, deploy_arguments, trtq_command
 
 from trtq.errors import InputError
+from trtq.graph.model import model_sha256
 from trtq.graph.plan import Plan
 
 _Trtq = Callable[..., Run]
@@ -66,6 +67,24 @@ def test_a_node_set_to_floating_point_by_hand_loses_its_quantizers(
     assert not set(nodes["classes"].input) & set(quantized)
 
 
+def test_a_node_that_the_plan_does_not_name_counts_as_floating_point(
+    small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    plan = _edited(written, lambda p: p["nodes"].pop(1), tmp_path / "plan.json")
+    run = trtq_run(
+        *("quantize", small.model, "--plan", plan, "--table", written / "calibration.cache"),
+        *("-o", tmp_path / "model.onnx"),
+    )
+    assert run.code == 0, run.err
+    assert "1 of 2 weighted nodes to INT8" in run.out
+    assert "in floating point: classes (MatMul): the plan does not name it" in run.out
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    quantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    (classes,) = (node for node in nodes if node.name == "classes")
+    assert quantized
+    assert not set(classes.input) & quantized
+
+
 @pytest.mark.parametrize(
     ("edit", "cause"),
     [
@@ -78,6 +97,23 @@ def test_a_node_set_to_floating_point_by_hand_loses_its_quantizers(
         (lambda p: p["weights"][0].update(index=0, tensor="x"), "input 0 of 'conv' is no constant"),
         (lambda p: p["weights"][0].update(axis=9), "'w' has no axis 9"),
         (lambda p: p["weights"].pop(0), "'conv' is to be INT8, but its input 1 has no quantizer"),
+        (lambda p: p["weights"][0].update(axis=1), "axis 1 of 'w' is not the output channels of 'conv'"),
+        (lambda p: p["weights"][1].update(axis=0), "axis 0 of 'fc' is not the output channels of 'classes'"),
+        (lambda p: p["nodes"].append(p["nodes"][0]), "'conv' is twice among its nodes"),
+        (
+            lambda p: p["edges"].append({**p["edges"][0], "rule": "mine"}),
+            "input 0 of 'conv' has two quantizers",
+        ),
+        (lambda p: p["weights"].append(p["weights"][0]), "input 1 of 'conv' has two quantizers"),
+        (lambda p: p["nodes"][0].update(op="Gemm"), "'conv' is a Gemm in the plan and a Conv in the model"),
+        (lambda p: p["nodes"].pop(1), "'classes' has both quantizers, so it would run in INT8"),
+        (lambda p: p["nodes"][1].update(int8=False, rule="mine"), "'classes' has both quantizers"),
+        (
+            lambda p: p["nodes"].append({**p["nodes"][0], "name": "relu", "op": "Relu"}),
+            "'relu' (Relu) is no weighted node",
+        ),
+        (lambda p: p["nodes"].append({**p["nodes"][0], "name": "no", "int8": False}), "no node 'no'"),
+        (lambda p: p["edges"][0].update(range="w"), "'w', whose range 'x' is to take, is a constant"),
     ],
 )
 def test_a_plan_that_does_not_fit_the_model_is_refused(
@@ -97,6 +133,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
     assert run.err.startswith("trtq: the plan does not fit the model")
     assert str(plan) in run.err
     assert cause in run.err
+    assert "remedy:" in run.err
     assert not (tmp_path / "model.onnx").exists()
 
 
@@ -105,7 +142,16 @@ def test_a_plan_that_does_not_fit_the_model_is_refused(
     [
         (lambda p: p["nodes"][0].update(int8="false"), "'int8' is 'false'"),
         (lambda p: p["nodes"][0].update(macs="many"), "'macs' is 'many'"),
-        (lambda p: p["nodes"].append(1), "int"),
+        (lambda p: p["nodes"].append(1), "nodes[2]"),
+        (lambda p: p["nodes"][1].update(int8=1), "'int8' is 1 in nodes[1]"),
+        (lambda p: p["edges"][0].update(index=True), "'index' is True in edges[0]"),
+        (lambda p: p["edges"][0].update(rnage="x"), "edges[0] has the unknown key 'rnage'"),
+        (lambda p: p["nodes"][0].update(int4=True), "nodes[0] has the unknown key 'int4'"),
+        (lambda p: p["weights"][1].update(scale=1.0), "weights[1] has the unknown key 'scale'"),
+        (lambda p: p.update(edge=[]), "the plan has the unknown key 'edge'"),
+        (lambda p: p["edges"][0].pop("range"), "edges[0] lacks the key 'range'"),
+        (lambda p: p.pop("weights"), "'weights'"),
+        (lambda p: p.update(batch=0), "'batch' is 0"),
         (lambda p: p.update(format="trtq-plan-0"), "trtq-plan-0"),
     ],
 )
@@ -117,6 +163,86 @@ def test_what_is_no_plan_is_refused(
         Plan.load(plan)
     assert raised.value.file == str(plan)
     assert cause in str(raised.value.cause)
+    assert raised.value.remedy
+
+
+def test_what_has_a_default_may_be_missing(written: Path, tmp_path: Path) -> None:
+    """As in the plans of versions that did not have it yet."""
+
+    def older(plan: Any) -> None:
+        plan.pop("batch")
+        for node in plan["nodes"]:
+            node.pop("macs")
+
+    plan = Plan.load(_edited(written, older, tmp_path / "plan.json"))
+    assert plan.batch == 1
+    assert [node.macs for node in plan.nodes] == [None, None]
+
+
+def test_a_second_range_for_one_tensor_is_refused(
+    small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    first = json.loads((written / "plan.json").read_text())["edges"][0]
+    reader = next(n for n in onnx.load(small.model).graph.node if n.op_type == "Relu")
+    tensor = reader.input[0]
+    edge = {"tensor": tensor, "node": reader.name, "index": 0, "rule": "mine", "range": tensor}
+    for others in (("x",), (tensor,)):
+        edges = [{**edge, "range": other} for other in others]
+        plan = _edited(written, lambda p, edges=edges: p["edges"].extend(edges), tmp_path / "plan.json")
+        run = trtq_run(
+            *("quantize", small.model, "--plan", plan, "--data", small.data, "--method", "max"),
+            *("-o", tmp_path / "model.onnx"),
+        )
+        assert run.code == 0, run.err  # one range each
+    double = tmp_path / "double.onnx"
+    proto = onnx.load(small.model)
+    proto.graph.node.append(onnx.helper.make_node("Neg", ["x"], ["negative"], name="neg"))
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("negative", 1, ["N", 3, 8, 8]))
+    onnx.save(proto, double)
+    second = {**edge, "tensor": "x", "node": "neg", "range": tensor}
+
+    def edit(plan: Any) -> None:
+        plan["model"] = model_sha256(double)
+        plan["edges"].append(second)
+
+    plan = _edited(written, edit, tmp_path / "plan.json")
+    run = trtq_run(
+        *("quantize", double, "--plan", plan, "--data", small.data, "--method", "max"),
+        *("-o", tmp_path / "double.int8.onnx"),
+    )
+    assert run.code == 2
+    assert f"a second range for 'x': that of '{tensor}', after that of '{first['range']}'" in run.err
+
+
+def test_a_node_that_the_plan_does_not_list_counts_as_floating_point(
+    small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    def edit(plan: Any) -> None:
+        for kind, name in (("nodes", "name"), ("edges", "node"), ("weights", "node")):
+            plan[kind] = [item for item in plan[kind] if item[name] != "classes"]
+
+    plan = _edited(written, edit, tmp_path / "plan.json")
+    run = trtq_run(*deploy_arguments(small, tmp_path / "out", "--plan", plan, "--method", "max"))
+    assert run.code == 0, run.err
+    assert "in floating point: classes (MatMul): the plan given does not list it" in run.err
+    assert "1 of 2 weighted nodes in INT8" in run.err
+
+
+def test_a_table_of_another_model_is_refused_with_a_plan_and_without(
+    small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    for name in ("calibration.cache", "calibration.cache.json"):
+        (tmp_path / name).write_bytes((written / name).read_bytes())
+    metadata = json.loads((tmp_path / "calibration.cache.json").read_text())
+    (tmp_path / "calibration.cache.json").write_text(json.dumps({**metadata, "model": "0" * 64}))
+    for plan in ((), ("--plan", written / "plan.json")):
+        run = trtq_run(
+            *("quantize", small.model, *plan, "--table", tmp_path / "calibration.cache"),
+            *("-o", tmp_path / "model.onnx"),
+        )
+        assert run.code == 2
+        assert "the table was made for another model" in run.err
+        assert not (tmp_path / "model.onnx").exists()
 
 
 def test_a_table_of_changed_weights_says_that_it_is_not_the_whole_story(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -115,9 +118,96 @@ def test_one_value_per_channel(option) -> None:
         made(PIXELS, **{option: [1, 2]})
 
 
-def test_a_crop_larger_than_the_image() -> None:
-    with pytest.raises(InputError, match="smaller than the crop"):
-        made(PIXELS, crop=2)
+def half_to_even(value: Fraction) -> int:
+    """The nearest integer; of two as near, the even one."""
+    below = math.floor(value)
+    above = value - below
+    return below + (above > Fraction(1, 2) or (above == Fraction(1, 2) and below % 2 == 1))
+
+
+def test_a_shorter_side_gives_torchvisions_size() -> None:
+    """Resize(size): the shorter side becomes `size`, the longer size x long / short, cut to an integer."""
+    rng = np.random.default_rng(0)
+    for height, width, size in rng.integers(1, 500, (400, 3)).tolist():
+        size = 1 + size % 64
+        long = math.floor(size * Fraction(max(height, width), min(height, width)))
+        if long > 3000:
+            continue
+        row = made(np.zeros((height, width), np.uint8), resize=size)
+        assert row.shape == ((long, size) if width <= height else (size, long)), (height, width, size)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "expected"),
+    [
+        (375, 500, 256, (256, 341)),  # 341.33
+        (333, 500, 256, (256, 384)),  # 384.38
+        (500, 375, 256, (341, 256)),
+        (480, 641, 232, (232, 309)),  # 309.82, which rounds to 310
+        (7, 7, 3, (3, 3)),
+        (1, 3, 2, (2, 6)),
+    ],
+)
+def test_sizes_worked_out_by_hand(height: int, width: int, size: int, expected: tuple[int, int]) -> None:
+    assert made(np.zeros((height, width, 3), np.uint8), resize=size).shape == (*expected, 3)
+
+
+def test_a_crop_begins_where_torchvisions_does() -> None:
+    """CenterCrop: from (image - crop) / 2 on, a half rounded to the even neighbour; a smaller image stands in
+    zeros, half of them before it (cut to an integer) and the rest behind.
+
+    Pixels hold their row, their column and 1.
+    """
+    rng = np.random.default_rng(1)
+    for height, width, *size in rng.integers(1, 60, (500, 4)).tolist():
+        rows, columns = np.mgrid[:height, :width]
+        image = np.stack([rows, columns, np.ones_like(rows)], axis=-1).astype(np.uint8)
+        cropped = made(image, crop=size)
+        assert cropped.shape == (*size, 3)
+        begin = [
+            half_to_even(Fraction(had - side, 2)) if had >= side else -((side - had) // 2)
+            for had, side in zip((height, width), size, strict=True)
+        ]
+        for y, x in np.ndindex(*size):
+            source = begin[0] + y, begin[1] + x
+            inside = 0 <= source[0] < height and 0 <= source[1] < width
+            assert tuple(cropped[y, x]) == ((*source, 1) if inside else (0, 0, 0)), (height, width, size)
+
+
+@pytest.mark.parametrize(
+    ("side", "begins"), [(10, 0), (9, 0), (8, 1), (7, 2), (6, 2), (5, 2), (3, 4), (1, 4)]
+)
+def test_margins_worked_out_by_hand(side: int, begins: int) -> None:
+    """Half of 1, 3, 5, 7 and 9 pixels: 0.5 -> 0, 1.5 -> 2, 2.5 -> 2, 3.5 -> 4, 4.5 -> 4."""
+    line = np.arange(10, dtype=np.uint8)[None].repeat(side, axis=0)
+    np.testing.assert_array_equal(made(line, crop=side)[0], np.arange(begins, begins + side))
+
+
+def test_an_image_smaller_than_the_crop_stands_in_zeros() -> None:
+    image = np.array([[5, 6]], np.uint8)  # one row, two columns
+    np.testing.assert_array_equal(
+        made(image, crop=[2, 5]),
+        [[0, 5, 6, 0, 0], [0, 0, 0, 0, 0]],  # 1 before and 2 behind; 0 and 1
+    )
+    np.testing.assert_array_equal(made(image, crop=[3, 1]), [[0], [5], [0]])  # (2 - 1) / 2 = 0.5 -> 0
+
+
+def test_the_usual_evaluation_of_a_classifier() -> None:
+    """Resize(256) and CenterCrop(224) of 500 x 333 pixels: 384 x 256, then from (80, 16) on."""
+    image = np.random.default_rng(2).integers(0, 256, (500, 333, 3), dtype=np.uint8)
+    resized = Image.fromarray(image).resize((256, 384), Image.Resampling.BILINEAR)
+    expected = np.asarray(resized)[80:304, 16:240]
+    np.testing.assert_array_equal(made(image, resize=256, crop=224), expected)
+
+
+def test_one_channel_is_resized_as_a_plane() -> None:
+    image = np.random.default_rng(3).integers(0, 256, (9, 12), dtype=np.uint8)
+    np.testing.assert_array_equal(made(image[:, :, None], resize=5)[:, :, 0], made(image, resize=5))
+
+
+def test_images_have_at_most_four_channels() -> None:
+    with pytest.raises(InputError, match="1 to 4 channels"):
+        made(np.zeros((4, 4, 5), np.uint8), resize=2)
 
 
 def test_only_bytes_are_resized() -> None:

@@ -8,8 +8,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from trtq.backends.interface import find_gpu
+from trtq.backends.interface import Gpu, find_gpu
 from trtq.errors import InputError, MissingBackendError
+from trtq.gate import execute
 from trtq.gate.execute import fingerprint, run_model
 
 
@@ -157,11 +158,21 @@ def test_an_engine_runs_on_a_gpu_or_says_what_is_missing(tmp_path):
         run_model(tmp_path / "none.plan", rows_of(x))
 
 
-def test_fingerprint(tmp_path):
+def test_fingerprint(tmp_path, monkeypatch):
     import onnxruntime
 
-    assert onnxruntime.__version__ in fingerprint("m.onnx")
+    assert onnxruntime.__version__ in fingerprint("m.onnx")["executor"]
     trt = pytest.importorskip("tensorrt_rtx")
     model = save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], ["n", 3], ["n", 3])
     plan = build_engine(tmp_path / "m.plan", model)
-    assert fingerprint(plan) == f"tensorrt_rtx-{trt.__version__}"
+    monkeypatch.setattr(execute, "find_gpu", lambda: Gpu("Some GPU", "8.9", "570.86.15"))
+    assert fingerprint(plan) == {
+        "executor": "engine",
+        "gpu": "Some GPU",
+        "compute_capability": "8.9",
+        "driver": "570.86.15",
+        "tensorrt": f"tensorrt_rtx-{trt.__version__}",
+    }
+    monkeypatch.setattr(execute, "find_gpu", lambda: None)
+    with pytest.raises(MissingBackendError, match="only on an NVIDIA GPU"):
+        fingerprint(plan)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import scipy.special
@@ -105,6 +107,25 @@ def test_label_free_metrics():
     assert load_metric("sqnr@a").value(off, {}, reference) == pytest.approx(20.0)
 
 
+def test_label_free_metrics_see_every_component():
+    """4 boxes of a YOLO head drown the energy of 8 scores; kl reads what it always did."""
+    rng = np.random.default_rng(5)
+    reference = np.concatenate([rng.uniform(50, 640, (6, 4, 9)), rng.uniform(0, 1, (6, 8, 9))], 1)
+    candidate = reference.copy()
+    candidate[:, 4:] = 1 - reference[:, 4:]
+    r, c = (a[:, 4:].reshape(6, -1) for a in (reference, candidate))
+    cosines = (r * c).sum(1) / np.sqrt((r**2).sum(1) * (c**2).sum(1))
+    noises = 10 * np.log10((r**2).sum(1) / ((r - c) ** 2).sum(1))
+    found = {
+        n: load_metric(n).value({"y": candidate}, {}, {"y": reference}) for n in ("cosine", "sqnr", "kl")
+    }
+    assert found["cosine"] == pytest.approx(cosines.mean())
+    assert found["sqnr"] == pytest.approx(noises.mean())
+    p, q = (scipy.special.softmax(a, axis=-1) for a in (reference, candidate))
+    divergence = scipy.special.rel_entr(p, q).sum(axis=-1).mean(axis=1)
+    assert found["kl"] == pytest.approx(np.exp(-divergence).mean())
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (5, 4, 3), (5, 3, 2, 2)])
 def test_kl_is_that_of_the_class_probabilities(shape: tuple[int, ...]) -> None:
     """Against SciPy; the classes are axis 1 of images and of vectors, and the last of sequences."""
@@ -182,6 +203,34 @@ def test_metric_from_a_file(tmp_path):
     path.write_text(path.read_text() + "\n# changed\n")
     assert load_metric(f"{path}:score").fingerprint != before
     assert before.endswith(":score")
+
+
+def test_a_metrics_fingerprint_covers_the_users_modules_behind_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    (tmp_path / "inner_of_metric.py").write_text("FACTOR = 2.0\n")
+    helpers = tmp_path / "helpers_of_metric"
+    helpers.mkdir()
+    (helpers / "__init__.py").write_text("")
+    (helpers / "scores.py").write_text("from inner_of_metric import FACTOR\n")
+    path = _file(
+        tmp_path,
+        "import numpy as np\n"
+        "def score(outputs, targets):\n"
+        "    from helpers_of_metric import scores\n"
+        "    return scores.FACTOR * float(np.mean(outputs['y']))\n",
+    )
+    found = [load_metric(f"{path}:score").fingerprint]
+    assert load_metric(f"{path}:score").fingerprint == found[0]
+    for changed, text in (
+        (tmp_path / "inner_of_metric.py", "FACTOR = 3.0\n"),
+        (helpers / "scores.py", "FACTOR = 2.0\n"),
+    ):
+        changed.write_text(text)
+        found.append(load_metric(f"{path}:score").fingerprint)
+    assert len(set(found)) == 3
+    (tmp_path / "unrelated.py").write_text("")
+    assert load_metric(f"{path}:score").fingerprint == found[-1]
 
 
 @pytest.mark.parametrize(

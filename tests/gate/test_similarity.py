@@ -8,6 +8,7 @@ import pytest
 from trtq.errors import InputError
 from trtq.gate.similarity import (
     MAX_SQNR_DB,
+    Reference,
     check_comparable,
     compare,
     cosine,
@@ -96,3 +97,94 @@ def test_noise_is_measured_on_floats() -> None:
     classes, logits = np.arange(3), np.ones((3, 2), np.float32)
     assert scored({"class": classes, "logits": logits}) == ["logits"]
     assert scored({"class": classes}) == ["class"]
+
+
+def mixed(rows: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Reference and candidate: boxes that are nearly exact beside scores that are not."""
+    random = np.random.default_rng(0)
+    reference = np.concatenate([random.uniform(50, 640, (rows, 4, 9)), random.uniform(0, 1, (rows, 8, 9))], 1)
+    candidate = reference.copy()
+    candidate[:, :4] += random.normal(0, 1, (rows, 4, 9))
+    candidate[:, 4:] += random.normal(0, 0.5, (rows, 8, 9))
+    return reference, candidate
+
+
+def by_hand(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, float]:
+    """Cosine and SQNR in dB of all values together."""
+    r, c = reference.ravel(), candidate.ravel()
+    return float(r @ c / np.sqrt((r @ r) * (c @ c))), float(10 * np.log10(r @ r / ((r - c) @ (r - c))))
+
+
+def test_the_worst_component_decides() -> None:
+    reference, candidate = mixed()
+    found = compare({"y": reference}, {"y": candidate})["y"]
+    boxes, scores = by_hand(reference[:, :4], candidate[:, :4]), by_hand(reference[:, 4:], candidate[:, 4:])
+    assert by_hand(reference, candidate)[1] > scores[1] + 30  # what one sum of squares says
+    assert (found.cosine, found.sqnr_db) == pytest.approx(scores)
+    assert found.max_abs_error == np.abs(reference - candidate).max()
+    assert [(part.cosine, part.sqnr_db) for part in found.parts] == [
+        pytest.approx(boxes),
+        pytest.approx(scores),
+    ]
+    assert [part.max_abs_error for part in found.parts] == [
+        np.abs(reference - candidate)[:, own].max() for own in (slice(4), slice(4, 12))
+    ]
+    assert sqnr_db(reference, candidate) == pytest.approx(scores[1])
+    assert cosine(reference, candidate) == pytest.approx(scores[0])
+
+
+def test_of_each_sample_the_worst_component() -> None:
+    reference, candidate = mixed()
+    candidate[3, :4] += 400
+    expected = [
+        min(by_hand(r[:4], c[:4])[1], by_hand(r[4:], c[4:])[1])
+        for r, c in zip(reference, candidate, strict=True)
+    ]
+    np.testing.assert_allclose(sqnr_db(reference, candidate, samples=12), expected)
+    assert worst_samples({"y": reference}, {"y": candidate}, 12) == tuple(np.argsort(expected)[:5])
+
+
+def test_a_plain_output_keeps_its_figure_to_the_last_digit() -> None:
+    random = np.random.default_rng(1)
+    reference = random.normal(size=(20, 30)).astype(np.float32)
+    candidate = (reference + random.normal(0, 0.03, (20, 30))).astype(np.float32)
+    r, c = reference.reshape(1, -1), candidate.reshape(1, -1)
+
+    def energy(values: np.ndarray) -> np.float64:
+        return np.einsum("ij,ij->i", values, values, dtype=np.float64)[0]
+
+    found = compare({"y": reference}, {"y": candidate})["y"]
+    assert found.sqnr_db == 10 * (np.log10(energy(r)) - np.log10(energy(r - c)))
+    dot = np.einsum("ij,ij->i", r, c, dtype=np.float64)[0]
+    assert found.cosine == dot / (np.sqrt(energy(r)) * np.sqrt(energy(c)))
+    assert found.parts == ()
+
+
+def test_noise_is_the_mean_over_outputs_of_the_worst_components() -> None:
+    reference, candidate = mixed()
+    plain, off = np.ones((12, 5)), np.full((12, 5), 1.1)
+    batches = [{"y": reference[i : i + 5], "z": plain[i : i + 5]} for i in (0, 5, 10)]
+    found = [{"y": candidate[i : i + 5], "z": off[i : i + 5]} for i in (0, 5, 10)]
+    worst = 10 ** (-by_hand(reference[:, 4:], candidate[:, 4:])[1] / 10)
+    measured = Reference(batches)
+    assert measured.noise(found) == pytest.approx((worst + 0.01) / 2)
+    assert measured.sqnr_db(found) == pytest.approx(-10 * np.log10((worst + 0.01) / 2))
+    first = 10 ** (-by_hand(reference[:5, 4:], candidate[:5, 4:])[1] / 10)
+    assert measured.noise(found[:1]) == pytest.approx((first + 0.01) / 2)
+
+
+def test_noise_that_is_none_or_not_finite() -> None:
+    reference = mixed()[0]
+    broken = np.where(reference > 600, np.nan, reference)
+    assert Reference([{"y": reference}]).noise([{"y": reference}]) == 0
+    assert Reference([{"y": reference}]).sqnr_db([{"y": reference}]) == MAX_SQNR_DB
+    assert Reference([{"y": reference}]).sqnr_db([{"y": broken}]) == -MAX_SQNR_DB
+
+
+def test_only_the_reference_decides_on_the_components() -> None:
+    """A candidate that mixes scales, or mixes them no more, is measured like any other."""
+    reference, _ = mixed()
+    plain = np.random.default_rng(2).normal(size=reference.shape)
+    lost = np.where(np.arange(12)[:, None] < 4, 0.5, reference)
+    assert compare({"y": reference}, {"y": lost})["y"].parts[1].sqnr_db == MAX_SQNR_DB
+    assert compare({"y": plain}, {"y": reference})["y"].parts == ()

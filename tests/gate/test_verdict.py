@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from trtq.errors import ExitCode, InputError
+from trtq.gate.in_the_way import InTheWay, Obstacle
 from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Outcome, Verdict, decide, parse_margin
+from trtq.gate.verdict import Check, Outcome, Verdict, decide, overall, parse_margin
 
 TOP1 = load_metric("top1")
 
@@ -136,6 +138,73 @@ def test_json_round_trip_is_strict():
     assert Verdict.from_json(json.loads(text)) == found
 
 
+P, F, N = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "one"),
+    [((), P), ((P, P), P), ((P, N), N), ((N, P, F), F), ((F, N), F), ((N, N), N), ((F, P), F)],
+)
+def test_the_worst_decides(outcomes, one):
+    assert overall(outcomes) is one
+
+
+def with_gate(gate: Outcome) -> Verdict:
+    lost, confidence = {P: (0, None), F: (9, None), N: (1, 0.95)}[gate]
+    found = verdict(classifier(100, 0), classifier(100 - lost, lost), confidence=confidence)
+    assert found.gate is gate
+    return found
+
+
+@pytest.mark.parametrize("gate", [P, F, N])
+@pytest.mark.parametrize("checks", [(), (P,), (F,), (N,), (P, F), (N, F)])
+def test_one_outcome_of_gate_and_checks(gate, checks):
+    made = [Check(f"check {i}", outcome, f"--check{i}: found") for i, outcome in enumerate(checks)]
+    found = with_gate(gate).with_checks(*made)
+    assert found.outcome is (F if F in (gate, *checks) else N if N in (gate, *checks) else P)
+    assert found.exit_code is found.outcome.exit_code
+    assert found.headline().startswith(f"{found.outcome.value.upper()}  ")
+    assert "\n" not in found.headline()
+    stored = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert (stored["outcome"], stored["gate"]) == (found.outcome.value, gate.value)
+    assert Verdict.from_json(stored) == found
+    for check in made:
+        assert (check.message in found.headline()) is not check.ok
+    assert ("the gate itself" in found.headline()) is (gate is not found.outcome)
+
+
+def test_what_is_in_the_way_is_kept():
+    obstacle = Obstacle(("a", "b"), "MatMul+MatMul", 12.0, 0.75, None)
+    found = dataclasses.replace(
+        with_gate(F), in_the_way=InTheWay("2 layers", (obstacle,), "--exclude a", "try")
+    )
+    stored = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert stored["in_the_way"]["obstacles"][0]["rank"] == 1
+    assert Verdict.from_json(stored) == found
+    assert "1. a, b (MatMul+MatMul): 12.0 dB alone, 75.0% of the noise" in found.text()
+    assert "try: --exclude a" in found.text()
+
+
+def test_a_file_of_the_time_of_the_gate_alone():
+    stored = with_gate(F).to_json()
+    old = {name: item for name, item in stored.items() if name not in ("gate", "checks", "in_the_way")}
+    assert Verdict.from_json(old) == with_gate(F)
+
+
+def test_a_file_with_two_answers_is_refused():
+    with pytest.raises(InputError, match="two answers"):
+        Verdict.from_json(with_gate(F).to_json() | {"outcome": "pass"})
+
+
+@pytest.mark.parametrize("gate", [P, F, N])
+def test_a_simulation_is_neither_pass_nor_fail_where_an_engine_is_required(gate):
+    found = with_gate(gate).with_checks(Check("SQNR", F, "--min-sqnr: too low")).require_engine()
+    assert found.outcome is N
+    assert found.gate is (P if gate is P else N)
+    assert "--require-engine" in found.headline()
+    assert found.with_checks(Check("share", F, "--min-int8: too little")).outcome is F
+
+
 @pytest.mark.parametrize("value", [{}, [], None, {"outcome": "maybe"}])
 def test_what_is_not_a_verdict(value):
     with pytest.raises(InputError, match="not a verdict"):
@@ -163,3 +232,47 @@ def test_parse_margin(text, margin):
 def test_parse_margin_refuses(text):
     with pytest.raises(InputError, match="is no allowed drop"):
         parse_margin(text)
+
+
+def yolo() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Boxes with a little noise beside scores that are turned round."""
+    rng = np.random.default_rng(0)
+    reference = np.concatenate([rng.uniform(50, 640, (20, 4, 6)), rng.uniform(0, 1, (20, 8, 6))], axis=1)
+    reference[0, 0, 0], reference[0, 4, 0] = 640, 1
+    candidate = reference + rng.normal(0, 0.1, reference.shape)
+    candidate[:, 4:] = 1 - reference[:, 4:]
+    return {"y": reference}, {"y": candidate}
+
+
+def test_scores_beside_boxes_cannot_be_broken_unseen():
+    reference, candidate = yolo()
+    found = decide(reference, candidate, {}, load_metric("cosine"), executor="simulation")
+    assert found.outcome is Outcome.FAIL
+    r, c = (side["y"][:, 4:] for side in (reference, candidate))
+    expected = 10 * np.log10((r**2).sum() / ((r - c) ** 2).sum())
+    assert found.outputs["y"].sqnr_db == pytest.approx(expected)
+    lines = found.text().splitlines()
+    (index,) = (i for i, line in enumerate(lines) if line.startswith("  output y:"))
+    assert lines[index].endswith("(the worst of 2 components)")
+    assert f"SQNR {expected:.1f} dB" in lines[index]
+    assert lines[index + 1].startswith("    channels 0-3 of axis 1 (up to 640): cosine 1.00000, SQNR")
+    assert lines[index + 2].startswith("    channels 4-11 of axis 1 (up to 1):")
+    assert f"SQNR {expected:.1f} dB" in lines[index + 2]
+
+
+def test_components_in_json():
+    reference, candidate = yolo()
+    found = decide(reference, candidate, {}, load_metric("cosine"), executor="simulation")
+    value = found.to_json()
+    assert json.loads(json.dumps(value, allow_nan=False)) == value  # nothing but JSON's own values
+    assert Verdict.from_json(value) == found
+    assert [part["label"] for part in value["outputs"]["y"]["parts"]] == [
+        "channels 0-3 of axis 1 (up to 640)",
+        "channels 4-11 of axis 1 (up to 1)",
+    ]
+
+
+def test_a_verdict_from_before_there_were_components():
+    value = verdict(classifier(50, 3), classifier(49, 4)).to_json()
+    assert value["outputs"]["y"].pop("parts") == []
+    assert Verdict.from_json(value) == verdict(classifier(50, 3), classifier(49, 4))

@@ -375,3 +375,48 @@ def test_known_axes_of_a_shape_become_constants(bounds: str, batch: str) -> None
         }}""",
     )
     assert ops(folded(model, normal(2, 3, 8))) == ["Mul"]
+
+
+# -- what folding would make wrong
+
+
+def test_batch_norm_beyond_the_range_of_float16_stays() -> None:
+    """A gain of 1 / sqrt(1e-7) over weights of 100: 316,228."""
+    model = net(
+        f"g (float16[N,2,3] x) => (float16[N,2,3] y) {{ c = Conv(x, w) {NORM.format('<epsilon = 1e-7>')} }}",
+        w=np.full((2, 2, 1), 100, np.float16),
+        gamma=np.float16([1, 1]),
+        beta=np.float16([0, 0]),
+        mean=np.float16([0, 0]),
+        variance=np.float16([0, 0]),
+    )
+    graph = folded(model, np.full((1, 2, 3), 1e-4, np.float16), rtol=1e-2)
+    assert ops(graph) == ["Conv", "BatchNormalization"]
+
+
+def test_pads_that_auto_pad_overrules() -> None:
+    model = padded([0, 0, 1, 1, 0, 0, 1, 1], conv='auto_pad = "VALID", pads = [5, 5, 5, 5]')
+    graph = graph_of(model)
+    fold(graph)
+    assert graph.nodes[0].attrs["pads"] == [1, 1, 1, 1]
+
+
+def test_a_pad_that_others_read_stays_for_them() -> None:
+    model = net(
+        "g (float[N,3,6,6] x) => (float[?,?,?,?] y, float[?,?,?,?] p, float[?,?,?,?] r) {"
+        " p = Pad(x, pads) y = Conv(p, w) r = Relu(p) }",
+        pads=np.int64([0, 0, 1, 1, 0, 0, 1, 1]),
+        w=normal(5, 3, 3, 3),
+    )
+    graph = folded(model, normal(2, 3, 6, 6))
+    assert sorted(ops(graph)) == ["Conv", "Pad", "Relu"]
+    assert next(n for n in graph.nodes if n.op == "Conv").inputs[0].name == "x"
+
+
+def test_an_einsum_that_repeats_an_operand_stays() -> None:
+    model = net(
+        'g (float[N,1] x) => (float[N,3] y) { y = Einsum<equation = "ij,jk->ik">(x, w) }', w=normal(4, 3)
+    )
+    graph = graph_of(model)
+    fold(graph)
+    assert ops(graph) == ["Einsum"]

@@ -200,7 +200,7 @@ def test_node_names_are_unique(tmp_path: Path) -> None:
     model = net("g (float[N] x) => (float[N] y) { a = Abs(x) b = Abs(a) c = Abs(b) d = Abs(c) y = Abs(d) }")
     for node, name in zip(model.graph.node, ["n", "", "n", "n_1", ""], strict=True):
         node.name = name
-    assert [n.name for n in loaded(model, tmp_path).graph.nodes] == ["n", "Abs_1", "n_1", "n_1_1", "Abs_4"]
+    assert [n.name for n in loaded(model, tmp_path).graph.nodes] == ["n", "Abs_1", "n_2", "n_1", "Abs_4"]
 
 
 def test_node_names_are_unique_across_bodies(tmp_path: Path) -> None:
@@ -229,6 +229,18 @@ def test_a_quantized_model_is_recognised(tmp_path: Path) -> None:
     model = net(text, s=np.float32(0.1), z=np.int8(0))
     assert loaded(model, tmp_path).is_quantized
     assert not loaded(conv(), tmp_path).is_quantized
+
+
+@pytest.mark.parametrize(("op", "already"), [("QLinearAdd", True), ("MatMulNBits", True), ("Gelu", False)])
+def test_other_tools_operators_say_that_the_model_is_quantized(
+    op: str, already: bool, tmp_path: Path
+) -> None:
+    model = conv()
+    model.graph.node[0].op_type, model.graph.node[0].domain = op, "com.microsoft"
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    with pytest.raises(InputError, match=f"unknown operator '{op}'") as caught:
+        loaded(model, tmp_path)
+    assert ("quantized already" in str(caught.value)) == already
 
 
 # -- writing

@@ -16,13 +16,15 @@ import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import loaded, net, normal
+from nets import engine, loaded, net, normal
 from numpy.typing import NDArray
 
+from trtq.backends.compiled import int8_nodes
 from trtq.errors import InputError
 from trtq.graph.fold import fold
-from trtq.graph.place import WEIGHTED_OPS, leave_out, matches, place
+from trtq.graph.place import leave_out, matches, pattern_of, place, placed
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
+from trtq.graph.products import product
 from trtq.graph.rewrite import weight_scale
 from trtq.numerics import quantize
 
@@ -491,10 +493,16 @@ def test_a_pattern_that_matches_nothing(option: str, pattern: str, tmp_path: Pat
 # -- nodes that stay in floating point
 
 
-def with_matmul(nodes: str, inputs: str = "float[N,4,8,8] x", **constants: Any) -> onnx.ModelProto:
+QKV = "float[N,4,5,8] q, float[N,4,7,8] k, float[N,4,7,6] v"
+
+
+def with_matmul(
+    nodes: str, inputs: str = "float[N,4,8,8] x", opset: int = 17, **constants: Any
+) -> onnx.ModelProto:
     """`nodes` make `t` beside a MatMul that is quantized."""
     return net(
         f"g ({inputs}, float[N,6] m) => (float[?,?] y, float t) {{ y = MatMul(m, u) {nodes} }}",
+        opset=opset,
         u=normal(6, 6),
         **constants,
     )
@@ -530,8 +538,18 @@ def with_matmul(nodes: str, inputs: str = "float[N,4,8,8] x", **constants: Any) 
             "t",
             "recurrent",
         ),
+        (
+            with_matmul("t = DeformConv(x, w, o)", "float[N,4,8,8] x, float[N,18,6,6] o", opset=19, w=KERNEL),
+            "t",
+            "no INT8 kernel",
+        ),
+        (
+            with_matmul("t = Attention(q, k, v)", QKV, opset=23),
+            "t",
+            "two products run in floating point",
+        ),
     ],
-    ids=["ConvTranspose", "Einsum", "LSTM", "GRU", "RNN"],
+    ids=["ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "DeformConv", "Attention"],
 )
 def test_operators_without_an_int8_kernel(
     model: onnx.ModelProto, node: str, reason: str, tmp_path: Path
@@ -590,6 +608,9 @@ def test_bodies_of_control_flow(tmp_path: Path) -> None:
     ]
     assert len({n.name for n in placed.plan.nodes}) == 3
     assert placed.edges == {("x", "t", 0, "weighted-input")}
+    counted = Placed(model, tmp_path, input_shapes={"x": (2, 4), "c": ()}).plan
+    assert [n.macs for n in counted.nodes] == [2 * 4 * 4, None, None]  # a body may run any number of times
+    assert counted.mac_share() is None
 
 
 # -- models that cannot be placed
@@ -605,16 +626,170 @@ def test_everything_excluded(tmp_path: Path) -> None:
         Placed(images(CHAIN), tmp_path, exclude=["*"])
 
 
-def test_a_model_that_is_quantized_already(tmp_path: Path) -> None:
-    model = net(
-        "g (float[N,4] x) => (float[N,4] y) { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)"
-        " y = MatMul(d, w) }",
-        s=np.float32(0.1),
-        z=np.int8(0),
-        w=normal(4, 4),
-    )
-    with pytest.raises(InputError, match=r"quantized already[\s\S]*trtq gate"):
+SCALES = {"s": np.float32(0.1), "z": np.int8(0), "u": np.uint8(128)}
+CODES = np.random.default_rng(3).integers(-127, 128, (4, 4)).astype(np.int8)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "found"),
+    [
+        ("q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, w)", "QuantizeLinear"),
+        ("d = DequantizeLinear(c, s, z) y = MatMul(x, d)", "DequantizeLinear"),
+        ("d = DequantizeLinear(c, s, z) t = Transpose(d) y = MatMul(x, t)", "DequantizeLinear"),
+        ("q, r, p = DynamicQuantizeLinear(x) d = DequantizeLinear(q, r, p) y = MatMul(d, w)", "DynamicQ"),
+        ("b = Cast<to = 2>(x) i = MatMulInteger(b, c) f = Cast<to = 1>(i) y = MatMul(f, w)", "MatMulInteger"),
+        (
+            "b = Cast<to = 2>(x) p = QLinearMatMul(b, s, u, c, s, z, s, u)"
+            " f = Cast<to = 1>(p) y = MatMul(f, w)",
+            "QLinearMatMul",
+        ),
+    ],
+)
+@pytest.mark.parametrize("where", ["graph", "body", "function"])
+def test_a_model_that_is_quantized_already(nodes: str, found: str, where: str, tmp_path: Path) -> None:
+    """In any of ONNX's ways, with a float MatMul beside it that could be quantized."""
+    given = {**SCALES, "c": CODES, "w": normal(4, 4)}
+    used = {name: values for name, values in given.items() if any(f"{name}{c}" in nodes for c in ",)")}
+    if where == "graph":
+        model = net(f"g (float[N,4] x) => (float[N,4] y) {{ {nodes} }}", **used)
+    elif where == "body":
+        inner = nodes.replace("y = ", "e = ")
+        model = net(
+            f"""g (float[N,4] x, bool t) => (float[N,4] o) {{
+                k = MatMul(x, w)
+                o = If(t) <then_branch = one () => (float[N,4] e) {{ {inner} }},
+                           else_branch = two () => (float[N,4] a) {{ a = Relu(k) }}>
+            }}""",
+            **{"w": normal(4, 4), **used},
+        )
+    else:
+        model = net("g (float[N,4] x) => (float[N,4] y) { k = MatMul(x, w) y = Relu(k) }", w=normal(4, 4))
+        model.opset_import.append(onnx.helper.make_opsetid("local", 1))
+        written = onnx.parser.parse_function(
+            f'<domain: "local", opset_import: ["": 17]> Linear(x, {", ".join(used)}) => (y) {{ {nodes} }}'
+        )
+        model.functions.append(written)
+        for name, values in used.items():
+            if name != "w":
+                model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
+        model.graph.node[1].CopyFrom(onnx.helper.make_node("Linear", ["k", *used], ["y"], domain="local"))
+    with pytest.raises(InputError, match=rf"quantized already: it holds [\s\S]*{found}[\s\S]*trtq gate"):
         Placed(model, tmp_path)
+
+
+# -- the placement that a model already has
+
+QUANTIZED = "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) "
+WEIGHT = "v = DequantizeLinear(c, s, z) "
+
+
+def as_given(
+    nodes: str, folder: Path, inputs: str = "float[2,4,4] x", opset: int = 21, **constants: Any
+) -> Plan:
+    constants = {**SCALES, "c": CODES, **constants}
+    used = {
+        n: v for n, v in constants.items() if any(f" {n}{c}" in nodes or f"({n}{c}" in nodes for c in ",)")
+    }
+    return placed(loaded(net(f"g ({inputs}) => (float y) {{ {nodes} }}", opset=opset, **used), folder), None)
+
+
+@pytest.mark.parametrize(
+    ("moved", "read"),
+    [
+        ("", "d"),
+        ("m = Transpose<perm = [0, 2, 1]>(d) ", "m"),
+        ("m = Reshape(d, shape) ", "m"),
+        ("m = Unsqueeze(d, axis) n = Squeeze(m, axis) ", "n"),
+        ("m = Flatten(d) n = Reshape(m, shape) ", "n"),
+        ("m = Cast<to = 10>(d) n = Cast<to = 1>(m) ", "n"),
+        ("m = Identity(d) n = Identity(m) ", "n"),
+    ],
+)
+@pytest.mark.parametrize("weight", ["v", "t"])
+def test_what_moves_values_may_stand_behind_a_dequantizer(
+    moved: str, read: str, weight: str, tmp_path: Path
+) -> None:
+    nodes = f"{QUANTIZED}{WEIGHT}t = Transpose(v) {moved}y = MatMul({read}, {weight})"
+    constants = {"shape": np.int64([2, 4, 4]), "axis": np.int64([0])}
+    (node,) = as_given(nodes, tmp_path, **constants).nodes
+    assert (node.int8, node.reason) == (True, "both operands are dequantized")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "reason"),
+    [
+        (f"{QUANTIZED}{WEIGHT}m = Relu(d) y = MatMul(m, v)", "not between Q/DQ"),
+        (f"{QUANTIZED}{WEIGHT}m = Add(d, d) y = MatMul(m, v)", "not between Q/DQ"),
+        (f"{WEIGHT}y = MatMul(x, v)", "not between Q/DQ"),
+        (f"{QUANTIZED}y = MatMul(d, w)", "not between Q/DQ"),
+        (f"{QUANTIZED}v = DequantizeLinear(i, s) y = MatMul(d, v)", "dequantized from int4"),
+        (
+            "q = QuantizeLinear(x, s, e) d = DequantizeLinear(q, s, e) v = DequantizeLinear(f, s, e)"
+            " y = MatMul(d, v)",
+            "dequantized from float8",
+        ),
+    ],
+    ids=["relu", "addition", "weight only", "activation only", "int4 weight", "float8"],
+)
+def test_what_is_not_between_quantizers(nodes: str, reason: str, tmp_path: Path) -> None:
+    int4, float8 = onnx.TensorProto.INT4, onnx.TensorProto.FLOAT8E4M3FN
+    constants = {
+        "w": normal(4, 4),
+        "i": onnx.numpy_helper.to_array(onnx.helper.make_tensor("", int4, (4, 4), [1] * 16)),
+        "e": onnx.numpy_helper.to_array(onnx.helper.make_tensor("", float8, (), [0.0])),
+        "f": onnx.numpy_helper.to_array(onnx.helper.make_tensor("", float8, (4, 4), [1.0] * 16)),
+    }
+    (node,) = as_given(nodes, tmp_path, **constants).nodes
+    assert not node.int8
+    assert reason in node.reason
+
+
+@pytest.mark.parametrize("zero", ["", ", u"])
+def test_unsigned_integers_of_eight_bits_are_integers_too(zero: str, tmp_path: Path) -> None:
+    """Without a zero-point, QuantizeLinear makes uint8."""
+    nodes = f"q = QuantizeLinear(x, s{zero}) d = DequantizeLinear(q, s{zero}) {WEIGHT}y = MatMul(d, v)"
+    (node,) = as_given(nodes, tmp_path).nodes
+    assert node.int8
+
+
+def test_integer_operators_are_given_in_integers(tmp_path: Path) -> None:
+    nodes = "q, r, p = DynamicQuantizeLinear(x) i = MatMulInteger(q, c, p, z) y = Cast<to = 1>(i)"
+    (node,) = as_given(nodes, tmp_path).nodes
+    assert (node.op, node.int8) == ("MatMulInteger", True)
+
+
+def test_attention_is_in_floating_point_whatever_its_inputs(tmp_path: Path) -> None:
+    """Its softmax is inside, where no quantizer reaches it."""
+    nodes = f"{QUANTIZED}y = Attention<q_num_heads = 1, kv_num_heads = 1>(d, d, d)"
+    (node,) = as_given(nodes, tmp_path, opset=23).nodes
+    assert not node.int8
+    assert "softmax" in node.reason
+
+
+def test_products_in_bodies_belong_to_the_placement_given(tmp_path: Path) -> None:
+    nodes = f"""{QUANTIZED}{WEIGHT}k = MatMul(d, v)
+        y = If(t) <then_branch = one () => (float[2,4,4] e) {{ e = MatMul(k, w) }},
+                   else_branch = two () => (float[2,4,4] a) {{ a = Relu(k) }}>"""
+    given = as_given(nodes, tmp_path, inputs="float[2,4,4] x, bool t", w=normal(4, 4))
+    assert [(node.op, node.int8) for node in given.nodes] == [("MatMul", True), ("MatMul", False)]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"{QUANTIZED}{WEIGHT}t = Transpose(v) y = MatMul(d, t)",
+        f"{QUANTIZED}{WEIGHT}m = Transpose<perm = [0, 2, 1]>(d) y = MatMul(m, v)",
+        f"{QUANTIZED}{WEIGHT}m = Reshape(d, shape) y = MatMul(m, v)",
+        f"{QUANTIZED}{WEIGHT}m = Relu(d) y = MatMul(m, v)",
+    ],
+    ids=["weight transposed", "activation transposed", "activation reshaped", "relu"],
+)
+def test_the_engine_looks_through_the_same(nodes: str, tmp_path: Path) -> None:
+    """TensorRT runs in INT8 what the placement says."""
+    given = as_given(nodes, tmp_path, inputs="float[2,64,64] x", opset=17, shape=np.int64([4, 32, 64]),
+                     c=np.resize(CODES, (64, 64)))  # fmt: skip
+    compiled = engine(tmp_path / "model.onnx", tmp_path).compiled
+    assert int8_nodes(compiled.layers, ["y"]) == set(given.int8_nodes)
 
 
 # -- the plan as a whole
@@ -643,7 +818,7 @@ def test_every_weighted_node_is_in_the_plan_once(
     every = ", ".join(tensors)
     model = images(f"{' '.join(nodes)} y = Sum({every})")
     placed = Placed(model, tmp_path_factory.mktemp("model"))
-    weighted = [n.name for n in placed.model.graph.nodes if n.op in WEIGHTED_OPS]
+    weighted = [n.name for n in placed.model.graph.nodes if product(n)]
     assert [n.name for n in placed.plan.nodes] == weighted
     assert all(n.reason and n.rule for n in placed.plan.nodes)
     assert set(placed.plan.int8_nodes) == {w.node for w in placed.plan.weights}
@@ -658,6 +833,14 @@ def test_share_of_the_multiply_accumulates(tmp_path: Path) -> None:
     assert placed.plan.mac_share() == 9216 / (9216 + 512)
     assert placed.plan.mac_share({"y"}) == 512 / (9216 + 512)
     assert Placed(model, tmp_path).plan.mac_share() is None
+
+
+def test_attention_counts_as_work_in_floating_point(tmp_path: Path) -> None:
+    """The MatMul: 2 x 6 x 6; Attention: 2 rows, 4 heads, 5 queries, 7 keys, sizes 8 and 6."""
+    shapes = {"q": (2, 4, 5, 8), "k": (2, 4, 7, 8), "v": (2, 4, 7, 6), "m": (2, 6)}
+    placed = Placed(with_matmul("t = Attention(q, k, v)", QKV, opset=23), tmp_path, input_shapes=shapes)
+    assert {n.op: n.macs for n in placed.plan.nodes} == {"MatMul": 72, "Attention": 3920}
+    assert placed.plan.mac_share() == 72 / (72 + 3920)
 
 
 def test_plan_as_json(tmp_path: Path) -> None:
@@ -710,3 +893,15 @@ def test_a_pooling_that_is_left_out_leaves_no_quantizer_in_front_of_flatten(tmp_
     left = leave_out(placed.model.graph, placed.plan, {pool: "to measure"})
     assert {edge.rule for edge in left.edges} == {"weighted-input"}
     assert left.int8_nodes == placed.plan.int8_nodes
+
+
+_names = st.text(r"ab*?\[]:.op", min_size=1, max_size=6)
+
+
+@given(name=_names, other=_names)
+def test_the_pattern_of_a_name_matches_that_name_alone(name: str, other: str) -> None:
+    """But for the first letter of a name that reads as an operator's pattern."""
+    pattern = pattern_of(name)
+    assert matches(pattern, gs.Node("Conv", name))
+    if name != other and not name.startswith("op:"):
+        assert not matches(pattern, gs.Node("Conv", other))

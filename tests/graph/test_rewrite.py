@@ -210,7 +210,7 @@ def test_scales_given_at_run_time_compute_the_same(tmp_path: Path) -> None:
     model, plan = placed(net(RESIDUAL, w=normal(16, 16, 3, 3)), tmp_path)
     x = normal(1, 16, 8, 8, seed=3)
     open_graph = rewrite(model.graph, plan, {"x": np.float32(1)})
-    names = scales_as_inputs(open_graph, plan.tensors)
+    names = scales_as_inputs(open_graph, plan)
     for scale in (np.float32(0.01), np.float32(0.03)):
         fixed = run(rewrite(model.graph, plan, {"x": scale}), {"x": x})["y"]
         given_now = run(open_graph, {"x": x, names["x"]: np.array(scale)})["y"]

@@ -9,7 +9,8 @@ import pytest
 from nets import graph_of, net, normal
 
 from trtq.graph.model import export
-from trtq.graph.shapes import concrete_shapes, macs
+from trtq.graph.products import macs
+from trtq.graph.shapes import concrete_shapes
 
 
 def macs_of(text: str, node: str, inputs: dict[str, tuple[int, ...]], **constants: Any) -> int | None:

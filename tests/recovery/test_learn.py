@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from mixed import lowest_decibels
 from small_graphs import Case, outputs, small_case
 
 from trtq.backends.onnxruntime import simulation_session
@@ -183,4 +184,30 @@ def test_classes_masked_with_infinity(tmp_path: Path) -> None:
         (expected,), (found,) = outputs(case.graph, held_back), outputs(made.rewritten(), held_back)
         finite = np.isfinite(mask)
         assert figure == pytest.approx(float(sqnr_db(expected[:, finite], found[:, finite])[0]), abs=0.02)
+    assert learned.after_db > learned.before_db + 1
+
+
+def mixed(case: Case) -> None:
+    """Boxes in pixels beside scores, each of a layer of its own behind a common one."""
+    x = case.input("x", 16)
+    hidden = case.node("Relu", case.node("Gemm", x, case.weight(16, 16), case.weight(16)))
+    hidden.shape = ["N", 16]
+    boxes = case.node("Add", case.node("Gemm", hidden, 30 * case.weight(16, 4)), np.float32(320))
+    scores = case.node("Sigmoid", case.node("Gemm", hidden, case.weight(16, 8) / 4))
+    case.output(case.node("Concat", boxes, scores, axis=1), 12)
+
+
+def test_learning_is_measured_by_the_worst_component(tmp_path: Path) -> None:
+    case = small_case(tmp_path, mixed, np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32))
+    quantization = case.quantized()
+    wide = {name: np.float32(4 * scale) for name, scale in quantization.scales.items()}
+    fitting, held_back = case.samples.split()
+    learned = learn(replace(quantization, scales=wide), case.graph, fitting, held_back, SILENT, threads=1)
+
+    def lowest(found: Quantization) -> float:
+        pair = outputs(case.graph, held_back)[0], outputs(found.rewritten(), held_back)[0]
+        return lowest_decibels(*pair, [slice(0, 4), slice(4, 12)])
+
+    assert learned.before_db == pytest.approx(lowest(replace(quantization, scales=wide)), abs=0.02)
+    assert learned.after_db == pytest.approx(lowest(learned.quantization), abs=0.02)
     assert learned.after_db > learned.before_db + 1

@@ -5,9 +5,13 @@ from __future__ import annotations
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from graph.nets import normal
 from hypothesis import given
 from hypothesis import strategies as st
+from mixed import mixed_net
 
 import trtq
 from trtq.console import SILENT
@@ -136,3 +140,14 @@ def test_inputs_that_cost_nothing_go_first(search: Search, ratio: float) -> None
 def test_a_spent_budget_leaves_the_search_incomplete(search: Search, tmp_path: Path) -> None:
     assert search.whole
     assert not searched(tmp_path, Budget(0.0)).whole
+
+
+def test_layers_are_left_out_for_scores_that_boxes_drown(tmp_path: Path) -> None:
+    """The boxes are good already: nothing of theirs goes into floating point for the sake of 10 dB more."""
+    onnx.save(mixed_net(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=normal(64, 16))
+    files = {"model": str(tmp_path / "m.onnx"), "data": str(tmp_path / "x.npz")}
+    job = Job.open(Recipe(**files, method="max", cache=str(tmp_path / "cache")), SILENT)
+    start = calibrate(job, job.place())
+    found = Search(job, start, Budget(), job.key("sensitivity", start)).cheapest(0.1)
+    assert list(found.notes["left_out"]) == ["cls"]

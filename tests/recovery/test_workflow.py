@@ -23,7 +23,7 @@ from trtq.recovery.workflow import LEAST_RATIO, noise_ratio, parse_steps
 
 def verdict(drop: float | None, upper: float = 0.0, sqnr_db: float = 20.0, max_drop: float = 0.01) -> Verdict:
     return Verdict(
-        outcome=Outcome.FAIL,
+        gate=Outcome.FAIL,
         metric="top1",
         reference=1.0,
         candidate=None if drop is None else 1 - drop,
@@ -165,6 +165,27 @@ def test_partial_does_not_go_below_the_share(hard: Case, tmp_path: Path) -> None
     assert [attempt.step for attempt in done.attempts] == ["calibrate"]
     assert done.exit_code is ExitCode.FAIL
     assert len(done.plan.int8_nodes) == 3
+    steps = json.loads((tmp_path / "out" / "workflow.json").read_text())
+    assert [(step["step"], step["outcome"]) for step in steps] == [("calibrate", "fail"), ("partial", None)]
+    assert steps[1]["note"] == "no layer can be left out with 100.0% in INT8"
+    assert steps[1]["note"] in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_set_that_does_not_pass_is_kept_where_it_is_better(hard: Case, tmp_path: Path) -> None:
+    for output in ("out", "again"):  # the second from the cache
+        done = run(hard, tmp_path / output, min_sqnr=120.0, recover="partial")
+        assert [attempt.step for attempt in done.attempts] == ["calibrate", "partial"]
+        assert done.exit_code is ExitCode.FAIL
+        assert done.best is done.attempts[1]
+        before, after = (attempt.verdict.lowest_sqnr_db for attempt in done.attempts)
+        assert after > before
+        record = json.loads((tmp_path / output / "workflow.json").read_text())
+        assert [step["kept"] for step in record] == [False, True]
+        assert record[1]["note"].startswith(
+            "no set of layers brings the outputs close enough; the best tried"
+        )
+        assert f"{after:.1f} dB" in record[1]["note"]
+        assert record[1]["in_the_way"]["obstacles"][0]["nodes"] == ["second"]
 
 
 def test_learning_helps_with_every_layer_in_int8(hard: Case, tmp_path: Path) -> None:
@@ -196,6 +217,9 @@ def test_a_spent_budget_ends_the_workflow(hard: Case, tmp_path: Path) -> None:
     done = run(hard, tmp_path / "out", log, min_sqnr=80.0, budget="0.001s")
     assert [attempt.step for attempt in done.attempts] == ["calibrate"]
     assert any("the budget is spent" in line for line in log.lines)
+    record = json.loads((tmp_path / "out" / "workflow.json").read_text())
+    assert [step["step"] for step in record] == ["calibrate", "fix", "partial", "learn"]
+    assert {step["note"] for step in record[1:]} == {"not tried: the budget was spent"}
 
 
 def test_a_required_engine_does_not_set_off_recovery(hard: Case, tmp_path: Path) -> None:

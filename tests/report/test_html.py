@@ -75,10 +75,49 @@ def test_the_report_is_the_same_again(demo: Deployed, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("outcome", ["fail", "inconclusive"])
 def test_the_badge_is_the_outcome(outcome: str, demo: Deployed, tmp_path: Path) -> None:
-    change(copied(demo, tmp_path) / "verdict.json", outcome=outcome)
+    change(copied(demo, tmp_path) / "verdict.json", outcome=outcome, gate=outcome)
     content = write_report(tmp_path).read_text()
     assert f'<span class="badge {outcome}">{outcome.upper()}</span>' in content
     assert "badge pass" not in content.partition("</h1>")[0]
+
+
+def test_a_verdict_with_two_answers_is_refused(demo: Deployed, tmp_path: Path) -> None:
+    change(copied(demo, tmp_path) / "verdict.json", gate="fail")
+    with pytest.raises(InputError, match="two answers"):
+        write_report(tmp_path)
+
+
+def test_results_of_the_time_of_the_gate_alone(demo: Deployed, tmp_path: Path) -> None:
+    """Their verdict has no gate, checks and diagnosis; their steps have no note and no gate."""
+    folder = copied(demo, tmp_path)
+    for name, new in (
+        ("verdict.json", ("gate", "checks", "in_the_way")),
+        ("workflow.json", ("gate", "note")),
+    ):
+        value = json.loads((folder / name).read_text())
+        for item in value if isinstance(value, list) else [value]:
+            for key in new:
+                del item[key]
+        (folder / name).write_text(json.dumps(value))
+    assert write_report(folder).read_bytes() == (demo.folder / "report.html").read_bytes()
+
+
+def test_what_is_in_the_way_stands_under_the_head(demo: Deployed, tmp_path: Path) -> None:
+    found = {
+        "what": "2 layers",
+        "obstacles": [
+            {"rank": 1, "nodes": ["<b>", "c"], "op": "Conv", "sqnr_db": 3.25, "noise_share": 0.9,
+             "mac_share": None, "reason": ""}
+        ],
+        "options": "--exclude '<b>'",
+        "advice": "would pass",
+    }  # fmt: skip
+    change(copied(demo, tmp_path) / "verdict.json", outcome="fail", gate="fail", in_the_way=found)
+    page = Page(write_report(tmp_path).read_text())
+    assert page.open == []
+    assert page.text.index("In the way") < page.text.index("Accuracy")
+    for words in ("<b>", "3.2 dB", "90.0%", "--exclude '<b>'"):
+        assert words in page.words
 
 
 def test_the_interval_is_drawn_to_scale(demo: Deployed, tmp_path: Path) -> None:
@@ -105,7 +144,7 @@ def test_names_of_the_model_are_text_and_not_markup(demo: Deployed, tmp_path: Pa
 def test_a_verdict_without_an_interval(demo: Deployed, tmp_path: Path) -> None:
     path = copied(demo, tmp_path) / "verdict.json"
     gone = dict.fromkeys(("relative_interval", "absolute_interval", "relative_drop", "candidate"))
-    change(path, outcome="fail", **gone)
+    change(path, outcome="fail", gate="fail", **gone)
     content = write_report(tmp_path).read_text()
     assert "<svg" not in content
     assert "candidate not measurable" in content

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Verdict, decide
-from trtq.report.junit import Check, junit_xml
+from trtq.gate.verdict import Check, Outcome, Verdict, decide
+from trtq.report.junit import junit_xml
 
 
 def verdict(lost: int, **options) -> Verdict:
@@ -36,11 +36,15 @@ def test_fail_and_inconclusive(lost, confidence, tag):
 
 
 def test_checks_are_escaped():
-    checks = [Check('int8 <kernels> & "more"', False, "a < b\x00\x1b & 'c'"), Check("size", True)]
-    suite = ElementTree.fromstring(junit_xml(verdict(0), checks).encode())
-    _, first, second = suite.findall("testcase")
+    checks = (
+        Check('int8 <kernels> & "more"', Outcome.FAIL, "a < b\x00\x1b & 'c'"),
+        Check("size", Outcome.PASS),
+        Check("an engine ran", Outcome.INCONCLUSIVE, "it did not"),
+    )
+    suite = ElementTree.fromstring(junit_xml(verdict(0).with_checks(*checks)).encode())
+    _, first, second, third = suite.findall("testcase")
     assert first.get("name") == 'int8 <kernels> & "more"'
     assert first.find("failure").get("message") == "a < b?? & 'c'"
     assert second.find("failure") is None
-    assert suite.get("tests") == "3"
-    assert suite.get("failures") == "1"
+    assert third.find("skipped").get("message") == "it did not"
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("4", "1", "1")

@@ -112,10 +112,16 @@ class Builder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU; `compute_capability` such as "8.6"."""
+    """An NVIDIA GPU; `compute_capability` such as "8.6".
+
+    Attributes:
+        driver: the driver's version such as "570.86.15", or what it offers of CUDA ("CUDA 12080") where NVML
+            does not tell; "" if unknown.
+    """
 
     name: str
     compute_capability: str
+    driver: str = ""
 
 
 def profiles_from(
@@ -254,4 +260,18 @@ def find_gpu() -> Gpu | None:
     )
     if any(call() for call in calls):  # 0 is CUDA_SUCCESS; the first failure ends it
         return None
-    return Gpu(name.value.decode(), f"{major.value}.{minor.value}")
+    return Gpu(name.value.decode(), f"{major.value}.{minor.value}", _driver_version(cuda))
+
+
+def _driver_version(cuda: ctypes.CDLL) -> str:
+    """The driver's version (see `Gpu.driver`)."""
+    text = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
+        told = nvml.nvmlInit_v2() == 0 and nvml.nvmlSystemGetDriverVersion(text, len(text)) == 0
+    except (OSError, AttributeError):
+        told = False
+    if told:
+        return text.value.decode()
+    number = ctypes.c_int()
+    return f"CUDA {number.value}" if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0 else ""

@@ -36,6 +36,10 @@ _REMEDIES = (
     ("no runners that implement it", _UNSUPPORTED),
     ("Turing (SM75)", "leave 7.5 out of the targets, or convert the layers that are not quantized to fp16"),
     (
+        "Attention operation was not supported by a dedicated kernel",
+        "convert it to half (--rest fp16), which its kernels compute in; or export it as MatMul and Softmax",
+    ),
+    (
         "dtype == myelinTypeFloat",
         "versions before 1.7 have no INT8 convolution: pip install 'tensorrt-rtx>=1.7'",
     ),

@@ -16,6 +16,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.datatype import DataType
 
+from trtq.backends.narrow import holds_narrow, in_float32
 from trtq.errors import InputError
 from trtq.graph.model import model_files
 from trtq.graph.weights import IN_MEMORY, Light, read_light
@@ -49,12 +50,14 @@ def simulation_session(
 ) -> onnxruntime.InferenceSession:
     """A session that runs Q/DQ faithfully: floating-point operators between exact quantizers.
 
+    What is float16 or bfloat16 in the model is rounded to that, and overflows (see `trtq.backends.narrow`).
     It runs on the GPU where ONNX Runtime can (see `execution_providers`), else on the CPU.
 
     Args:
         model: an ONNX file, or a serialized model (see `trtq.graph.model.serialized`).
         threads: threads within an operator; None: all cores.
-        outputs: names of any tensors of the graph to make its outputs; None: the model's own.
+        outputs: names of any tensors of the graph to make its outputs; None: the model's own. Tensors
+            inside that are float16 or bfloat16 come as float32.
         weights: values of the initializers that the model says are external, shared and not copied.
 
     Raises:
@@ -73,7 +76,7 @@ def simulation_session(
         options.add_external_initializers(list(weights), list(weights.values()))
     file = None if isinstance(model, bytes | Light) else model
     try:
-        source = _with_outputs(model, outputs) if outputs is not None else model
+        source = _simulable(model, outputs)
         if isinstance(source, Light):
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(source.folder))
             source = source.model
@@ -156,22 +159,32 @@ def simulation_fingerprint() -> str:
     """Changes when a simulated result may: ONNX Runtime's version, the session's settings, and the GPU."""
     settings = ",".join(f"{key}={value}" for key, value in _SESSION_CONFIG.items())
     device = ":cuda" if len(execution_providers()) > 1 else ""
-    return f"onnxruntime-{onnxruntime.__version__}:{settings}{device}"
+    return f"onnxruntime-{onnxruntime.__version__}:{settings}:narrow-types-rounded{device}"
 
 
-def _with_outputs(model: str | Path | bytes | Light, outputs: Sequence[str]) -> bytes | Light:
-    if isinstance(model, Light):
-        return Light(_with_outputs_in(onnx.load_from_string(model.model), outputs), model.folder)
+def _simulable(
+    model: str | Path | bytes | Light, outputs: Sequence[str] | None
+) -> str | Path | bytes | Light:
+    """The model in float32 where it holds narrow types, with other outputs where some are named.
+
+    A model that needs neither stays as it is.
+    """
     if isinstance(model, bytes):
-        return _with_outputs_in(onnx.load_from_string(model), outputs)
-    path = Path(model)
-    return Light(_with_outputs_in(read_light(path), outputs), path.absolute().parent)
-
-
-def _with_outputs_in(proto: onnx.ModelProto, outputs: Sequence[str]) -> bytes:
-    del proto.graph.output[:]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    return proto.SerializeToString()
+        proto, folder = onnx.load_from_string(model), None
+    elif isinstance(model, Light):
+        proto, folder = onnx.load_from_string(model.model), model.folder
+    else:
+        proto, folder = read_light(Path(model)), Path(model).absolute().parent
+    narrow = holds_narrow(proto)
+    if not narrow and outputs is None:
+        return model
+    if narrow:
+        proto = in_float32(proto)
+    if outputs is not None:
+        del proto.graph.output[:]
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    content = proto.SerializeToString()
+    return content if folder is None else Light(content, folder)
 
 
 def _identity() -> bytes:

@@ -7,7 +7,8 @@
 - **NVIDIA ModelOpt** (`--calibration_cache_path`): TensorRT's own format, but its reader skips the first
   line whatever it says, and fails on names that hold ": ". Such files are read with any first line.
 
-Ranges become symmetric: amax = max(|lowest|, |highest|), scale = amax / 127.
+Ranges become symmetric: amax = max(|lowest|, |highest|), scale = amax / 127. A range of zeros is none: its
+tensor has no row.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import numpy as np
 from trtq.calibration.table import Table
 from trtq.errors import InputError
 from trtq.files import PathLike
-from trtq.numerics import scale_from_amax
+from trtq.numerics import has_scale, scale_from_amax
 
 HIGHEST_ONLY = (
     "the cache holds only the highest value of each tensor, so the range of a tensor that reaches further "
@@ -77,9 +78,11 @@ def _from_ranges(ranges: Iterable[tuple[str, list[float]]], path: Path, metadata
             raise _bad(path, f"a second range for '{name}'")
         if not values or not np.all(np.isfinite(values)) or (len(values) == 1 and values[0] < 0):
             raise _bad(path, f"the range of '{name}' is {values}")
-        scales[name] = np.float32(scale_from_amax(np.abs(values).max()))
+        amax = float(np.abs(values).max())
+        scales[name] = np.float32(scale_from_amax(amax)) if has_scale(amax) else np.float32(0)
+    scales = {name: scale for name, scale in scales.items() if scale > 0}
     if not scales:
-        raise _bad(path, "it holds no tensors")
+        raise _bad(path, "it holds no tensor with a range other than zero")
     return Table(scales, metadata=metadata)
 
 

@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
+from numba import int32
 from numpy.typing import NDArray
 
-_CHUNK = 4096  # values that stay in the first-level cache between the two loops over them
+from trtq.calibration.statistics import EQUAL_BITS, LANES, OCTAVE_BITS, OCTAVES
+
+# Numba compiles these in. Its cache on disk notices a change of this file, not of theirs.
+_SHIFT = int32(23 - OCTAVE_BITS)
+_TURN = int32(LANES - 1)
+_FIRST_EQUAL = int32(LANES + (OCTAVES << OCTAVE_BITS))
+_OFFSET = int32(_FIRST_EQUAL - (1 << OCTAVE_BITS))
+
+_CHUNK = 4096  # values whose bins stay in the first-level cache between the two loops over them
 
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 def count(
-    bits: NDArray[np.int32],
     values: NDArray[np.float32],
     start: int,
-    bins_per_unit: np.float32,
-    limit: int,
+    exponent: int,
     extrema: NDArray[np.int32],
-    counts: NDArray[np.int64],
+    slots: NDArray[np.int64],
 ) -> int:
-    """counts[floor(|v| * bins_per_unit)] += 1 for values[start:], a chunk at a time.
+    """Count values[start:] in the bins of a `statistics.Histogram` over [0, 2**exponent), a chunk at a time.
 
-    Stops in front of the first chunk with a magnitude whose bits reach `limit` and returns that chunk's
-    position, or `values.size` when all are counted. `extrema` becomes the lowest and highest of itself and
-    of `ordered(v)` of all counted values and of that chunk: a float32's bits as integers of the same order,
-    which vectorise, and where NaN lies outside the infinities.
+    Stops in front of the first chunk with a magnitude of 2**exponent or more, or one that is not finite, and
+    returns that chunk's position, or `values.size` when all are counted. `extrema` becomes the lowest and
+    highest of itself and of `ordered(v)` of all counted values and of that chunk: a float32's bits as
+    integers of the same order, which vectorise, and where NaN lies outside the infinities.
 
-    Both loops run over slices from their start: numba checks an index that may be negative at every access.
+    Integers are cast to 32 bits after every operation (numba widens them), so that eight fit a register.
+    Loops run over slices from their start: numba checks an index that may be negative at every access.
 
     Args:
-        bits: int32 view of `values`, shape (n,).
+        slots: as `Histogram.slots`; all but the last of the first bin's are 0 before and after.
     """
+    limit = int32((exponent + 127) << 23)
+    scale = np.float32(math.ldexp(1.0, EQUAL_BITS - exponent))
+    lowest_octave = int32(exponent - EQUAL_BITS + OCTAVE_BITS - OCTAVES + 127)
+    before_octaves = int32((lowest_octave << OCTAVE_BITS) - LANES)
+    index = np.empty(_CHUNK, np.int32)
     while start < values.size:
-        end = min(start + _CHUNK, values.size)
+        part = values[start : min(start + _CHUNK, values.size)]
+        bits = part.view(np.int32)
         low, high = extrema[0], extrema[1]
-        chunk = bits[start:end]
-        for i in range(chunk.size):
-            ordered = chunk[i] ^ ((chunk[i] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-            low = min(low, ordered)
-            high = max(high, ordered)
-        extrema[0], extrema[1] = low, high
-        if max(high, ~low) >= limit:  # ~ordered(v) are the bits of |v| for a negative v
-            return start
-        part = values[start:end]
         for i in range(part.size):
-            counts[np.uint32(abs(part[i]) * bins_per_unit)] += 1
-        start = end
+            magnitude = int32(bits[i] & int32(0x7FFFFFFF))
+            ordered = int32(bits[i] ^ int32(int32(bits[i] >> int32(31)) & int32(0x7FFFFFFF)))
+            low, high = min(low, ordered), max(high, ordered)
+            equal = int32(int32(abs(part[i]) * scale) + _OFFSET)
+            in_octave = int32(int32(magnitude >> _SHIFT) - before_octaves)
+            in_turn = int32(int32(i) & _TURN)
+            index[i] = equal if equal >= _FIRST_EQUAL else max(in_octave, in_turn)
+        extrema[0], extrema[1] = low, high
+        if max(high, int32(~low)) >= limit:  # ~ordered(v) are the bits of |v| for a negative v
+            break
+        for i in range(part.size):
+            slots[np.uint32(index[i])] += 1
+        start += part.size
+    slots[LANES - 1] = slots[:LANES].sum()
+    slots[: LANES - 1] = 0
     return start

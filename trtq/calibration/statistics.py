@@ -1,10 +1,15 @@
 """Statistics of tensors: mergeable histograms of |x| whose result depends on the values alone.
 
-A histogram has `BINS` equal bins over [0, 2^exponent), the smallest power of two above the largest
-|x| seen. When a larger value arrives the range doubles and neighbouring bins merge, which is exact:
-floor(floor(t) / 2) = floor(t / 2). Counts are integers, so adding samples in any order, in batches of
-any size or in shards that are merged later gives the same histogram to the bit, and at least half of
-the bins (4096) lie below the largest |x|.
+A histogram covers [0, 2^exponent), the smallest power of two above the largest |x| seen, with 8192 equal
+bins. Those below the 128th are split further, since the bulk may lie thousands of times below the largest
+value: each octave (from one power of two to the next) has 128 bins of its own there, as it has from the 128th
+equal bin to the 256th. 32 octaves are split like that; what is smaller, by 2^-38 of the range, is one bin.
+
+When a larger value arrives the range doubles: equal bins merge in pairs, octaves move down by one, and the
+lowest joins the bin of the smallest. Each bin lies in one of the wider range's, so that this is exact.
+Counts are integers, so adding samples in any order, in batches of any size or in shards that are merged later
+gives the same histogram to the bit. At least half of the equal bins (4096) lie below the largest |x|, and no
+bin but the first is wider than 1/128 of the values in it.
 """
 
 from __future__ import annotations
@@ -22,10 +27,36 @@ from numpy.typing import NDArray
 from trtq.errors import InputError
 from trtq.files import PathLike, write_bytes
 
-BINS = 8192
-_LOWEST_EXPONENT = -100  # BINS / 2^exponent must stay a finite float32
+EQUAL_BITS = 13
+"""The range has 2^13 bins of equal width, but for those that octaves split."""
 
-FORMAT = "trtq-statistics-1"
+OCTAVE_BITS = 7
+"""An octave has 2^7 bins; the equal bins from there on are at least as fine."""
+
+OCTAVES = 32
+"""How many octaves have bins of their own below those of the equal bins."""
+
+BINS = 1 + (OCTAVES << OCTAVE_BITS) + (1 << EQUAL_BITS) - (1 << OCTAVE_BITS)
+
+LANES = 8
+"""Slots of the lowest bin, which holds the zeros; a power of two (see `kernels.count`)."""
+
+_LOWEST_EXPONENT = EQUAL_BITS - OCTAVE_BITS + OCTAVES - 126  # the lowest octave is of normal float32
+
+FORMAT = "trtq-statistics-2"
+
+
+def _edges() -> NDArray[np.float64]:
+    """Edges of the bins in widths of an equal bin, shape (BINS + 1,)."""
+    inside = 1 + np.arange(1 << OCTAVE_BITS) / (1 << OCTAVE_BITS)
+    octaves = 2.0 ** np.arange(OCTAVE_BITS - OCTAVES, OCTAVE_BITS)
+    equal = np.arange(1 << OCTAVE_BITS, (1 << EQUAL_BITS) + 1)
+    return np.concatenate([[0.0], np.outer(octaves, inside).ravel(), equal])
+
+
+_EDGES = _edges()
+_EQUAL = np.searchsorted(_EDGES, np.arange(1 << EQUAL_BITS))
+"""Index of the first bin in each of the equal ones."""
 
 
 class NonFiniteError(ValueError):
@@ -37,15 +68,32 @@ class Histogram:
     """Counts of |x| in `BINS` bins over [0, 2**exponent), with the exact signed minimum and maximum.
 
     Attributes:
-        counts: int64 (BINS,); bin i counts i <= |x| * BINS / 2**exponent < i + 1.
+        slots: int64 (LANES - 1 + BINS,): the counts behind `LANES` - 1 zeros, which are the kernel's.
         exponent: the power of two that bounds |x|.
         low, high: the smallest and largest x; +inf and -inf before the first value.
     """
 
-    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    slots: NDArray[np.int64] = field(default_factory=lambda: np.zeros(LANES - 1 + BINS, np.int64))
     exponent: int = _LOWEST_EXPONENT
     low: float = math.inf
     high: float = -math.inf
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int64], exponent: int, low: float, high: float) -> Histogram:
+        """A histogram with a copy of these counts, int64 (BINS,)."""
+        made = cls(exponent=exponent, low=low, high=high)
+        made.counts[:] = counts
+        return made
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """int64 (BINS,), a view; bin i counts edges[i] <= |x| < edges[i + 1]."""
+        return self.slots[LANES - 1 :]
+
+    @property
+    def edges(self) -> NDArray[np.float64]:
+        """float64 (BINS + 1,), from 0 to 2**exponent in the tensor's unit, exact."""
+        return _EDGES * math.ldexp(1.0, self.exponent - EQUAL_BITS)
 
     @property
     def amax(self) -> float:
@@ -57,10 +105,9 @@ class Histogram:
         """Number of values seen."""
         return int(self.counts.sum())
 
-    @property
-    def bin_width(self) -> float:
-        """Width of a bin in the tensor's unit."""
-        return math.ldexp(1.0, self.exponent) / BINS
+    def equal_counts(self) -> NDArray[np.int64]:
+        """Counts in 2**EQUAL_BITS bins of equal width over [0, 2**exponent)."""
+        return np.add.reduceat(self.counts, _EQUAL)
 
     def add(self, values: NDArray[np.floating]) -> None:
         """Count every value of a float array of any shape.
@@ -74,9 +121,7 @@ class Histogram:
         extrema = _ordered(np.array([self.low, self.high], np.float32).view(np.int32))
         position = 0
         while True:
-            limit = _bits_of_power(self.exponent)
-            scale = np.float32(1 / self.bin_width)
-            position = kernels.count(flat.view(np.int32), flat, position, scale, limit, extrema, self.counts)
+            position = kernels.count(flat, position, self.exponent, extrema, self.slots)
             low, high = (float(x) + 0.0 for x in _ordered(extrema).view(np.float32))  # -0.0 becomes 0.0
             if not (math.isfinite(low) and math.isfinite(high)) and flat.size:
                 raise NonFiniteError(f"{np.count_nonzero(~np.isfinite(flat))} of {flat.size} values")
@@ -88,31 +133,29 @@ class Histogram:
     def merge(self, other: Histogram) -> None:
         """Add the counts of `other`: exactly the histogram of both sets of values together."""
         self._widen(other.exponent)
-        widened = Histogram(other.counts.copy(), other.exponent)
+        widened = Histogram(other.slots.copy(), other.exponent)
         widened._widen(self.exponent)
-        self.counts += widened.counts
+        self.slots += widened.slots
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
 
     def _widen(self, exponent: int) -> None:
-        """Double the range until it reaches 2**exponent; each doubling merges pairs of bins."""
+        """Double the range until it reaches 2**exponent; each bin joins the one it then lies in."""
         shift = exponent - self.exponent
         if shift <= 0:
             return
         self.exponent = exponent
-        merged = min(shift, BINS.bit_length() - 1)
-        sums = self.counts.reshape(-1, 1 << merged).sum(axis=1)
+        if not self.counts.any():
+            return
+        target = np.searchsorted(_EDGES, np.ldexp(_EDGES[:-1], -shift), side="right") - 1
+        first = np.flatnonzero(np.diff(target, prepend=-1))
+        sums = np.add.reduceat(self.counts, first)
         self.counts[:] = 0
-        self.counts[: sums.size] = sums
+        self.counts[target[first]] = sums
 
 
 def _ordered(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     """Float32 bits as integers of the same order, and back (it is its own inverse)."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
-
-
-def _bits_of_power(exponent: int) -> int:
-    """Bits of the float32 2**exponent, exponent in -126 ... 128 (infinity)."""
-    return (exponent + 127) << 23
 
 
 def _exponent_above(amax: float) -> int:
@@ -177,22 +220,27 @@ class Statistics:
             ValueError: they are not statistics of this format.
         """
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                return cls._from_arrays(dict(arrays))
+            with np.load(io.BytesIO(content), allow_pickle=False) as npz:
+                arrays = dict(npz)
+            known = str(arrays["format"]) == FORMAT
+            statistics = cls._from_arrays(arrays) if known else None
         except Exception as error:  # zipfile, zlib and numpy each raise their own
             raise ValueError(f"not statistics of trtq: {error!r}") from error
+        if statistics is None:
+            raise ValueError(f"the format is {arrays['format']}, not {FORMAT}: collect them again")
+        return statistics
 
     @classmethod
     def _from_arrays(cls, arrays: Mapping[str, NDArray]) -> Statistics:
-        if str(arrays["format"]) != FORMAT:
-            raise ValueError(f"the format is {arrays['format']}, not {FORMAT}")
-        counts = arrays["counts"].astype(np.int64)
+        counts, exponents = arrays["counts"], arrays["exponents"]
         if counts.ndim != 2 or counts.shape[1] != BINS:
             raise ValueError(f"counts have shape {counts.shape}, not (tensors, {BINS})")
-        columns = zip(arrays["tensors"], arrays["exponents"], arrays["lows"], arrays["highs"], strict=True)
+        if ((exponents < _LOWEST_EXPONENT) | (exponents > 128)).any() or (counts < 0).any():
+            raise ValueError("an exponent or a count is out of its range")
+        columns = zip(arrays["tensors"], exponents, arrays["lows"], arrays["highs"], strict=True)
         return cls(
             {
-                str(name): Histogram(counts[i], int(exponent), float(low), float(high))
+                str(name): Histogram.of(counts[i], int(exponent), float(low), float(high))
                 for i, (name, exponent, low, high) in enumerate(columns)
             },
             int(arrays["rows"]),

@@ -160,6 +160,25 @@ class Table:
             return table
         return cls(table.scales, table.version, table.algorithm, metadata)
 
+    def check_made_for(self, model: str, file: PathLike) -> None:
+        """Refuse a table whose metadata says that it belongs to another model.
+
+        Args:
+            model: SHA-256 of the model at hand.
+            file: that model's.
+
+        Raises:
+            InputError: it was made for another model.
+        """
+        made_for = self.metadata.get("model", model)
+        if made_for != model:
+            raise InputError(
+                "the table was made for another model",
+                file=file,
+                cause=f"it is for {str(made_for)[:16]}…, this one is {model[:16]}…",
+                remedy="give that model, or calibrate this one",
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Header, metadata and every scale with its amax, for people and scripts."""
         return {

@@ -59,6 +59,7 @@ def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
         profile=profile,
         targets=recipe.target,
         options=recipe.build_options(),
+        samples=data,
     )
     return [build.engine for build in builds.values()]
 

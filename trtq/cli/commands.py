@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trtq.calibration.table import ALGORITHMS
 from trtq.cli import convert
@@ -17,6 +18,9 @@ from trtq.cli.study import STUDY
 from trtq.errors import ExitCode, InputError
 from trtq.files import write_json, write_text
 from trtq.recipe import BUILD_OPTIONS, Recipe
+
+if TYPE_CHECKING:
+    from trtq.attempt import Attempt, Fruitless
 
 _PLACEMENT = ("plan", "include", "exclude", "weights", "rest")
 _CALIBRATION = ("data", "method", "cache", "threads", "parallel")
@@ -35,17 +39,25 @@ def _run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
 
     started = time.perf_counter()
     result = deploy(recipe, given.command_line, console_of(given))
-    print(result.verdict.text().splitlines()[0])
-    for check in result.checks:
-        print(f"{'PASS' if check.ok else 'FAIL'}  {check.message}")
-    if len(result.attempts) > 1:
-        print(
-            f"after {', then '.join(attempt.step for attempt in result.attempts)}; kept: {result.best.step}"
-        )
+    if len(result.steps) > 1:
+        print("\n".join(_step_line(step, result.best) for step in result.steps))
+    if result.verdict.in_the_way is not None:
+        print("\n".join(result.verdict.in_the_way.lines()))
     print(
         f"{result.folder}/report.html and {result.folder}/model.plan, {time.perf_counter() - started:.1f} s"
     )
+    print(result.verdict.headline())
     return result.exit_code
+
+
+def _step_line(step: Attempt | Fruitless, best: Attempt) -> str:
+    """What came of a step, in one line."""
+    from trtq.attempt import Fruitless
+
+    if isinstance(step, Fruitless):
+        return f"{step.step}: {step.note}"
+    found = " ".join(step.verdict.headline().split())
+    return f"{step.step}{' (kept)' if step is best else ''}: {found}"
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -114,7 +126,7 @@ def _build(given: argparse.Namespace) -> int:
         data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
         profile = profile_for(model, recipe, data)
         plan = placed(model, opt_shapes(model, profile))
-        with pipeline.in_precision(model, recipe.rest) as source:
+        with pipeline.in_precision(model, recipe.rest, data) as source:
             built = builder(recipe.backend).build(
                 source,
                 recipe.output,
@@ -125,10 +137,11 @@ def _build(given: argparse.Namespace) -> int:
     covered = coverage(plan, built.compiled)
     print(f"{built.engine}: {built.engine.stat().st_size / 1e6:.1f} MB, {built.compiled.kernels} kernels")
     print(covered.text())
-    if least is not None and covered.share < least:
-        print(f"FAIL  {share_check(covered, least).message}")
-        return ExitCode.FAIL
-    return ExitCode.PASS
+    if least is None:
+        return ExitCode.PASS
+    check = share_check(covered, least)
+    print(f"{check.outcome.value.upper()}  {check.message}")
+    return check.outcome.exit_code
 
 
 def _gate(given: argparse.Namespace) -> int:
@@ -153,7 +166,7 @@ def _gate(given: argparse.Namespace) -> int:
         compared = compare_three(reference, candidate, few, threads=recipe.threads)
         write_json(given.tensors, compared.to_json())
         print(compared.text())
-    print(verdict.text())
+    print("\n".join([*verdict.details(), verdict.headline()]))
     return verdict.exit_code
 
 
@@ -184,11 +197,12 @@ def _cache(given: argparse.Namespace) -> int:
         return ExitCode.PASS
     if given.action == "show":
         for entry in entries:
-            print(json.dumps({"path": str(entry.path), "problem": entry.problem, **entry.key}, indent=2))
+            known = {**entry.notes, **entry.key}
+            print(json.dumps({"path": str(entry.path), "problem": entry.problem, **known}, indent=2))
         return ExitCode.PASS
     shown = entries if given.action == "list" else [e for e in entries if e.problem]
     for entry in shown:
-        what = entry.key.get("requested") or entry.key.get("executor", "").partition(":")[0]
+        what = entry.key.get("method") or str(entry.key.get("executor", "")).partition(":")[0]
         state = entry.problem or "ok"
         print(f"{entry.size:>12,}  {state:<4}  {entry.path.relative_to(cache.root)}  {what}")
     damaged = sum(entry.problem is not None for entry in entries)

@@ -78,16 +78,19 @@ def _write(table: Table, output: str, version: int | None, algorithm: str | None
 
 def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: Console) -> int:
     from trtq import convert, pipeline
+    from trtq.calibration.extents import measure_extents
     from trtq.data.load import load_samples
     from trtq.graph.model import save_model
 
     assert recipe.model is not None
     assert recipe.output is not None
     source = convert.load_source(recipe.model, rest=recipe.rest)
-    observed = None
+    observed = extents = None
     if recipe.data is not None:
         samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess)
         observed = convert.observe(source, table, samples)
+        if recipe.rest == "fp16":
+            extents = measure_extents(source.model.graph, samples)
     explicit = convert.quantize_with_table(
         source,
         table,
@@ -96,6 +99,7 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
         weights=recipe.weights,
         rest=recipe.rest,
         observed=observed,
+        extents=extents,
     )
     console.say("table", explicit.fit.text())
     if observed is None:

@@ -22,6 +22,7 @@ def _migrate(given: argparse.Namespace) -> int:
     )
     print(result.text())
     print(f"{result.folder}/model.int8.onnx and {result.folder}/model.plan")
+    print(result.headline())
     return result.exit_code
 
 

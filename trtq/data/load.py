@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.data.preprocess import Preprocess, decode_image
+from trtq.data.preprocess import VERSION, Preprocess, decode_image
 from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, InputSpec, Mapped, Origin, Samples, rows_of
 from trtq.data.stored import IN_MEMORY, Chained, StoredRows, read_npz
@@ -180,7 +180,7 @@ def _hash(
                     digest.update(f"{array.dtype.str}{array.shape}\n".encode())
                     digest.update(array.tobytes() if array.dtype.kind in "UMm" else array.data)
     for name, recipe in sorted(recipes.items()):
-        digest.update(f"preprocess {name} {json.dumps(recipe.options, sort_keys=True)}\n".encode())
+        digest.update(f"preprocess {VERSION} {name} {json.dumps(recipe.options, sort_keys=True)}\n".encode())
     return digest.hexdigest()
 
 

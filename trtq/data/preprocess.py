@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError
 from trtq.files import PathLike
+
+VERSION = 2
+"""Of what the options mean, which is part of the data's hash: 2 resizes and crops as torchvision does."""
 
 OPTIONS = ("from", "scale", "mean", "std", "layout", "resize", "crop", "color")
 
@@ -24,13 +27,15 @@ class Preprocess:
 
     - `from`: the array of the data that is read (default: the input's own name);
     - `resize`: shorter side in pixels, or [height, width] (bilinear with antialiasing);
-    - `crop`: centre crop to a side in pixels, or [height, width];
+    - `crop`: centre crop to a side in pixels, or [height, width]; a smaller image gets a margin of zeros;
     - `color`: "RGB" (as images are read), "BGR", or "gray" (one channel, ITU-R 601 luma);
     - `scale`: factor, a number or a fraction such as "1/255";
     - `mean`, `std`: subtracted, then divided by; a number, or one per channel;
     - `layout`: "NCHW" moves the channels from last to first; "NHWC" leaves them last.
 
-    `scale`, `mean` or `std` make the row float32. Until `layout`, rows are (height, width, channels).
+    `resize` and `crop` are torchvision's `Resize` and `CenterCrop` of a PIL image, to the pixel: models that
+    were trained with those have to be calibrated and judged on the same. `scale`, `mean` or `std` make the
+    row float32. Until `layout`, rows are (height, width, channels).
     """
 
     name: str
@@ -64,7 +69,7 @@ class Preprocess:
                 )
             try:
                 checks[option](value)
-            except (TypeError, ValueError, ZeroDivisionError) as error:
+            except (TypeError, ValueError, ArithmeticError) as error:
                 raise InputError(f"[preprocess.{name}] {option} = {value!r} is not valid") from error
         return cls(name, dict(options))
 
@@ -123,25 +128,53 @@ def decode_image(path: PathLike) -> NDArray[np.uint8]:
 
 
 def _resize_and_crop(row: NDArray, resize: Any, crop: Any) -> NDArray:
-    from PIL import Image
-
     if row.dtype != np.uint8 or row.ndim not in (2, 3):
         raise InputError(f"resize and crop take uint8 images, not {row.dtype} of shape {row.shape}")
     if resize is not None:
-        height, width = row.shape[:2]
-        if isinstance(resize, int):
-            factor = resize / min(height, width)
-            height, width = round(height * factor), round(width * factor)
-        else:
-            height, width = resize
-        row = np.asarray(Image.fromarray(row).resize((width, height), Image.Resampling.BILINEAR))
+        row = _resized(row, _resized_size(row.shape[:2], resize))
     if crop is not None:
-        height, width = (crop, crop) if isinstance(crop, int) else crop
-        if row.shape[0] < height or row.shape[1] < width:
-            raise InputError(f"an image of {row.shape[0]}x{row.shape[1]} is smaller than the crop {crop}")
-        top, left = (row.shape[0] - height) // 2, (row.shape[1] - width) // 2
-        row = row[top : top + height, left : left + width]
+        row = _center_crop(row, (crop, crop) if isinstance(crop, int) else crop)
     return row
+
+
+def _resized_size(shape: Sequence[int], resize: Any) -> tuple[int, int]:
+    """Height and width after `resize`; one number is the shorter side's, and the longer one is cut to an
+    integer, as in torchvision."""
+    if not isinstance(resize, int):
+        return resize[0], resize[1]
+    height, width = shape
+    if width <= height:
+        return resize * height // width, resize
+    return resize, resize * width // height
+
+
+def _resized(row: NDArray, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """An image (height, width) or (height, width, channels) of another size, by Pillow."""
+    from PIL import Image
+
+    single = row.ndim == 3 and row.shape[2] == 1
+    try:
+        image = Image.fromarray(row[:, :, 0] if single else row)
+    except TypeError as error:
+        raise InputError(
+            f"resize takes images of 1 to 4 channels, not rows of shape {row.shape}",
+            remedy="rows are (height, width, channels)",
+        ) from error
+    resized = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
+    return resized[:, :, None] if single else resized
+
+
+def _center_crop(row: NDArray, size: Sequence[int]) -> NDArray:
+    """The middle of an image; where it is smaller, zeros are put around it first, as in torchvision.
+
+    An odd pixel of margin goes where Python's `round` (half to even) puts it; one of padding to the end.
+    """
+    missing = [max(side - had, 0) for side, had in zip(size, row.shape, strict=False)]
+    if any(missing):
+        padding = [(count // 2, (count + 1) // 2) for count in missing]
+        row = np.pad(row, [*padding, *[(0, 0)] * (row.ndim - 2)])
+    top, left = (round((had - side) / 2) for side, had in zip(size, row.shape, strict=False))
+    return row[top : top + size[0], left : left + size[1]]
 
 
 def _gray(row: NDArray) -> NDArray[np.uint8]:
@@ -153,11 +186,18 @@ def _gray(row: NDArray) -> NDArray[np.uint8]:
 
 
 def _number(value: Any) -> float:
-    return float(Fraction(value)) if isinstance(value, str) else float(value)
+    """A finite number, or the fraction that such as "1/255" means."""
+    above, slash, below = value.partition("/") if isinstance(value, str) else (value, "", "")
+    number = float(above) / float(below if slash else 1)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(value)
+    return number
 
 
 def _per_channel(value: Any) -> NDArray[np.float32]:
     """A number as shape (), or one per channel as shape (channels,)."""
+    if any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
+        raise ValueError(value)
     values = np.asarray(value, np.float32)
     if values.ndim > 1 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(value)
@@ -166,7 +206,7 @@ def _per_channel(value: Any) -> NDArray[np.float32]:
 
 def _size(value: Any) -> None:
     sides = [value, value] if isinstance(value, int) else value
-    if len(sides) != 2 or any(not isinstance(s, int) or s < 1 for s in sides):
+    if len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides):
         raise ValueError(value)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtq.backends.builders import package_of
-from trtq.backends.interface import find_gpu
+from trtq.backends.interface import Gpu, find_gpu
 from trtq.data.batches import Arrays, batches
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
@@ -108,7 +108,7 @@ def run_model(
             outputs that cannot be put together row by row.
         MissingBackendError: an engine, and no GPU, driver or TensorRT here.
     """
-    is_engine = Path(model).suffix in ENGINE_SUFFIXES
+    engine = is_engine(model)
     rows_total = len(samples)
     if rows_total == 0:
         raise InputError("the data has no rows")
@@ -116,10 +116,10 @@ def run_model(
     done = 0
     with _polygraphy_errors(model), contextlib.ExitStack() as stack:
         if runner is None:
-            made = engine_runner(Path(model)) if is_engine else _simulation_runner(model, threads)
+            made = engine_runner(Path(model)) if engine else _simulation_runner(model, threads)
             runner = stack.enter_context(made)
         metadata = runner.get_input_metadata(use_numpy_dtypes=False)
-        limits = _profile_limits(runner.engine, metadata) if is_engine else _shape_limits(metadata)
+        limits = _profile_limits(runner.engine, metadata) if engine else _shape_limits(metadata)
         size = _batch_size(batch_size, limits, model)
         for batch in batches(_inputs_only(samples, list(metadata), model), size, limits.lowest):
             done += batch.rows
@@ -134,7 +134,7 @@ def run_model(
                 progress(batch.rows)
     if done != rows_total:
         raise InputError(f"the data did not give the {rows_total} rows that it says it has")
-    return Outputs(arrays, "engine" if is_engine else "simulation")
+    return Outputs(arrays, "engine" if engine else "simulation")
 
 
 def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
@@ -144,7 +144,7 @@ def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
         InputError: the model or engine cannot be read.
         MissingBackendError: engines only, and no GPU, driver or TensorRT here.
     """
-    onnx_models = [model for model in models if Path(model).suffix not in ENGINE_SUFFIXES]
+    onnx_models = [model for model in models if not is_engine(model)]
     if onnx_models:
         from trtq.graph.model import load_model
 
@@ -156,18 +156,34 @@ def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
         ]
 
 
-def fingerprint(model: str | Path) -> str:
-    """Changes when the outputs of the same model may: the executor's version and settings.
+def fingerprint(model: str | Path) -> dict[str, str]:
+    """What the outputs of a model depend on beside it and the data, by name: what executes it here.
+
+    For an engine that is the GPU with its driver, and TensorRT.
 
     Raises:
-        MissingBackendError: an engine, and no TensorRT here.
+        InputError: an engine that cannot be read.
+        MissingBackendError: an engine, and no GPU, driver or TensorRT here.
     """
-    if Path(model).suffix in ENGINE_SUFFIXES:
-        trt = _tensorrt(package_of(Path(model)))
-        return f"{trt.__name__}-{trt.__version__}"
-    from trtq.backends.onnxruntime import simulation_fingerprint
+    if not is_engine(model):
+        from trtq.backends.onnxruntime import simulation_fingerprint
 
-    return simulation_fingerprint()
+        return {"executor": simulation_fingerprint()}
+    package = package_of(Path(model))
+    gpu = _required_gpu(Path(model))
+    trt = _tensorrt(package)
+    return {
+        "executor": "engine",
+        "gpu": gpu.name,
+        "compute_capability": gpu.compute_capability,
+        "driver": gpu.driver,
+        "tensorrt": f"{trt.__name__}-{trt.__version__}",
+    }
+
+
+def is_engine(model: str | Path) -> bool:
+    """Whether a file is an engine, by its name."""
+    return Path(model).suffix in ENGINE_SUFFIXES
 
 
 def _simulation_runner(model: str | Path, threads: int | None) -> BaseRunner:
@@ -184,7 +200,7 @@ def engine_runner(model: Path) -> Any:
         MissingBackendError: no GPU, driver or TensorRT here.
     """
     package = package_of(model)
-    _require_gpu(model)
+    _required_gpu(model)
     _tensorrt(package)
     _choose_package(package, model)
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
@@ -207,9 +223,10 @@ def _choose_package(package: str, model: Path) -> None:
     config.USE_TENSORRT_RTX = wanted
 
 
-def _require_gpu(model: Path) -> None:
+def _required_gpu(model: Path) -> Gpu:
     """Look for a GPU first: TensorRT itself answers a missing one and a bad plan alike."""
-    if find_gpu() is None:
+    gpu = find_gpu()
+    if gpu is None:
         raise MissingBackendError(
             "an engine runs only on an NVIDIA GPU",
             file=model,
@@ -217,6 +234,7 @@ def _require_gpu(model: Path) -> None:
             remedy="gate the engine on a machine with the GPU, or gate the quantized ONNX model here,"
             " which is simulated on the CPU",
         )
+    return gpu
 
 
 def _tensorrt(package: str) -> Any:

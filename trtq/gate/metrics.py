@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
-from trtq.files import sha256_file
 from trtq.gate import similarity
 from trtq.gate.finite import compared
 from trtq.scripts import load_function
+from trtq.source import script_sha256
 
 Float = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ class Metric:
     Attributes:
         name: as the user wrote it.
         fingerprint: equal for metrics that compute the same: the name, or for a file the hash of
-            its bytes and the function's name.
+            its bytes and of the user's modules that it imports, and the function's name.
         rows: (outputs, targets, reference outputs) -> float64 (samples, ...): what each sample
             contributes. The value is the mean of the rows, put through `summarise` if it is there.
         summarise: mean rows, with any leading axes -> values, of the leading axes' shape.
@@ -89,7 +89,8 @@ def load_metric(spec: str) -> Metric:
             - `miou`: mean over the occurring classes of intersection over union;
             - `cosine`: label-free, mean per-sample cosine with the reference's output, or the mean
               of that over several outputs;
-            - `sqnr`: label-free, likewise, signal to quantization noise in dB;
+            - `sqnr`: label-free, likewise, signal to quantization noise in dB; as with `cosine`, an output
+              that mixes scales counts with its worst component (see `components`);
             - `kl`: label-free, likewise, exp(-KL) of the class probabilities (see `similarity.likelihood`):
               1 where they are the reference's, 0.99 where they are 0.01 nats away.
 
@@ -333,7 +334,7 @@ def _metric_of_file(spec: str) -> Metric:
             raise InputError(f"the metric {name!r} did not return a number", file=path, cause=repr(value))
         return float(value)
 
-    return Metric(spec, f"{sha256_file(path)}:{name}", function=checked)
+    return Metric(spec, f"{script_sha256(path)}:{name}", function=checked)
 
 
 def _read_only(arrays: Arrays) -> Arrays:

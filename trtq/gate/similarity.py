@@ -1,12 +1,15 @@
 """How alike two models' outputs are, without labels: SQNR, cosine, largest error.
 
+An output that mixes scales is judged by its components (see `components`), each by its own energy, and its
+figure is that of the worst: in the gate (`compare`, `sqnr_db`, `cosine`) as in every search (`Reference`).
+
 `samples` splits an array of rows into that many equal blocks of consecutive rows; each block is
 flattened. Every function returns float64 of shape (samples,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +17,8 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
-from trtq.gate.finite import check_reference
+from trtq.gate.components import Components, components
+from trtq.gate.finite import check_reference, compared
 
 MAX_SQNR_DB = 200.0
 """SQNR is clipped to ± this many dB: equal outputs would be at infinity, which JSON cannot carry.
@@ -22,37 +26,104 @@ float32 rounding alone is noise near 150 dB."""
 
 
 @dataclass(frozen=True)
-class Similarity:
-    """One output, candidate against reference, over all samples.
+class Part:
+    """One component of an output, candidate against reference, over all samples.
 
     Attributes:
-        cosine: cosine of the two flattened arrays, -1 to 1.
-        sqnr_db: 10·log10(sum r² / sum (r - c)²), clipped to ± `MAX_SQNR_DB`.
-        max_abs_error: largest |r - c|.
+        label: which indices of which axis it is, and how large its values are.
+        cosine, sqnr_db, max_abs_error: as in `Similarity`.
     """
 
+    label: str
     cosine: float
     sqnr_db: float
     max_abs_error: float
 
 
+@dataclass(frozen=True)
+class Similarity:
+    """One output, candidate against reference, over all samples.
+
+    Attributes:
+        cosine: cosine of the two flattened arrays, -1 to 1; of the worst component.
+        sqnr_db: 10·log10(sum r² / sum (r - c)²), clipped to ± `MAX_SQNR_DB`; of the worst component.
+        max_abs_error: largest |r - c|.
+        parts: the components of an output that mixes scales; none where it is whole.
+    """
+
+    cosine: float
+    sqnr_db: float
+    max_abs_error: float
+    parts: tuple[Part, ...] = ()
+
+
+class Reference:
+    """The fp32 model's outputs, and what the noise of all candidates of one search is measured against.
+
+    The components are found once, on all batches. What is not finite in the reference is left out.
+
+    Args:
+        batches: the outputs of every batch.
+    """
+
+    def __init__(self, batches: Sequence[Arrays]) -> None:
+        self._batches = batches
+        finite = [{name: compared(array, array)[0] for name, array in batch.items()} for batch in batches]
+        self.components = {name: components([b[name] for b in finite]) for name in scored(batches[0])}
+        self._signal = [
+            {name: _energies(found, batch[name]) for name, found in self.components.items()}
+            for batch in finite
+        ]
+
+    def noise(self, found: Iterable[Arrays]) -> float:
+        """Noise of a candidate's outputs relative to their signal: of each output the worst component's, and
+        of several outputs the mean, so that one which is exact does not hide what happens to the others.
+
+        Args:
+            found: the candidate's outputs, batch by batch; where they end early, so does what they are
+                measured against.
+        """
+        signal, noise = ({name: np.zeros(len(c)) for name, c in self.components.items()} for _ in range(2))
+        for raw, energies, outputs in zip(self._batches, self._signal, found, strict=False):
+            for name, split in self.components.items():
+                expected, candidate = compared(raw[name], outputs[name])
+                difference = _noise(expected, candidate).reshape(expected.shape)
+                signal[name] += energies[name]
+                noise[name] += _energies(split, difference)
+        return float(np.mean([_relative(decibels(signal[n], noise[n])).max() for n in self.components]))
+
+    def sqnr_db(self, found: Iterable[Arrays]) -> float:
+        """`noise` in dB, ± `MAX_SQNR_DB` at most."""
+        return noise_db(self.noise(found))
+
+
 def compare(reference: Arrays, candidate: Arrays) -> dict[str, Similarity]:
     """`Similarity` of every output in `reference`; both sides as checked by `check_comparable`."""
-    return {
-        name: Similarity(
-            cosine=float(cosine(expected, candidate[name])[0]),
-            sqnr_db=float(sqnr_db(expected, candidate[name])[0]),
-            max_abs_error=float(np.abs(_noise(expected, candidate[name])).max(initial=0.0)),
+    return {name: _similarity(expected, candidate[name]) for name, expected in reference.items()}
+
+
+def _similarity(reference: NDArray, candidate: NDArray) -> Similarity:
+    split = components([reference])
+    pairs = list(zip(split.parts(reference), split.parts(candidate), strict=True))
+    figures = [
+        (
+            float(_plain_cosine(r, c, 1)[0]),
+            float(_plain_sqnr_db(r, c, 1)[0]),
+            float(np.abs(_noise(r, c)).max(initial=0.0)),
         )
-        for name, expected in reference.items()
-    }
+        for r, c in pairs
+    ]
+    cosines, sqnrs, errors = zip(*figures, strict=True)
+    parts = [Part(label, *found) for label, found in zip(split.labels(), figures, strict=False)]
+    return Similarity(min(cosines), min(sqnrs), max(errors), tuple(parts))
 
 
 def sqnr_db(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
-    """Signal to quantization noise in dB, 10·log10(sum r² / sum (r - c)²); ± `MAX_SQNR_DB` at most."""
-    signal = _energy(_blocks(reference, samples))
-    noise = _energy(_blocks(_noise(reference, candidate), samples))
-    return decibels(signal, noise)
+    """Signal to quantization noise in dB, 10·log10(sum r² / sum (r - c)²); ± `MAX_SQNR_DB` at most.
+
+    Of each sample that of its worst component.
+    """
+    return _worst(_plain_sqnr_db, reference, candidate, samples)
 
 
 def decibels(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -71,9 +142,12 @@ def overall_sqnr_db(sqnr_db: Sequence[float]) -> float:
 
     A mean of decibels would let an output that is exact, at `MAX_SQNR_DB`, hide what happens to the others.
     """
-    values = np.array(sqnr_db, np.float64)
-    noise = np.where(values >= MAX_SQNR_DB, 0.0, 10.0 ** (-values / 10))
-    return float(decibels(np.float64(1.0), noise.mean()))
+    return noise_db(float(_relative(np.array(sqnr_db, np.float64)).mean()))
+
+
+def noise_db(noise: float) -> float:
+    """SQNR in dB of noise relative to its signal."""
+    return float(decibels(np.float64(1.0), np.float64(noise)))
 
 
 def scored(outputs: Arrays) -> list[str]:
@@ -83,7 +157,14 @@ def scored(outputs: Arrays) -> list[str]:
 
 
 def cosine(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
-    """Cosine of the angle between reference and candidate; 1 if both are all zero, 0 if only one is."""
+    """Cosine of the angle between reference and candidate; 1 if both are all zero, 0 if only one is.
+
+    Of each sample that of its worst component.
+    """
+    return _worst(_plain_cosine, reference, candidate, samples)
+
+
+def _plain_cosine(reference: NDArray, candidate: NDArray, samples: int) -> NDArray[np.float64]:
     r, c = _blocks(reference, samples), _blocks(candidate, samples)
     norms = np.sqrt(_energy(r)) * np.sqrt(_energy(c))
     dot = np.einsum("ij,ij->i", r, c, dtype=np.float64)
@@ -144,6 +225,34 @@ def check_comparable(reference: Arrays, candidate: Arrays, *, ignore_nonfinite: 
                 f" but {candidate[name].shape} in the candidate"
             )
     check_reference(reference, ignore_nonfinite=ignore_nonfinite)
+
+
+def _worst(
+    score: Callable[[NDArray, NDArray, int], NDArray[np.float64]],
+    reference: NDArray,
+    candidate: NDArray,
+    samples: int,
+) -> NDArray[np.float64]:
+    """The lowest score of each sample among the components of the reference."""
+    split = components([reference])
+    pairs = zip(split.parts(reference), split.parts(candidate), strict=True)
+    return np.min([score(r, c, samples) for r, c in pairs], axis=0)
+
+
+def _plain_sqnr_db(reference: NDArray, candidate: NDArray, samples: int) -> NDArray[np.float64]:
+    signal = _energy(_blocks(reference, samples))
+    noise = _energy(_blocks(_noise(reference, candidate), samples))
+    return decibels(signal, noise)
+
+
+def _relative(sqnr_db: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Noise relative to its signal; none at `MAX_SQNR_DB`."""
+    return np.where(sqnr_db >= MAX_SQNR_DB, 0.0, 10.0 ** (-sqnr_db / 10))
+
+
+def _energies(split: Components, array: NDArray) -> NDArray[np.float64]:
+    """The energy of each component."""
+    return np.array([_energy(_blocks(part, 1))[0] for part in split.parts(array)])
 
 
 def _log_softmax(logits: NDArray[np.float64], axis: int) -> NDArray[np.float64]:

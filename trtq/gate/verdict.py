@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from trtq.data.batches import Arrays
 from trtq.errors import ExitCode, InputError
 from trtq.gate import finite, intervals, similarity
+from trtq.gate.in_the_way import InTheWay
 from trtq.gate.metrics import Metric, rows_per_sample
-from trtq.gate.similarity import Similarity
+from trtq.gate.similarity import Part, Similarity
 
 Executor = Literal["engine", "simulation"]
 
@@ -24,11 +26,16 @@ REPORTED_CONFIDENCE = 0.95
 
 
 class Outcome(enum.Enum):
-    """What the gate says."""
+    """What the gate says, a check, or both together."""
 
     PASS = "pass"
     FAIL = "fail"
     INCONCLUSIVE = "inconclusive"
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What a command with this outcome returns."""
+        return _EXIT_CODES[self]
 
 
 _EXIT_CODES = {
@@ -37,13 +44,41 @@ _EXIT_CODES = {
     Outcome.INCONCLUSIVE: ExitCode.INCONCLUSIVE,
 }
 
+_WORST_LAST = (Outcome.PASS, Outcome.INCONCLUSIVE, Outcome.FAIL)
+
+
+def overall(outcomes: Iterable[Outcome]) -> Outcome:
+    """The one outcome of several: the worst; a pass where there are none."""
+    return max(outcomes, key=_WORST_LAST.index, default=Outcome.PASS)
+
+
+class Check(NamedTuple):
+    """One more thing that was asked for beside the gate.
+
+    Attributes:
+        message: the option that asked for it, what was found and what was asked for.
+    """
+
+    name: str
+    outcome: Outcome
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it passed."""
+        return self.outcome is Outcome.PASS
+
+    def to_json(self) -> dict[str, Any]:
+        """The check as JSON values."""
+        return {**self._asdict(), "outcome": self.outcome.value, "ok": self.ok}
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found.
+    """What the gate found and what the checks beside it did. `outcome` is the one answer of all of them.
 
     Attributes:
-        outcome: pass, fail or inconclusive.
+        gate: what the gate itself says.
         metric: the metric as the user wrote it.
         reference, candidate: the metric's values; candidate and drops are None where the
             candidate's outputs were not finite.
@@ -63,9 +98,11 @@ class Verdict:
         worst_samples: up to five sample numbers, least similar (lowest SQNR) first.
         notes: sentences for the reader.
         warnings: what makes the verdict, or the data it stands on, doubtful.
+        checks: what else was asked for.
+        in_the_way: what stands in the way, where this is no pass and it was looked for.
     """
 
-    outcome: Outcome
+    gate: Outcome
     metric: str
     reference: float
     candidate: float | None
@@ -83,72 +120,161 @@ class Verdict:
     worst_samples: tuple[int, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+    in_the_way: InTheWay | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """The gate's and every check's together: what exit code, files and terminal say."""
+        return overall([self.gate, *(check.outcome for check in self.checks)])
 
     @property
     def exit_code(self) -> ExitCode:
         """The outcome's exit code."""
-        return _EXIT_CODES[self.outcome]
+        return self.outcome.exit_code
 
     @property
     def passed(self) -> bool:
         """Whether the outcome is a pass."""
         return self.outcome is Outcome.PASS
 
+    @property
+    def lowest_sqnr_db(self) -> float:
+        """The lowest SQNR of an output; -inf where none was measurable."""
+        return min((output.sqnr_db for output in self.outputs.values()), default=-math.inf)
+
+    @property
+    def rank(self) -> tuple[bool, int, int, float]:
+        """The higher, the better: all passed, the gate's outcome, how few checks are missed, and the drop;
+        where the gate passes but a check does not, the SQNR."""
+        quality = -math.inf if self.relative_drop is None else -self.relative_drop
+        if self.gate is Outcome.PASS and not self.passed:
+            quality = self.lowest_sqnr_db
+        missed = sum(not check.ok for check in self.checks)
+        return self.passed, -_WORST_LAST.index(self.gate), -missed, quality
+
+    def with_checks(self, *checks: Check) -> Verdict:
+        """This verdict with more checks."""
+        return dataclasses.replace(self, checks=(*self.checks, *checks))
+
     def require_engine(self) -> Verdict:
-        """This verdict if an engine ran; a simulated one becomes inconclusive."""
+        """This verdict if an engine ran; of a simulated one no pass and no fail is accepted, so that it
+        becomes inconclusive. Checks that are not measured on the outputs are to be added after this."""
         if self.executor == "engine":
             return self
-        note = f"an engine was required, but this {self.outcome.value} was measured on a simulation"
-        return dataclasses.replace(self, outcome=Outcome.INCONCLUSIVE, notes=(*self.notes, note))
+        message = (
+            f"--require-engine: an engine was required, but this {self.outcome.value} was measured on a"
+            " simulation"
+        )
+        return dataclasses.replace(
+            self,
+            gate=_without_fail(self.gate),
+            checks=(
+                *(check._replace(outcome=_without_fail(check.outcome)) for check in self.checks),
+                Check("an engine ran", Outcome.INCONCLUSIVE, message),
+            ),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as JSON values; every number is finite."""
-        return dataclasses.asdict(self) | {
-            "outcome": self.outcome.value,
-            "relative_interval": self.relative_interval and list(self.relative_interval),
-            "absolute_interval": self.absolute_interval and list(self.absolute_interval),
-            "worst_samples": list(self.worst_samples),
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
-        }
+        value = dataclasses.asdict(self)
+        return (
+            {"outcome": self.outcome.value}
+            | value
+            | {
+                "gate": self.gate.value,
+                "outputs": {
+                    name: item | {"parts": list(item["parts"])} for name, item in value["outputs"].items()
+                },
+                "relative_interval": self.relative_interval and list(self.relative_interval),
+                "absolute_interval": self.absolute_interval and list(self.absolute_interval),
+                "worst_samples": list(self.worst_samples),
+                "notes": list(self.notes),
+                "warnings": list(self.warnings),
+                "checks": [check.to_json() for check in self.checks],
+                "in_the_way": self.in_the_way and self.in_the_way.to_json(),
+            }
+        )
 
     @classmethod
     def from_json(cls, value: Any) -> Verdict:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; a file of the time when there was the gate alone has no `gate`.
 
         Raises:
-            InputError: the value is not a verdict.
+            InputError: the value is not a verdict, or its outcome is not that of its gate and checks.
         """
         try:
+            fields = {"gate": value["outcome"], **value}
+            outcome = Outcome(fields.pop("outcome"))
             pair = value["relative_interval"], value["absolute_interval"]
-            return cls(
-                **value
+            checks = [
+                Check(item["name"], Outcome(item["outcome"]), item["message"])
+                for item in value.get("checks", ())
+            ]
+            in_the_way = value.get("in_the_way")
+            verdict = cls(
+                **fields
                 | {
-                    "outcome": Outcome(value["outcome"]),
+                    "gate": Outcome(fields["gate"]),
                     "relative_interval": pair[0] and (float(pair[0][0]), float(pair[0][1])),
                     "absolute_interval": pair[1] and (float(pair[1][0]), float(pair[1][1])),
-                    "outputs": {name: Similarity(**item) for name, item in value["outputs"].items()},
+                    "outputs": {name: _similarity(item) for name, item in value["outputs"].items()},
                     "worst_samples": tuple(value["worst_samples"]),
                     "notes": tuple(value["notes"]),
                     "warnings": tuple(value.get("warnings", ())),
+                    "checks": tuple(checks),
+                    "in_the_way": in_the_way and InTheWay.from_json(in_the_way),
                 }
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError("this is not a verdict", cause=f"{type(error).__name__}: {error}") from error
+        if verdict.outcome is not outcome:
+            raise InputError(
+                "the verdict has two answers",
+                cause=f"its outcome is {outcome.value}, its gate and checks make {verdict.outcome.value}",
+            )
+        return verdict
 
-    def text(self) -> str:
-        """A few lines for a person."""
+    def headline(self) -> str:
+        """The outcome in one line, with what it comes from."""
+        missed = [check.message for check in self.checks if not check.ok]
+        if self.passed:
+            found = self.gate_line() + (", and all checks" if self.checks else "")
+        elif self.gate is Outcome.PASS:
+            found = "; ".join(missed)
+        else:
+            found = "; ".join([self.gate_line(), *missed])
+        itself = {Outcome.PASS: "passes", Outcome.INCONCLUSIVE: "is inconclusive"}
+        if self.gate is not self.outcome:
+            found += f" (the gate itself {itself[self.gate]})"
+        return f"{self.outcome.value.upper()}  {found}"
+
+    def gate_line(self) -> str:
+        """What the gate measured, in one line."""
+        return f"{self.metric} on {self.samples} samples: {self._drop()}"
+
+    def details(self) -> list[str]:
+        """What there is to know beside the headline, line by line."""
         level = _percent(self.confidence or REPORTED_CONFIDENCE)
-        lines = [f"{self.outcome.value.upper()}  {self.metric} on {self.samples} samples: {self._drop()}"]
+        lines = []
+        if self.checks:
+            lines.append(f"gate: {self.gate.value}, {self.gate_line()}")
+            lines += [f"check: {check.outcome.value}, {check.message}" for check in self.checks]
         if self.relative_interval:
             low, high = (f"{100 * bound:.2f} %" for bound in self.relative_interval)
-            lines.append(f"  two-sided {level} interval of the drop: {low} to {high}")
-        lines.append("  measured on the " + ("engine" if self.executor == "engine" else "CPU, simulated"))
+            lines.append(f"two-sided {level} interval of the drop: {low} to {high}")
+        lines.append("measured on the " + ("engine" if self.executor == "engine" else "CPU, simulated"))
         for name, item in self.outputs.items():
-            lines.append(f"  output {name}: {_similarity_text(item)}")
+            worst = f" (the worst of {len(item.parts)} components)" if item.parts else ""
+            lines.append(f"output {name}: {_similarity_text(item)}{worst}")
+            lines += [f"  {part.label}: {_similarity_text(part)}" for part in item.parts]
         if self.worst_samples:
-            lines.append(f"  least similar samples: {', '.join(map(str, self.worst_samples))}")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+            lines.append(f"least similar samples: {', '.join(map(str, self.worst_samples))}")
+        return [*lines, *self.notes, *(self.in_the_way.lines() if self.in_the_way else ())]
+
+    def text(self) -> str:
+        """A few lines for a person, the headline first."""
+        return "\n".join([self.headline(), *(f"  {line}" for line in self.details())])
 
     def _drop(self) -> str:
         if self.candidate is None or self.relative_drop is None:
@@ -199,7 +325,7 @@ def decide(
     if broken is not None:
         name, row = broken
         return Verdict(
-            outcome=Outcome.FAIL,
+            gate=Outcome.FAIL,
             metric=metric.name,
             reference=reference_value,
             candidate=None,
@@ -230,7 +356,7 @@ def decide(
     else:
         outcome = Outcome.INCONCLUSIVE
     return Verdict(
-        outcome=outcome,
+        gate=outcome,
         metric=metric.name,
         reference=reference_value,
         candidate=value,
@@ -354,7 +480,16 @@ def _note(evidence: intervals.Evidence, samples: int, max_drop: float, confidenc
     return f"{note}; on these the drop is not below the margin"
 
 
-def _similarity_text(item: Similarity) -> str:
+def _without_fail(outcome: Outcome) -> Outcome:
+    return Outcome.INCONCLUSIVE if outcome is Outcome.FAIL else outcome
+
+
+def _similarity(value: dict[str, Any]) -> Similarity:
+    """Out of JSON; older files have no parts."""
+    return Similarity(**value | {"parts": tuple(Part(**part) for part in value.get("parts", ()))})
+
+
+def _similarity_text(item: Similarity | Part) -> str:
     exact = item.sqnr_db >= similarity.MAX_SQNR_DB
     noise = "exact" if exact else f"SQNR {item.sqnr_db:.1f} dB"
     return f"cosine {item.cosine:.5f}, {noise}, largest error {item.max_abs_error:.4g}"

@@ -14,7 +14,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtq.graph.shapes import fold_constants, infer_types
+from trtq.graph.evaluate import fold_constants
+from trtq.graph.names import Names
+from trtq.graph.shapes import infer_types
+from trtq.graph.weights import is_plain
 
 
 def fold(graph: gs.Graph) -> None:
@@ -27,22 +30,25 @@ def fold(graph: gs.Graph) -> None:
 
 def einsum_to_matmul(graph: gs.Graph) -> None:
     """Write an Einsum that is a matrix product as MatMul, with Transposes where its axes lie otherwise."""
+    names = Names(graph)
     for node in [n for n in graph.nodes if n.op == "Einsum" and len(n.inputs) == 2]:
         terms, _, result = node.attrs["equation"].replace(" ", "").partition("->")
         a, b = terms.split(",")
         left, right = node.inputs
         if not _product_axes(a, b, result):
             a, b, left, right = b, a, right, left
-        if not (axes := _product_axes(a, b, result)):
+        if not (axes := _product_axes(a, b, result)) or _is_stretched(axes[0][-1], (left, a), (right, b)):
             continue
         node.op, node.attrs = "MatMul", {}
         node.inputs = [
-            _transposed(graph, left, a, axes[0], f"{node.name}/left"),
-            _transposed(graph, right, b, axes[1], f"{node.name}/right"),
+            _transposed(graph, names, left, a, axes[0], f"{node.name}/left"),
+            _transposed(graph, names, right, b, axes[1], f"{node.name}/right"),
         ]
         if axes[2] != result:
-            product, perm = gs.Variable(f"{node.name}/product"), [axes[2].index(axis) for axis in result]
-            transpose = gs.Node("Transpose", f"{node.name}/transpose", {"perm": perm}, [product])
+            product = gs.Variable(names.tensor(f"{node.name}/product"))
+            perm = [axes[2].index(axis) for axis in result]
+            name = names.node(f"{node.name}/transpose")
+            transpose = gs.Node("Transpose", name, {"perm": perm}, [product])
             transpose.outputs, node.outputs = list(node.outputs), [product]
             graph.nodes.append(transpose)
 
@@ -52,29 +58,33 @@ def fold_batch_norm(graph: gs.Graph) -> None:
 
     W' = W * g and b' = (b - mean) * g + beta with g = gamma / sqrt(var + eps), in float64.
     """
+    names = Names(graph)
     for norm in [n for n in graph.nodes if n.op == "BatchNormalization"]:
         producer = _sole_producer(graph, norm.inputs[0])
         if producer is None or producer.op not in ("Conv", "ConvTranspose", "Gemm"):
             continue
-        parameters = [t.values.astype(np.float64) for t in norm.inputs[1:5] if isinstance(t, gs.Constant)]
         weight, *bias = producer.inputs[1:]
-        foldable = isinstance(weight, gs.Constant) and all(isinstance(t, gs.Constant) for t in bias)
+        foldable = all(isinstance(t, gs.Constant) and is_plain(t) for t in (weight, *bias, *norm.inputs[1:5]))
         training = norm.attrs.get("training_mode", 0) or len([t for t in norm.outputs if t.name]) > 1
-        if len(parameters) != 4 or not foldable or training:
+        if not foldable or training:
             continue
-        gamma, beta, mean, variance = parameters
+        gamma, beta, mean, variance = (t.values.astype(np.float64) for t in norm.inputs[1:5])
         gain = gamma / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
         old_bias = bias[0].values.astype(np.float64) if bias else np.zeros_like(gain)
         if producer.op == "Gemm":
             old_bias = old_bias * producer.attrs.get("beta", 1.0)
+        with np.errstate(over="ignore"):
+            dtype, values = weight.values.dtype, weight.values.astype(np.float64)
+            new_weight = _scale_output_channels(producer, values, gain).astype(dtype)
+            new_bias = ((old_bias - mean) * gain + beta).astype(dtype)
+        if not (np.isfinite(new_weight).all() and np.isfinite(new_bias).all()):  # beyond the dtype's range
+            continue
+        if producer.op == "Gemm":
             producer.attrs["beta"] = 1.0
-        dtype = weight.values.dtype
-        new_weight = _scale_output_channels(producer, weight.values.astype(np.float64), gain)
-        new_bias = (old_bias - mean) * gain + beta
         producer.inputs = [
             producer.inputs[0],
-            gs.Constant(f"{norm.name}/folded_weight", new_weight.astype(dtype)),
-            gs.Constant(f"{norm.name}/folded_bias", new_bias.astype(dtype)),
+            gs.Constant(names.tensor(f"{norm.name}/folded_weight"), new_weight),
+            gs.Constant(names.tensor(f"{norm.name}/folded_bias"), new_bias),
         ]
         producer.outputs = [norm.outputs[0]]
         norm.outputs = []
@@ -90,9 +100,9 @@ def fold_zero_pad(graph: gs.Graph) -> None:
         pads = _spatial_pads(pad, None if weight.shape is None else len(weight.shape))
         if pads is None:
             continue
-        own = np.asarray(conv.attrs.get("pads", [0] * len(pads)))
+        explicit = conv.attrs.pop("auto_pad", "NOTSET") == "NOTSET"
+        own = np.asarray(conv.attrs.get("pads", 0) if explicit else 0)
         conv.attrs["pads"] = [int(p) for p in own + pads]
-        conv.attrs.pop("auto_pad", None)
         conv.inputs[0] = pad.inputs[0]
 
 
@@ -117,13 +127,21 @@ def _product_axes(a: str, b: str, result: str) -> tuple[str, str, str] | None:
     return axes if set(result) == set(axes[2]) else None
 
 
-def _transposed(graph: gs.Graph, tensor: gs.Tensor, axes: str, order: str, name: str) -> gs.Tensor:
+def _is_stretched(axis: str, *operands: tuple[gs.Tensor, str]) -> bool:
+    """Whether an Einsum repeats one operand along the axis that it sums over, which MatMul does not."""
+    sizes = [tensor.shape[axes.index(axis)] for tensor, axes in operands if tensor.shape is not None]
+    return sizes.count(1) == 1
+
+
+def _transposed(
+    graph: gs.Graph, names: Names, tensor: gs.Tensor, axes: str, order: str, name: str
+) -> gs.Tensor:
     """`tensor`, whose axes are called `axes`, with them in `order`."""
     if axes == order:
         return tensor
-    moved = gs.Variable(f"{name}_transposed", tensor.dtype)
+    moved = gs.Variable(names.tensor(f"{name}_transposed"), tensor.dtype)
     perm = [axes.index(letter) for letter in order]
-    graph.nodes.append(gs.Node("Transpose", name, {"perm": perm}, [tensor], [moved]))
+    graph.nodes.append(gs.Node("Transpose", names.node(name), {"perm": perm}, [tensor], [moved]))
     return moved
 
 
@@ -154,7 +172,7 @@ def _spatial_pads(pad: gs.Node, rank: int | None) -> NDArray[np.int64] | None:
     absent = value is None or value.name == ""
     if rank is None or pad.attrs.get("mode", "constant") != "constant" or not isinstance(pads, gs.Constant):
         return None
-    if not absent and not (isinstance(value, gs.Constant) and np.all(value.values == 0)):
+    if not absent and not (isinstance(value, gs.Constant) and is_plain(value) and np.all(value.values == 0)):
         return None
     amounts = pads.values.reshape(2, -1)
     if axes is not None and axes.name:

@@ -2,21 +2,25 @@
 
 TensorRT 11 and TensorRT for RTX are strongly typed, so INT8 + FP16 must be in the ONNX model itself. Every
 float32 tensor becomes float16, except where ONNX's own type constraints ask for float32 (the scales of a
-Resize, NonMaxSuppression, ...) and in the few operators that square their input, which overflows float16
-beyond 256. Casts stand at those places and at the model's inputs and outputs, which keep their dtypes.
+Resize, NonMaxSuppression, ...), around nodes that are kept in float32 (see `trtq.graph.half_rules`), and
+where the body of a control-flow node reads it. Casts stand at those places and at the model's inputs and
+outputs, which keep their dtypes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
+from trtq.graph.names import Names
 from trtq.graph.weights import values_of
 
-SQUARING_OPS = frozenset({"Pow", "ReduceL2", "ReduceSumSquare"})
-"""Operators that stay float32: the square of 257 is beyond float16's range."""
+SATURATED = float(np.finfo(np.float16).max) / 2
+"""What constants beyond float16's range become. Those are masks, which scores are still added to."""
 
 _HALF = np.finfo(np.float16)
 _CAST_TO = {
@@ -25,24 +29,24 @@ _CAST_TO = {
 }
 
 
-def convert_to_half(graph: gs.Graph) -> gs.Graph:
+def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
     """A copy of a folded float32 graph that computes in float16 and has the same inputs and outputs.
 
     Node names, node order and the positions of their inputs stay, so a plan made for `graph` fits the copy.
 
     Args:
         graph: folded, with the dtypes of all tensors known (`fold`), opset 19 or above for Q/DQ.
+        float32: names of nodes that stay float32; so do nodes with bodies, and nodes that bodies read.
 
     Raises:
-        InputError: control flow, or a tensor whose dtype is not known.
+        InputError: a tensor whose dtype is not known.
     """
-    graph = graph.copy()
+    graph, names = graph.copy(), Names(graph)
+    captured = read_by_bodies(graph)
+    kept = {*float32}
     for node in graph.nodes:
-        if any(isinstance(value, gs.Graph) for value in node.attrs.values()):
-            raise InputError(
-                f"'{node.name}' ({node.op}) has a body of its own, which is not converted to float16",
-                remedy="leave the rest in fp32",
-            )
+        if has_body(node) or not captured.isdisjoint(tensor.name for tensor in node.outputs):
+            kept.add(node.name)
         if unknown := [t.name for t in node.outputs if t.name and t.dtype is None]:
             raise InputError(f"the dtype of '{unknown[0]}' is not known", remedy="leave the rest in fp32")
     casts: dict[tuple[int, np.dtype], gs.Variable] = {}
@@ -51,6 +55,7 @@ def convert_to_half(graph: gs.Graph) -> gs.Graph:
         if (
             tensor.dtype == np.float32
             and tensor not in graph.inputs
+            and tensor.inputs[0].name not in kept
             and _made_in_half(tensor.inputs[0], tensor, graph.opset)
         ):
             tensor.dtype = np.dtype(np.float16)
@@ -58,19 +63,30 @@ def convert_to_half(graph: gs.Graph) -> gs.Graph:
         _set_output_dtype(node)
         for index, tensor in enumerate(node.inputs):
             if tensor.name and tensor.dtype in _CAST_TO:
-                wanted = np.dtype(np.float16 if _takes_half(node, index, graph.opset) else np.float32)
-                node.inputs[index] = _as(graph, casts, tensor, wanted)
+                half = node.name not in kept and takes_half(node, index, graph.opset)
+                wanted = np.dtype(np.float16 if half else np.float32)
+                node.inputs[index] = _as(graph, names, casts, tensor, wanted)
     for index, output in enumerate(graph.outputs):
         if output.dtype == np.float16:
-            graph.outputs[index] = _restore_output(graph, output)
+            graph.outputs[index] = _restore_output(graph, names, output)
     return graph.toposort()
 
 
-def _takes_half(node: gs.Node, index: int, opset: int) -> bool:
+def has_body(node: gs.Node) -> bool:
+    """Whether the node is an If, Loop or Scan."""
+    return any(isinstance(value, gs.Graph) for value in node.attrs.values())
+
+
+def read_by_bodies(graph: gs.Graph) -> frozenset[str]:
+    """Names of all tensors in the bodies of the graph's control-flow nodes, those from outside among them."""
+    return frozenset(name for body in graph.subgraphs(recursive=True) for name in body.tensors())
+
+
+def takes_half(node: gs.Node, index: int, opset: int) -> bool:
     """Whether a float input may be float16, by the operator's schema."""
     schema = _schema(node, opset)
     formal = schema.inputs[min(index, len(schema.inputs) - 1)]
-    return node.op not in SQUARING_OPS and _allows_half(schema, formal.type_str)
+    return _allows_half(schema, formal.type_str)
 
 
 def _made_in_half(node: gs.Node, tensor: gs.Variable, opset: int) -> bool:
@@ -81,7 +97,7 @@ def _made_in_half(node: gs.Node, tensor: gs.Variable, opset: int) -> bool:
     index = next(i for i, t in enumerate(node.outputs) if t is tensor)
     formal = schema.outputs[min(index, len(schema.outputs) - 1)]
     tied = any(f.type_str == formal.type_str for f in schema.inputs)
-    return tied and node.op not in SQUARING_OPS and _allows_half(schema, formal.type_str)
+    return tied and _allows_half(schema, formal.type_str)
 
 
 def _schema(node: gs.Node, opset: int) -> onnx.defs.OpSchema:
@@ -106,36 +122,40 @@ def _set_output_dtype(node: gs.Node) -> None:
 
 
 def _as(
-    graph: gs.Graph, casts: dict[tuple[int, np.dtype], gs.Variable], tensor: gs.Tensor, dtype: np.dtype
+    graph: gs.Graph,
+    names: Names,
+    casts: dict[tuple[int, np.dtype], gs.Variable],
+    tensor: gs.Tensor,
+    dtype: np.dtype,
 ) -> gs.Tensor:
     """`tensor` in `dtype`: itself, a converted constant, or the output of a Cast, one for all its readers."""
     if tensor.dtype == dtype:
         return tensor
     key = (id(tensor), dtype)
     if key not in casts:
-        name = f"{tensor.name}/{dtype}"
+        name = names.tensor(f"{tensor.name}/{dtype}")
         if isinstance(tensor, gs.Constant):
             values = values_of(tensor)
             casts[key] = gs.Constant(name, _to_half(values) if dtype == np.float16 else values.astype(dtype))
         else:
             casts[key] = gs.Variable(name, dtype=dtype, shape=tensor.shape)
-            cast = gs.Node("Cast", f"{name}/Cast", {"to": _CAST_TO[dtype]}, [tensor], [casts[key]])
-            graph.nodes.append(cast)
+            node = names.node(f"{name}/Cast")
+            graph.nodes.append(gs.Node("Cast", node, {"to": _CAST_TO[dtype]}, [tensor], [casts[key]]))
     return casts[key]
 
 
-def _restore_output(graph: gs.Graph, output: gs.Variable) -> gs.Variable:
+def _restore_output(graph: gs.Graph, names: Names, output: gs.Variable) -> gs.Variable:
     """A float32 tensor under the model output's own name; the float16 one gets another."""
     restored = gs.Variable(output.name, dtype=np.dtype(np.float32), shape=output.shape)
-    output.name = f"{output.name}/float16"
-    graph.nodes.append(
-        gs.Node("Cast", f"{restored.name}/Cast", {"to": onnx.TensorProto.FLOAT}, [output], [restored])
-    )
+    output.name = names.tensor(f"{output.name}/float16")
+    node = names.node(f"{restored.name}/Cast")
+    graph.nodes.append(gs.Node("Cast", node, {"to": onnx.TensorProto.FLOAT}, [output], [restored]))
     return restored
 
 
 def _to_half(values: np.ndarray) -> np.ndarray:
     """float16 values; what is beyond its range saturates, and what is not zero does not become zero."""
-    half = np.clip(values, _HALF.min, _HALF.max).astype(np.float16)
+    beyond = np.isfinite(values) & (np.abs(values) > _HALF.max)
+    half = np.where(beyond, np.copysign(SATURATED, values), values).astype(np.float16)
     vanished = (half == 0) & (values != 0)
     return np.where(vanished, np.copysign(_HALF.smallest_subnormal, values), half).astype(np.float16)

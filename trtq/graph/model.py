@@ -19,6 +19,8 @@ import onnx_graphsurgeon as gs
 from trtq.data.samples import InputSpec
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.names import Names
+from trtq.graph.products import is_quantizer, quantizers
 from trtq.graph.weights import (
     Light,
     export_light,
@@ -54,11 +56,13 @@ class Model:
         path: the file it was read from.
         graph: every node has a unique name.
         sha256: hash of the file and of its external data.
+        quantizers: the operators by which the model as read is quantized, those of bodies too.
     """
 
     path: Path
     graph: gs.Graph
     sha256: str
+    quantizers: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> list[InputSpec]:
@@ -67,8 +71,8 @@ class Model:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the model already holds QuantizeLinear or DequantizeLinear nodes."""
-        return any(node.op in QDQ_OPS for node in self.graph.nodes)
+        """Whether another tool, or trtq, has quantized the model, in any of ONNX's ways."""
+        return bool(self.quantizers)
 
 
 def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
@@ -99,7 +103,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
         if tensor.shape is None or tensor.dtype is None or isinstance(tensor.dtype, int):  # int: bfloat16
             raise InputError(f"model input '{tensor.name}' has no shape, or no dtype of NumPy's", file=path)
     name_nodes(graph)
-    return Model(path, graph, _sha256([path, *data_files]))
+    return Model(path, graph, _sha256([path, *data_files]), quantizers(graph))
 
 
 def model_files(path: PathLike) -> list[Path]:
@@ -146,13 +150,11 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
 
 def name_nodes(graph: gs.Graph) -> None:
     """Give unnamed nodes, those of bodies too, a name of operator and position; make every name unique."""
-    seen: set[str] = set()
+    names, seen = Names(graph), {""}
     bodies = graph.subgraphs(recursive=True)
     for index, node in enumerate(node for body in (graph, *bodies) for node in body.nodes):
-        base = node.name or f"{node.op}_{index}"
-        node.name, suffix = base, 1
-        while node.name in seen:
-            node.name, suffix = f"{base}_{suffix}", suffix + 1
+        if node.name in seen:
+            node.name = names.node(node.name or f"{node.op}_{index}")
         seen.add(node.name)
 
 
@@ -282,10 +284,11 @@ def _check_operators(proto: ModelProto, path: Path) -> None:
         if not onnx.defs.has(node.op_type, versions.get(domain, _opset(proto)), domain):
             where = f"node '{node.name}'" if node.name else f"the node that makes '{node.output[0]}'"
             kind = f"operator '{node.op_type}' of domain '{domain or 'ai.onnx'}'"
+            already = "; the model is quantized already" if is_quantizer(node.op_type) else ""
             raise InputError(
                 f"unknown {kind}",
                 file=path,
-                cause=f"{where} uses it, and ONNX does not define it",
+                cause=f"{where} uses it, and ONNX does not define it{already}",
                 remedy="export the model with standard ONNX operators",
             )
 

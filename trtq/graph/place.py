@@ -16,15 +16,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
 from trtq.graph.model import Model
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
-from trtq.graph.shapes import concrete_shapes, macs
-
-WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN")
-"""Operators that multiply by weights or by another activation: the candidates for INT8."""
+from trtq.graph.products import macs, product
+from trtq.graph.shapes import concrete_shapes
 
 RESIDUAL, POOL = "residual-add", "average-pool"
 """The rules of edges that no INT8 node needs: they spare TensorRT memory traffic or a kernel."""
@@ -95,7 +94,7 @@ def place(
     """
     if model.is_quantized:
         raise InputError(
-            "the model is quantized already: it holds QuantizeLinear or DequantizeLinear nodes",
+            f"the model is quantized already: it holds {', '.join(model.quantizers)} nodes",
             file=model.path,
             remedy="quantize the fp32 model, or take this one straight to 'trtq build' and 'trtq gate'",
         )
@@ -108,7 +107,7 @@ def place(
             )
     placement = Placement(model.graph, include, exclude)
     shapes = concrete_shapes(model.graph, input_shapes) if input_shapes else {}
-    weighted = [node for node in model.graph.nodes if node.op in WEIGHTED_OPS]
+    weighted = [node for node in model.graph.nodes if product(node)]
     nodes = [replace(_decide(node, placement), macs=macs(node, shapes)) for node in weighted]
     nodes += _in_subgraphs(model.graph)
     placement.quantized.update(n.name for n in nodes if n.int8)
@@ -117,7 +116,7 @@ def place(
             "no node of the model can be quantized",
             file=model.path,
             cause="; ".join(f"{n.name} ({n.op}): {n.reason}" for n in nodes[:5])
-            or f"it has no {', '.join(WEIGHTED_OPS[:4])} node",
+            or "it has no Conv, Gemm or MatMul node",
         )
     found = [
         item for node in model.graph.nodes for rule in EDGE_RULES for item in rule.edges(node, placement)
@@ -160,6 +159,28 @@ def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str], *, rule: st
     )
 
 
+def without_ranges(graph: gs.Graph, plan: Plan, reasons: Mapping[str, str], *, rule: str) -> Plan:
+    """`plan` without the quantizers of some ranges; the INT8 nodes that need one stay in floating point.
+
+    Additions and average poolings whose quantizers go are only not fused. The result needs no range that
+    `plan` does not need.
+
+    Args:
+        graph: the folded graph that `plan` is for.
+        reasons: tensor (the `range` of edges) -> why it has no range.
+        rule: what the plan calls the reason.
+    """
+    int8, tensors = set(plan.int8_nodes), graph.tensors()
+    nodes: dict[str, str] = {}
+    for edge in plan.edges:
+        if edge.range in reasons:
+            pools = [n.name for n in tensors[edge.tensor].inputs if edge.rule == "moved-input"]
+            for name in [edge.node] if edge.node in int8 or edge.rule in SPARING else pools:
+                nodes.setdefault(name, reasons[edge.range])
+    left = leave_out(graph, plan, nodes, rule=rule)
+    return replace(left, edges=[edge for edge in left.edges if edge.range not in reasons])
+
+
 def _edges(placement: Placement) -> set[tuple[str, int]]:
     """Node and index of every input that the rules quantize."""
     return {
@@ -171,25 +192,78 @@ def _edges(placement: Placement) -> set[tuple[str, int]]:
 
 
 def placed(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Plan:
-    """The placement that a model already has: weighted nodes are INT8 where both operands come from Q/DQ."""
+    """The placement that a model already has: which weighted nodes multiply 8-bit integers, and why.
+
+    Those are integer operators, and products whose operands all come from the DequantizeLinear of 8-bit
+    integers; what only moves or casts values may stand in between, as TensorRT looks through it, too.
+    """
     shapes = concrete_shapes(model.graph, input_shapes) if input_shapes else {}
 
     def decide(node: gs.Node) -> NodePlan:
-        int8 = all(t.inputs and t.inputs[0].op == "DequantizeLinear" for t in node.inputs[:2])
-        reason = "both operands are dequantized" if int8 else "it is not between Q/DQ"
+        int8, reason = _as_given(node)
         return NodePlan(node.name, node.op, int8, "as-given", reason, macs(node, shapes))
 
-    weighted = [node for node in model.graph.nodes if node.op in WEIGHTED_OPS]
-    return Plan(model.sha256, [decide(node) for node in weighted], [], [])
+    weighted = [node for node in model.graph.nodes if product(node)]
+    return Plan(model.sha256, [*map(decide, weighted), *_in_subgraphs(model.graph)], [], [])
+
+
+def _as_given(node: gs.Node) -> tuple[bool, str]:
+    """Whether a weighted node multiplies 8-bit integers by its place in the graph, and the reason."""
+    found = product(node)
+    assert found is not None
+    if found.integer:
+        return True, "it is an operator on integers"
+    if found.operands == 0:
+        return False, found.float_reason
+    codes = [_codes(tensor) for tensor in node.inputs[: found.operands]]
+    if None in codes:
+        return False, "it is not between Q/DQ"
+    if other := sorted({code for code in codes if code is not None} - {"int8", "uint8"}):
+        return False, f"its operands are dequantized from {', '.join(other)}"
+    return True, "both operands are dequantized"
+
+
+def _codes(tensor: gs.Tensor) -> str | None:
+    """The type of the numbers that a tensor's DequantizeLinear reads; None if it does not come from one."""
+    while tensor.inputs and tensor.inputs[0].op != "DequantizeLinear":
+        if not (only_moved(tensor) or _only_cast(tensor)):
+            return None
+        tensor = tensor.inputs[0].inputs[0]
+    if not tensor.inputs:
+        return None
+    source = tensor.inputs[0]
+    quantized = [source.inputs[0], *source.inputs[2:3]]  # numbers and zero-point are of one type
+    if source.inputs[0].inputs:
+        quantized += source.inputs[0].inputs[0].inputs[2:3]
+    known = (t.dtype for t in quantized if t.name and t.dtype is not None)
+    dtype = next(known, np.uint8)
+    if isinstance(dtype, int):  # of ONNX, where NumPy has none
+        return str(onnx.TensorProto.DataType.Name(dtype)).lower()
+    return str(np.dtype(dtype))
+
+
+def _only_cast(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is another one in float16 or float32."""
+    node = tensor.inputs[0]
+    return node.op == "Cast" and node.attrs["to"] in (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT)
 
 
 def matches(pattern: str, node: gs.Node) -> bool:
-    """Whether `pattern` names the node: `op:Type` by operator, else a name with * and ? wildcards."""
+    """Whether `pattern` names the node: `op:Type` by operator, else a name with * and ? wildcards; `\\*` and
+    `\\?` are the characters themselves."""
     kind, _, operator = pattern.partition(":")
     if kind == "op" and operator:
         return bool(node.op == operator)
-    regex = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+    wildcards = {"*": ".*", "?": ".", r"\*": r"\*", r"\?": r"\?"}
+    tokens = re.findall(r"\\[*?]|.", pattern, re.DOTALL)
+    regex = "".join(wildcards.get(token, re.escape(token)) for token in tokens)
     return re.fullmatch(regex, node.name) is not None
+
+
+def pattern_of(name: str) -> str:
+    """The pattern that `matches` the node of this name."""
+    escaped = re.sub("[*?]", r"\\\g<0>", name)
+    return f"?{escaped[1:]}" if name.startswith("op:") else escaped
 
 
 def _decide(node: gs.Node, placement: Placement) -> NodePlan:
@@ -202,7 +276,7 @@ def _decide(node: gs.Node, placement: Placement) -> NodePlan:
 def _in_subgraphs(graph: gs.Graph) -> list[NodePlan]:
     reason = "it is in the body of an If, Loop or Scan, which TensorRT does not fuse with quantizers"
     inner = (node for body in graph.subgraphs(recursive=True) for node in body.nodes)
-    return [NodePlan(n.name, n.op, False, "subgraph", reason) for n in inner if n.op in WEIGHTED_OPS]
+    return [NodePlan(n.name, n.op, False, "subgraph", reason) for n in inner if product(n)]
 
 
 # --- why a node stays in floating point -----------------------------------------------------------------
@@ -218,13 +292,8 @@ def _excluded(node: gs.Node, placement: Placement) -> str | None:
 
 
 def _no_int8_kernel(node: gs.Node, placement: Placement) -> str | None:
-    return {
-        "ConvTranspose": "TensorRT runs it in floating point even between Q/DQ, which would only cost",
-        "Einsum": "it is not one matrix product; export it as MatMul to quantize it",
-        "LSTM": "TensorRT runs recurrent layers in floating point",
-        "GRU": "TensorRT runs recurrent layers in floating point",
-        "RNN": "TensorRT runs recurrent layers in floating point",
-    }.get(node.op)
+    found = product(node)
+    return found.float_reason if found else None
 
 
 def _not_floating_point(node: gs.Node, placement: Placement) -> str | None:
@@ -248,6 +317,12 @@ SKIP_RULES: tuple[SkipRule, ...] = (
 )
 
 
+def unquantizable(node: gs.Node, graph: gs.Graph) -> str | None:
+    """Why a weighted node of a graph can never be INT8, whatever the user includes; None where it can."""
+    decided = _decide(node, Placement(graph))
+    return None if decided.int8 else decided.reason
+
+
 # --- where quantizers go --------------------------------------------------------------------------------
 
 
@@ -259,10 +334,10 @@ def _weighted_inputs(node: gs.Node, placement: Placement) -> Iterator[Edge | Wei
         if not isinstance(tensor, gs.Constant):
             yield Edge(tensor.name, node.name, index, "weighted-input", tensor.name)
         else:
-            yield Weight(tensor.name, node.name, index, _output_axis(node, index))
+            yield Weight(tensor.name, node.name, index, output_axis(node, index))
 
 
-def _output_axis(node: gs.Node, index: int) -> int:
+def output_axis(node: gs.Node, index: int) -> int:
     """The axis of a constant operand that becomes output channels: only its scales factor out."""
     rank = len(node.inputs[index].shape)
     if node.op == "Conv":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar, get_type_hints
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, TypeVar, get_origin, get_type_hints
 
-import onnx_graphsurgeon as gs
-
-from trtq.errors import InputError
 from trtq.files import PathLike, read_own_json, write_json
 
 FORMAT = "trtq-plan-1"
@@ -54,6 +51,16 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Float32Node:
+    """A node that stays float32 where the rest becomes float16, by which rule, and the reason in words."""
+
+    name: str
+    op: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """The placement of one model; saved as `plan.json`.
 
@@ -63,6 +70,7 @@ class Plan:
         edges: activations to quantize; several edges of one tensor share one Q/DQ pair.
         weights: constants to quantize.
         batch: the batch size for which multiply-accumulates are counted.
+        float32: every node that stays float32 where what is not quantized is float16.
     """
 
     model: str
@@ -70,6 +78,7 @@ class Plan:
     edges: list[Edge]
     weights: list[Weight]
     batch: int = 1
+    float32: list[Float32Node] = field(default_factory=list)
 
     @property
     def tensors(self) -> list[str]:
@@ -92,38 +101,6 @@ class Plan:
         total = sum(node.macs or 0 for node in self.nodes)
         return sum(node.macs or 0 for node in self.nodes if node.name in names) / total if total else None
 
-    def check_fits(self, graph: gs.Graph) -> None:
-        """Make sure that a plan, which may have been edited, can be carried out.
-
-        Args:
-            graph: folded, not quantized.
-
-        Raises:
-            InputError: a quantizer names something that the graph has not, or an INT8 node lacks a quantizer.
-        """
-        nodes, tensors = {node.name: node for node in graph.nodes}, graph.tensors()
-        items: list[Edge | Weight] = [*self.edges, *self.weights]
-        for item in items:
-            where = f"input {item.index} of '{item.node}'"
-            if item.node not in nodes:
-                raise _unfit(f"the model has no node '{item.node}'")
-            inputs = nodes[item.node].inputs
-            if not 0 <= item.index < len(inputs) or inputs[item.index].name != item.tensor:
-                raise _unfit(f"{where} is not '{item.tensor}'")
-            if isinstance(inputs[item.index], gs.Constant) != isinstance(item, Weight):
-                raise _unfit(f"{where} is {'no' if isinstance(item, Weight) else 'a'} constant")
-            if isinstance(item, Weight) and not 0 <= item.axis < len(inputs[item.index].shape):
-                raise _unfit(f"'{item.tensor}' has no axis {item.axis}")
-            if isinstance(item, Edge) and item.range not in tensors:
-                raise _unfit(f"the model has no tensor '{item.range}'")
-        quantized = {(item.node, item.index) for item in items}
-        for name in self.int8_nodes:
-            if name not in nodes:
-                raise _unfit(f"the model has no node '{name}'")
-            for index in range(2):
-                if (name, index) not in quantized:
-                    raise _unfit(f"'{name}' is to be INT8, but its input {index} has no quantizer")
-
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {"format": FORMAT, **asdict(self)}
@@ -137,15 +114,15 @@ class Plan:
         """
         if value["format"] != FORMAT:
             raise ValueError(f"the format is {value['format']}, not {FORMAT}")
-        if not isinstance(value["model"], str) or not isinstance(value["batch"], int) or value["batch"] < 1:
-            raise ValueError("'model' or 'batch' is not what it should be")
-        return cls(
-            value["model"],
-            [_read(NodePlan, node) for node in value["nodes"]],
-            [_read(Edge, edge) for edge in value["edges"]],
-            [_read(Weight, weight) for weight in value["weights"]],
-            value["batch"],
-        )
+        rest = {name: item for name, item in value.items() if name != "format"}
+        kinds = {"nodes": NodePlan, "edges": Edge, "weights": Weight, "float32": Float32Node}
+        for name, kind in kinds.items():
+            if isinstance(value.get(name), list):
+                rest[name] = [_read(kind, item, f"{name}[{i}]") for i, item in enumerate(value[name])]
+        plan = _read(cls, rest, "the plan")
+        if plan.batch < 1:
+            raise ValueError(f"'batch' is {plan.batch}")
+        return plan
 
     def save(self, path: PathLike) -> None:
         """Write `plan.json` in one move."""
@@ -158,20 +135,29 @@ class Plan:
         Raises:
             InputError: the file is missing, not JSON, or not a plan.
         """
-        return read_own_json(path, "plan", cls.from_json)
+        remedy = "correct that line, or take a plan.json as 'trtq deploy' wrote it"
+        return read_own_json(path, "plan", cls.from_json, remedy)
 
 
-def _read(kind: type[_T], values: Mapping[str, Any]) -> _T:
-    """A dataclass from JSON values, which have to have its fields' types."""
-    for name, wanted in get_type_hints(kind).items():
-        if name in values and not isinstance(values[name], wanted):
-            raise ValueError(f"'{name}' is {values[name]!r}")
+def percent(share: float) -> str:
+    """A share for a person, to a tenth of a percent; 100.0% is said of the whole only."""
+    return f"{share if share >= 1 else min(share, 0.999):.1%}"
+
+
+def _read(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
+    """A dataclass from JSON values: its fields and no others, of their types; those with a default may
+    be missing."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {values!r}, no JSON object")
+    known = get_type_hints(kind)
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"{where} has the unknown key '{unknown[0]}'; it may have {', '.join(known)}")
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{where} lacks the key '{missing[0]}'")
+    for name, value in values.items():
+        wanted = known[name]
+        number = isinstance(value, bool) and wanted is not bool
+        if number or not isinstance(value, get_origin(wanted) if get_origin(wanted) is list else wanted):
+            raise ValueError(f"'{name}' is {value!r} in {where}")
     return kind(**values)
-
-
-def _unfit(cause: str) -> InputError:
-    return InputError(
-        "the plan does not fit the model",
-        cause=cause,
-        remedy="to keep a node out of INT8 set its 'int8' to false; more INT8 takes a new plan",
-    )

@@ -6,13 +6,14 @@ channel, biases in floating point. Tensors that several nodes read get one Q/DQ 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.errors import InputError
+from trtq.graph.names import Names
 from trtq.graph.plan import Plan
 from trtq.graph.weights import values_of
 from trtq.numerics import amax_per_channel, quantize, scale_from_amax
@@ -49,7 +50,7 @@ def rewrite(
             cause=f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
             remedy="calibrate this model again; a table belongs to one model",
         )
-    graph = graph.copy()
+    graph, names = graph.copy(), Names(graph)
     nodes = {node.name: node for node in graph.nodes}
     if unknown := ({e.node for e in plan.edges} | {w.node for w in plan.weights}) - nodes.keys():
         raise InputError(
@@ -60,40 +61,51 @@ def rewrite(
     for edge in plan.edges:
         inputs = nodes[edge.node].inputs
         if edge.range not in ranges:
-            ranges[edge.range] = _range(edge.range, scales[edge.range], inputs[edge.index].dtype)
+            ranges[edge.range] = _range(names, edge.range, scales[edge.range], inputs[edge.index].dtype)
         if (edge.tensor, None) not in pairs:
-            pairs[edge.tensor, None] = _quantize_activation(graph, inputs[edge.index], ranges[edge.range])
+            tensor, constants = inputs[edge.index], ranges[edge.range]
+            quantized = _quantize_node(graph, names, tensor, constants, tensor.name)
+            pairs[edge.tensor, None] = _dequantize(
+                graph, names, quantized, constants, tensor.name, tensor.dtype
+            )
         inputs[edge.index] = pairs[edge.tensor, None]
     for weight in plan.weights:
         inputs, key = nodes[weight.node].inputs, (weight.tensor, weight.axis)
         if key not in pairs:
             scale = (weight_scales or {}).get(key)
             form = "qdq" if _is_cut(nodes[weight.node]) else weights
-            pairs[key] = _quantize_weight(graph, inputs[weight.index], weight.axis, scale, form)
+            pairs[key] = _quantize_weight(graph, names, inputs[weight.index], weight.axis, scale, form)
         inputs[weight.index] = pairs[key]
     for (node, index), values in (biases or {}).items():
         old = nodes[node].inputs[index]
-        nodes[node].inputs[index] = gs.Constant(f"{old.name}/{node}/corrected", values.astype(old.dtype))
+        name = names.tensor(f"{old.name}/{node}/corrected")
+        nodes[node].inputs[index] = gs.Constant(name, values.astype(old.dtype))
     return graph.cleanup().toposort()
 
 
-def scales_as_inputs(graph: gs.Graph, tensors: Iterable[str]) -> dict[str, str]:
+def scales_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
     """Turn the scales of a rewritten graph's activations into model inputs, in place.
 
     One session then serves any ranges.
 
+    Args:
+        plan: that the graph was rewritten by.
+
     Returns:
         tensor -> name of the input that holds its scale, a scalar of the tensor's dtype.
     """
-    names = {}
-    constants = graph.tensors()
-    for tensor in tensors:
-        constant = constants[f"{tensor}/scale"]
+    names: dict[str, str] = {}
+    nodes = {node.name: node for node in graph.nodes}
+    for edge in plan.edges:
+        if edge.range in names:
+            continue
+        dequantizer = nodes[edge.node].inputs[edge.index].inputs[0]
+        constant = dequantizer.inputs[1]
         variable = gs.Variable(constant.name, constant.dtype, [])
         for node in list(constant.outputs):
             node.inputs = [variable if t is constant else t for t in node.inputs]
         graph.inputs.append(variable)
-        names[tensor] = variable.name
+        names[edge.range] = variable.name
     return names
 
 
@@ -123,24 +135,24 @@ def _is_cut(node: gs.Node) -> bool:
     return False
 
 
-def _range(name: str, scale: np.float32, dtype: np.dtype) -> list[gs.Constant]:
+def _range(names: Names, name: str, scale: np.float32, dtype: np.dtype) -> list[gs.Constant]:
     """Scale and zero-point of an activation, in the dtype of the tensors that have this range."""
     value = np.array(scale, dtype)
     if not (np.isfinite(value) and value > 0):
         raise InputError(f"the scale {scale} of '{name}' is not a positive finite {np.dtype(dtype)}")
     return [
-        gs.Constant(f"{name}/scale", value),
-        gs.Constant(f"{name}/zero_point", np.zeros((), np.int8)),
+        gs.Constant(names.tensor(f"{name}/scale"), value),
+        gs.Constant(names.tensor(f"{name}/zero_point"), np.zeros((), np.int8)),
     ]
 
 
-def _quantize_activation(graph: gs.Graph, tensor: gs.Tensor, constants: list[gs.Constant]) -> gs.Variable:
-    quantized = _quantize_node(graph, tensor, constants)
-    return _dequantize(graph, tensor.name, quantized, constants, tensor.dtype)
-
-
 def _quantize_weight(
-    graph: gs.Graph, tensor: gs.Constant, axis: int, scale: NDArray[np.float32] | None, form: str
+    graph: gs.Graph,
+    names: Names,
+    tensor: gs.Constant,
+    axis: int,
+    scale: NDArray[np.float32] | None,
+    form: str,
 ) -> gs.Variable:
     values = values_of(tensor)
     dtype = values.dtype
@@ -150,44 +162,43 @@ def _quantize_weight(
     scale = np.where(scale > 0, scale, np.finfo(dtype).smallest_subnormal)  # float16 may underflow
     name = f"{tensor.name}/{axis}"
     constants = [
-        gs.Constant(f"{name}/scale", scale),
-        gs.Constant(f"{name}/zero_point", np.zeros(scale.shape, np.int8)),
+        gs.Constant(names.tensor(f"{name}/scale"), scale),
+        gs.Constant(names.tensor(f"{name}/zero_point"), np.zeros(scale.shape, np.int8)),
     ]
     if form == "int8":
         codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
-        quantized: gs.Tensor = gs.Constant(f"{name}/int8", codes)
+        quantized: gs.Tensor = gs.Constant(names.tensor(f"{name}/int8"), codes)
     else:
-        quantized = _quantize_node(graph, tensor, constants, axis, name)
-    return _dequantize(graph, name, quantized, constants, dtype, axis)
+        quantized = _quantize_node(graph, names, tensor, constants, name, axis)
+    return _dequantize(graph, names, quantized, constants, name, dtype, axis)
 
 
 def _quantize_node(
     graph: gs.Graph,
+    names: Names,
     tensor: gs.Tensor,
     constants: list[gs.Constant],
+    name: str,
     axis: int | None = None,
-    name: str | None = None,
 ) -> gs.Variable:
-    name = name or tensor.name
-    output = gs.Variable(f"{name}/quantized", dtype=np.int8, shape=tensor.shape)
+    output = gs.Variable(names.tensor(f"{name}/quantized"), dtype=np.int8, shape=tensor.shape)
     attrs = {} if axis is None else {"axis": axis}
-    graph.nodes.append(
-        gs.Node("QuantizeLinear", f"{name}/QuantizeLinear", attrs, [tensor, *constants], [output])
-    )
+    node = names.node(f"{name}/QuantizeLinear")
+    graph.nodes.append(gs.Node("QuantizeLinear", node, attrs, [tensor, *constants], [output]))
     return output
 
 
 def _dequantize(
     graph: gs.Graph,
-    name: str,
+    names: Names,
     quantized: gs.Tensor,
     constants: list[gs.Constant],
+    name: str,
     dtype: np.dtype,
     axis: int | None = None,
 ) -> gs.Variable:
-    output = gs.Variable(f"{name}/dequantized", dtype=dtype, shape=quantized.shape)
+    output = gs.Variable(names.tensor(f"{name}/dequantized"), dtype=dtype, shape=quantized.shape)
     attrs = {} if axis is None else {"axis": axis}
-    graph.nodes.append(
-        gs.Node("DequantizeLinear", f"{name}/DequantizeLinear", attrs, [quantized, *constants], [output])
-    )
+    node = names.node(f"{name}/DequantizeLinear")
+    graph.nodes.append(gs.Node("DequantizeLinear", node, attrs, [quantized, *constants], [output]))
     return output

@@ -1,4 +1,4 @@
-"""Dtypes, shapes and multiply-accumulates of a graph."""
+"""Dtypes and shapes of a graph."""
 
 from __future__ import annotations
 
@@ -9,26 +9,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from trtq.graph.evaluate import fold_constants
 from trtq.graph.model import export
-from trtq.graph.weights import read_foldable
 
-_END = np.iinfo(np.int64).max  # of a Slice without an end
 _SHAPE_VALUES = 1024  # constants up to this size may be shapes, which inference needs to see
-
-
-def fold_constants(graph: gs.Graph, size_threshold: int | None = None) -> None:
-    """Evaluate, in place, everything that does not depend on the graph's inputs, known shapes included.
-
-    Args:
-        size_threshold: leave tensors above this many bytes to run time.
-    """
-    import onnxruntime
-
-    onnxruntime.set_default_logger_severity(3)  # its constant folding warns about harmless things
-    for body in (graph, *graph.subgraphs(recursive=True)):
-        _slice_shapes(body)
-    read_foldable(graph.toposort())
-    graph.fold_constants(size_threshold=size_threshold)
 
 
 def infer_types(graph: gs.Graph) -> None:
@@ -74,56 +58,6 @@ def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dic
         for name, tensor in concrete.tensors().items()
         if tensor.shape is not None and all(isinstance(d, (int, np.integer)) for d in tensor.shape)
     }
-
-
-def macs(node: gs.Node, shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """Multiply-accumulates of a convolution, product or recurrent layer; None if unknown, as for others."""
-    count = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "MatMul": 2, "LSTM": 3, "GRU": 3, "RNN": 3}
-    if node.op not in (*count, "Einsum"):
-        return None
-    wanted = [shapes.get(tensor.name) for tensor in node.inputs[: count.get(node.op)]]
-    operands = [shape for shape in wanted if shape is not None]
-    if len(operands) != len(wanted):
-        return None
-    if count.get(node.op) == 3:
-        steps, weight, recurrent = operands
-        return prod(steps[:2]) * (prod(weight) + prod(recurrent))
-    out = shapes.get(node.outputs[0].name)
-    if out is None:
-        return None
-    if node.op == "Einsum":
-        return prod(out) * _contracted(node.attrs["equation"], operands)
-    first, second = operands
-    if node.op == "Conv":
-        return prod(out) * prod(second[1:])
-    if node.op == "ConvTranspose":
-        return prod(first) * prod(second[1:])
-    return prod(out) * first[-2 if node.attrs.get("transA", 0) else -1]
-
-
-def _contracted(equation: str, shapes: Sequence[Sequence[int]]) -> int:
-    """How many products are summed up for each value that an Einsum gives."""
-    terms, _, result = equation.replace(" ", "").partition("->")
-    sizes: dict[str, int] = {}
-    for term, shape in zip(terms.split(","), shapes, strict=True):
-        before, dots, after = term.partition("...")
-        sizes |= dict(zip(before, shape, strict=not dots))
-        sizes |= dict(zip(after, shape[len(shape) - len(after) :], strict=True))
-    kept = result if "->" in equation else {letter for letter in terms if terms.count(letter) == 1}
-    return prod(size for letter, size in sizes.items() if letter not in kept)
-
-
-def _slice_shapes(graph: gs.Graph) -> None:
-    """Write a Shape with `start` or `end` as Shape and Slice: GraphSurgeon overlooks them when it folds."""
-    for node in [n for n in graph.nodes if n.op == "Shape" and n.attrs.keys() & {"start", "end"}]:
-        bounds = node.attrs.pop("start", 0), node.attrs.pop("end", _END)
-        whole = gs.Variable(f"{node.name}/whole", np.int64)
-        limits = [
-            gs.Constant(f"{node.name}/{name}", np.array([value], np.int64))
-            for name, value in zip(("start", "end"), bounds, strict=True)
-        ]
-        graph.nodes.append(gs.Node("Slice", f"{node.name}/slice", {}, [whole, *limits], [node.outputs[0]]))
-        node.outputs = [whole]
 
 
 def _without_weights(graph: gs.Graph) -> gs.Graph:

@@ -138,22 +138,6 @@ def leave_in_files(graph: gs.Graph, folder: Path) -> None:
             constant.data_location = None  # GraphSurgeon would write it beside other values
 
 
-def read_foldable(graph: gs.Graph) -> None:
-    """Read and keep the weights that constant folding may evaluate, of a graph in topological order.
-
-    What GraphSurgeon folds it runs as a model in memory, which has no files beside it.
-    """
-    known = {id(tensor) for tensor in graph.tensors().values() if isinstance(tensor, gs.Constant)}
-    for node in graph.nodes:
-        if node.op == "Shape":
-            known.update(id(tensor) for tensor in node.outputs)
-        elif node.inputs and all(id(tensor) in known for tensor in node.inputs):
-            known.update(id(tensor) for tensor in node.outputs)
-            for constant in node.inputs:
-                if isinstance(constant, gs.Constant):
-                    constant.values = values_of(constant)
-
-
 def export_light(graph: gs.Graph) -> tuple[onnx.ModelProto, dict[str, gs.Constant]]:
     """The ONNX model of a graph whose initializers have no values yet, and the constants that have them.
 
@@ -163,7 +147,7 @@ def export_light(graph: gs.Graph) -> tuple[onnx.ModelProto, dict[str, gs.Constan
     within = {name for body in graph.subgraphs(recursive=True) for name in body.tensors()}
     constants = {}
     for name, tensor in graph.tensors().items():
-        if isinstance(tensor, gs.Constant) and name not in within and _is_plain(tensor):
+        if isinstance(tensor, gs.Constant) and name not in within and is_plain(tensor):
             constants[name] = tensor.copy()
             kind = onnx.helper.np_dtype_to_tensor_dtype(_dtype(tensor))
             bare = onnx.TensorProto(name=name, data_type=kind, dims=tensor.shape)
@@ -180,10 +164,18 @@ def graph_sha256(graph: gs.Graph) -> str:
     return digest.hexdigest()
 
 
-def _is_plain(constant: gs.Constant) -> bool:
-    """Whether the bytes of the values are those that ONNX stores."""
+def is_number(dtype: np.dtype) -> bool:
+    """Whether a dtype is one of NumPy's own numbers, unlike bfloat16, float8 and int4."""
+    return dtype.isbuiltin == 1 and dtype.kind in "biuf"
+
+
+def is_plain(constant: gs.Constant) -> bool:
+    """Whether a constant holds NumPy's own numbers, whose bytes are those that ONNX stores.
+
+    The values of others must not be asked for: GraphSurgeon would write them in another dtype.
+    """
     return (
-        _dtype(constant).kind in "biuf"
+        is_number(_dtype(constant))
         and constant.export_dtype in (None, constant.dtype)
         and not isinstance(constant._values, SparseValues)
     )

@@ -20,6 +20,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -30,6 +31,7 @@ from trtq.console import Console
 from trtq.data.batches import Batch
 from trtq.data.samples import Samples
 from trtq.graph.model import serialized
+from trtq.graph.names import Names
 from trtq.quantization import Correction, Quantization
 from trtq.recovery.channels import Bias, bias_of, is_linear
 
@@ -67,8 +69,9 @@ def correct_biases(
     if not biases:
         return quantization
     errors = _mean_errors(quantization, biases, samples, console, workers)
+    names = Names(graph)
     for bias in biases.values():
-        bias.make()
+        bias.make(names)
     corrections = {
         name: Correction(bias.node.name, bias.index, (bias.values - errors[name]).astype(np.float32))
         for name, bias in biases.items()
@@ -109,34 +112,37 @@ def _mean_errors(
 def _with_twins(quantization: Quantization, biases: Mapping[str, Bias]) -> gs.Graph:
     """The float graph with a quantized twin of each node of `biases`; its outputs are their mean errors."""
     graph = quantization.rewritten()
+    names = Names(quantization.graph, graph)
     nodes, tensors = {node.name: node for node in graph.nodes}, graph.tensors()
     graph.outputs = []
     for original in quantization.graph.nodes:
         node = nodes[original.name]
         if node.name in biases:
-            twin = _variable(f"{node.name}/twin")
-            graph.nodes.append(gs.Node(node.op, twin.name, dict(node.attrs), list(node.inputs), [twin]))
-            error = _variable(f"{node.name}/error")
-            graph.nodes.append(gs.Node("Sub", error.name, {}, [twin, node.outputs[0]], [error]))
+            twin = _added(graph, names, node.op, f"{node.name}/twin", list(node.inputs), dict(node.attrs))
+            error = _added(graph, names, "Sub", f"{node.name}/error", [twin, node.outputs[0]], {})
             axis, rank = biases[node.name].axis, len(node.outputs[0].shape)
             others = [i for i in range(rank) if i != axis % rank]
-            graph.outputs.append(_mean(graph, error, others))
+            graph.outputs.append(_mean(graph, names, error, others))
         for index, tensor in enumerate(original.inputs):
             if node.inputs[index].name != tensor.name:  # it is quantized
-                node.inputs[index] = tensors.get(tensor.name) or tensor.copy()
+                if tensor.name not in tensors:
+                    tensors[tensor.name] = tensor.copy()
+                node.inputs[index] = tensors[tensor.name]
     return graph.cleanup(remove_unused_graph_inputs=False).toposort()
 
 
-def _mean(graph: gs.Graph, tensor: gs.Variable, axes: list[int]) -> gs.Variable:
-    mean = _variable(f"{tensor.name}/mean")
-    node = gs.Node("ReduceMean", mean.name, {"keepdims": 0}, [tensor], [mean])
+def _mean(graph: gs.Graph, names: Names, tensor: gs.Variable, axes: list[int]) -> gs.Variable:
+    name = f"{tensor.name}/mean"
     if graph.opset < 18:
-        node.attrs["axes"] = axes
-    else:
-        node.inputs.append(gs.Constant(f"{mean.name}/axes", np.array(axes, np.int64)))
-    graph.nodes.append(node)
-    return mean
+        return _added(graph, names, "ReduceMean", name, [tensor], {"keepdims": 0, "axes": axes})
+    constant = gs.Constant(names.tensor(f"{name}/axes"), np.array(axes, np.int64))
+    return _added(graph, names, "ReduceMean", name, [tensor, constant], {"keepdims": 0})
 
 
-def _variable(name: str) -> gs.Variable:
-    return gs.Variable(name, np.float32)
+def _added(
+    graph: gs.Graph, names: Names, op: str, name: str, inputs: list[gs.Tensor], attrs: dict[str, Any]
+) -> gs.Variable:
+    """The float32 output of a node that is new in the graph."""
+    output = gs.Variable(names.tensor(name), np.float32)
+    graph.nodes.append(gs.Node(op, names.node(name), attrs, inputs, [output]))
+    return output

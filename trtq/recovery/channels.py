@@ -15,6 +15,7 @@ from trtq.backends.onnxruntime import simulation_session
 from trtq.data.batches import Batch
 from trtq.data.samples import Samples
 from trtq.graph.model import serialized
+from trtq.graph.names import Names
 
 MOST_ROWS = 64
 """Rows whose channels are looked at, evenly spread over the data."""
@@ -121,11 +122,11 @@ class Bias:
     size: int
     axis: int
 
-    def make(self) -> None:
+    def make(self, names: Names) -> None:
         """Add a constant of zeros where there is none yet."""
         if len(self.node.inputs) <= self.index:
             zeros = np.zeros(self.size, np.float32)
-            self.node.inputs.append(gs.Constant(f"{self.node.name}/bias", zeros))
+            self.node.inputs.append(gs.Constant(names.tensor(f"{self.node.name}/bias"), zeros))
 
     @property
     def values(self) -> NDArray[np.float32]:
@@ -133,10 +134,10 @@ class Bias:
         values: NDArray[np.float32] = self.node.inputs[self.index].values
         return values
 
-    def add(self, vector: NDArray[np.float64]) -> None:
+    def add(self, vector: NDArray[np.float64], names: Names) -> None:
         """Add to the constant."""
-        self.make()
-        set_constant(self.node, self.index, self.values + vector)
+        self.make(names)
+        set_constant(self.node, self.index, self.values + vector, names)
 
 
 def bias_of(graph: gs.Graph, node: gs.Node) -> Bias | None:
@@ -174,7 +175,7 @@ def private(graph: gs.Graph, tensor: gs.Tensor) -> bool:
     return len(tensor.outputs) == 1 and tensor not in graph.outputs
 
 
-def set_constant(node: gs.Node, index: int, values: NDArray) -> None:
+def set_constant(node: gs.Node, index: int, values: NDArray, names: Names) -> None:
     """Give input `index` of a node other values; other nodes that read the same constant keep theirs.
 
     A constant of this node alone keeps its name, which a plan may know it by.
@@ -184,4 +185,4 @@ def set_constant(node: gs.Node, index: int, values: NDArray) -> None:
     if len(old.outputs) == 1:
         old.values = values
     else:
-        node.inputs[index] = gs.Constant(f"{node.name}/input_{index}", values)
+        node.inputs[index] = gs.Constant(names.tensor(f"{node.name}/input_{index}"), values)

@@ -18,10 +18,11 @@ from trtq.calibration.methods import parse_method
 from trtq.choose import choose_method, scales_from
 from trtq.console import SILENT
 from trtq.data.samples import Samples
-from trtq.job import Job
+from trtq.job import AUTO, Job, canonical
 from trtq.quantization import Quantization
-from trtq.ranges import Source, calibrate, statistics_of
+from trtq.ranges import Source, calibrate, rangeless, statistics_of, without_ranges_of
 from trtq.recovery.bias import correct_biases
+from trtq.recovery.made import Made
 from trtq.recovery.shift import shift
 from trtq.recovery.smooth import smooth
 
@@ -31,14 +32,14 @@ PASSES: tuple[tuple[str, Callable[..., gs.Graph | None]], ...] = (("shift", shif
 LEAST_GAIN_DB = 0.05
 
 
-def fix(job: Job, start: Quantization) -> Quantization | None:
+def fix(job: Job, start: Quantization) -> Made:
     """The quantization with the combination of fixes that does best on the rows held back.
 
     The rows to fit on decide how the graph is changed; what is kept is calibrated anew, by the recipe's
     method and from all rows.
 
     Returns:
-        None where nothing helps.
+        none where nothing helps, and what was tried.
     """
     fitting, _ = job.parts
     found = {"as calibrated": job.measure.sqnr_db(start, "calibrated")}
@@ -56,15 +57,16 @@ def fix(job: Job, start: Quantization) -> Quantization | None:
                 candidates[label] = changed
     ranked = sorted(found.items(), key=lambda item: -item[1])
     best, after = ranked[0]
-    job.console.say("fixes", ", ".join(f"{label} {value:.1f} dB" for label, value in ranked))
+    tried = ", ".join(f"{label} {value:.1f} dB" for label, value in ranked)
+    job.console.say("fixes", tried)
     if after < found["as calibrated"] + LEAST_GAIN_DB:
-        return None
+        return Made(None, True, f"nothing helped: {tried}")
     kept = candidates[best]
     if kept.graph is not start.graph:
         kept = calibrate(job, start.plan, Source.changed(kept.graph))
     if best.endswith("bias"):
         kept = _corrected(job, kept, job.data)
-    return replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found})
+    return Made(replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found}), True)
 
 
 def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) -> Quantization | None:
@@ -79,9 +81,12 @@ def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) 
     if not names:
         return start
     statistics = statistics_of(job, start.plan, fitting, Source.changed(graph))
-    changed = replace(start, graph=graph)
-    method = parse_method(start.notes["method"])
-    if job.recipe.method == "auto":
+    method, search = parse_method(start.notes["method"]), canonical(job.recipe.method) == AUTO
+    reasons = rangeless(statistics, None if search else method)
+    changed = without_ranges_of(replace(start, graph=graph), reasons)
+    if not changed.plan.int8_nodes:
+        return None
+    if search:
         method = choose_method(job.measure, changed, statistics).method
     return replace(changed, scales=scales_from(statistics, method))
 

@@ -3,10 +3,12 @@
 Quantization-aware training with fake quantization and straight-through gradients (paper section 5.2) and
 learned ranges (section 5.3), from the ONNX model alone. The loss is the noise of the outputs against the fp32
 model's, sum (r - c)² / sum r², so no labels are needed; class numbers, where there are some, add their
-cross-entropy. A few hundred rows are enough because little has to change: all steps start from the best
-calibration, weights are learned in units of their scale, with a learning rate that moves them by less than
-one code altogether, and half-cosine decay. Of all epochs the one with the least noise on rows held back is
-kept.
+cross-entropy. An output that mixes scales counts with the mean over its components, which leads gradients to
+all of them; what is kept is judged by the worst, as everywhere.
+
+A few hundred rows are enough because little has to change: all steps start from the best calibration, weights
+are learned in units of their scale, with a learning rate that moves them by less than one code altogether,
+and half-cosine decay. Of all epochs the one with the least noise on rows held back is kept.
 
 First come ranges, biases and norms alone, then weights with them. The INT8 codes that come out are those
 that were trained with: `Quantization.rewritten` writes exactly them.
@@ -17,7 +19,6 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from trtq.data.batches import Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.gate.finite import check_reference
-from trtq.gate.similarity import decibels
+from trtq.gate.similarity import Reference, noise_db
 from trtq.graph.plan import Plan
 from trtq.quantization import Quantization
 from trtq.recovery.budget import NO_BUDGET, Budget
@@ -151,6 +152,8 @@ class _Run:
         device: Any,
         ignore_nonfinite: bool,
     ) -> None:
+        import torch
+
         from trtq.recovery.pupil import Pupil
         from trtq.recovery.torch_graph import TorchGraph
 
@@ -175,6 +178,11 @@ class _Run:
                     cause=f"they reach {numbers.max()}, the output is {tuple(logits.shape[1:])} for each row",
                 )
         self.exams = list(self._lessons(held_back, None))
+        self.reference = Reference([_arrays(exam.expected) for exam in self.exams])
+        self.components = {
+            name: [torch.from_numpy(own).to(device) for own in split.indices]
+            for name, split in self.reference.components.items()
+        }
 
     def learn(
         self, console: Console, budget: Budget, state: bytes | None, save: Callable[[bytes], object]
@@ -212,9 +220,7 @@ class _Run:
                 if budget.over:
                     break
                 epoch += 1
-                console.say(
-                    "learn", f"epoch {epoch} of {epochs}: {_decibels(noise):.2f} dB on rows held back"
-                )
+                console.say("learn", f"epoch {epoch} of {epochs}: {noise_db(noise):.2f} dB on rows held back")
                 stored = {
                     "now": self._answer(),
                     "optimizer": optimizer.state_dict(),
@@ -225,10 +231,10 @@ class _Run:
                 buffer = io.BytesIO()
                 torch.save(stored, buffer)
                 save(buffer.getvalue())
-        gain = _decibels(best_noise) - _decibels(before)
+        gain = noise_db(best_noise) - noise_db(before)
         quantization = self._exported(best) if gain >= LEAST_GAIN_DB else self.given
         steps = epoch * len(self.lessons)
-        return Learned(quantization, _decibels(before), _decibels(best_noise), steps, epoch == epochs)
+        return Learned(quantization, noise_db(before), noise_db(best_noise), steps, epoch == epochs)
 
     def _lessons(self, samples: Samples, labels: NDArray[np.int64] | None) -> Iterator[_Lesson]:
         import torch
@@ -262,27 +268,29 @@ class _Run:
         return loss
 
     def _noise(self, lesson: _Lesson, found: dict[str, Tensor]) -> Tensor:
-        """Noise of the outputs relative to the signal, averaged over the outputs."""
-        ratios = [
-            _error(expected, found[name]).square().sum() / _signal(expected).square().sum().clamp_min(1e-30)
-            for name, expected in lesson.expected.items()
-        ]
+        """Noise of the outputs relative to the signal, averaged over an output's components and outputs."""
+        ratios = []
+        for name, expected in lesson.expected.items():
+            signal = self._parts(name, _signal(expected))
+            error = self._parts(name, _error(expected, found[name]))
+            parts = [
+                e.square().sum() / s.square().sum().clamp_min(1e-30)
+                for e, s in zip(error, signal, strict=True)
+            ]
+            ratios.append(sum(parts[1:], parts[0]) / len(parts))
         return sum(ratios[1:], ratios[0]) / len(ratios)
 
+    def _parts(self, name: str, values: Tensor) -> list[Tensor]:
+        """The values of an output's components; all where it is whole."""
+        axis = self.reference.components[name].axis
+        return [values] if axis is None else [values.index_select(axis, own) for own in self.components[name]]
+
     def _exam(self) -> float:
-        """Noise on all the rows held back, relative to their signal, averaged over the outputs."""
+        """Noise on all the rows held back, relative to their signal (`Reference.noise`)."""
         import torch
 
-        signal: defaultdict[str, float] = defaultdict(float)
-        noise: defaultdict[str, float] = defaultdict(float)
-        for exam in self.exams:
-            with torch.no_grad():
-                found = self.pupil(exam.feed)
-            for name, expected in exam.expected.items():
-                signal[name] += float(_signal(expected).double().square().sum())
-                noise[name] += float(_error(expected, found[name]).double().square().sum())
-        mean = float(np.mean([noise[name] / max(signal[name], 1e-30) for name in signal]))
-        return mean if math.isfinite(mean) else math.inf
+        with torch.no_grad():
+            return self.reference.noise(_arrays(self.pupil(exam.feed)) for exam in self.exams)
 
     def _optimizer(self) -> tuple[Any, list[float]]:
         """Adam, and the learning rate of each of its groups."""
@@ -388,5 +396,6 @@ def _own_weights(quantization: Quantization) -> Sequence[tuple[str, int]]:
     ]
 
 
-def _decibels(noise: float) -> float:
-    return float(decibels(np.float64(1.0), np.float64(noise)))
+def _arrays(outputs: dict[str, Tensor]) -> dict[str, NDArray]:
+    """The outputs as NumPy has them; on the CPU both share the memory."""
+    return {name: values.detach().cpu().numpy() for name, values in outputs.items()}

@@ -4,6 +4,9 @@ The quantity that is searched on is the noise of the outputs, the mean over them
 sum (r - c)² / sum r². It needs no labels, and where quantizers do not interact it is the sum of what each
 group adds alone, so that a ranking is a good start. What counts as cheap is multiply-accumulates in floating
 point, not layers.
+
+Of an output that mixes scales the noise is that of its worst component, not the mean of them: layers are left
+in floating point for what stands in the way, not for components that are good already.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.data.samples import Samples
+from trtq.graph.names import Names
 from trtq.graph.place import readers
 from trtq.graph.plan import Plan
 from trtq.recovery.channels import (
@@ -72,7 +73,7 @@ def shift(graph: gs.Graph, plan: Plan, samples: Samples, *, workers: int | None 
         samples: the middle of each channel's range is measured on an evenly spread part of them.
         workers: rows run at once; default: one for each processor.
     """
-    graph = graph.copy()
+    graph, names = graph.copy(), Names(graph)
     tensors = graph.tensors()
     moves = {name: move for name in plan.tensors if (move := _move(graph, tensors[name])) is not None}
     if not moves:
@@ -84,9 +85,9 @@ def shift(graph: gs.Graph, plan: Plan, samples: Samples, *, workers: int | None 
         if move.clip is not None:
             middle[:] = (low.min() + high.max()) / 2
             for index in (1, 2):
-                set_constant(move.clip, index, move.clip.inputs[index].values - middle[0])
+                set_constant(move.clip, index, move.clip.inputs[index].values - middle[0], names)
         for change in move.changes:
-            change.bias.add(change.amount(middle))
+            change.bias.add(change.amount(middle), names)
     return graph
 
 

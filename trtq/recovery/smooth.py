@@ -29,6 +29,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.data.samples import Samples
+from trtq.graph.names import Names
 from trtq.graph.place import readers
 from trtq.graph.plan import Plan
 from trtq.numerics import amax_per_channel, fake_quantize, scale_from_amax
@@ -214,28 +215,29 @@ def _has_channels(stream: Stream, tensor: gs.Tensor) -> bool:
 
 def scale_stream(graph: gs.Graph, stream: Stream, factors: Vector) -> None:
     """Divide every tensor of the stream by `factors`, shape (channels,), and make up for it; in place."""
+    names = Names(graph)
     ranks = {name: len(tensor.shape or ()) for name, tensor in graph.tensors().items()}
     for node in stream.makers:
         rank = ranks[node.outputs[0].name]
         if is_linear(node):
-            _scale_linear(node, 1 / factors, output=True)
+            _scale_linear(node, 1 / factors, names, output=True)
             for index in range(2, len(node.inputs)):
-                set_constant(node, index, node.inputs[index].values / factors)
+                set_constant(node, index, node.inputs[index].values / factors, names)
         elif node.op in NORMALIZATIONS:
             for index in range(1, len(node.inputs)):
-                set_constant(node, index, node.inputs[index].values / factors)
+                set_constant(node, index, node.inputs[index].values / factors, names)
         else:
             index = _factor_index(node)
             vector = along(factors if node.op == "Div" else 1 / factors, stream.axis, rank)
-            set_constant(node, index, node.inputs[index].values * vector)
+            set_constant(node, index, node.inputs[index].values * vector, names)
     for node, index in stream.constants:
         vector = along(1 / factors, stream.axis, ranks[node.outputs[0].name])
-        set_constant(node, index, node.inputs[index].values * vector)
+        set_constant(node, index, node.inputs[index].values * vector, names)
     for node in stream.readers:
-        _scale_linear(node, factors, output=False)
+        _scale_linear(node, factors, names, output=False)
 
 
-def _scale_linear(node: gs.Node, factors: Vector, *, output: bool) -> None:
+def _scale_linear(node: gs.Node, factors: Vector, names: Names, *, output: bool) -> None:
     """Multiply the weights of a linear node's outputs, or of its inputs, by factors."""
     weight = node.inputs[1].values.astype(np.float64)
     if node.op == "Conv" and not output:
@@ -245,7 +247,7 @@ def _scale_linear(node: gs.Node, factors: Vector, *, output: bool) -> None:
     else:
         axis = 0 if node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0)) == output else 1
         scaled = weight * along(factors, axis, weight.ndim)
-    set_constant(node, 1, scaled)
+    set_constant(node, 1, scaled, names)
 
 
 # --- choosing the factors -----------------------------------------------------------------------------------

@@ -18,23 +18,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from trtq.attempt import Attempt, attempt, parse_share
+from trtq.attempt import Attempt, Fruitless, attempt, parse_share
 from trtq.cache import remove
 from trtq.drift import gap
 from trtq.errors import InputError, MissingBackendError
 from trtq.evaluation import Evaluation
+from trtq.files import sha256_json
 from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
 from trtq.graph.place import SPARING
 from trtq.graph.plan import Plan
-from trtq.job import Job
+from trtq.job import Job, canonical
 from trtq.quantization import Quantization
 from trtq.ranges import calibrate
 from trtq.recovery.budget import Budget
 from trtq.recovery.fixes import fix
 from trtq.recovery.learn import learn
+from trtq.recovery.made import Made
 
 STEPS = ("fix", "partial", "learn")
 """What may follow calibration, in this order."""
@@ -44,13 +46,6 @@ LEAST_RATIO = 1 / 256
 
 MOST_GATES, CLOSE = 8, 1.25
 """How often partial quantization asks the gate how much noise is little enough, and how near is near."""
-
-
-class Made(NamedTuple):
-    """What a step made, None where that is no better than before, and whether it was done whole."""
-
-    quantization: Quantization | None
-    whole: bool
 
 
 def parse_steps(text: str) -> frozenset[str]:
@@ -68,8 +63,8 @@ def parse_steps(text: str) -> frozenset[str]:
 
 def recover(
     job: Job, plan: Plan, evaluation: Evaluation, steps: frozenset[str], budget: Budget, folder: Path
-) -> list[Attempt]:
-    """Every attempt that was made, in order; the workflow stops at the first that passes the gate and checks.
+) -> list[Attempt | Fruitless]:
+    """Every step that was tried, in order; the workflow stops at the first that passes the gate and checks.
 
     Args:
         steps: those of `STEPS` that may be taken.
@@ -79,16 +74,17 @@ def recover(
         InputError, MissingBackendError: as calibrating, building and gating.
     """
     workflow = _Workflow(job, evaluation, steps, budget, folder)
-    workflow.attempt("calibrate", lambda: calibrate(job, plan))
-    whole = workflow.done[0]
+    whole = workflow.attempt("calibrate", lambda: Made(calibrate(job, plan), True))
+    assert whole is not None
+    start = whole
     workflow.warn_of_gap(whole)
     if workflow.wants("fix"):
-        whole = workflow.attempt("fix", lambda: workflow.fix(whole)) or whole
+        start = workflow.attempt("fix", lambda: workflow.fix(whole)) or whole
     if workflow.wants("partial"):
-        workflow.attempt("partial", lambda: workflow.partial("partial", whole))
+        workflow.attempt("partial", lambda: workflow.partial("partial", start))
     if workflow.wants("learn"):
-        taught = workflow.attempt("learn", lambda: workflow.learn(whole))
-        if taught is not None and workflow.wants("partial"):
+        taught = workflow.attempt("learn", lambda: workflow.learn(start))
+        if taught is not None and workflow.wants("partial", "learn, partial"):
             workflow.attempt("learn, partial", lambda: workflow.partial("learn, partial", taught))
     return workflow.done
 
@@ -115,8 +111,7 @@ def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | No
             root = (math.sqrt(error**2 + 4 * drop * verdict.max_drop) - error) / (2 * drop)
             ratio = min(root**2, 0.9)
     if min_sqnr is not None and verdict.outputs:
-        lowest = min(output.sqnr_db for output in verdict.outputs.values())
-        ratio = min(ratio, 10 ** ((lowest - min_sqnr) / 10))
+        ratio = min(ratio, 10 ** ((verdict.lowest_sqnr_db - min_sqnr) / 10))
     return max(ratio, LEAST_RATIO)
 
 
@@ -158,7 +153,7 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
     text = f"{result.before_db:.1f} -> {result.after_db:.1f} dB on the rows held back"
     job.console.say("learn", f"{result.steps} steps: {text}")
     if result.quantization is start:
-        return Made(None, result.whole)
+        return Made(None, result.whole, f"nothing learned in {result.steps} steps is better: {text}")
     notes = {
         **start.notes,
         "learned": {"steps": result.steps, "sqnr_db": [result.before_db, result.after_db]},
@@ -168,21 +163,27 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
 
 @dataclass
 class _Workflow:
-    """The attempts so far, and what they are made with."""
+    """The steps so far, and what they are made with."""
 
     job: Job
     evaluation: Evaluation
     steps: frozenset[str]
     budget: Budget
     folder: Path
-    done: list[Attempt] = field(default_factory=list)
+    done: list[Attempt | Fruitless] = field(default_factory=list)
 
-    def wants(self, step: str) -> bool:
-        """Whether a step is to be taken now."""
-        if self.done[-1].ok or step not in self.steps:
+    def wants(self, step: str, name: str | None = None) -> bool:
+        """Whether a step of `STEPS` is to be taken now; one that there is no time for is on record.
+
+        Args:
+            name: what this round of it is called, if not like the step.
+        """
+        passed = any(isinstance(tried, Attempt) and tried.measured.passed for tried in self.done)
+        if passed or step not in self.steps:
             return False
         if self.budget.over:
-            self.job.console.warn(f"the budget is spent: '{step}' is not tried")
+            self.job.console.warn(f"the budget is spent: '{name or step}' is not tried")
+            self.done.append(Fruitless(name or step, "not tried: the budget was spent"))
             return False
         return True
 
@@ -192,39 +193,41 @@ class _Workflow:
         if (text := gap(self.job, self.evaluation, done.measured, ran)) is not None:
             self.job.console.warn(text)
 
-    def attempt(self, step: str, make: Callable[[], Quantization | None]) -> Attempt | None:
+    def attempt(self, step: str, make: Callable[[], Made]) -> Attempt | None:
         """What `make` gives, built and gated; None where it gives nothing."""
         started = time.perf_counter()
-        quantization = make()
+        quantization, _, reason = make()
         if quantization is None:
+            self.job.console.say(step, reason)
+            self.done.append(Fruitless(step, reason, time.perf_counter() - started))
             return None
         folder = self.folder / f"attempt{len(self.done)}"
-        self.done.append(attempt(step, quantization, self.job, self.evaluation, folder, started))
-        return self.done[-1]
+        tried = attempt(step, quantization, self.job, self.evaluation, folder, started)
+        self.done.append(tried)
+        return tried
 
-    def cached(
-        self, step: str, start: Attempt, make: Callable[[Quantization], Made], **detail: Any
-    ) -> Quantization | None:
+    def cached(self, step: str, start: Attempt, make: Callable[[Quantization], Made], **entries: Any) -> Made:
         """What `make` gives for the attempt's quantization, from the cache where it is there.
 
         Args:
-            detail: what it depends on beside that and the data.
+            entries: what it depends on beside that and the data.
         """
-        key = self.job.key("quantization", start.quantization, step=step, **detail)
+        key = self.job.key("quantization", start.quantization, step=step, **entries)
         if (content := self.job.cache.fetch(key)) is not None:
             self.job.console.say(step, "from the cache; nothing was run")
-            return Quantization.from_bytes(content) if content else None
-        made, whole = make(start.quantization)
-        if whole and (made is None or made.storable):
-            self.job.cache.store(key, made.to_bytes() if made else b"")
+            return Made.from_bytes(content)
+        made = make(start.quantization)
+        if made.whole and (made.quantization is None or made.quantization.storable):
+            self.job.cache.store(key, made.to_bytes())
         return made
 
-    def fix(self, start: Attempt) -> Quantization | None:
-        """The start with the label-free fixes that help; None where none does."""
-        return self.cached("fix", start, lambda first: Made(fix(self.job, first), True))
+    def fix(self, start: Attempt) -> Made:
+        """The start with the label-free fixes that help."""
+        method = canonical(self.job.recipe.method)
+        return self.cached("fix", start, lambda first: fix(self.job, first), method=method)
 
-    def learn(self, start: Attempt) -> Quantization | None:
-        """The start with ranges, biases and weights learned; None where that is not possible here."""
+    def learn(self, start: Attempt) -> Made:
+        """The start with ranges, biases and weights learned, where that is possible here."""
         try:
             return self.cached(
                 "learn",
@@ -234,46 +237,51 @@ class _Workflow:
             )
         except (InputError, MissingBackendError) as error:
             self.job.console.warn(f"nothing can be learned: {error}")
-            return None
+            remedy = f" ({error.remedy})" if error.remedy else ""
+            return Made(None, False, f"nothing can be learned: {error.problem}{remedy}")
 
-    def partial(self, step: str, start: Attempt) -> Quantization | None:
-        """The start with the cheapest groups in floating point that let the gate pass; None if none do."""
+    def partial(self, step: str, start: Attempt) -> Made:
+        """The start with the cheapest groups in floating point that let the gate pass; where none do, with
+        those that come nearest."""
         recipe, evaluation = self.job.recipe, self.evaluation
         least = 0.0 if recipe.min_int8 is None else parse_share(recipe.min_int8)
         if start.coverage.share < least or not can_leave_out(start.quantization, least):
-            self.job.console.say("partial", f"no layer can be left out with {least:.1%} in INT8")
-            return None
+            return Made(None, True, f"no layer can be left out with {least:.1%} in INT8")
         return self.cached(
             step,
             start,
-            lambda first: Made(self._searched(start, least), not self.budget.over),
+            lambda _: self._searched(start, least),
             evaluation=evaluation.samples.hash,
             metric=evaluation.metric.fingerprint,
+            measured=sha256_json(start.measured.to_json()),
             gate=[evaluation.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.rest],
         )
 
-    def _searched(self, start: Attempt, least: float) -> Quantization | None:
+    def _searched(self, start: Attempt, least: float) -> Made:
         """`partial`, with a share `least` in INT8.
 
         How little noise is little enough is bisected with the (simulated) gate; which groups to leave out for
         it, the calibration data say alone. Where none of those sets passes, the inputs that cost no
-        multiply-accumulates are all left out.
+        multiply-accumulates are all left out; and where that does not pass either, the best of all tried is
+        taken, if it is better than the start.
         """
         from trtq.recovery.partial import Search
 
         job, recipe = self.job, self.job.recipe
         search = Search(job, start.quantization, self.budget, job.key("sensitivity", start.quantization))
         if not search.whole:
-            return None
+            return Made(None, False, "the budget was spent before every layer was measured")
         needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
         ratio, failing, enough, best = needed(start.measured), 1.0, 0.0, None
+        tried: list[tuple[Verdict, Quantization]] = []
         for _ in range(MOST_GATES):
             candidate = search.cheapest(ratio)
             share = candidate.plan.mac_share()
             too_little = not candidate.plan.int8_nodes or (share is not None and share < least)
             verdict = None if too_little else self.simulated(candidate)
-            if verdict is not None and not self.passes(verdict):
+            if verdict is not None and not verdict.passed:
                 failing = ratio
+                tried.append((verdict, candidate))
             else:
                 enough, best = ratio, candidate if verdict is not None else best
             if self.budget.over or failing == LEAST_RATIO or (enough and failing < CLOSE * enough):
@@ -284,19 +292,32 @@ class _Workflow:
                 ratio = max(ratio * min(needed(verdict), 0.5), LEAST_RATIO)
         if best is None and search.free and not self.budget.over:
             candidate = search.leaving_out(search.free)
-            return candidate if self.passes(self.simulated(candidate)) else None
-        return best
+            verdict = self.simulated(candidate)
+            best = candidate if verdict.passed else None
+            tried.append((verdict, candidate))
+        whole = not self.budget.over
+        return Made(best, whole) if best is not None else _nearest(tried, start, least, whole)
 
     def simulated(self, candidate: Quantization) -> Verdict:
         """What the gate says of a candidate on the CPU."""
         verdict = self.evaluation.simulated(candidate)
         noise = ", ".join(f"{output.sqnr_db:.1f} dB" for output in verdict.outputs.values())
         left = len(candidate.notes["left_out"])
-        self.job.console.say("gate", f"{left} left out: {verdict.text().splitlines()[0]}, {noise}")
+        self.job.console.say("gate", f"{left} left out: {verdict.headline()}, {noise}")
         return verdict
 
-    def passes(self, verdict: Verdict) -> bool:
-        """Whether a verdict is a pass, with the SQNR asked for."""
-        least = self.job.recipe.min_sqnr
-        lowest = min((output.sqnr_db for output in verdict.outputs.values()), default=-math.inf)
-        return verdict.passed and (least is None or lowest >= least)
+
+def _nearest(tried: list[tuple[Verdict, Quantization]], start: Attempt, least: float, whole: bool) -> Made:
+    """The best of the sets that do not pass, if it is better than the start; what it reaches in any case."""
+    limits = f" with {least:.1%} in INT8" if least else ""
+    reason = f"no set of layers{limits} brings the outputs close enough"
+    if not tried:
+        return Made(None, whole, reason)
+    verdict, nearest = max(tried, key=lambda item: item[0].rank)
+    drop = "outputs that are not finite"
+    if verdict.relative_drop is not None:
+        drop = f"a drop of {verdict.relative_drop:.1%} and {verdict.lowest_sqnr_db:.1f} dB"
+    reason += f"; the best tried, {len(nearest.notes['left_out'])} left out, reaches {drop}"
+    if verdict.rank <= start.measured.rank:
+        return Made(None, whole, f"{reason}, which is no better than '{start.step}'")
+    return Made(nearest.with_remark(reason), whole)

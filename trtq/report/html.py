@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from trtq.calibration.table import Table
 from trtq.coverage import Coverage, coverage
 from trtq.errors import InputError, about
 from trtq.files import PathLike, read_json, write_text
+from trtq.gate.in_the_way import InTheWay
 from trtq.gate.verdict import Outcome, Verdict
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Plan, percent
 from trtq.numerics import INT8_MAX
 
 _STYLE = """
@@ -54,8 +56,9 @@ def write_report(folder: PathLike) -> Path:
     title = f"{verdict.metric}: {verdict.outcome.value}"
     sections = [
         _headline(verdict),
+        _in_the_way(verdict.in_the_way),
         *([_section("Warnings", _warnings(verdict))] if verdict.warnings else []),
-        _section("Accuracy", _interval(verdict) + _paragraphs(verdict.text().splitlines()[1:])),
+        _section("Accuracy", _interval(verdict) + _paragraphs(_measured(verdict))),
         _section("Steps", _steps(folder)),
         _section("Calibration", _methods(table.metadata)),
         _section("Engine", _engine(engine, compiled, covered)),
@@ -72,8 +75,35 @@ def write_report(folder: PathLike) -> Path:
 
 def _headline(verdict: Verdict) -> str:
     name = verdict.outcome.value
-    summary = verdict.text().splitlines()[0].removeprefix(name.upper()).strip()
+    summary = verdict.headline().removeprefix(name.upper()).strip()
     return f'<h1><span class="badge {name}">{name.upper()}</span> {escape(summary)}</h1>'
+
+
+def _in_the_way(found: InTheWay | None) -> str:
+    """The layers that stand in the way, and the way round them where one is known."""
+    if found is None:
+        return ""
+    rows = [
+        [
+            str(rank),
+            ", ".join(f"<code>{escape(node)}</code>" for node in obstacle.nodes),
+            escape(obstacle.op),
+            "" if obstacle.sqnr_db is None else f"{obstacle.sqnr_db:.1f} dB",
+            "" if obstacle.noise_share is None else f"{obstacle.noise_share:.1%}",
+            "" if obstacle.mac_share is None else f"{obstacle.mac_share:.1%}",
+            escape(obstacle.reason),
+        ]
+        for rank, obstacle in enumerate(found.obstacles, 1)
+    ]
+    header = ["", "nodes", "op", "SQNR alone", "of the noise", "of the MACs", ""]
+    table = _table(header, rows, numeric=(3, 4, 5)) if rows else ""
+    way = f"{escape(found.advice)}: <code>{escape(found.options)}</code>" if found.options else None
+    body = f"<p>{escape(found.what)}</p>{table}<p>{way or escape(found.advice)}</p>"
+    return _section("In the way", body)
+
+
+def _measured(verdict: Verdict) -> list[str]:
+    return replace(verdict, in_the_way=None).details()
 
 
 def _section(title: str, body: str) -> str:
@@ -108,7 +138,7 @@ def _interval(verdict: Verdict) -> str:
             (verdict.max_drop, "#c62a2f", f"allowed {verdict.max_drop:.2%}", 10),
         )
     )
-    colour = "#18794e" if verdict.outcome is Outcome.PASS else "#c62a2f"
+    colour = "#18794e" if verdict.gate is Outcome.PASS else "#c62a2f"
     return (
         f'<svg viewBox="0 0 700 66" width="100%" role="img" aria-label="drop with its interval">{ticks}'
         f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="30" y2="30" stroke="{colour}" stroke-width="6" '
@@ -120,26 +150,25 @@ def _steps(folder: Path) -> str:
     """Every step that the workflow took, where `deploy` left a record of them."""
     if not (folder / "workflow.json").is_file():
         return "<p>One: the table it was given.</p>"
-    rows = []
     with about(folder / "workflow.json"):
-        for step in read_json(folder / "workflow.json", "record of the steps"):
-            drop = "not finite" if step["relative_drop"] is None else f"{step['relative_drop']:.2%}"
-            noise = ", ".join(f"{value:.1f}" for value in step["sqnr_db"].values())
-            outcome = escape(step["outcome"])
-            missed = "; ".join(check["message"] for check in step["checks"] if not check["ok"])
-            gate = f'<span class="badge {outcome}">{outcome}</span>'
-            gate += f' <span class="missed">{escape(missed)}</span>' if missed else ""
-            rows.append(
-                [
-                    f"<strong>{escape(step['step'])}</strong>" if step["kept"] else escape(step["step"]),
-                    gate,
-                    drop,
-                    noise,
-                    f"{step['int8_share']:.1%}",
-                ]
-            )
-    header = ["step (kept: bold)", "gate", "drop", "SQNR dB", "INT8 MACs"]
+        rows = [_step(step) for step in read_json(folder / "workflow.json", "record of the steps")]
+    header = ["step (kept: bold)", "outcome", "drop", "SQNR dB", "INT8 MACs", ""]
     return _table(header, rows, numeric=(2, 3, 4))
+
+
+def _step(step: Mapping[str, Any]) -> list[str]:
+    """The row of a step: its figures, or why it gave nothing to measure."""
+    name, note = escape(step["step"]), escape(step.get("note", ""))
+    if step["outcome"] is None:
+        return [name, "nothing to gate", "", "", "", note]
+    drop = "not finite" if step["relative_drop"] is None else f"{step['relative_drop']:.2%}"
+    noise = ", ".join(f"{value:.1f}" for value in step["sqnr_db"].values())
+    outcome = escape(step["outcome"])
+    missed = escape("; ".join(check["message"] for check in step["checks"] if not check["ok"]))
+    badge = f'<span class="badge {outcome}">{outcome}</span>'
+    badge += f' <span class="missed">{missed}</span>' if missed else ""
+    name = f"<strong>{name}</strong>" if step["kept"] else name
+    return [name, badge, drop, noise, percent(step["int8_share"]), note]
 
 
 def _methods(metadata: Any) -> str:

@@ -3,56 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
 from xml.etree import ElementTree
 
-from trtq.gate.verdict import Outcome, Verdict
+from trtq.gate.verdict import Check, Outcome, Verdict
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-class Check(NamedTuple):
-    """One more thing to report beside the gate."""
-
-    name: str
-    ok: bool
-    message: str = ""
-
-
-def junit_xml(verdict: Verdict, checks: Iterable[Check] = ()) -> str:
+def junit_xml(verdict: Verdict) -> str:
     """One test suite: the gate's test case, then one per check.
 
-    A fail is a `failure`, an inconclusive gate is `skipped`; both carry the verdict's text, which
-    is the test case's output otherwise. Characters that XML cannot hold become `?`.
+    A fail is a `failure`, what is inconclusive is `skipped`: the suite has failures, or else skipped cases,
+    exactly where the verdict's outcome is no pass. The gate's case carries the verdict's text, and what
+    stands in the way is told with every failure. Characters that XML cannot hold become `?`.
     """
     suite = ElementTree.Element("testsuite", name="trtq")
-    text = verdict.text()
-    summary = text.splitlines()[0]
-    case = _case(suite, f"accuracy gate {verdict.metric}")
-    if verdict.outcome is Outcome.FAIL:
-        _result(case, "failure", summary, text)
-    elif verdict.outcome is Outcome.INCONCLUSIVE:
-        _result(case, "skipped", summary, text)
-    else:
-        ElementTree.SubElement(case, "system-out").text = _clean(text)
-    for name, ok, message in checks:
-        case = _case(suite, name)
-        if not ok:
-            _result(case, "failure", message, message)
+    gate = Check(f"accuracy gate {verdict.metric}", verdict.gate, verdict.gate_line())
+    in_the_way = "\n".join(verdict.in_the_way.lines()) if verdict.in_the_way else ""
+    for check, text in (
+        (gate, verdict.text()),
+        *((check, f"{check.message}\n{in_the_way}".strip()) for check in verdict.checks),
+    ):
+        case = ElementTree.SubElement(suite, "testcase", classname="trtq", name=_clean(check.name))
+        if check.ok:
+            ElementTree.SubElement(case, "system-out").text = _clean(text)
+        else:
+            kind = "failure" if check.outcome is Outcome.FAIL else "skipped"
+            ElementTree.SubElement(case, kind, message=_clean(check.message)).text = _clean(text)
     for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
         suite.set(attribute, str(sum(1 for _ in suite.iter(tag))))
     suite.set("errors", "0")
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
-
-
-def _case(suite: ElementTree.Element, name: str) -> ElementTree.Element:
-    return ElementTree.SubElement(suite, "testcase", classname="trtq", name=_clean(name))
-
-
-def _result(case: ElementTree.Element, kind: str, message: str, text: str) -> None:
-    ElementTree.SubElement(case, kind, message=_clean(message)).text = _clean(text)
 
 
 def _clean(text: str) -> str:

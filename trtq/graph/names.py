@@ -1,0 +1,40 @@
+"""Names for what a pass adds to a graph: free ones, so that nothing of the model is taken for it."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+
+class Names:
+    """Gives names that nothing has yet, and none of them twice.
+
+    All tensors (inputs, outputs and constants, too) are one namespace and all nodes another. The bodies of
+    If, Loop and Scan count: they see the tensors around them.
+
+    Args:
+        graphs: what has names already; tensors that are added to them later by other means are not seen.
+    """
+
+    def __init__(self, *graphs: gs.Graph) -> None:
+        bodies = [body for graph in graphs for body in (graph, *graph.subgraphs(recursive=True))]
+        nodes = [node for body in bodies for node in body.nodes]
+        self._nodes = {node.name for node in nodes}
+        self._tensors = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
+        self._tensors |= {tensor.name for body in bodies for tensor in (*body.inputs, *body.outputs)}
+
+    def tensor(self, wish: str) -> str:
+        """The wished name for a tensor where it is free, else that with a number behind it."""
+        return _take(wish, self._tensors)
+
+    def node(self, wish: str) -> str:
+        """The same for a node."""
+        return _take(wish, self._nodes)
+
+
+def _take(wish: str, taken: set[str]) -> str:
+    name, suffix = wish, 0
+    while name in taken:
+        suffix += 1
+        name = f"{wish}_{suffix}"
+    taken.add(name)
+    return name

@@ -1,0 +1,36 @@
+"""What a step of the workflow made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from trtq.quantization import Quantization
+
+
+class Made(NamedTuple):
+    """What a step made.
+
+    Attributes:
+        quantization: None where there is none that is better than before.
+        whole: whether the step was done whole; what is not is not kept in the cache.
+        reason: why there is none, with the figures.
+    """
+
+    quantization: Quantization | None
+    whole: bool
+    reason: str = ""
+
+    def to_bytes(self) -> bytes:
+        """The quantization's bytes, or the reason's; of a `storable` quantization."""
+        return self.reason.encode() if self.quantization is None else self.quantization.to_bytes()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Made:
+        """The inverse of `to_bytes`, for what was done whole."""
+        if content.startswith(_ZIP):
+            return cls(Quantization.from_bytes(content), True)
+        return cls(None, True, content.decode())
+
+
+_ZIP = b"PK"
+"""What the bytes of an `.npz` begin with; no reason does."""
