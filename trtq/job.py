@@ -73,8 +73,9 @@ class Job:
         """Warn of calibration rows among those of the evaluation."""
         if (shared := shared_rows(self.data, evaluation)) is not None:
             theirs, mine = shared.first
+            what = "rows" if shared.size == 1 else f"samples of {shared.size} rows"
             self.console.warn(
-                f"{shared.found} of {shared.rows} evaluation rows are also calibration rows (first: row"
+                f"{shared.found} of {shared.total} evaluation {what} are also calibration {what} (first: row"
                 f" {theirs} = calibration row {mine}): what was fitted on a row looks better on it than on"
                 " others; evaluate on rows of their own"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,16 @@ def test_all_inputs_of_a_row_have_to_agree() -> None:
     padding = Samples("c", TEXT, {"ids": np.zeros((2, 6), int), "mask": np.zeros((2, 6), int)}, {}, "0" * 64)
     assert shared_rows(padding, padding) == Shared(2, 2, (0, 0))
     assert distinct_rows(padding, 16) == 1
+
+
+def test_of_a_sample_of_two_rows_both_have_to_be_shared() -> None:
+    """As pairs of sentences are; where one side has no targets, rows are all that can be compared."""
+    rows = np.arange(12)[:, None] * np.ones((1, 3))
+    pairs = replace(vectors(rows), targets={"score": np.zeros(6)})
+    other = replace(vectors(rows[[0, 5, 6, 7, 11, 10]]), targets={"score": np.zeros(3)})
+    assert shared_rows(pairs, other) == Shared(1, 3, (2, 6), 2)
+    assert shared_rows(pairs, other.subset([0, 2])) is None
+    assert shared_rows(replace(pairs, targets={}), other) == Shared(6, 6, (0, 0))
 
 
 @pytest.fixture

@@ -25,39 +25,43 @@ class Shared(NamedTuple):
     """What two sets of samples have in common.
 
     Attributes:
-        found: rows of the second that are in the first as well.
-        rows: of the second.
-        first: the first of them, in the second set and in the first, numbered as their sources do.
+        found: samples of the second that are in the first as well.
+        total: samples of the second.
+        first: first row of the first of them, in the second set and in the first, as their sources number.
+        size: rows of a sample: those that make one where both sets have equally many, else 1.
     """
 
     found: int
-    rows: int
+    total: int
     first: tuple[int, int]
+    size: int = 1
 
 
 def shared_rows(samples: Samples, others: Samples) -> Shared | None:
-    """The rows of `others` that are rows of `samples`, too; None where there are none.
+    """The samples among `others` that are in `samples`, too; None where there are none.
 
-    Memory holds one row, and a few bytes for each.
+    Where k rows make a sample in both, one of them alone is not shared: pairs of sentences may have one in
+    common. Memory holds one row, and a few bytes for each.
     """
+    size = samples.group if samples.group == others.group else 1
     pairs = [_readers(spec, samples, others) for spec in samples.specs]
     mine, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
-    known = [_sketch(mine, index) for index in range(len(samples))]
-    found = [_sketch(theirs, index) for index in range(len(others))]
+    known = [_sketch(mine, row, size) for row in range(0, len(samples), size)]
+    found = [_sketch(theirs, row, size) for row in range(0, len(others), size)]
     alike = set(known) & set(found)
     where: dict[bytes, int] = {}
     for index, sketch in enumerate(known):
         if sketch in alike:
-            where.setdefault(_digest(mine, index), index)
+            where.setdefault(_digest(mine, index * size, size), index * size)
     shared = [
-        (index, where[digest])
+        (index * size, where[digest])
         for index, sketch in enumerate(found)
-        if sketch in alike and (digest := _digest(theirs, index)) in where
+        if sketch in alike and (digest := _digest(theirs, index * size, size)) in where
     ]
     if not shared:
         return None
-    theirs_first, mine_first = shared[0]
-    return Shared(len(shared), len(others), (others.row_number(theirs_first), samples.row_number(mine_first)))
+    first = others.row_number(shared[0][0]), samples.row_number(shared[0][1])
+    return Shared(len(shared), len(found), first, size)
 
 
 def distinct_rows(samples: Samples, enough: int) -> int:
@@ -89,8 +93,9 @@ def _cast(column: Column, spec: InputSpec) -> Read:
     return lambda index: np.asarray(column[index]).astype(spec.dtype)
 
 
-def _sketch(reads: Sequence[Read], index: int) -> int:
-    return hash(tuple(_some(read(index)) for read in reads))
+def _sketch(reads: Sequence[Read], row: int, size: int) -> int:
+    """Equal for samples of `size` rows from `row` on that are equal, and seldom for others."""
+    return hash(tuple(_some(read(index)) for index in range(row, row + size) for read in reads))
 
 
 def _some(value: Any) -> Any:
@@ -100,12 +105,12 @@ def _some(value: Any) -> Any:
     return array.shape, array.reshape(-1)[:: max(array.size // _SKETCHED, 1)].tobytes()
 
 
-def _digest(reads: Sequence[Read], index: int) -> bytes:
+def _digest(reads: Sequence[Read], row: int, size: int = 1) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for read in reads:
-        value = read(index)
-        if not isinstance(value, bytes):
+    for value in (read(index) for index in range(row, row + size) for read in reads):
+        if isinstance(value, bytes):
+            digest.update(value)
+        else:
             digest.update(repr(np.shape(value)).encode())
-            value = np.ascontiguousarray(value).tobytes()
-        digest.update(value)
+            digest.update(np.ascontiguousarray(value).tobytes())
     return digest.digest()
