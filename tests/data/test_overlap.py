@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -29,6 +29,7 @@ def vectors(rows, dtype=np.float32) -> Samples:
 numbers = st.lists(st.integers(0, 8), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(numbers, numbers)
 def test_shared_rows_are_those_that_both_have(mine, theirs) -> None:
     """Against Python's own sets; each number is a row."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -64,6 +64,7 @@ def test_a_row_without_any_finite_value_is_always_refused():
         check_reference({"y": none}, ignore_nonfinite=True)
 
 
+@settings(deadline=None)
 @given(arrays(np.float32, (4, 3)), arrays(np.float32, (4, 3)))
 def test_both_sides_are_filled_where_the_reference_is_not_finite(reference, candidate):
     filled = compared(reference, candidate, 7)
@@ -83,6 +84,7 @@ def judged(reference, candidate, metric="cosine", labels=None, **options) -> Ver
     return decide(reference, candidate, targets, load_metric(metric), executor="simulation", **options)
 
 
+@settings(deadline=None)
 @given(
     arrays(np.float32, (4, 5), elements=st.floats(-10, 10, width=32)),
     arrays(np.bool_, (4, 5)),

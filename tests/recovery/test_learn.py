@@ -161,6 +161,32 @@ def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(start: tuple[C
     assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()
 
 
+def test_classes_masked_with_infinity(tmp_path: Path) -> None:
+    """An error unless it is asked for; then what is left is measured and learned."""
+    mask = np.array([0, 0, -np.inf, 0], np.float32)
+
+    def masked(case: Case) -> None:
+        hidden = case.node(
+            "Relu", case.node("Gemm", case.input("x", 16), case.weight(16, 16), case.weight(16))
+        )
+        hidden.shape = ["N", 16]
+        case.output(case.node("Add", case.node("Gemm", hidden, case.weight(16, 4), case.weight(4)), mask), 4)
+
+    case = small_case(tmp_path, masked, np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32))
+    quantization = case.quantized()
+    wide = {name: np.float32(4 * scale) for name, scale in quantization.scales.items()}
+    quantization = replace(quantization, scales=wide)
+    fitting, held_back = case.samples.split()
+    with pytest.raises(InputError, match="of the reference is NaN or infinite in row 0"):
+        learn(quantization, case.graph, fitting, held_back, SILENT, threads=1)
+    learned = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, ignore_nonfinite=True)
+    for figure, made in ((learned.before_db, quantization), (learned.after_db, learned.quantization)):
+        (expected,), (found,) = outputs(case.graph, held_back), outputs(made.rewritten(), held_back)
+        finite = np.isfinite(mask)
+        assert figure == pytest.approx(float(sqnr_db(expected[:, finite], found[:, finite])[0]), abs=0.02)
+    assert learned.after_db > learned.before_db + 1
+
+
 def mixed(case: Case) -> None:
     """Boxes in pixels beside scores, each of a layer of its own behind a common one."""
     x = case.input("x", 16)
