@@ -166,7 +166,7 @@ def test_keys_may_be_written_as_on_the_command_line(file: Path) -> None:
         ("target = nan", ["target", "nan", "8.6"]),
         ("target = [8.6, true]", ["target", "True", "8.6"]),
         ("target = [8.6, [9.0]]", ["target", "8.6"]),
-        ("min_sqnr = inf", ["min_sqnr", "inf"]),
+        ("min_sqnr = inf", ["--min-sqnr is inf", "of decibels"]),
         ("min_sqnr = true", ["min_sqnr", "True", "float"]),
         (f"min_sqnr = 0x{'f' * 400}", ["min_sqnr", "float"]),
         ("confidence = nan", ["confidence is nan", "between 0.5 and 1"]),

@@ -61,6 +61,7 @@ _PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "pillow")
 KINDS: Mapping[str, Kind] = {
     "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
     "table": Kind("cache", 2, ("trtq.ranges", *_READING), (*_PACKAGES, "numba")),
+    "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
     "outputs": Kind("npz", 2, ("trtq.gate.execute", "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
     "sensitivity": Kind("bin", 2, ("trtq.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES),

@@ -11,7 +11,6 @@ from typing import Any
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
 from trtq.backends.onnxruntime import simulation_fingerprint
 from trtq.cache import Cache, Key, default_root
-from trtq.calibration.methods import parse_method
 from trtq.choose import Measure
 from trtq.console import Console
 from trtq.data.load import load_samples
@@ -26,9 +25,6 @@ from trtq.graph.plan import Plan
 from trtq.parallel import parse_parallel
 from trtq.quantization import Quantization
 from trtq.recipe import Recipe
-
-AUTO = "auto"
-"""The method that tries the others."""
 
 FEWEST_TO_SPLIT = 16
 """With fewer samples, what is fitted on the data is measured on the same rows."""
@@ -58,8 +54,6 @@ class Job:
         """
         recipe.need("model", "data")
         parse_parallel(recipe.parallel)
-        if recipe.method.strip().lower() != "auto":
-            parse_method(recipe.method)
         assert recipe.data is not None
         model = prepare(recipe)
         data = load_samples(recipe.data, model.inputs, recipe.preprocess)
@@ -144,16 +138,6 @@ class Job:
             self.recipe.threads,
             self.recipe.ignore_nonfinite,
         )
-
-
-def canonical(method: str) -> str:
-    """The one name of a calibration method however it is written: "auto", or as `parse_method` calls it.
-
-    Raises:
-        InputError: unknown name.
-    """
-    name = method.strip().lower()
-    return AUTO if name == AUTO else str(parse_method(name))
 
 
 def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Plan:

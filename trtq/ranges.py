@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -12,16 +13,18 @@ import onnx_graphsurgeon as gs
 import trtq
 from trtq.backends.onnxruntime import simulation_fingerprint
 from trtq.cache import Key
-from trtq.calibration.methods import Method, parse_method
+from trtq.calibration.extents import measure_extents
+from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
 from trtq.choose import CANDIDATES, Choice, choose_method, scales_from
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
+from trtq.graph.half_rules import Extent, float32_nodes
 from trtq.graph.place import without_ranges
 from trtq.graph.plan import Plan
 from trtq.graph.weights import graph_sha256
-from trtq.job import AUTO, Job, canonical
+from trtq.job import Job
 from trtq.numerics import has_scale
 from trtq.parallel import collect_sharded
 from trtq.quantization import Quantization
@@ -51,6 +54,7 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
     which costs no further pass: the statistics of both parts add up.
 
     What calibration gives no range is not quantized: the plan of the result says so, and a warning does.
+    Where the rest is to be float16, the plan also says what stays float32.
 
     Args:
         source: what to calibrate; default: the job's model.
@@ -59,13 +63,41 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
         InputError: no node is left in INT8; or as collecting and measuring.
     """
     source = source or Source(job.model.graph, job.model.sha256)
+    made = _calibrated(job, plan, source)
+    if job.recipe.rest == "fp32":
+        return made
+    given = {node.name for node in plan.float32}
+    found = float32_nodes(source.graph, made.plan, made.scales, extents_of(job, source))
+    float32 = [*plan.float32, *(node for node in found if node.name not in given)]
+    return replace(made, plan=replace(made.plan, float32=float32))
+
+
+def extents_of(job: Job, source: Source) -> dict[str, Extent]:
+    """The extents of a graph's tensors over the job's data, from the cache where they are there.
+
+    Raises:
+        InputError: the model does not run on the data.
+    """
+    key = Key.of(
+        "extents", model=source.sha256, data=job.data.hash, opset=source.graph.opset,
+        executor=simulation_fingerprint(),
+    )  # fmt: skip
+    if (content := job.cache.fetch(key)) is not None:
+        return {name: Extent(*figures) for name, figures in json.loads(content).items()}
+    extents = measure_extents(source.graph, job.data, workers=job.recipe.threads)
+    job.cache.store(key, json.dumps({name: astuple(extent) for name, extent in extents.items()}).encode())
+    return extents
+
+
+def _calibrated(job: Job, plan: Plan, source: Source) -> Quantization:
+    """`calibrate`, but for what stays float32."""
     bare, key = Quantization(source.graph, plan, {}), _table_key(job, plan, source)
     if (content := job.cache.fetch(key)) is not None:
         notes = job.cache.notes(key)
         bare = _ranged(job, bare, notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{notes['method']}, from the cache; nothing was run")
         return replace(bare, scales=Table.from_bytes(content).scales, notes=notes)
-    requested = canonical(job.recipe.method)
+    requested = job.recipe.method
     method = None if requested == AUTO else parse_method(requested)
     fitting, whole = _both_statistics(job, plan, source)
     reasons = rangeless(whole, method)
@@ -136,7 +168,7 @@ def _ranged(job: Job, bare: Quantization, reasons: Mapping[str, str]) -> Quantiz
 
 def _table_key(job: Job, plan: Plan, source: Source) -> Key:
     """What the ranges depend on: with `auto` also where quantizers stand and how much a run costs."""
-    method = canonical(job.recipe.method)
+    method = job.recipe.method
     search: dict[str, Any] = {}
     if method == AUTO:
         search = {
@@ -165,7 +197,7 @@ def _both_statistics(job: Job, plan: Plan, source: Source) -> tuple[Statistics, 
     They are one with a fixed method. A tensor that only the rows held back have values of takes their
     histogram in both.
     """
-    if canonical(job.recipe.method) != AUTO or not job.enough:
+    if job.recipe.method != AUTO or not job.enough:
         every = statistics_of(job, plan, job.data, source)
         return every, every
     fitting, held_back = (statistics_of(job, plan, part, source) for part in job.parts)

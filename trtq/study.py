@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trtq.calibration.methods import Method, parse_method
+from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.calibration.statistics import Statistics
 from trtq.choose import scales_from
 from trtq.errors import InputError, MissingBackendError
@@ -20,7 +20,7 @@ from trtq.graph.evaluate import fold_constants
 from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
 from trtq.graph.shapes import infer_types
-from trtq.job import AUTO, Job, canonical, opt_shapes, unfolded
+from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
 from trtq.quantization import Quantization, WeightScales
 from trtq.ranges import Source, calibrate, rangeless, statistics_of, without_ranges_of
@@ -146,7 +146,7 @@ class _Study:
         statistics = statistics_of(job, plan, job.data, source)
         bare = Quantization(source.graph, plan, {})
         methods = [self.row(name, _by_method(bare, statistics, parse_method(name))) for name in METHODS]
-        if canonical(job.recipe.method) == AUTO:
+        if job.recipe.method == AUTO:
             methods.append(self.row("auto", best))
         tables = {"Calibration methods, all layers INT8 (paper table 5)": methods}
         notes: list[str] = []

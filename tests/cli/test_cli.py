@@ -412,6 +412,31 @@ def test_the_steps_equal_deploy(small: Case, tmp_path: Path, trtq_run: Command) 
     assert alone == whole | {"warnings": []}  # the gate alone knows nothing of the calibration data
 
 
+def test_a_method_is_one_in_every_spelling(small: Case, tmp_path: Path, trtq_run: Command) -> None:
+    tables = []
+    for text in ("percentile:99.9", "Percentile:99.90", " PERCENTILE:9.99e1"):
+        tables.append(tmp_path / f"{len(tables)}.cache")
+        arguments = ("calibrate", small.model, "--data", small.data, "--method", text, "-o", tables[-1])
+        run = trtq_run(*arguments)
+        assert run.code == ExitCode.PASS
+        assert ("from the cache; nothing was run" in run.err) == (len(tables) > 1)
+    assert len({table.read_bytes() for table in tables}) == 1
+    assert {Table.load(table).metadata["method"] for table in tables} == {"percentile:99.9"}
+
+
+def test_auto_is_spelled_like_the_methods(small: Case, tmp_path: Path, trtq_run: Command) -> None:
+    table = tmp_path / "t.cache"
+    arguments = ("calibrate", small.model, "--data", small.data, "-o", table)
+    assert trtq_run(*arguments, "--method", "AUTO").code == ExitCode.PASS
+    assert Table.load(table).metadata["requested"] == "auto"
+    assert "from the cache" in trtq_run(*arguments).err
+
+
+def test_a_method_that_is_none_is_refused_before_any_work(tmp_path: Path, trtq_run: Command) -> None:
+    run = trtq_run("calibrate", "no.onnx", "--data", "no.npz", "--method", "nope", "-o", tmp_path / "t.cache")
+    assert_refused(run, "unknown calibration method 'nope'")
+
+
 def test_quantize_refuses_the_table_of_another_model(
     demo: Deployed, small: Case, tmp_path: Path, trtq_run: Command
 ) -> None:

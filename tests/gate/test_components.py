@@ -97,6 +97,16 @@ def test_three_scales_over_and_over() -> None:
     assert split(head.reshape(16, 30, 20)) == [span(2, 30, 3), span(1, 30, 3), span(0, 30, 3)]
 
 
+def test_scores_need_no_gap() -> None:
+    """Boxes, scores and mask coefficients; a box in metres with sizes, angle and scores."""
+    random = RANDOM(13)
+    head = pixels(random, 16, 4, 50), scores(random, 16, 80, 50), random.normal(size=(16, 32, 50))
+    assert split(*head) == [span(4), span(84, 116), span(4, 84)]
+    place, size = random.uniform(-70, 70, (16, 3, 50)), random.uniform(1, 9, (16, 3, 50))
+    turn = random.uniform(-3, 3, (16, 1, 50))
+    assert split(place, size, turn, scores(random, 16, 3, 50)) == [span(7), span(7, 10)]
+
+
 def test_depth_in_millimetres_beside_confidence() -> None:
     random = RANDOM(6)
     assert split(random.uniform(400, 8000, (16, 1, 9, 9)), scores(random, 16, 1, 9, 9)) == [[0], [1]]

@@ -8,6 +8,9 @@ The rule looks at the reference alone. It takes the largest |x| of every index a
 samples'), over all rows, sorts these peaks, and cuts where a peak is `GAP` times the next one or more and the
 root mean squares of the two sides are as far apart.
 
+- Scores, indices within 0...1 that reach `LEAST`, need no gap: coefficients of masks, around ±3, must not
+  hide them. But every other index has to be negative somewhere or reach twice the bound, and the root mean
+  squares are `GAP` apart here, too.
 - Peaks up to 1 stay together, however small some are: probabilities of classes that hardly occur are no
   component of their own. So an output within -1...1 is whole, and so is one whose values along the axis are
   a distribution: not negative, with one sum everywhere.
@@ -23,15 +26,15 @@ root mean squares of the two sides are as far apart.
 - An axis whose indices have fewer than `FEWEST_VALUES` values each is never split: peaks of that few say
   nothing. Where several axes could be split, the one with the widest gap is.
 
-What this cannot see: scales that pass into each other without a gap (70, 20, 5, 1), scales within -1...1,
-components along two axes at once, and integers, which are always whole. An outlier among up to `HANDFUL`
-channels cannot be told from a component, and is taken for one.
+What this cannot see: scales other than scores that pass into each other without a gap (70, 20, 5), scales
+within -1...1, components along two axes at once, and integers, which are always whole. An outlier among up to
+`HANDFUL` channels cannot be told from a component, and is taken for one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -69,6 +72,8 @@ _LISTED = 4
 """Ranges of indices that a label names."""
 
 Mask = NDArray[np.bool_]
+Vector = NDArray[np.float64]
+"""Of each index along an axis."""
 
 
 @dataclass(frozen=True)
@@ -135,29 +140,47 @@ def _split(batches: Sequence[NDArray], axis: int) -> tuple[Components, float]:
     highest = np.max([b.max(axis=others, initial=-np.inf) for b in batches], axis=0).astype(np.float64)
     lowest = np.min([b.min(axis=others, initial=np.inf) for b in batches], axis=0).astype(np.float64)
     peaks = np.maximum(highest, -lowest)
-    vary = highest - lowest > CONSTANT * peaks
+    cuts = [*_gaps(peaks, lowest, highest), *_scores(peaks, lowest, highest)]
+    if not cuts:
+        return WHOLE, 0.0
+    values = _Values(peaks, lowest, np.sum([_energy(batch, axis) for batch in batches], axis=0))
+    made = [large for large in cuts if _is_made(values, large)]
+    if not made:
+        return WHOLE, 0.0
+    sides = np.stack(made, axis=1)
+    groups = [np.flatnonzero((sides == side).all(axis=1)) for side in np.unique(sides, axis=0)]
+    groups.sort(key=lambda own: -peaks[own].max())
+    widest = max(peaks[large].max() / peaks[~large].max() for large in made)
+    return Components(axis, tuple(groups), tuple(float(peaks[own].max()) for own in groups)), float(widest)
+
+
+def _gaps(peaks: Vector, lowest: Vector, highest: Vector) -> Iterator[Mask]:
+    """The indices of large values at each gap between the sorted peaks."""
     order = np.argsort(-peaks, kind="stable")
     order = order[peaks[order] > RESIDUE * peaks.max()]
     upper, lower = peaks[order[:-1]], peaks[order[1:]]
-    wide = (upper >= GAP * lower) & (upper > BOUND) & vary[order[1:]]
-    if not wide.any():
-        return WHOLE, 0.0
-    values = _Values(peaks, lowest, np.sum([_energy(batch, axis) for batch in batches], axis=0))
-    gaps = {
-        float(upper[i]): float(upper[i] / lower[i])
-        for i in np.flatnonzero(wide)
-        if _is_made(values, peaks >= upper[i])
-    }
-    if not gaps:
-        return WHOLE, 0.0
-    group = np.sum([peaks < bound for bound in gaps], axis=0)
-    indices = tuple(np.flatnonzero(group == number) for number in range(len(gaps) + 1))
-    return Components(axis, indices, tuple(float(peaks[own].max()) for own in indices)), max(gaps.values())
+    wide = (upper >= GAP * lower) & (upper > BOUND) & _vary(peaks, lowest, highest)[order[1:]]
+    yield from (peaks >= bound for bound in upper[wide])
+
+
+def _scores(peaks: Vector, lowest: Vector, highest: Vector) -> Iterator[Mask]:
+    """The indices that are no scores, where there are scores and all others can be told from them."""
+    scores = (lowest >= 0) & (peaks <= BOUND)
+    doubtful = (lowest >= 0) & ~scores & (peaks < 2 * BOUND)
+    if (scores & _vary(peaks, lowest, highest) & (peaks >= LEAST)).any() and not (
+        doubtful.any() or scores.all()
+    ):
+        yield ~scores
+
+
+def _vary(peaks: Vector, lowest: Vector, highest: Vector) -> Mask:
+    """Which indices have more than one value."""
+    return highest - lowest > CONSTANT * peaks
 
 
 @dataclass(frozen=True)
 class _Values:
-    """The values of each index along an axis; all of shape (indices,).
+    """The values of each index along an axis.
 
     Attributes:
         peaks: the largest |x|.
@@ -165,12 +188,12 @@ class _Values:
         energy: the sum of x².
     """
 
-    peaks: NDArray[np.float64]
-    lowest: NDArray[np.float64]
-    energy: NDArray[np.float64]
+    peaks: Vector
+    lowest: Vector
+    energy: Vector
 
 
-def _energy(batch: NDArray, axis: int) -> NDArray[np.float64]:
+def _energy(batch: NDArray, axis: int) -> Vector:
     every = list(range(batch.ndim))
     return np.einsum(batch, every, batch, every, [axis], dtype=np.float64)
 

@@ -56,25 +56,27 @@ def rewrite(
         raise InputError(
             "the plan belongs to another model", cause=f"the model has no node '{sorted(unknown)[0]}'"
         )
-    ranges: dict[str, list[gs.Constant]] = {}
-    pairs: dict[tuple[str, int | None], gs.Variable] = {}
+    ranges: dict[tuple[str, np.dtype], list[gs.Constant]] = {}
+    pairs: dict[tuple[str, int | None], gs.Variable] = {}  # by the names of `graph`: one for each dtype
     for edge in plan.edges:
         inputs = nodes[edge.node].inputs
-        if edge.range not in ranges:
-            ranges[edge.range] = _range(names, edge.range, scales[edge.range], inputs[edge.index].dtype)
-        if (edge.tensor, None) not in pairs:
-            tensor, constants = inputs[edge.index], ranges[edge.range]
-            quantized = _quantize_node(graph, names, tensor, constants, tensor.name)
-            pairs[edge.tensor, None] = _dequantize(
-                graph, names, quantized, constants, tensor.name, tensor.dtype
+        tensor = inputs[edge.index]
+        span = (edge.range, np.dtype(tensor.dtype))
+        if span not in ranges:
+            ranges[span] = _range(names, edge.range, scales[edge.range], tensor.dtype)
+        if (tensor.name, None) not in pairs:
+            quantized = _quantize_node(graph, names, tensor, ranges[span], tensor.name)
+            pairs[tensor.name, None] = _dequantize(
+                graph, names, quantized, ranges[span], tensor.name, tensor.dtype
             )
-        inputs[edge.index] = pairs[edge.tensor, None]
+        inputs[edge.index] = pairs[tensor.name, None]
     for weight in plan.weights:
-        inputs, key = nodes[weight.node].inputs, (weight.tensor, weight.axis)
+        inputs = nodes[weight.node].inputs
+        constant, key = inputs[weight.index], (inputs[weight.index].name, weight.axis)
         if key not in pairs:
-            scale = (weight_scales or {}).get(key)
+            scale = (weight_scales or {}).get((weight.tensor, weight.axis))
             form = "qdq" if _is_cut(nodes[weight.node]) else weights
-            pairs[key] = _quantize_weight(graph, names, inputs[weight.index], weight.axis, scale, form)
+            pairs[key] = _quantize_weight(graph, names, constant, weight.axis, scale, form)
         inputs[weight.index] = pairs[key]
     for (node, index), values in (biases or {}).items():
         old = nodes[node].inputs[index]

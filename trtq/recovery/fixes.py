@@ -14,11 +14,11 @@ from itertools import product
 
 import onnx_graphsurgeon as gs
 
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import AUTO, parse_method
 from trtq.choose import choose_method, scales_from
 from trtq.console import SILENT
 from trtq.data.samples import Samples
-from trtq.job import AUTO, Job, canonical
+from trtq.job import Job
 from trtq.quantization import Quantization
 from trtq.ranges import Source, calibrate, rangeless, statistics_of, without_ranges_of
 from trtq.recovery.bias import correct_biases
@@ -81,7 +81,7 @@ def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) 
     if not names:
         return start
     statistics = statistics_of(job, start.plan, fitting, Source.changed(graph))
-    method, search = parse_method(start.notes["method"]), canonical(job.recipe.method) == AUTO
+    method, search = parse_method(start.notes["method"]), job.recipe.method == AUTO
     reasons = rangeless(statistics, None if search else method)
     changed = without_ranges_of(replace(start, graph=graph), reasons)
     if not changed.plan.int8_nodes:

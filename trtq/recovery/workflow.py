@@ -30,7 +30,7 @@ from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
 from trtq.graph.place import SPARING
 from trtq.graph.plan import Plan
-from trtq.job import Job, canonical
+from trtq.job import Job
 from trtq.quantization import Quantization
 from trtq.ranges import calibrate
 from trtq.recovery.budget import Budget
@@ -223,7 +223,7 @@ class _Workflow:
 
     def fix(self, start: Attempt) -> Made:
         """The start with the label-free fixes that help."""
-        method = canonical(self.job.recipe.method)
+        method = self.job.recipe.method
         return self.cached("fix", start, lambda first: fix(self.job, first), method=method)
 
     def learn(self, start: Attempt) -> Made:
