@@ -294,15 +294,12 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
 
 
 def plan_text(plan: Plan) -> str:
-    """What the plan does, in a few lines; one for all nodes that stay float32 by the same rule."""
+    """What the plan does, in a few lines."""
     share = plan.mac_share()
     of_macs = "" if share is None else f", {percent(share)} of the multiply-accumulates"
     lines = [f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes to INT8{of_macs}"]
     lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8]
-    for rule in dict.fromkeys(node.rule for node in plan.float32):
-        first, *more = (node for node in plan.float32 if node.rule == rule)
-        others = f", and {len(more)} more ({rule})" if more else ""
-        lines.append(f"in float32: {first.name} ({first.op}): {first.reason}{others}")
+    lines += [f"in float32: {line}" for line in plan.float32_lines()]
     return "\n".join(lines)
 
 

@@ -69,7 +69,10 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
     given = {node.name for node in plan.float32}
     found = float32_nodes(source.graph, made.plan, made.scales, extents_of(job, source))
     float32 = [*plan.float32, *(node for node in found if node.name not in given)]
-    return replace(made, plan=replace(made.plan, float32=float32))
+    made = replace(made, plan=replace(made.plan, float32=float32))
+    if lines := made.plan.float32_lines():
+        job.console.say("float32", "\n".join([f"{len(float32)} nodes stay float32:", *lines]))
+    return made
 
 
 def extents_of(job: Job, source: Source) -> dict[str, Extent]:

@@ -90,6 +90,15 @@ class Plan:
         """Names of the nodes meant to run in INT8."""
         return [node.name for node in self.nodes if node.int8]
 
+    def float32_lines(self) -> list[str]:
+        """What stays float32, one line for all nodes of a rule: the first of them, and how many more."""
+        lines = []
+        for rule in dict.fromkeys(node.rule for node in self.float32):
+            first, *more = (node for node in self.float32 if node.rule == rule)
+            others = f", and {len(more)} more by the rule '{rule}'" if more else ""
+            lines.append(f"{first.name} ({first.op}): {first.reason}{others}")
+        return lines
+
     def mac_share(self, names: set[str] | None = None) -> float | None:
         """Share of the model's multiply-accumulates in the named nodes (default: those planned for INT8).
 

@@ -63,6 +63,7 @@ def write_report(folder: PathLike) -> Path:
         _section("Calibration", _methods(table.metadata)),
         _section("Engine", _engine(engine, compiled, covered)),
         _section("Weighted nodes", _nodes(plan, covered)),
+        *([_section("In float32", _float32(plan))] if plan.float32 else []),
         _section("Ranges", _ranges(table)),
     ]
     page = (
@@ -235,6 +236,15 @@ def _nodes(plan: Plan, covered: Coverage) -> str:
         millions = "" if node.macs is None else f"{node.macs / 1e6:.2f} M"
         rows.append([f"<code>{escape(node.name)}</code>", escape(node.op), millions, state, escape(reason)])
     return _table(["node", "op", "MACs", "engine", "why"], rows, numeric=(2,))
+
+
+def _float32(plan: Plan) -> str:
+    """What stays float32 where the rest is float16."""
+    rows = [
+        [f"<code>{escape(node.name)}</code>", escape(node.op), escape(node.reason)] for node in plan.float32
+    ]
+    body = _table(["node", "op", "why"], rows)
+    return f"<details><summary>{len(rows)} nodes, the rest is float16</summary>{body}</details>"
 
 
 def _ranges(table: Table) -> str:
