@@ -15,7 +15,9 @@ from nets import loaded, run
 from numpy.typing import NDArray
 from random_graphs import RandomModel, random_model
 
+from trtq.backends.narrow import holds_narrow
 from trtq.calibration.collect import collect
+from trtq.calibration.extents import measure_extents
 from trtq.calibration.methods import parse_method
 from trtq.choose import scales_from
 from trtq.console import SILENT
@@ -23,6 +25,7 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.fold import PASSES, fold
+from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import Model, export
 from trtq.graph.place import place
 from trtq.graph.shapes import infer_types
@@ -106,6 +109,36 @@ def forms(random: RandomModel, folder: Path) -> Iterator[tuple[str, gs.Graph]]:
     yield "corrected inside", corrected.with_corrections_inside().rewritten()
     if not any(True for _ in model.graph.subgraphs()):
         yield "fp16", start.rewritten(rest="fp16")
+
+
+HALF_SHARE = 0.02
+"""Largest error of a float output in float16, relative to its largest magnitude."""
+
+
+@pytest.mark.parametrize("first", range(0, 60, 20))
+def test_float16_by_the_range_rules_keeps_the_function(first: int, tmp_path: Path) -> None:
+    """Integers and shapes stay equal, floats stay close, by an evaluator that rounds to half."""
+    compared = 0
+    for seed in range(first, first + 20):
+        random = random_model(seed, colliding=seed % 3 > 0)
+        model = loaded(random.proto, tmp_path, opset=19)
+        fold(model.graph)
+        expected = random.outputs(export(model.graph))
+        extents = measure_extents(model.graph, samples_of(random, model, tmp_path), workers=1)
+        half = export(half_by_rules(model.graph, extents))
+        found = random.outputs(half)
+        for name, values in expected.items():
+            assert (found[name].dtype, found[name].shape) == (values.dtype, values.shape), f"{seed}: {name}"
+            if values.dtype.kind == "f":
+                finite = np.isfinite(values)
+                np.testing.assert_array_equal(np.isfinite(found[name]), finite, err_msg=f"{seed}: {name}")
+                largest = np.abs(values[finite]).max(initial=0.0)
+                error = np.abs(found[name][finite] - values[finite]).max(initial=0.0)
+                assert error <= HALF_SHARE * max(float(largest), 1.0), f"{seed}: {name}"
+            elif values.dtype.kind in "iu":
+                np.testing.assert_array_equal(found[name], values, err_msg=f"{seed}: {name}")
+        compared += holds_narrow(half)
+    assert compared > 10
 
 
 @pytest.mark.parametrize("first", range(0, 24, 12))
