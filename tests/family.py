@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
-from trtq.choose import scales_from
 from trtq.data.samples import InputSpec, Samples
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model
 from trtq.graph.place import place
-from trtq.quantization import Quantization
+from trtq.graph.quantization import Quantization
 
 FOLDER = Path(__file__).with_name("families")
 FAMILIES = sorted(path.stem for path in FOLDER.glob("*.onnx"))

@@ -15,8 +15,8 @@ import pytest
 
 import trtq
 from trtq.cache import KINDS, Cache, Key, default_root, remove
+from trtq.code_hash import own_module
 from trtq.errors import InputError
-from trtq.source import own_module
 
 KEY = Key("table", "a" * 64, "b" * 64, {"method": "max", "tensors": ["x", "y"]})
 CONTENT = bytes(range(256)) * 50

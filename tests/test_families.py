@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 from family import FAMILIES, FOLDER, ROWS, data_for, quantized
 
+from trtq.backends.coverage import coverage
 from trtq.backends.interface import profiles_from
+from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
-from trtq.choose import scales_from
-from trtq.coverage import coverage
 from trtq.data.load import load_samples
-from trtq.gate.execute import run_model
 from trtq.gate.metrics import load_metric
-from trtq.gate.similarity import sqnr_db
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, load_model, save_model
 from trtq.graph.place import place
 from trtq.graph.products import product
-from trtq.quantization import Quantization
+from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
+from trtq.simulation.outputs import run_model
+from trtq.simulation.similarity import sqnr_db
 
 FLOAT = {
     "keyword": ["GRU"],

@@ -9,10 +9,10 @@ import pytest
 
 import trtq.demo
 from trtq.cache import Cache
+from trtq.calibration.calibrate import calibrate
 from trtq.calibration.table import Table
 from trtq.console import SILENT
 from trtq.job import Job
-from trtq.ranges import calibrate
 from trtq.recipe import Recipe
 
 ROOT = Path(__file__).parents[1] / "calib_cache"

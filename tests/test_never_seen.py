@@ -13,6 +13,7 @@ import pytest
 from graph.nets import net, normal
 from jobs import Run
 
+from trtq.calibration.calibrate import NEVER_SEEN, rangeless
 from trtq.calibration.methods import Method
 from trtq.calibration.statistics import Histogram, Statistics
 from trtq.calibration.table import Table
@@ -20,7 +21,6 @@ from trtq.console import SILENT
 from trtq.graph.place import without_ranges
 from trtq.graph.plan import Plan
 from trtq.job import Job
-from trtq.ranges import NEVER_SEEN, rangeless
 from trtq.recipe import Recipe
 
 _Trtq = Callable[..., Run]

@@ -11,17 +11,17 @@ import pytest
 from jobs import Case
 
 from trtq import Recipe, deploy
-from trtq.attempt import parse_share
 from trtq.backends.interface import Range
+from trtq.calibration.calibrate import Source, calibrate, statistics_of
+from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
 from trtq.calibration.table import Table
-from trtq.choose import scales_from
 from trtq.console import SILENT
 from trtq.errors import ExitCode, InputError
 from trtq.gate.verdict import Outcome
 from trtq.job import Job, prepare, profile_for
-from trtq.ranges import Source, calibrate, statistics_of
+from trtq.recovery.attempt import parse_share
 
 
 def recipe_for(case: Case, output: Path, **options: object) -> Recipe:

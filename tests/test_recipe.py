@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtq.attempt import parse_share
 from trtq.backends.interface import BuildOptions
 from trtq.errors import InputError
 from trtq.gate.verdict import parse_margin
 from trtq.graph.rewrite import WEIGHT_FORMS
 from trtq.recipe import Recipe, flag, options
+from trtq.recovery.attempt import parse_share
 from trtq.recovery.budget import Budget
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)

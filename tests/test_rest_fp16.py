@@ -15,10 +15,10 @@ import pytest
 from jobs import Run
 from numpy.typing import NDArray
 
+from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
-from trtq.evaluation import Evaluation
+from trtq.gate.evaluation import Evaluation
 from trtq.job import Job
-from trtq.ranges import calibrate
 from trtq.recipe import Recipe
 
 NORM = """norm (float[N,16,64] x) => (float[N,16,32] y) {
@@ -115,5 +115,5 @@ def test_the_gate_fails_what_overflows(recipe: Recipe) -> None:
 def test_a_second_run_measures_nothing_anew(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job.open(recipe, SILENT)
     first = calibrate(job, job.place())
-    monkeypatch.setattr("trtq.ranges.measure_extents", None)
+    monkeypatch.setattr("trtq.calibration.calibrate.measure_extents", None)
     assert calibrate(job, job.place()).plan == first.plan

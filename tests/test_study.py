@@ -14,7 +14,7 @@ from jobs import Case, save_case
 from trtq import Recipe
 from trtq.console import SILENT
 from trtq.errors import MissingBackendError
-from trtq.evaluation import Evaluation
+from trtq.gate.evaluation import Evaluation
 from trtq.job import Job
 from trtq.recovery.budget import Budget
 from trtq.study import METHODS, Row, Study, plot, study

@@ -19,11 +19,11 @@ import numpy as np
 from compare_peers import CASES, zoo_parser
 
 from trtq import Recipe
+from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
-from trtq.evaluation import Evaluation
+from trtq.gate.evaluation import Evaluation
 from trtq.graph.groups import groups
 from trtq.job import Job
-from trtq.ranges import calibrate
 from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 

@@ -285,9 +285,10 @@ def write_record(path: Path, key: str, value: dict[str, Any]) -> dict[str, Any]:
 def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
     """Metric and SQNR of an ONNX model on the evaluation data, and what TensorRT-RTX makes of it."""
     from trtq.data.load import load_samples
-    from trtq.gate import execute, similarity
     from trtq.gate.metrics import load_metric
     from trtq.graph.model import load_model
+    from trtq.simulation import outputs as execute
+    from trtq.simulation import similarity
 
     metric = load_metric(place.metric)
     identity = [files.sha256_file(path) for path in (place.fp32, model, place.eval)]
@@ -314,8 +315,8 @@ def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
 def simulate(model: Path, data: Path) -> Arrays:
     """The model's outputs on all rows of `data`, by ONNX Runtime with Q/DQ as written."""
     from trtq.data.load import load_samples
-    from trtq.gate.execute import run_model
     from trtq.graph.model import load_model
+    from trtq.simulation.outputs import run_model
 
     samples = load_samples(str(data), load_model(model).inputs)
     return run_model(model, samples, batch_size=CPU_BATCH).arrays

@@ -26,29 +26,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trtq import bench
-from trtq.backends import tensorrt, tensorrt_rtx
+from trtq.backends import bench, tensorrt, tensorrt_rtx
 from trtq.backends.builders import BUILDERS, builder
 from trtq.backends.calibrators import data_calibrator, table_calibrator
 from trtq.backends.device import clocks
 from trtq.backends.dialect import dialect_of
 from trtq.backends.interface import Build, Profile, find_gpu
+from trtq.calibration.calibrate import calibrate
 from trtq.calibration.table import Table
 from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import TrtqError
 from trtq.files import write_json
-from trtq.gate.execute import run_model
 from trtq.gate.metrics import load_metric
-from trtq.gate.similarity import compare
+from trtq.gate.tensors import compare_three
 from trtq.gate.verdict import decide
 from trtq.graph.model import Model, save_model
 from trtq.graph.plan import Plan
 from trtq.job import Job
-from trtq.ranges import calibrate
 from trtq.recipe import Recipe
-from trtq.threeway import compare_three
+from trtq.simulation.outputs import run_model
+from trtq.simulation.similarity import compare
 
 PACKAGES = ("trtq", "onnx", "onnxruntime", "polygraphy", "tensorrt", "tensorrt-rtx", "pycuda")
 STATIC_TARGET = "8.6"

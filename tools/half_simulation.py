@@ -23,7 +23,6 @@ import onnxruntime
 from compare_peers import CASES, zoo_parser
 from numpy.typing import NDArray
 
-from trtq.backends.onnxruntime import simulation_session
 from trtq.calibration.extents import measure_extents
 from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
@@ -31,6 +30,7 @@ from trtq.graph.fold import fold
 from trtq.graph.half_rules import float32_nodes, half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, export, load_model
 from trtq.graph.plan import Plan
+from trtq.simulation.session import simulation_session
 
 
 class GatherElements(onnx.reference.op_run.OpRun):

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
+from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
-from trtq.choose import scales_from
 from trtq.data.load import load_samples
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model, save_model
 from trtq.graph.place import FLOATS, place
 from trtq.graph.plan import Edge
-from trtq.quantization import Quantization
+from trtq.graph.quantization import Quantization
 
 
 def main() -> None:

@@ -26,18 +26,18 @@ import numpy as np
 import onnxruntime
 from compare_peers import CASES, zoo_parser
 
+from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
-from trtq.choose import scales_from
 from trtq.data.batches import batches
 from trtq.data.samples import Samples
 from trtq.graph.fold import fold
 from trtq.graph.groups import groups
 from trtq.graph.model import load_model
 from trtq.graph.place import place
-from trtq.quantization import Quantization
-from trtq.sensitivity import fast_rows
-from trtq.simulator import Effect, Mode, Simulator
+from trtq.graph.quantization import Quantization
+from trtq.recovery.sensitivity import fast_rows
+from trtq.simulation.simulator import Effect, Mode, Simulator
 
 BATCH_SIZES = (1, 4, 16, 64)
 COLUMNS = (

@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from trtq import __version__
+from trtq.code_hash import code_sha256
 from trtq.errors import InputError
 from trtq.files import PathLike, sha256_bytes, sha256_json, write_bytes, write_json
-from trtq.source import code_sha256
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,20 @@ class Kind:
 
 
 _READING = ("trtq.data.load", "trtq.graph.model", "trtq.graph.fold")
+_SENSITIVITY = ("trtq.recovery.sensitivity", "trtq.recovery.partial")
 _PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "pillow")
 
 KINDS: Mapping[str, Kind] = {
     "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
-    "table": Kind("cache", 2, ("trtq.ranges", *_READING), (*_PACKAGES, "numba")),
+    "table": Kind("cache", 2, ("trtq.calibration.calibrate", *_READING), (*_PACKAGES, "numba")),
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
-    "outputs": Kind("npz", 2, ("trtq.gate.execute", "trtq.data.load"), _PACKAGES),
+    "outputs": Kind("npz", 2, ("trtq.simulation.outputs", "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
-    "sensitivity": Kind("bin", 2, ("trtq.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES),
-    "checkpoint": Kind("bin", 2, ("trtq.recovery.learn", *_READING), (*_PACKAGES, "torch")),
-    "shard": Kind("npz", 2, ("trtq.parallel", *_READING), (*_PACKAGES, "numba")),
+    "sensitivity": Kind(
+        "bin", 2, ("trtq.recovery.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES
+    ),
+    "checkpoint": Kind("bin", 2, ("trtq.recovery.learning.learn", *_READING), (*_PACKAGES, "torch")),
+    "shard": Kind("npz", 2, ("trtq.simulation.workers", *_READING), (*_PACKAGES, "numba")),
 }
 """Every kind of content that is cached."""
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
-from trtq.backends.onnxruntime import simulation_fingerprint
 from trtq.cache import Cache, Key, default_root
-from trtq.choose import Measure
+from trtq.calibration.choose import Measure
 from trtq.console import Console
 from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
@@ -22,9 +21,10 @@ from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
-from trtq.parallel import parse_parallel
-from trtq.quantization import Quantization
+from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
+from trtq.simulation.session import simulation_fingerprint
+from trtq.simulation.workers import parse_parallel
 
 FEWEST_TO_SPLIT = 16
 """With fewer samples, what is fitted on the data is measured on the same rows."""

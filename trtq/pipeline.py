@@ -17,30 +17,30 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from trtq.attempt import Attempt, Fruitless, parse_share, write_verdict
 from trtq.backends.builders import builder, chosen
+from trtq.backends.coverage import Coverage
 from trtq.backends.interface import Build
+from trtq.calibration.calibrate import calibrate
 from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
-from trtq.convert import load_source, quantize_with_table, require_complete
-from trtq.coverage import Coverage
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
-from trtq.evaluation import Evaluation, gate_of
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
+from trtq.gate.evaluation import Evaluation, gate_of
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
+from trtq.graph.quantization import Quantization
 from trtq.job import Job, opt_shapes, planned, prepare, profile_for
-from trtq.quantization import Quantization
-from trtq.ranges import calibrate
+from trtq.migration.convert import load_source, quantize_with_table, require_complete
 from trtq.recipe import Recipe
+from trtq.recovery.attempt import Attempt, Fruitless, parse_share, write_verdict
 from trtq.recovery.budget import Budget
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.workflow import parse_steps, recover

@@ -9,24 +9,24 @@ from typing import Any
 
 import numpy as np
 
+from trtq.calibration.calibrate import Source, calibrate, rangeless, statistics_of, without_ranges_of
+from trtq.calibration.choose import scales_from
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.calibration.statistics import Statistics
-from trtq.choose import scales_from
 from trtq.errors import InputError, MissingBackendError
-from trtq.evaluation import Evaluation
 from trtq.files import PathLike, atomic_path, read_own_json
-from trtq.gate.similarity import overall_sqnr_db
+from trtq.gate.evaluation import Evaluation
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
+from trtq.graph.quantization import Quantization, WeightScales
 from trtq.graph.shapes import infer_types
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
-from trtq.quantization import Quantization, WeightScales
-from trtq.ranges import Source, calibrate, rangeless, statistics_of, without_ranges_of
 from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 from trtq.recovery.workflow import learned
+from trtq.simulation.similarity import overall_sqnr_db
 
 FORMAT = "trtq-study-1"
 

@@ -126,12 +126,12 @@ class SimulationFromOnnxBytes(BaseLoader):
     def call_impl(self) -> InferenceSession:
         """
         Returns:
-            onnxruntime.InferenceSession: see `trtq.backends.onnxruntime.simulation_session`.
+            onnxruntime.InferenceSession: see `trtq.simulation.session.simulation_session`.
 
         Raises:
             PolygraphyException: ONNX Runtime cannot load the model.
         """
-        from trtq.backends.onnxruntime import simulation_session
+        from trtq.simulation.session import simulation_session
 
         model_bytes, _ = util.invoke_if_callable(self._model_bytes)
         with _polygraphy_errors():

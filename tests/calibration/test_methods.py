@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from trtq.calibration.choose import CANDIDATES
 from trtq.calibration.methods import (
     _least_mse_amax,
     amax_entropy,
@@ -24,7 +25,6 @@ from trtq.calibration.methods import (
     scaled,
 )
 from trtq.calibration.statistics import BINS, Histogram
-from trtq.choose import CANDIDATES
 from trtq.errors import InputError
 from trtq.numerics import scale_from_amax
 from trtq.study import METHODS as STUDIED

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from jobs import Case, Run
 
-from trtq.sensitivity import Sensitivity
+from trtq.recovery.sensitivity import Sensitivity
 
 _Trtq = Callable[..., Run]
 

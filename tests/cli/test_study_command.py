@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from jobs import Case, Run, conv_case
 
-from trtq.inspection import inspect
+from trtq.report.inspection import inspect
 from trtq.study import Study
 
 _Trtq = Callable[..., Run]

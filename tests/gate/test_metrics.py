@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score, jaccard_score, top_k_accuracy_score
 
 from trtq.errors import InputError
 from trtq.gate.metrics import load_metric, rows_per_sample
-from trtq.gate.similarity import MAX_SQNR_DB
+from trtq.simulation.similarity import MAX_SQNR_DB
 
 
 @pytest.fixture

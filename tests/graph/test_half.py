@@ -13,13 +13,13 @@ from nets import engine, graph_of, loaded, max_scales, net, normal, run
 from numpy.typing import NDArray
 
 from trtq.backends.compiled import int8_nodes
-from trtq.backends.onnxruntime import simulation_session
 from trtq.errors import InputError
 from trtq.graph.fold import fold
 from trtq.graph.half import SATURATED, convert_to_half
 from trtq.graph.model import FP16_SCALE_OPSET, export
 from trtq.graph.place import place
 from trtq.graph.rewrite import rewrite
+from trtq.simulation.session import simulation_session
 
 HALF = np.dtype(np.float16)
 SINGLE = np.dtype(np.float32)

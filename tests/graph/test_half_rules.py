@@ -13,7 +13,6 @@ from family import FAMILIES, data_for, folded
 from nets import graph_of, net, normal
 from numpy.typing import NDArray
 
-from trtq.backends.onnxruntime import simulation_session
 from trtq.calibration.extents import measure_extents
 from trtq.data.samples import InputSpec, Samples
 from trtq.graph.fold import fold
@@ -21,6 +20,7 @@ from trtq.graph.half import SATURATED
 from trtq.graph.half_rules import float32_nodes, half_by_rules
 from trtq.graph.model import export
 from trtq.graph.plan import Edge, Plan
+from trtq.simulation.session import simulation_session
 
 NOTHING = Plan("", [], [], [])
 W = normal(16, 16) / 4

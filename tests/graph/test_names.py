@@ -15,11 +15,11 @@ import pytest
 from nets import graph_of, net, normal, run
 from onnx_graphsurgeon.logger.logger import G_LOGGER
 
+from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method
-from trtq.choose import scales_from
+from trtq.calibration.refine import refine_ranges
 from trtq.console import SILENT
-from trtq.convert import table_of
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.graph.fold import fold
@@ -27,12 +27,12 @@ from trtq.graph.half import convert_to_half
 from trtq.graph.model import Model, load_model, save_model
 from trtq.graph.names import Names
 from trtq.graph.place import place
-from trtq.quantization import Quantization
-from trtq.recovery.bias import correct_biases
-from trtq.recovery.shift import shift
-from trtq.recovery.smooth import smooth
-from trtq.refine import refine_ranges
-from trtq.simulator import Simulator
+from trtq.graph.quantization import Quantization
+from trtq.migration.convert import table_of
+from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.shift import shift
+from trtq.recovery.fixes.smooth import smooth
+from trtq.simulation.simulator import Simulator
 
 # -- the allocator
 

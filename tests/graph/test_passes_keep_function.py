@@ -15,11 +15,10 @@ from nets import loaded, run
 from numpy.typing import NDArray
 from random_graphs import RandomModel, random_model
 
-from trtq.backends.narrow import holds_narrow
+from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
 from trtq.calibration.extents import measure_extents
 from trtq.calibration.methods import parse_method
-from trtq.choose import scales_from
 from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
@@ -28,11 +27,12 @@ from trtq.graph.fold import PASSES, fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import Model, export
 from trtq.graph.place import place
+from trtq.graph.quantization import Quantization
 from trtq.graph.shapes import infer_types
-from trtq.quantization import Quantization
-from trtq.recovery.bias import correct_biases
-from trtq.recovery.shift import shift
-from trtq.recovery.smooth import smooth
+from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.shift import shift
+from trtq.recovery.fixes.smooth import smooth
+from trtq.simulation.narrow import holds_narrow
 
 Outputs = dict[str, NDArray]
 Check = Callable[[gs.Graph, str], None]

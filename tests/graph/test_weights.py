@@ -15,7 +15,6 @@ import onnx_graphsurgeon as gs
 import pytest
 from nets import net
 
-from trtq.backends.onnxruntime import simulation_session
 from trtq.errors import InputError
 from trtq.graph import model as graph_model
 from trtq.graph import weights
@@ -23,6 +22,7 @@ from trtq.graph.fold import fold
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import export, load_model, model_files, model_sha256, save_model, serialized
 from trtq.graph.weights import FileValues, files_of, graph_sha256, read_light, values_of
+from trtq.simulation.session import simulation_session
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from polygraphy.comparator import RunResults
 
 from trtq.cli.main import main
-from trtq.inspection import inspect
+from trtq.report.inspection import inspect
 
 POLYGRAPHY = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())"]
 SIMULATION = "trtq-int8-simulation"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mixed import mixed_net
 
 import trtq
+from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
 from trtq.job import Job
-from trtq.ranges import calibrate
 from trtq.recipe import Recipe
 from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search, cheapest_set

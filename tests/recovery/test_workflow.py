@@ -15,10 +15,10 @@ from jobs import Case, save_case
 from trtq import Deployment, Recipe, deploy
 from trtq.console import Console
 from trtq.errors import ExitCode, InputError
-from trtq.gate.similarity import Similarity
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Plan
 from trtq.recovery.workflow import LEAST_RATIO, noise_ratio, parse_steps
+from trtq.simulation.similarity import Similarity
 
 
 def verdict(drop: float | None, upper: float = 0.0, sqnr_db: float = 20.0, max_drop: float = 0.01) -> Verdict:

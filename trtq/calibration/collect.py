@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trtq.backends.onnxruntime import simulation_session
 from trtq.calibration.statistics import NonFiniteError, Statistics
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.model import serialized
+from trtq.simulation.session import simulation_session
 
 Progress = Callable[[int], object]
 

@@ -16,13 +16,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtq.backends.onnxruntime import simulation_session
 from trtq.data.batches import Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.half_rules import Extent, reads_singular
 from trtq.graph.model import serialized
 from trtq.graph.names import Names
+from trtq.simulation.session import simulation_session
 
 MOST_ROWS = 32
 """Rows that are looked at, evenly spread over the data; the rules leave headroom for all others."""

@@ -12,7 +12,7 @@ from trtq.recipe import BUILD_OPTIONS, Recipe
 
 
 def _bench(given: argparse.Namespace) -> int:
-    from trtq import bench
+    from trtq.backends import bench
     from trtq.backends.interface import find_gpu
 
     if given.runs < 1:
@@ -37,7 +37,7 @@ def _bench(given: argparse.Namespace) -> int:
 
 def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
     """FP32, FP16 and INT8 engines of one model, in the output folder."""
-    from trtq import bench
+    from trtq.backends import bench
     from trtq.data.load import load_samples
     from trtq.job import prepare, profile_for
 

@@ -20,7 +20,7 @@ from trtq.files import write_json, write_text
 from trtq.recipe import BUILD_OPTIONS, Recipe
 
 if TYPE_CHECKING:
-    from trtq.attempt import Attempt, Fruitless
+    from trtq.recovery.attempt import Attempt, Fruitless
 
 _PLACEMENT = ("plan", "include", "exclude", "weights", "rest")
 _CALIBRATION = ("data", "method", "cache", "threads", "parallel")
@@ -52,7 +52,7 @@ def _run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
 
 def _step_line(step: Attempt | Fruitless, best: Attempt) -> str:
     """What came of a step, in one line."""
-    from trtq.attempt import Fruitless
+    from trtq.recovery.attempt import Fruitless
 
     if isinstance(step, Fruitless):
         return f"{step.step}: {step.note}"
@@ -101,13 +101,13 @@ def _quantize(given: argparse.Namespace) -> int:
 
 def _build(given: argparse.Namespace) -> int:
     from trtq import pipeline
-    from trtq.attempt import parse_share, share_check
     from trtq.backends.builders import builder
-    from trtq.coverage import coverage
+    from trtq.backends.coverage import coverage
     from trtq.data.load import load_samples
     from trtq.graph.model import load_model
     from trtq.graph.place import placed
     from trtq.job import opt_shapes, profile_for
+    from trtq.recovery.attempt import parse_share, share_check
 
     recipe = recipe_of(given)
     recipe.need("model", "output")
@@ -145,11 +145,11 @@ def _build(given: argparse.Namespace) -> int:
 
 
 def _gate(given: argparse.Namespace) -> int:
-    from trtq.evaluation import Evaluation
-    from trtq.gate.execute import input_specs
+    from trtq.gate.evaluation import Evaluation
+    from trtq.gate.tensors import compare_three
     from trtq.job import open_cache
     from trtq.report.junit import junit_xml
-    from trtq.threeway import compare_three
+    from trtq.simulation.outputs import input_specs
 
     recipe, console = recipe_of(given), console_of(given)
     reference, candidate = Path(given.reference), Path(given.candidate)
@@ -171,7 +171,7 @@ def _gate(given: argparse.Namespace) -> int:
 
 
 def _inspect(given: argparse.Namespace) -> int:
-    from trtq.inspection import inspect
+    from trtq.report.inspection import inspect
 
     found = inspect(given.file)
     print(json.dumps(found.to_json(), indent=2) if given.json else found.text())
@@ -218,7 +218,7 @@ def _report(given: argparse.Namespace) -> int:
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    from trtq.doctor import as_text, diagnose
+    from trtq.backends.doctor import as_text, diagnose
 
     print(as_text(diagnose()))
     return ExitCode.PASS

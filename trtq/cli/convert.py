@@ -59,8 +59,8 @@ def run(given: argparse.Namespace) -> int:
 
 
 def _from_model(path: str) -> Table:
-    from trtq.convert import table_of
     from trtq.graph.model import load_model
+    from trtq.migration.convert import table_of
 
     return table_of(load_model(path))
 
@@ -77,10 +77,11 @@ def _write(table: Table, output: str, version: int | None, algorithm: str | None
 
 
 def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: Console) -> int:
-    from trtq import convert, pipeline
+    from trtq import pipeline
     from trtq.calibration.extents import measure_extents
     from trtq.data.load import load_samples
     from trtq.graph.model import save_model
+    from trtq.migration import convert
 
     assert recipe.model is not None
     assert recipe.output is not None

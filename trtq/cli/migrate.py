@@ -10,7 +10,7 @@ from trtq.recipe import BUILD_OPTIONS
 
 
 def _migrate(given: argparse.Namespace) -> int:
-    from trtq.migrate import migrate
+    from trtq.migration.migrate import migrate
 
     result = migrate(
         recipe_of(given),

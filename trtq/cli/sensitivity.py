@@ -9,11 +9,11 @@ from trtq.errors import ExitCode, InputError
 
 
 def _sensitivity(given: argparse.Namespace) -> int:
+    from trtq.calibration.calibrate import calibrate
     from trtq.data.load import load_samples
     from trtq.gate.metrics import load_metric
     from trtq.job import Job
-    from trtq.ranges import calibrate
-    from trtq.sensitivity import analyse
+    from trtq.recovery.sensitivity import analyse
 
     recipe, console = recipe_of(given), console_of(given)
     metric = load_metric(recipe.metric) if recipe.metric is not None else None

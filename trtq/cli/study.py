@@ -11,7 +11,7 @@ from trtq.files import staged_folder, write_json, write_text
 
 
 def _study(given: argparse.Namespace) -> int:
-    from trtq.evaluation import Evaluation, gate_of
+    from trtq.gate.evaluation import Evaluation, gate_of
     from trtq.job import Job
     from trtq.recovery.budget import Budget
     from trtq.study import plot, study

@@ -14,12 +14,12 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.code_hash import script_sha256
 from trtq.data.batches import Arrays
+from trtq.data.scripts import load_function
 from trtq.errors import InputError
-from trtq.gate import similarity
-from trtq.gate.finite import compared
-from trtq.scripts import load_function
-from trtq.source import script_sha256
+from trtq.simulation import similarity
+from trtq.simulation.finite import compared
 
 Float = NDArray[np.float64]
 

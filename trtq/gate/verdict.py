@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.errors import ExitCode, InputError
-from trtq.gate import finite, intervals, similarity
+from trtq.gate import intervals
 from trtq.gate.in_the_way import InTheWay
 from trtq.gate.metrics import Metric, rows_per_sample
-from trtq.gate.similarity import Part, Similarity
+from trtq.simulation import finite, similarity
+from trtq.simulation.similarity import Part, Similarity
 
 Executor = Literal["engine", "simulation"]
 

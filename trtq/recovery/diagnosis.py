@@ -14,20 +14,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from trtq.attempt import Attempt, parse_share
-from trtq.evaluation import Evaluation
+from trtq.calibration.calibrate import calibrate
+from trtq.gate.evaluation import Evaluation
 from trtq.gate.in_the_way import InTheWay, Obstacle
 from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
 from trtq.graph.place import leave_out, pattern_of
 from trtq.graph.plan import NodePlan, Plan
+from trtq.graph.quantization import Quantization
 from trtq.job import Job, planned
-from trtq.quantization import Quantization
-from trtq.ranges import calibrate
+from trtq.recovery.attempt import Attempt, parse_share
 from trtq.recovery.budget import Budget
+from trtq.recovery.sensitivity import fast_rows, known, measured
 from trtq.recovery.workflow import parse_steps
-from trtq.sensitivity import fast_rows, known, measured
-from trtq.simulator import Effect, Simulator
+from trtq.simulation.simulator import Effect, Simulator
 
 MOST_LISTED, LEAST_SHARE = 10, 0.005
 """How many groups are named, and which share of the noise is worth naming."""

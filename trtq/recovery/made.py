@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from trtq.quantization import Quantization
+from trtq.graph.quantization import Quantization
 
 
 class Made(NamedTuple):

@@ -17,15 +17,15 @@ from dataclasses import replace
 import numpy as np
 
 from trtq.cache import Key
-from trtq.gate.similarity import decibels
 from trtq.graph.groups import Group, groups
 from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization
 from trtq.job import Job
-from trtq.quantization import Quantization
 from trtq.recovery.budget import Budget
-from trtq.sensitivity import measured
-from trtq.simulator import Simulator
+from trtq.recovery.sensitivity import measured
+from trtq.simulation.similarity import decibels
+from trtq.simulation.simulator import Simulator
 
 Noise = Callable[[frozenset[str]], float]
 """Groups left in floating point -> noise of the outputs with all others in INT8."""

@@ -20,22 +20,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trtq.attempt import Attempt, Fruitless, attempt, parse_share
 from trtq.cache import remove
-from trtq.drift import gap
+from trtq.calibration.calibrate import calibrate
 from trtq.errors import InputError, MissingBackendError
-from trtq.evaluation import Evaluation
 from trtq.files import sha256_json
+from trtq.gate.drift import gap
+from trtq.gate.evaluation import Evaluation
 from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
 from trtq.graph.place import SPARING
 from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization
 from trtq.job import Job
-from trtq.quantization import Quantization
-from trtq.ranges import calibrate
+from trtq.recovery.attempt import Attempt, Fruitless, attempt, parse_share
 from trtq.recovery.budget import Budget
-from trtq.recovery.fixes import fix
-from trtq.recovery.learn import learn
+from trtq.recovery.fixes.fix import fix
+from trtq.recovery.learning.learn import learn
 from trtq.recovery.made import Made
 
 STEPS = ("fix", "partial", "learn")

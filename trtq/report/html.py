@@ -10,8 +10,8 @@ from typing import Any
 
 from trtq.backends.builders import describe_engine
 from trtq.backends.compiled import Compiled
+from trtq.backends.coverage import Coverage, coverage
 from trtq.calibration.table import Table
-from trtq.coverage import Coverage, coverage
 from trtq.errors import InputError, about
 from trtq.files import PathLike, read_json, write_text
 from trtq.gate.in_the_way import InTheWay

@@ -1,0 +1,139 @@
+"""`trtq inspect`: every kind of file, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from jobs import Case, Deployed, Run
+
+from trtq.calibration.statistics import Statistics
+from trtq.errors import InputError
+from trtq.files import sha256_file
+from trtq.report.inspection import inspect
+
+
+def test_an_fp32_model(small: Case) -> None:
+    found = inspect(small.model)
+    assert found.kind == "ONNX model"
+    assert found.values["sha256"] == sha256_file(small.model)
+    assert found.values["quantized"] is False
+    assert found.values["operators"] == {"Conv": 1, "Relu": 1, "MaxPool": 1, "Flatten": 1, "MatMul": 1}
+    assert found.values["inputs"] == ["x float32 Nx3x8x8"]
+    assert "quantized no" in found.text()
+
+
+def test_a_quantized_model(demo: Deployed) -> None:
+    found = inspect(demo.folder / "model.int8.onnx")
+    nodes = onnx.load(demo.folder / "model.int8.onnx").graph.node
+    assert found.values["quantized"] is True
+    dequantizers = sum(node.op_type == "DequantizeLinear" for node in nodes)
+    assert found.values["operators"]["DequantizeLinear"] == dequantizers
+    assert "17 of 17 weighted nodes between Q/DQ" in found.text()
+
+
+def write(path: Path, nodes: str) -> Path:
+    """A model (2, 4, 4) -> y with int8 weights c, scale s and zero-point z."""
+    text = f"g (float[2,4,4] x) => (float y) {{ {nodes} }}"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
+    codes = np.random.default_rng(0).integers(-127, 128, (4, 4)).astype(np.int8)
+    for name, values in {"c": codes, "s": np.float32(0.1), "z": np.int8(0)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
+    onnx.save(model, path)
+    return path
+
+
+def test_a_model_of_quantization_aware_training(tmp_path: Path) -> None:
+    """As PyTorch writes a linear layer: the weight is transposed behind its DequantizeLinear."""
+    nodes = """q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z)
+        w = DequantizeLinear(c, s, z) t = Transpose(w) m = MatMul(d, t) y = MatMul(m, t)"""
+    found = inspect(write(tmp_path / "model.onnx", nodes))
+    assert "1 of 2 weighted nodes between Q/DQ" in found.text()
+    assert [node["int8"] for node in found.values["weighted"]] == [True, False]
+
+
+def test_a_model_of_dynamic_quantization(tmp_path: Path) -> None:
+    nodes = """q, r, p = DynamicQuantizeLinear(x) i = MatMulInteger(q, c, p, z) f = Cast<to = 1>(i)
+        k = Mul(f, r) y = MatMul(k, x)"""
+    found = inspect(write(tmp_path / "model.onnx", nodes))
+    assert found.values["quantized"] is True
+    assert "quantized 1 of 2 weighted nodes between Q/DQ or on integers" in found.text()
+
+
+def test_a_table(demo: Deployed) -> None:
+    found = inspect(demo.folder / "calibration.cache")
+    lines = (demo.folder / "calibration.cache").read_text().splitlines()
+    assert found.kind == "calibration table"
+    assert found.values["header"] == lines[0]
+    assert len(found.values["tensors"]) == len(lines) - 1
+    name, _, digits = lines[1].rpartition(": ")
+    scale = np.frombuffer(bytes.fromhex(digits), ">f4")[0]
+    assert found.values["tensors"][name]["scale"] == scale
+    assert found.values["tensors"][name]["amax"] == pytest.approx(scale * 127)
+
+
+def test_a_plan(demo: Deployed) -> None:
+    found = inspect(demo.folder / "plan.json")
+    assert found.kind == "plan"
+    assert found.values == json.loads((demo.folder / "plan.json").read_text()) | {}
+    assert "17 of 17 weighted nodes, 100.0% of the multiply-accumulates" in found.text()
+
+
+def test_an_engine(demo: Deployed) -> None:
+    engine = demo.folder / "model.plan"
+    found = inspect(engine)
+    assert found.values["sha256"] == sha256_file(engine)
+    assert found.values["build"]["model_sha256"] == sha256_file(demo.folder / "model.int8.onnx")
+    assert "caution   a plan file is code" in found.text()
+    assert json.loads(json.dumps(found.to_json()))["bytes"] == engine.stat().st_size
+
+
+def test_an_engine_without_its_record(demo: Deployed, tmp_path: Path) -> None:
+    (tmp_path / "lone.plan").write_bytes((demo.folder / "model.plan").read_bytes())
+    found = inspect(tmp_path / "lone.plan")
+    assert found.values["build"] is None
+    assert "kernels   not known" in found.text()
+
+
+def test_statistics(demo: Deployed) -> None:
+    path = next(demo.cache.glob("*/*/statistics-*.npz"))
+    found = inspect(path)
+    assert found.kind == "statistics"
+    stored = Statistics.load(path)
+    assert found.values["rows"] == stored.rows
+    assert found.values["tensors"].keys() == stored.histograms.keys()
+
+
+def test_a_sensitivity_analysis(small: Case, tmp_path: Path, trtq_run: Callable[..., Run]) -> None:
+    path = tmp_path / "sensitivity.json"
+    run = trtq_run("sensitivity", small.model, "--data", small.data, "--method", "max", "-o", path)
+    assert run.code == 0, run.err
+    found = inspect(path)
+    assert found.kind == "sensitivity analysis"
+    assert found.lines == run.out.splitlines()
+    assert found.values == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("content", ['{"format": "something-1"}', '{"format": "trtq-study-1"}', "[]", "7"])
+def test_json_of_another_kind_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(InputError, match="not a"):
+        inspect(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "a.plan", "a.json", "a.npz", "a.cache", "a"])
+def test_what_is_none_of_these_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(InputError) as raised:
+        inspect(tmp_path / name)
+    assert raised.value.file == str(tmp_path / name)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        inspect(tmp_path / "nowhere")

@@ -1,0 +1,291 @@
+"""The ranges of a plan's tensors from the job's data: by one method, or by a measured choice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+import trtq
+from trtq.cache import Key
+from trtq.calibration.choose import CANDIDATES, Choice, choose_method, scales_from
+from trtq.calibration.extents import measure_extents
+from trtq.calibration.methods import AUTO, Method, parse_method
+from trtq.calibration.refine import refine_ranges
+from trtq.calibration.statistics import Statistics
+from trtq.calibration.table import Table
+from trtq.data.samples import Samples
+from trtq.errors import InputError, about
+from trtq.graph.half_rules import Extent, float32_nodes
+from trtq.graph.place import without_ranges
+from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization
+from trtq.graph.weights import graph_sha256
+from trtq.job import Job
+from trtq.numerics import has_scale
+from trtq.simulation.session import simulation_fingerprint
+from trtq.simulation.workers import collect_sharded
+
+NEVER_SEEN = "never-seen"
+"""Rule of the plan for nodes that stay in floating point because calibration gives an input no range."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A float graph to calibrate, and the hash that what is cached of it goes by."""
+
+    graph: gs.Graph
+    sha256: str
+
+    @classmethod
+    def changed(cls, graph: gs.Graph) -> Source:
+        """A graph that is no longer the model's own."""
+        return cls(graph, graph_sha256(graph))
+
+
+def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantization:
+    """The plan's tensors with ranges by the recipe's method; from the cache where they are there.
+
+    With `auto` every fourth sample is held back to measure on; the ranges are then made from all samples,
+    which costs no further pass: the statistics of both parts add up.
+
+    What calibration gives no range is not quantized: the plan of the result says so, and a warning does.
+    Where the rest is to be float16, the plan also says what stays float32.
+
+    Args:
+        source: what to calibrate; default: the job's model.
+
+    Raises:
+        InputError: no node is left in INT8; or as collecting and measuring.
+    """
+    source = source or Source(job.model.graph, job.model.sha256)
+    made = _calibrated(job, plan, source)
+    if job.recipe.rest == "fp32":
+        return made
+    given = {node.name for node in plan.float32}
+    found = float32_nodes(source.graph, made.plan, made.scales, extents_of(job, source))
+    float32 = [*plan.float32, *(node for node in found if node.name not in given)]
+    made = replace(made, plan=replace(made.plan, float32=float32))
+    if lines := made.plan.float32_lines():
+        job.console.say("float32", "\n".join([f"{len(float32)} nodes stay float32:", *lines]))
+    return made
+
+
+def extents_of(job: Job, source: Source) -> dict[str, Extent]:
+    """The extents of a graph's tensors over the job's data, from the cache where they are there.
+
+    Raises:
+        InputError: the model does not run on the data.
+    """
+    key = Key.of(
+        "extents", model=source.sha256, data=job.data.hash, opset=source.graph.opset,
+        executor=simulation_fingerprint(),
+    )  # fmt: skip
+    if (content := job.cache.fetch(key)) is not None:
+        return {name: Extent(*figures) for name, figures in json.loads(content).items()}
+    extents = measure_extents(source.graph, job.data, workers=job.recipe.threads)
+    job.cache.store(key, json.dumps({name: astuple(extent) for name, extent in extents.items()}).encode())
+    return extents
+
+
+def _calibrated(job: Job, plan: Plan, source: Source) -> Quantization:
+    """`calibrate`, but for what stays float32."""
+    bare, key = Quantization(source.graph, plan, {}), _table_key(job, plan, source)
+    if (content := job.cache.fetch(key)) is not None:
+        notes = job.cache.notes(key)
+        bare = _ranged(job, bare, notes.get(NEVER_SEEN, {}))
+        job.console.say("calibration", f"{notes['method']}, from the cache; nothing was run")
+        return replace(bare, scales=Table.from_bytes(content).scales, notes=notes)
+    requested = job.recipe.method
+    method = None if requested == AUTO else parse_method(requested)
+    fitting, whole = _both_statistics(job, plan, source)
+    reasons = rangeless(whole, method)
+    bare = _ranged(job, bare, reasons)
+    notes = {"model": job.model.sha256, "data": job.data.hash, "rows": len(job.data)}
+    notes |= {"trtq": trtq.__version__, "requested": requested}
+    notes |= {NEVER_SEEN: reasons} if reasons else {}
+    if method is None:
+        made = _search(job, bare, fitting, whole)
+    else:
+        made = replace(bare, scales=scales_from(whole, method), notes={"method": str(method)})
+    scales = {name: made.scales[name] for name in made.plan.tensors}
+    notes |= made.notes
+    job.cache.store(key, Table(scales).to_bytes(), notes)
+    return replace(bare, scales=scales, notes=notes)
+
+
+def rangeless(statistics: Statistics, method: Method | None = None) -> dict[str, str]:
+    """Tensor -> why calibration gives it no range; a scale made up for it would pass unseen.
+
+    Args:
+        method: the one that gives all ranges; None: whichever does.
+    """
+    found = {}
+    for tensor, histogram in statistics.histograms.items():
+        if not histogram.total:
+            found[tensor] = f"calibration saw no value of '{tensor}'"
+        elif histogram.amax == 0:
+            found[tensor] = f"calibration saw only zeros in '{tensor}'"
+        elif not has_scale(histogram.amax):
+            found[tensor] = (
+                f"the largest magnitude that calibration saw in '{tensor}' is {histogram.amax:.2g},"
+                " too small for a scale"
+            )
+        elif method is not None and not has_scale(method.amax(histogram)):
+            found[tensor] = f"{method} keeps only zeros of '{tensor}'"
+    return found
+
+
+def without_ranges_of(quantization: Quantization, reasons: Mapping[str, str]) -> Quantization:
+    """A quantization without the quantizers of the tensors that `rangeless` names."""
+    plan = without_ranges(quantization.graph, quantization.plan, reasons, rule=NEVER_SEEN)
+    return replace(quantization, plan=plan)
+
+
+def _ranged(job: Job, bare: Quantization, reasons: Mapping[str, str]) -> Quantization:
+    """`without_ranges_of`, with a warning for each tensor.
+
+    Raises:
+        InputError: no node is left in INT8.
+    """
+    ranged = without_ranges_of(bare, reasons)
+    if not ranged.plan.int8_nodes:
+        raise InputError(
+            "calibration leaves no node of the model in INT8",
+            file=job.data.source,
+            cause="; ".join(list(reasons.values())[:5]),
+            remedy="give data that reach these tensors, or a table with their ranges (trtq quantize --table)",
+        )
+    for tensor, reason in reasons.items():
+        nodes = dict.fromkeys(edge.node for edge in bare.plan.edges if edge.range == tensor)
+        job.console.warn(
+            f"{reason}: {', '.join(nodes)} read it in floating point; give data that reach it,"
+            " or a table that has its range"
+        )
+    return ranged
+
+
+def _table_key(job: Job, plan: Plan, source: Source) -> Key:
+    """What the ranges depend on: with `auto` also where quantizers stand and how much a run costs."""
+    method = job.recipe.method
+    search: dict[str, Any] = {}
+    if method == AUTO:
+        search = {
+            "edges": [(edge.node, edge.index, edge.range, edge.rule) for edge in plan.edges],
+            "weights": [(weight.node, weight.index, weight.axis) for weight in plan.weights],
+            "macs": [node.macs for node in plan.nodes],
+            "batch": plan.batch,
+            "ignore_nonfinite": job.recipe.ignore_nonfinite,
+        }
+    return Key.of(
+        "table",
+        model=source.sha256,
+        data=job.data.hash,
+        opset=source.graph.opset,
+        method=method,
+        tensors=plan.tensors,
+        quantized=plan.int8_nodes,
+        executor=simulation_fingerprint(),
+        **search,
+    )
+
+
+def _both_statistics(job: Job, plan: Plan, source: Source) -> tuple[Statistics, Statistics]:
+    """Statistics of the rows to fit on, and of all rows.
+
+    They are one with a fixed method. A tensor that only the rows held back have values of takes their
+    histogram in both.
+    """
+    if job.recipe.method != AUTO or not job.enough:
+        every = statistics_of(job, plan, job.data, source)
+        return every, every
+    fitting, held_back = (statistics_of(job, plan, part, source) for part in job.parts)
+    whole = Statistics.empty(plan.tensors)
+    whole.merge(fitting)
+    whole.merge(held_back)
+    fitting.histograms |= {tensor: whole.histograms[tensor] for tensor in rangeless(fitting)}
+    return fitting, whole
+
+
+def statistics_of(job: Job, plan: Plan, samples: Samples, source: Source) -> Statistics:
+    """Statistics of the plan's tensors over some rows, from the cache where they are there."""
+    key = Key.of(
+        "statistics",
+        model=source.sha256,
+        data=samples.hash,
+        opset=source.graph.opset,
+        tensors=sorted(plan.tensors),
+        executor=simulation_fingerprint(),
+    )
+    if (content := job.cache.fetch(key)) is not None:
+        job.console.say("statistics", f"{len(samples)} rows from the cache, nothing was run")
+        return Statistics.from_bytes(content)
+    started = time.perf_counter()
+    with about(samples.source):
+        statistics = collect_sharded(
+            source.graph,
+            plan.tensors,
+            samples,
+            parallel=job.recipe.parallel,
+            cache=job.cache,
+            key=key,
+            console=job.console,
+            threads=job.recipe.threads,
+        )
+    seconds = time.perf_counter() - started
+    job.console.say("statistics", f"{len(samples)} rows, {len(plan.tensors)} tensors in {seconds:.1f} s")
+    return statistics
+
+
+def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statistics) -> Quantization:
+    """`--method auto`: the best method for all, and for each tensor another if it does better with it.
+
+    The ranges that the search changed are kept only if they do better on the rows held back, too.
+
+    Args:
+        statistics: of the rows to fit on, which the search goes by.
+        whole: of all rows, which the ranges are then made from.
+    """
+    plan, console = bare.plan, job.console
+    fitting, held_back = job.parts
+    choice = choose_method(job.measure, bare, statistics)
+    console.say("method", _choice_text(choice))
+    others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
+    refined = refine_ranges(
+        bare,
+        statistics,
+        choice.method,
+        others,
+        fitting,
+        console,
+        workers=job.recipe.threads,
+        ignore_nonfinite=job.recipe.ignore_nonfinite,
+    )
+    before = choice.sqnr_db[str(choice.method)]
+    own = scales_from(statistics, choice.method, refined.exceptions)
+    after = job.measure.sqnr_db(replace(bare, scales=own), "ranges")
+    exceptions = refined.exceptions if after > before else {}
+    console.say(
+        "ranges",
+        f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own: "
+        f"{before:.1f} -> {max(before, after):.1f} dB on the rows held back",
+    )
+    notes: dict[str, Any] = {
+        "method": str(choice.method),
+        "sqnr_db": dict(choice.sqnr_db),
+        "sqnr_db_with_exceptions": after,
+        "held_back": len(held_back),
+        "exceptions": {tensor: str(method) for tensor, method in exceptions.items()},
+    }
+    return replace(bare, scales=scales_from(whole, choice.method, exceptions), notes=notes)
+
+
+def _choice_text(choice: Choice) -> str:
+    """The methods tried, best first."""
+    ranked = sorted(choice.sqnr_db.items(), key=lambda item: -item[1])
+    tried = ", ".join(f"{name} {value:.1f} dB" for name, value in ranked)
+    return f"{choice.method}: best of {tried} on {choice.rows} rows held back"

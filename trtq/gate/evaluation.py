@@ -1,0 +1,236 @@
+"""Running models over data, with what was run before taken from the cache; and the recipe's gate on them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trtq.cache import Cache, Key
+from trtq.console import Console
+from trtq.data.load import load_samples
+from trtq.data.samples import InputSpec, Samples
+from trtq.errors import InputError, about
+from trtq.files import sha256_file
+from trtq.gate.metrics import Metric, load_metric
+from trtq.gate.reference import doubt
+from trtq.gate.verdict import (
+    Check,
+    Outcome,
+    Verdict,
+    check_decides,
+    decide,
+    parse_margin,
+    score_reference,
+)
+from trtq.graph.model import model_sha256, save_model
+from trtq.graph.quantization import Quantization
+from trtq.recipe import Recipe
+from trtq.simulation.finite import check_reference
+from trtq.simulation.outputs import Outputs, fingerprint, is_engine, run_model
+from trtq.simulation.workers import KEPT_BYTES, run_sharded
+
+
+def outputs_of(
+    model: Path,
+    samples: Samples,
+    cache: Cache,
+    console: Console,
+    *,
+    label: str,
+    sha256: str | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    parallel: str | None = None,
+    afresh: bool = False,
+) -> tuple[Outputs, bool]:
+    """The model's outputs on every row, and whether they came from the cache.
+
+    Args:
+        model: an ONNX file, simulated on the CPU, or an engine, run on the GPU.
+        label: what the progress is called.
+        sha256: hash of the model including its external data; default: found here.
+        parallel: where an ONNX model's rows are run, see `parallel.parse_parallel`.
+        afresh: an engine is run even where the cache has its outputs.
+
+    Raises:
+        InputError, MissingBackendError: as `run_model`, also where the cache has the outputs of an engine:
+            they are those of one GPU and its driver, and nobody can tell which without it.
+    """
+    engine = is_engine(model)
+    sha256 = sha256 or (sha256_file(model) if engine else model_sha256(model))
+    key = Key.of("outputs", model=sha256, data=samples.hash, batch=batch_size, **fingerprint(model))
+    if not (engine and afresh) and (content := cache.fetch(key)) is not None:
+        outputs = Outputs.from_bytes(content)
+        if (outputs.executor == "engine") == engine:
+            return outputs, True
+        cache.report(f"cache entry {cache.path(key)} is damaged (another executor); it is computed again")
+    if not engine:
+        outputs = run_sharded(
+            model,
+            samples,
+            parallel=parallel,
+            cache=cache,
+            key=key,
+            console=console,
+            label=label,
+            batch_size=batch_size,
+            threads=threads,
+        )
+        return outputs, False
+    with console.progress(label, len(samples)) as advance:
+        outputs = run_model(model, samples, batch_size=batch_size, progress=advance)
+    if outputs.nbytes <= KEPT_BYTES:
+        cache.store(key, outputs.to_bytes())
+    return outputs, False
+
+
+@contextlib.contextmanager
+def candidate_of(quantization: Quantization, rest: str = "fp32") -> Iterator[Path]:
+    """The file of a quantization's Q/DQ model while the context lasts; `rest` as for its `rewritten`."""
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        save_model(quantization.rewritten(rest=rest), path := Path(folder) / "candidate.onnx")
+        yield path
+
+
+def gate_of(recipe: Recipe) -> tuple[float, Metric]:
+    """The recipe's allowed drop and metric: all that is known of the gate before data are read.
+
+    Raises:
+        InputError: an option is missing or wrong, or the metric cannot decide.
+    """
+    recipe.need("eval", "metric")
+    assert recipe.metric is not None
+    max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
+    check_decides(metric)
+    return max_drop, metric
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The gate of a recipe: its evaluation rows, and the reference's outputs on them.
+
+    Attributes:
+        max_drop: the allowed relative drop.
+        value: the reference's value of the metric.
+    """
+
+    recipe: Recipe
+    samples: Samples
+    metric: Metric
+    max_drop: float
+    reference: Outputs
+    value: float
+    cache: Cache
+    console: Console
+
+    @classmethod
+    def open(
+        cls,
+        recipe: Recipe,
+        reference: Path,
+        inputs: Iterable[InputSpec],
+        cache: Cache,
+        console: Console,
+    ) -> Evaluation:
+        """Load the data, run the reference on them and score it: what is wrong with data, labels, metric or
+        margin is found before anything takes long.
+
+        Raises:
+            InputError: an option is missing or wrong, the data have no targets for the metric, the reference
+                does not run on them, or its outputs cannot be scored or score less than the recipe wants.
+        """
+        max_drop, metric = gate_of(recipe)
+        assert recipe.eval is not None
+        samples = load_samples(recipe.eval, tuple(inputs), recipe.preprocess)
+        if metric.needs_targets and not samples.targets:
+            raise InputError(
+                f"the metric '{metric.name}' needs targets, and the evaluation data has none",
+                file=samples.source,
+                remedy="add an array of labels, or use the metric 'cosine', which needs none",
+            )
+        outputs = _outputs(reference, "reference", recipe, samples, cache, console)
+        check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
+        with about(samples.source):
+            value = score_reference(outputs.arrays, dict(samples.targets), metric)
+        doubtful = doubt(metric, outputs.arrays, dict(samples.targets), value)
+        if recipe.min_reference is not None and value < recipe.min_reference:
+            raise InputError(
+                f"the reference scores {value:.4g} in {metric.name}, at least {recipe.min_reference:g} was"
+                " asked for",
+                file=samples.source,
+                cause=doubtful,
+                remedy="check labels, preprocessing and model: such a reference is none to judge by",
+            )
+        if doubtful:
+            console.warn(doubtful)
+        return cls(recipe, samples, metric, max_drop, outputs, value, cache, console)
+
+    def verdict(self, candidate: Path, against: Outputs | None = None) -> Verdict:
+        """What the gate says of a candidate (ONNX model or engine), with the SQNR that the recipe asks for as
+        a check; see `published`.
+
+        Args:
+            against: other outputs to compare with than the reference's; their SQNR is not checked.
+        """
+        outputs = self.outputs(candidate, "candidate")
+        with about(candidate):
+            verdict = decide(
+                (against or self.reference).arrays,
+                outputs.arrays,
+                dict(self.samples.targets),
+                self.metric,
+                max_drop=self.max_drop,
+                confidence=self.recipe.confidence,
+                executor=outputs.executor,
+                ignore_nonfinite=self.recipe.ignore_nonfinite,
+            )
+        least = self.recipe.min_sqnr
+        return verdict if least is None or against else verdict.with_checks(_sqnr_check(verdict, least))
+
+    def simulated(self, quantization: Quantization) -> Verdict:
+        """What the gate says of a quantization, run on the CPU."""
+        with candidate_of(quantization, self.recipe.rest) as candidate:
+            return self.verdict(candidate)
+
+    def published(self, verdict: Verdict) -> Verdict:
+        """A verdict as the user gets it, with the warnings so far: inconclusive where the recipe requires an
+        engine and none ran."""
+        verdict = replace(verdict, warnings=tuple(self.console.warnings))
+        return verdict.require_engine() if self.recipe.require_engine else verdict
+
+    def outputs(self, model: Path, label: str) -> Outputs:
+        """A model's outputs on the evaluation rows."""
+        return _outputs(model, label, self.recipe, self.samples, self.cache, self.console)
+
+
+def _sqnr_check(verdict: Verdict, least: float) -> Check:
+    """Whether every output has an SQNR of at least `least` dB."""
+    lowest = verdict.lowest_sqnr_db
+    found = f"the outputs have {lowest:.1f} dB" if verdict.outputs else "the outputs are not finite"
+    return Check(
+        f"SQNR at least {least:g} dB",
+        Outcome.PASS if lowest >= least else Outcome.FAIL,
+        f"--min-sqnr: {found}, at least {least:g} dB were asked for",
+    )
+
+
+def _outputs(
+    model: Path, label: str, recipe: Recipe, samples: Samples, cache: Cache, console: Console
+) -> Outputs:
+    outputs, cached = outputs_of(
+        model,
+        samples,
+        cache,
+        console,
+        label=label,
+        batch_size=recipe.batch,
+        threads=recipe.threads,
+        parallel=recipe.parallel,
+        afresh=recipe.require_engine,
+    )
+    if cached:
+        console.say("gate", f"outputs of the {label} from the cache, nothing was run")
+    return outputs

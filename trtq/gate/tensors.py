@@ -1,0 +1,212 @@
+"""Where an INT8 deployment departs: every tensor in fp32, in the simulation, and in the engine.
+
+fp32 against simulation is what quantization costs; simulation against engine is what TensorRT does otherwise
+than the Q/DQ model says. Tensors are compared in the order in which the model computes them, so the first
+one that departs is where to look.
+
+The engine is built from the same Q/DQ model with the compared tensors marked as outputs. That keeps TensorRT
+from fusing across them: it is a probe of the arithmetic, not the engine that is deployed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from trtq.backends.builders import builder
+from trtq.backends.interface import Profile, find_gpu, profiles_from
+from trtq.data.batches import Arrays, batches
+from trtq.data.samples import Samples, fixed_batch
+from trtq.errors import InputError
+from trtq.files import PathLike
+from trtq.graph.fold import fold
+from trtq.graph.model import QDQ_OPS, Model, load_model, save_model, serialized
+from trtq.graph.products import product
+from trtq.simulation.finite import compared
+from trtq.simulation.outputs import engine_runner
+from trtq.simulation.session import simulation_session
+from trtq.simulation.similarity import decibels
+
+PART_DB = 30.0
+"""Simulation and engine part where their SQNR is below this, in dB. Both should round to the same INT8
+codes; sums added in another order may flip a code here and there, which is little noise. Two orders of
+ONNX Runtime's own differ by 140 dB on the demo; what engines do is to be measured on a GPU."""
+
+BATCH = 8
+
+Run = Callable[[Arrays], Mapping[str, Any]]
+"""A feed -> tensor name -> array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """One tensor, in dB over all rows; `engine_db` (simulation against engine) is None without a GPU."""
+
+    tensor: str
+    node: str
+    op: str
+    simulation_db: float
+    engine_db: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreeWay:
+    """The report: tensors in topological order.
+
+    Attributes:
+        rows: samples that were run.
+        engine: name of the GPU that ran the engine; None: there was none, and only fp32 and the
+            simulation were compared.
+    """
+
+    tensors: tuple[Compared, ...]
+    rows: int
+    engine: str | None
+
+    @property
+    def parts_at(self) -> Compared | None:
+        """The first tensor where simulation and engine part (`PART_DB`); None if they never do."""
+        return next((t for t in self.tensors if t.engine_db is not None and t.engine_db < PART_DB), None)
+
+    def text(self) -> str:
+        """A line per tensor, and what follows from them."""
+        width = max(len(t.tensor) for t in self.tensors)
+        lines = [f"{'tensor':<{width}}  fp32/simulation  simulation/engine   ({self.rows} rows, SQNR in dB)"]
+        lines += [
+            f"{t.tensor:<{width}}  {t.simulation_db:>15.1f}  "
+            + ("needs a GPU".rjust(17) if t.engine_db is None else f"{t.engine_db:>17.1f}")
+            + f"   {t.op}"
+            for t in self.tensors
+        ]
+        return "\n".join([*lines, "", self._conclusion()])
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        parts_at = self.parts_at
+        return {**dataclasses.asdict(self), "parts_at": parts_at.tensor if parts_at else None}
+
+    def _conclusion(self) -> str:
+        if self.engine is None:
+            return "Simulation only: the engine's column needs a GPU."
+        if self.parts_at is None:
+            return (
+                f"Simulation and engine ({self.engine}) agree on every tensor, to {PART_DB:.0f} dB or better."
+            )
+        return (
+            f"Simulation and engine ({self.engine}) part at '{self.parts_at.tensor}', the output of"
+            f" {self.parts_at.op} '{self.parts_at.node}': {self.parts_at.engine_db:.1f} dB."
+        )
+
+
+def compare_three(
+    reference: PathLike,
+    int8: PathLike,
+    samples: Samples,
+    *,
+    backend: str | None = None,
+    profile: Profile | None = None,
+    threads: int | None = None,
+) -> ThreeWay:
+    """Run fp32, the simulation and, where a GPU is, the engine; compare tensor by tensor.
+
+    Compared are the outputs of weighted nodes and of the activations right behind them, and the model's
+    outputs, as far as both models have a tensor of that name. Memory holds one batch of them.
+
+    Args:
+        reference: fp32 ONNX model; it is folded, as `trtq quantize` does.
+        int8: the same model with Q/DQ.
+        samples: a few dozen rows will do.
+        profile: of the engine; None: batches of up to 8 and the samples' shapes.
+
+    Raises:
+        InputError: a model that does not load or run, or two models without a tensor in common.
+        MissingBackendError: a GPU but no builder.
+    """
+    fp32, quantized = load_model(reference), load_model(int8)
+    fold(fp32.graph)
+    compared = _tensors(quantized, set(fp32.graph.tensors()))
+    if not compared:
+        raise InputError(
+            "the two models have no tensor in common",
+            file=int8,
+            remedy="give the fp32 model and the Q/DQ model that was made from it",
+        )
+    names = [tensor for tensor, _ in compared]
+    gpu = find_gpu()
+    if profile is None:
+        dimensions = {spec.name: spec.shape for spec in quantized.inputs}
+        profile = profiles_from(dimensions, samples.row_shapes(), BATCH)
+    with contextlib.ExitStack() as stack:
+        runs = [stack.enter_context(_simulation(model, names, threads)) for model in (fp32, quantized)]
+        if gpu is not None:
+            runs.append(stack.enter_context(_engine(quantized, names, profile, backend)))
+        sqnr = _sqnr(runs, names, samples, fixed_batch(quantized.inputs))
+    return ThreeWay(
+        tensors=tuple(
+            Compared(tensor, node.name, node.op, sqnr[0][tensor], sqnr[1][tensor] if gpu else None)
+            for tensor, node in compared
+        ),
+        rows=len(samples),
+        engine=gpu.name if gpu else None,
+    )
+
+
+def _tensors(model: Model, known: set[str]) -> list[tuple[str, gs.Node]]:
+    """Tensors to compare, in topological order, with the node that makes each."""
+    found = []
+    for node in model.graph.copy().toposort().nodes:
+        if node.op in QDQ_OPS:
+            continue
+        behind = any(t.inputs and product(t.inputs[0]) for t in node.inputs)
+        for tensor in node.outputs:
+            is_output = any(tensor.name == output.name for output in model.graph.outputs)
+            if (product(node) or behind or is_output) and tensor.name in known:
+                found.append((tensor.name, node))
+    return found
+
+
+@contextlib.contextmanager
+def _simulation(model: Model, names: list[str], threads: int | None) -> Iterator[Run]:
+    with serialized(model.graph) as proto:
+        session = simulation_session(proto, threads, outputs=names)
+        yield lambda feed: dict(zip(names, session.run(names, feed), strict=True))
+
+
+@contextlib.contextmanager
+def _engine(model: Model, names: list[str], profile: Profile, backend: str | None) -> Iterator[Run]:
+    """The engine of the model with `names` as its outputs, on the GPU."""
+    graph = model.graph.copy()
+    tensors = graph.tensors()
+    graph.outputs = [tensors[name] for name in names]
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        marked, plan = Path(folder) / "marked.onnx", Path(folder) / "marked.plan"
+        save_model(graph, marked)
+        builder(backend).build(marked, plan, profile=profile)
+        with engine_runner(plan) as runner:
+            yield runner.infer
+
+
+def _sqnr(runs: list[Run], names: list[str], samples: Samples, fixed: int | None) -> list[dict[str, float]]:
+    """SQNR in dB of each run against the one before it, per tensor, summed over all rows."""
+    signal = [dict.fromkeys(names, 0.0) for _ in runs[1:]]
+    noise = [dict.fromkeys(names, 0.0) for _ in runs[1:]]
+    for batch in batches(samples.rows(), fixed or BATCH, fixed or 1):
+        before = runs[0](batch.feed)
+        for index, run in enumerate(runs[1:]):
+            after = run(batch.feed)
+            for name in names:
+                r, c = compared(np.asarray(before[name], np.float64), np.asarray(after[name], np.float64))
+                signal[index][name] += float(np.sum(r * r))
+                noise[index][name] += float(np.sum((r - c) ** 2))
+            before = {name: np.array(after[name]) for name in names}
+    return [
+        {name: float(decibels(np.float64(s[name]), np.float64(n[name]))) for name in names}
+        for s, n in zip(signal, noise, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""The way from calibration tables to explicit models, and back."""

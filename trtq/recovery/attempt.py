@@ -1,0 +1,173 @@
+"""An attempt: one quantization written, built and gated, with all that the result folder will hold of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtq.backends.builders import builder
+from trtq.backends.coverage import Coverage, coverage
+from trtq.backends.interface import Build, find_gpu
+from trtq.console import Console
+from trtq.errors import InputError
+from trtq.files import write_json, write_text
+from trtq.gate.evaluation import Evaluation
+from trtq.gate.verdict import Check, Outcome, Verdict, parse_fraction
+from trtq.graph.model import save_model
+from trtq.graph.plan import percent
+from trtq.graph.quantization import Quantization
+from trtq.job import Job
+from trtq.recipe import Recipe
+from trtq.report.junit import junit_xml
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What one step of the workflow came to.
+
+    Attributes:
+        step: which one.
+        folder: where its `model.int8.onnx`, `model.plan`, `plan.json`, `calibration.cache`, `verdict.json`
+            and `junit.xml` are.
+        accuracy: what the gate says, with the checks on the outputs, on whatever it was measured.
+        on_engine: the checks on what the engine runs.
+        verdict: both together, or inconclusive where an engine is required and none ran.
+        seconds: that the step took, with building and gating.
+    """
+
+    step: str
+    quantization: Quantization
+    folder: Path
+    build: Build
+    coverage: Coverage
+    accuracy: Verdict
+    on_engine: tuple[Check, ...]
+    verdict: Verdict
+    seconds: float
+
+    @property
+    def measured(self) -> Verdict:
+        """The gate and all checks, on whatever they were measured: what the workflow goes by."""
+        return self.accuracy.with_checks(*self.on_engine)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures of the attempt, for `workflow.json`."""
+        verdict = self.verdict
+        return {
+            "step": self.step,
+            "outcome": verdict.outcome.value,
+            "gate": verdict.gate.value,
+            "metric": verdict.candidate,
+            "relative_drop": verdict.relative_drop,
+            "sqnr_db": {name: output.sqnr_db for name, output in verdict.outputs.items()},
+            "int8_nodes": len(self.quantization.plan.int8_nodes),
+            "int8_share": self.coverage.share,
+            "checks": [check.to_json() for check in verdict.checks],
+            "note": self.quantization.remark,
+            "seconds": round(self.seconds, 1),
+            "in_the_way": verdict.in_the_way and verdict.in_the_way.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Fruitless:
+    """A step of the workflow that gave nothing to build and gate.
+
+    Attributes:
+        note: why, with the figures.
+        seconds: that it took.
+    """
+
+    step: str
+    note: str
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """For `workflow.json`, with the keys of an attempt."""
+        return {
+            **dict.fromkeys(("outcome", "gate", "metric", "relative_drop", "int8_nodes", "int8_share")),
+            "step": self.step,
+            "sqnr_db": {},
+            "checks": [],
+            "note": self.note,
+            "seconds": round(self.seconds, 1),
+            "in_the_way": None,
+        }
+
+
+def attempt(
+    step: str, quantization: Quantization, job: Job, evaluation: Evaluation, folder: Path, started: float
+) -> Attempt:
+    """Write, build and gate a quantization.
+
+    Args:
+        folder: made here.
+        started: `time.perf_counter` when the step began.
+
+    Raises:
+        InputError, MissingBackendError: as the builder and the gate.
+    """
+    recipe, console = job.recipe, job.console
+    folder.mkdir()
+    int8 = folder / "model.int8.onnx"
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
+    quantization.plan.save(folder / "plan.json")
+    quantization.table().save(folder / "calibration.cache")
+    build = builder(recipe.backend).build(
+        int8,
+        folder / "model.plan",
+        profile=job.profile,
+        targets=recipe.target,
+        options=recipe.build_options(),
+    )
+    covered = coverage(quantization.plan, build.compiled)
+    size = build.engine.stat().st_size / 1e6
+    console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
+    accuracy = evaluation.verdict(build.engine if engine_runs_here(recipe, console) else int8)
+    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
+    on_engine = () if least is None else (share_check(covered, least),)
+    verdict = evaluation.published(accuracy).with_checks(*on_engine)
+    write_verdict(folder, verdict)
+    console.say(step, verdict.headline())
+    seconds = time.perf_counter() - started
+    return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
+
+
+def write_verdict(folder: Path, verdict: Verdict) -> None:
+    """`verdict.json` and `junit.xml`."""
+    write_json(folder / "verdict.json", verdict.to_json())
+    write_text(folder / "junit.xml", junit_xml(verdict))
+
+
+def share_check(covered: Coverage, least: float) -> Check:
+    """Whether the engine runs at least the share `least` in INT8."""
+    message = (
+        f"--min-int8: the engine runs {percent(covered.share)} in INT8, at least {least:.1%} were asked for"
+    )
+    outcome = Outcome.PASS if covered.share >= least else Outcome.FAIL
+    return Check(f"int8 share at least {least:.1%}", outcome, message)
+
+
+def parse_share(text: str) -> float:
+    """The fraction that "90%" or "0.9" means.
+
+    Raises:
+        InputError: not a number from 0 to 100 %.
+    """
+    share = parse_fraction(text)
+    if not 0 <= share <= 1:
+        raise InputError(f"{text!r} is no share", remedy="write it as 90% or 0.9")
+    return share
+
+
+def engine_runs_here(recipe: Recipe, console: Console) -> bool:
+    """Whether the engine can be gated itself; otherwise its ONNX model is simulated, and says so."""
+    gpu = find_gpu()
+    if gpu is None:
+        return False
+    if gpu.compute_capability in builder(recipe.backend).check_targets(recipe.target):
+        return True
+    console.warn(f"{gpu.name} ({gpu.compute_capability}) is no target of the engine; the gate simulates it")
+    return False

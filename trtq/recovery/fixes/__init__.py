@@ -1,0 +1,1 @@
+"""Label-free fixes that cost nothing at run time."""

@@ -1,0 +1,95 @@
+"""Label-free fixes that cost nothing at run time: what helps on the rows held back is kept.
+
+`shift` and `smooth` change the float graph without changing its function, so that its activations quantize
+better; it is then calibrated anew. `bias` makes up for the mean error that is left, and comes last: it
+belongs to the ranges it was measured with. What helps one network harms another, and `shift` may pay only
+together with `bias`, so every combination is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+import onnx_graphsurgeon as gs
+
+from trtq.calibration.calibrate import Source, calibrate, rangeless, statistics_of, without_ranges_of
+from trtq.calibration.choose import choose_method, scales_from
+from trtq.calibration.methods import AUTO, parse_method
+from trtq.console import SILENT
+from trtq.data.samples import Samples
+from trtq.graph.quantization import Quantization
+from trtq.job import Job
+from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.shift import shift
+from trtq.recovery.fixes.smooth import smooth
+from trtq.recovery.made import Made
+
+PASSES: tuple[tuple[str, Callable[..., gs.Graph | None]], ...] = (("shift", shift), ("smooth", smooth))
+"""Passes that leave the function as it is, in the order in which they are applied."""
+
+LEAST_GAIN_DB = 0.05
+
+
+def fix(job: Job, start: Quantization) -> Made:
+    """The quantization with the combination of fixes that does best on the rows held back.
+
+    The rows to fit on decide how the graph is changed; what is kept is calibrated anew, by the recipe's
+    method and from all rows.
+
+    Returns:
+        none where nothing helps, and what was tried.
+    """
+    fitting, _ = job.parts
+    found = {"as calibrated": job.measure.sqnr_db(start, "calibrated")}
+    candidates: dict[str, Quantization] = {}
+    for wanted in product((False, True), repeat=len(PASSES)):
+        names = [name for (name, _), use in zip(PASSES, wanted, strict=True) if use]
+        changed = _changed(job, start, names, fitting)
+        if changed is None:
+            continue
+        for last in ([], ["bias"]):
+            if names or last:
+                label = " + ".join([*names, *last])
+                candidate = _corrected(job, changed, fitting) if last else changed
+                found[label] = job.measure.sqnr_db(candidate, label)
+                candidates[label] = changed
+    ranked = sorted(found.items(), key=lambda item: -item[1])
+    best, after = ranked[0]
+    tried = ", ".join(f"{label} {value:.1f} dB" for label, value in ranked)
+    job.console.say("fixes", tried)
+    if after < found["as calibrated"] + LEAST_GAIN_DB:
+        return Made(None, True, f"nothing helped: {tried}")
+    kept = candidates[best]
+    if kept.graph is not start.graph:
+        kept = calibrate(job, start.plan, Source.changed(kept.graph))
+    if best.endswith("bias"):
+        kept = _corrected(job, kept, job.data)
+    return Made(replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found}), True)
+
+
+def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) -> Quantization | None:
+    """The start with its graph changed by some passes; None where one of them has nothing to do."""
+    graph = start.graph
+    for name, change in PASSES:
+        if name in names:
+            made = change(graph, start.plan, fitting, workers=job.recipe.threads)
+            if made is None:
+                return None
+            graph = made
+    if not names:
+        return start
+    statistics = statistics_of(job, start.plan, fitting, Source.changed(graph))
+    method, search = parse_method(start.notes["method"]), job.recipe.method == AUTO
+    reasons = rangeless(statistics, None if search else method)
+    changed = without_ranges_of(replace(start, graph=graph), reasons)
+    if not changed.plan.int8_nodes:
+        return None
+    if search:
+        method = choose_method(job.measure, changed, statistics).method
+    return replace(changed, scales=scales_from(statistics, method))
+
+
+def _corrected(job: Job, quantization: Quantization, samples: Samples) -> Quantization:
+    return correct_biases(quantization, samples, SILENT, workers=job.recipe.threads)

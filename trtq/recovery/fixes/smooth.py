@@ -1,0 +1,317 @@
+"""Channel-wise scaling: difficulty moved from activations to weights, at no cost.
+
+Activations have one scale per tensor, so one large channel costs all others their precision; weights have one
+per output channel. Where every node between what makes an activation and what reads it commutes with a
+positive factor per channel, the factors fold into the constants on both ends:
+
+    y = W1·x        y' = (W1 / s)·x
+    z = W2·y        z  = (W2 * s)·y'
+
+This is SmoothQuant (Xiao et al. 2022: out of LayerNorm's gamma and beta into the linear layers behind it) and
+cross-layer equalization (Nagel et al. 2019: between two convolutions through a ReLU) in one: a *stream* is a
+set of activations that must share their factors, with all nodes that make and read them. It may be the
+residual stream of a whole stage. A Clip with bounds or a SiLU does not commute; a stream with one, or with
+any operator not listed here, is left alone. So is a GELU: the 0.5 that exporters write could take factors,
+but what that gains on calibration rows is lost on other data. One large channel gives a GELU's range the room
+that neurons need which the calibration rows never excite.
+
+The factors are s = amax_x^a / amax_w^(1 - a) per channel (SmoothQuant, equation 4), each stream with the `a`
+for which the error of its own quantizers, seen behind the readers' weights, is least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from trtq.data.samples import Samples
+from trtq.graph.names import Names
+from trtq.graph.place import readers
+from trtq.graph.plan import Plan
+from trtq.numerics import amax_per_channel, fake_quantize, scale_from_amax
+from trtq.recovery.fixes.channels import (
+    Channels,
+    along,
+    channel_axis,
+    collect_channels,
+    is_linear,
+    set_constant,
+    weight_matrix,
+)
+
+Vector = NDArray[np.float64]
+
+EXPONENTS = (0.25, 0.5, 0.75, 1.0)
+"""Values of `a` that are tried, besides leaving a stream as it is."""
+
+MOST_FACTOR = 1e3
+"""Factors are kept within this and its inverse, about their geometric mean."""
+
+NARROWER = tuple(0.9**k for k in range(16))
+"""Parts of the largest magnitude that are tried as a range."""
+
+COMMUTING_OPS = frozenset({"Identity", "LeakyRelu", "Relu"})
+"""Operators of one input that commute with a positive factor per channel."""
+
+POOLING_OPS = frozenset({"AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool"})
+"""The same, where axis 1 holds the channels."""
+
+NORMALIZATIONS = frozenset({"LayerNormalization", "RMSNormalization"})
+
+
+@dataclass
+class Stream:
+    """Activations that can only be scaled together, and what makes and reads them.
+
+    Attributes:
+        axis: where all of them have their channels.
+        channels: how many.
+        tensors: their names.
+        makers: nodes whose output is scaled by their constants.
+        readers: linear nodes that read a tensor of the stream.
+        constants: (node, input) of constants that are added on the way.
+    """
+
+    axis: int
+    channels: int
+    tensors: list[str] = field(default_factory=list)
+    makers: list[gs.Node] = field(default_factory=list)
+    readers: list[gs.Node] = field(default_factory=list)
+    constants: list[tuple[gs.Node, int]] = field(default_factory=list)
+
+
+def smooth(graph: gs.Graph, plan: Plan, samples: Samples, *, workers: int | None = None) -> gs.Graph | None:
+    """A copy of the graph whose streams are scaled, each as is best for its quantizers.
+
+    It computes the same outputs up to rounding, and names are unchanged; the ranges of the plan's tensors
+    must be measured anew. None where nothing can be scaled to advantage.
+
+    Args:
+        graph: folded, float32; is not changed.
+        plan: of that graph.
+        samples: channels are measured on an evenly spread part of them.
+        workers: rows run at once; default: one for each processor.
+    """
+    graph = graph.copy()
+    quantized = {edge.tensor for edge in plan.edges}
+    int8 = set(plan.int8_nodes)
+    streams = [s for s in find_streams(graph) if quantized & set(s.tensors)]
+    axes = {name: stream.axis for stream in streams for name in stream.tensors if name in quantized}
+    if not axes:
+        return None
+    channels = collect_channels(graph, axes, samples, workers)
+    changed = False
+    for stream in streams:
+        factors = best_factors(stream, channels, int8)
+        if factors is not None:
+            scale_stream(graph, stream, factors)
+            changed = True
+    return graph if changed else None
+
+
+def find_streams(graph: gs.Graph) -> list[Stream]:
+    """Every stream of a folded graph, in the order of the graph."""
+    streams: list[Stream] = []
+    seen: set[str] = set()
+    for node in graph.nodes:
+        if not is_linear(node) or node.inputs[0].name in seen:
+            continue
+        stream = _stream(graph, node)
+        if stream is not None:
+            streams.append(stream)
+            seen.update(stream.tensors)
+    return streams
+
+
+def _stream(graph: gs.Graph, reader: gs.Node) -> Stream | None:
+    """The stream that a linear node reads; None where a factor cannot be folded."""
+    groups, _, inputs, _ = weight_matrix(reader).shape
+    stream = Stream(channel_axis(reader), groups * inputs)
+    waiting = [reader.inputs[0]]
+    while waiting:
+        tensor = waiting.pop()
+        if tensor.name in stream.tensors:
+            continue
+        if tensor in graph.outputs or len(tensor.inputs) != 1:
+            return None
+        stream.tensors.append(tensor.name)
+        linked = _linked(stream, tensor.inputs[0], None)
+        for node in readers(tensor):
+            linked = None if linked is None else _extend(linked, _linked(stream, node, tensor))
+        if linked is None:
+            return None
+        waiting += linked
+    return stream
+
+
+def _extend(found: list[gs.Tensor], more: list[gs.Tensor] | None) -> list[gs.Tensor] | None:
+    return None if more is None else found + more
+
+
+def _linked(stream: Stream, node: gs.Node, tensor: gs.Tensor | None) -> list[gs.Tensor] | None:
+    """Note a node's part in the stream; the other tensors that it takes along, or None where it cannot be.
+
+    Args:
+        tensor: the tensor of the stream that it reads; None: it makes one.
+    """
+    if tensor is None and _can_make(stream, node):
+        stream.makers.append(node)
+        return []
+    if tensor is not None and is_linear(node) and node.inputs[0] is tensor:
+        stream.readers.append(node)
+        groups, _, inputs, _ = weight_matrix(node).shape
+        return [] if (channel_axis(node), groups * inputs) == (stream.axis, stream.channels) else None
+    if node.op in COMMUTING_OPS or (node.op in POOLING_OPS and stream.axis == 1 and len(node.outputs) == 1):
+        return [node.inputs[0], node.outputs[0]]
+    if node.op == "Add":
+        for index, operand in enumerate(node.inputs):
+            if isinstance(operand, gs.Constant):
+                if (node, index) not in stream.constants:
+                    stream.constants.append((node, index))
+                other = node.inputs[1 - index]
+                return [other, node.outputs[0]] if _fits(stream, operand, node.outputs[0]) else None
+        both = all(_has_channels(stream, operand) for operand in node.inputs)  # none is broadcast along them
+        aligned = stream.axis == -1 or len({len(operand.shape or ()) for operand in node.inputs}) == 1
+        return [*node.inputs, node.outputs[0]] if both and aligned else None
+    return None
+
+
+def _can_make(stream: Stream, node: gs.Node) -> bool:
+    """Whether factors for the node's output can be folded into its constants."""
+    if is_linear(node):
+        bias_folds = len(node.inputs) < 3 or isinstance(node.inputs[2], gs.Constant)
+        return channel_axis(node) == stream.axis and bias_folds
+    if node.op in NORMALIZATIONS:
+        constant = all(isinstance(t, gs.Constant) and len(t.shape) == 1 for t in node.inputs[1:])
+        return constant and stream.axis == -1
+    if node.op in ("Mul", "Div"):
+        constant = node.inputs[_factor_index(node)]
+        per_channel = isinstance(constant, gs.Constant) and np.prod(constant.shape) == stream.channels
+        return per_channel and _fits(stream, constant, node.outputs[0])
+    return False
+
+
+def _factor_index(node: gs.Node) -> int:
+    """Which operand of a Mul or Div may be a constant factor."""
+    return 0 if node.op == "Mul" and isinstance(node.inputs[0], gs.Constant) else 1
+
+
+def _fits(stream: Stream, constant: gs.Constant, tensor: gs.Tensor) -> bool:
+    """Whether a constant broadcasts against the tensor without giving it another shape."""
+    return _has_channels(stream, tensor) and len(constant.shape) <= len(tensor.shape)
+
+
+def _has_channels(stream: Stream, tensor: gs.Tensor) -> bool:
+    shape = tensor.shape
+    return shape is not None and len(shape) > 1 and shape[stream.axis] == stream.channels
+
+
+# --- folding ------------------------------------------------------------------------------------------------
+
+
+def scale_stream(graph: gs.Graph, stream: Stream, factors: Vector) -> None:
+    """Divide every tensor of the stream by `factors`, shape (channels,), and make up for it; in place."""
+    names = Names(graph)
+    ranks = {name: len(tensor.shape or ()) for name, tensor in graph.tensors().items()}
+    for node in stream.makers:
+        rank = ranks[node.outputs[0].name]
+        if is_linear(node):
+            _scale_linear(node, 1 / factors, names, output=True)
+            for index in range(2, len(node.inputs)):
+                set_constant(node, index, node.inputs[index].values / factors, names)
+        elif node.op in NORMALIZATIONS:
+            for index in range(1, len(node.inputs)):
+                set_constant(node, index, node.inputs[index].values / factors, names)
+        else:
+            index = _factor_index(node)
+            vector = along(factors if node.op == "Div" else 1 / factors, stream.axis, rank)
+            set_constant(node, index, node.inputs[index].values * vector, names)
+    for node, index in stream.constants:
+        vector = along(1 / factors, stream.axis, ranks[node.outputs[0].name])
+        set_constant(node, index, node.inputs[index].values * vector, names)
+    for node in stream.readers:
+        _scale_linear(node, factors, names, output=False)
+
+
+def _scale_linear(node: gs.Node, factors: Vector, names: Names, *, output: bool) -> None:
+    """Multiply the weights of a linear node's outputs, or of its inputs, by factors."""
+    weight = node.inputs[1].values.astype(np.float64)
+    if node.op == "Conv" and not output:
+        groups, outputs, inputs, _ = weight_matrix(node).shape
+        each = np.repeat(factors.reshape(groups, 1, inputs), outputs, axis=1).reshape(-1, inputs)
+        scaled = weight * each.reshape(*each.shape, *[1] * (weight.ndim - 2))
+    else:
+        axis = 0 if node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0)) == output else 1
+        scaled = weight * along(factors, axis, weight.ndim)
+    set_constant(node, 1, scaled, names)
+
+
+# --- choosing the factors -----------------------------------------------------------------------------------
+
+
+def best_factors(stream: Stream, channels: Mapping[str, Channels], int8: set[str]) -> Vector | None:
+    """The factors with the least error, shape (channels,); None where the stream is best left alone.
+
+    Args:
+        channels: of those tensors of the stream that are quantized.
+        int8: names of the nodes that run in INT8.
+    """
+    readers = [node for node in stream.readers if node.name in int8 and node.inputs[0].name in channels]
+    if not readers:
+        return None
+    amax = np.max([channels[name].amax for name in stream.tensors if name in channels], axis=0)
+    weights = np.max([np.abs(_by_input(node)).max(axis=0) for node in readers], axis=0)
+    tried = [np.ones(stream.channels), *(_factors(amax, weights, a) for a in EXPONENTS)]
+    errors = [
+        sum(_error(node, channels[node.inputs[0].name].values, factors) for node in readers)
+        for factors in tried
+    ]
+    best = int(np.argmin(errors))
+    return tried[best] if best else None
+
+
+def _factors(amax: Vector, weights: Vector, exponent: float) -> Vector:
+    """SmoothQuant's equation 4, with 1 where a channel is dead on either side."""
+    alive = (amax > 0) & (weights > 0)
+    factors = np.ones(amax.shape)
+    factors[alive] = amax[alive].astype(np.float64) ** exponent / weights[alive] ** (1 - exponent)
+    factors[alive] /= np.exp(np.log(factors[alive]).mean()) if alive.any() else 1
+    return np.clip(factors, 1 / MOST_FACTOR, MOST_FACTOR)
+
+
+def _by_input(node: gs.Node) -> NDArray[np.float64]:
+    """Weights as (outputs of a group * kernel, inputs)."""
+    matrix = weight_matrix(node)
+    return matrix.transpose(1, 3, 0, 2).reshape(-1, matrix.shape[0] * matrix.shape[2])
+
+
+def _error(node: gs.Node, values: NDArray[np.float32], factors: Vector) -> float:
+    """Quantization noise over signal at a reader's output, its inputs taken as uncorrelated."""
+    weight = weight_matrix(node)
+    groups, _, inputs, _ = weight.shape
+    power = np.square(values, dtype=np.float64).mean(axis=0)
+    noise = _noise(np.divide(values, factors, dtype=np.float32, casting="same_kind"))
+    scaled = weight * factors.reshape(groups, 1, inputs, 1)
+    rows = scaled.reshape(-1, inputs * scaled.shape[3]).astype(np.float32)
+    rounded = fake_quantize(rows, scale_from_amax(amax_per_channel(rows, 0)), axis=0, narrow=True)
+    lost = np.square(rounded - rows, dtype=np.float64).reshape(weight.shape)
+
+    def through(energy: NDArray[np.float64], power: Vector) -> float:
+        return float((energy.sum(axis=(1, 3)).reshape(-1) * power).sum())
+
+    signal = through(weight**2, power)
+    return (through(scaled**2, noise) + through(lost, power / factors**2)) / signal if signal else 0.0
+
+
+def _noise(values: NDArray[np.floating]) -> Vector:
+    """Mean squared error of each channel under the per-tensor range for which the whole error is least."""
+    amax = np.abs(values).max(initial=0.0)
+    errors = [
+        np.square(values - fake_quantize(values, scale_from_amax(amax * part))).mean(axis=0, dtype=np.float64)
+        for part in NARROWER
+    ]
+    return min(errors, key=np.sum)

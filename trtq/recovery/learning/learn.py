@@ -1,0 +1,401 @@
+"""Learning what calibration cannot measure: ranges, biases and weights, with the fp32 model as the teacher.
+
+Quantization-aware training with fake quantization and straight-through gradients (paper section 5.2) and
+learned ranges (section 5.3), from the ONNX model alone. The loss is the noise of the outputs against the fp32
+model's, sum (r - c)² / sum r², so no labels are needed; class numbers, where there are some, add their
+cross-entropy. An output that mixes scales counts with the mean over its components, which leads gradients to
+all of them; what is kept is judged by the worst, as everywhere.
+
+A few hundred rows are enough because little has to change: all steps start from the best calibration, weights
+are learned in units of their scale, with a learning rate that moves them by less than one code altogether,
+and half-cosine decay. Of all epochs the one with the least noise on rows held back is kept.
+
+First come ranges, biases and norms alone, then weights with them. The INT8 codes that come out are those
+that were trained with: `Quantization.rewritten` writes exactly them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from trtq.console import Console
+from trtq.data.batches import Batch
+from trtq.data.samples import Samples
+from trtq.errors import InputError, MissingBackendError
+from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization
+from trtq.recovery.budget import NO_BUDGET, Budget
+from trtq.simulation.finite import check_reference
+from trtq.simulation.similarity import Reference, noise_db
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trtq.recovery.learning.pupil import Pupil
+
+BATCH = 8
+MOST_ROWS = 512
+"""Rows to learn from, evenly spread over the data."""
+
+FEWEST_STEPS, MOST_STEPS = 160, 600
+MAC_BUDGET = 1.5e12
+"""Steps of a whole run, one batch each: as many as fit into this many multiply-accumulates within those
+bounds, where a step costs three times the forward pass."""
+
+FIRST = 0.2
+"""The part of the steps in which the weights stay as they are."""
+
+RATE_SCALES, RATE_BIASES, RATE_CODES = 1e-3, 5e-4, 5e-3
+"""Adam's learning rates: of the logarithms of scales, of biases in units of their mean magnitude, and of
+weights in units of their scale."""
+
+LABEL_WEIGHT = 0.05
+"""Of the cross-entropy with labels, beside the noise against the teacher."""
+
+LEAST_GAIN_DB = 0.05
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What came of learning.
+
+    Attributes:
+        quantization: the start where nothing was better.
+        before_db, after_db: SQNR of the outputs on the rows held back.
+        steps: that were taken.
+        whole: whether those are all that were planned; a budget may end learning before.
+    """
+
+    quantization: Quantization
+    before_db: float
+    after_db: float
+    steps: int
+    whole: bool
+
+
+def learn(
+    quantization: Quantization,
+    teacher: gs.Graph,
+    fitting: Samples,
+    held_back: Samples,
+    console: Console,
+    *,
+    labels: str | None = None,
+    budget: Budget = NO_BUDGET,
+    threads: int | None = None,
+    ignore_nonfinite: bool = False,
+    state: bytes | None = None,
+    save: Callable[[bytes], object] = lambda state: None,
+) -> Learned:
+    """Learn from `fitting`, keep what is best on `held_back`.
+
+    On a GPU where PyTorch finds one (never run by the authors for want of one), else on the CPU.
+
+    Args:
+        teacher: the fp32 model, folded; a fix may have changed the biases of the quantization's own graph.
+        labels: the target of `fitting` that holds class numbers (rows,); the model then needs one output
+            (rows, classes).
+        budget: learning stops when it is spent, with what was best until then.
+        ignore_nonfinite: learn only from what is finite in the teacher's outputs.
+        state: what `save` was given before an interruption; learning goes on from there.
+        save: called after each epoch.
+
+    Raises:
+        MissingBackendError: PyTorch is not installed.
+        InputError: an operator cannot be differentiated, the labels do not suit the model, or the teacher's
+            outputs are not finite.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingBackendError(
+            "PyTorch is not installed, and learning needs it", remedy="pip install 'trtq[qat]'"
+        ) from error
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        run = _Run(quantization, teacher, fitting, held_back, labels, device, ignore_nonfinite)
+        return run.learn(console, budget, state, save)
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """One batch: its feed, what the teacher says of it, and labels."""
+
+    feed: dict[str, Tensor]
+    expected: dict[str, Tensor]
+    labels: Tensor | None
+
+
+class _Run:
+    """The pupil, its lessons and its exams."""
+
+    def __init__(
+        self,
+        quantization: Quantization,
+        teacher: gs.Graph,
+        fitting: Samples,
+        held_back: Samples,
+        labels: str | None,
+        device: Any,
+        ignore_nonfinite: bool,
+    ) -> None:
+        import torch
+
+        from trtq.recovery.learning.pupil import Pupil
+        from trtq.recovery.learning.torch_graph import TorchGraph
+
+        self.given, self.device, self.ignore_nonfinite = quantization, device, ignore_nonfinite
+        self.start = quantization = quantization.with_corrections_inside()
+        self.pupil: Pupil = Pupil(quantization, device)
+        self.biases = {name: self.pupil.make_trainable(name) for name in _biases(quantization.graph)}
+        self.codes = _own_weights(quantization)
+        self.teacher = TorchGraph(teacher).to(device)
+        fitting, held_back = fitting.spread(MOST_ROWS), held_back.spread(MOST_ROWS)
+        if labels is not None and len(quantization.graph.outputs) != 1:
+            outputs = ", ".join(tensor.name for tensor in quantization.graph.outputs)
+            raise InputError("labels need a model with one output", cause=f"this one has {outputs}")
+        numbers = None if labels is None else fitting.class_numbers(labels)
+        self.lessons = list(self._lessons(fitting, numbers))
+        if numbers is not None:
+            (logits,) = self.lessons[0].expected.values()
+            if logits.ndim != 2 or numbers.max() >= logits.shape[1]:
+                raise InputError(
+                    f"the labels '{labels}' do not suit the model's output",
+                    file=fitting.source,
+                    cause=f"they reach {numbers.max()}, the output is {tuple(logits.shape[1:])} for each row",
+                )
+        self.exams = list(self._lessons(held_back, None))
+        self.reference = Reference([_arrays(exam.expected) for exam in self.exams])
+        self.components = {
+            name: [torch.from_numpy(own).to(device) for own in split.indices]
+            for name, split in self.reference.components.items()
+        }
+
+    def learn(
+        self, console: Console, budget: Budget, state: bytes | None, save: Callable[[bytes], object]
+    ) -> Learned:
+        import torch
+
+        noise = self._exam()
+        before, best, best_noise = noise, self._answer(), noise
+        epochs = max(math.ceil(_steps(self.start.plan) / len(self.lessons)), 2)
+        optimizer, rates = self._optimizer()
+        epoch = 0
+        if state is not None:
+            stored = torch.load(io.BytesIO(state), map_location=self.device, weights_only=True)
+            self._restore(stored["now"])
+            optimizer.load_state_dict(stored["optimizer"])
+            best, best_noise = stored["best"], stored["best_noise"]
+            epoch = stored["epoch"]
+        with console.progress("learn", (epochs - epoch) * len(self.lessons), "step") as advance:
+            while epoch < epochs and not budget.over:
+                order = np.random.default_rng(epoch).permutation(len(self.lessons))
+                for position, index in enumerate(order):
+                    done = (epoch + position / len(order)) / epochs
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        held = group["weights"] and done < FIRST
+                        group["lr"] = 0.0 if held else rate * 0.5 * (1 + math.cos(math.pi * done))
+                    optimizer.zero_grad()
+                    self._loss(self.lessons[index]).backward()
+                    optimizer.step()
+                    advance(1)
+                    if budget.over:
+                        break
+                noise = self._exam()
+                if noise < best_noise:
+                    best, best_noise = self._answer(), noise
+                if budget.over:
+                    break
+                epoch += 1
+                console.say("learn", f"epoch {epoch} of {epochs}: {noise_db(noise):.2f} dB on rows held back")
+                stored = {
+                    "now": self._answer(),
+                    "optimizer": optimizer.state_dict(),
+                    "best": best,
+                    "best_noise": best_noise,
+                    "epoch": epoch,
+                }
+                buffer = io.BytesIO()
+                torch.save(stored, buffer)
+                save(buffer.getvalue())
+        gain = noise_db(best_noise) - noise_db(before)
+        quantization = self._exported(best) if gain >= LEAST_GAIN_DB else self.given
+        steps = epoch * len(self.lessons)
+        return Learned(quantization, noise_db(before), noise_db(best_noise), steps, epoch == epochs)
+
+    def _lessons(self, samples: Samples, labels: NDArray[np.int64] | None) -> Iterator[_Lesson]:
+        import torch
+
+        for batch in samples.batches(BATCH):
+            feed = {name: torch.from_numpy(values).to(self.device) for name, values in batch.feed.items()}
+            with torch.no_grad():
+                outputs = self.teacher(feed)
+            expected = {name: value for name, value in outputs.items() if value.is_floating_point()}
+            if not expected:
+                raise InputError("none of the model's outputs is a float, so there is nothing to learn from")
+            arrays = {name: value.cpu().numpy() for name, value in expected.items()}
+            check_reference(arrays, ignore_nonfinite=self.ignore_nonfinite, samples=samples, batch=batch)
+            yield _Lesson(feed, expected, None if labels is None else self._batch_of(labels, batch))
+
+    def _batch_of(self, labels: NDArray[np.int64], batch: Batch) -> Tensor:
+        import torch
+
+        own = labels[batch.start : batch.start + batch.rows]
+        padded = np.concatenate([own, np.repeat(own[-1:], batch.padding)])
+        return torch.from_numpy(padded).to(self.device)
+
+    def _loss(self, lesson: _Lesson) -> Tensor:
+        import torch.nn.functional as F
+
+        found = self.pupil(lesson.feed)
+        loss = self._noise(lesson, found)
+        if lesson.labels is not None:
+            (logits,) = found.values()
+            loss = loss + LABEL_WEIGHT * F.cross_entropy(logits, lesson.labels)
+        return loss
+
+    def _noise(self, lesson: _Lesson, found: dict[str, Tensor]) -> Tensor:
+        """Noise of the outputs relative to the signal, averaged over an output's components and outputs."""
+        ratios = []
+        for name, expected in lesson.expected.items():
+            signal = self._parts(name, _signal(expected))
+            error = self._parts(name, _error(expected, found[name]))
+            parts = [
+                e.square().sum() / s.square().sum().clamp_min(1e-30)
+                for e, s in zip(error, signal, strict=True)
+            ]
+            ratios.append(sum(parts[1:], parts[0]) / len(parts))
+        return sum(ratios[1:], ratios[0]) / len(ratios)
+
+    def _parts(self, name: str, values: Tensor) -> list[Tensor]:
+        """The values of an output's components; all where it is whole."""
+        axis = self.reference.components[name].axis
+        return [values] if axis is None else [values.index_select(axis, own) for own in self.components[name]]
+
+    def _exam(self) -> float:
+        """Noise on all the rows held back, relative to their signal (`Reference.noise`)."""
+        import torch
+
+        with torch.no_grad():
+            return self.reference.noise(_arrays(self.pupil(exam.feed)) for exam in self.exams)
+
+    def _optimizer(self) -> tuple[Any, list[float]]:
+        """Adam, and the learning rate of each of its groups."""
+        import torch
+
+        pupil = self.pupil
+        groups: list[dict[str, Any]] = [{"params": list(pupil.log_scales.values()), "lr": RATE_SCALES}]
+        groups += [
+            {"params": [bias], "lr": RATE_BIASES * float(bias.detach().abs().mean().clamp_min(1e-8))}
+            for bias in self.biases.values()
+        ]
+        groups = [group | {"weights": False} for group in groups]
+        groups.append({"params": [pupil.codes[key] for key in self.codes], "lr": RATE_CODES, "weights": True})
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.Adam(groups, betas=(0.9, 0.99)), [group["lr"] for group in groups]
+
+    def _answer(self) -> dict[str, list[Tensor]]:
+        """A copy of everything that is learned."""
+        return {kind: [p.detach().clone() for p in held] for kind, held in self._parameters().items()}
+
+    def _restore(self, answer: dict[str, list[Tensor]]) -> None:
+        for kind, held in self._parameters().items():
+            for parameter, value in zip(held, answer[kind], strict=True):
+                parameter.data.copy_(value)
+
+    def _parameters(self) -> dict[str, list[Any]]:
+        return {
+            "scales": list(self.pupil.log_scales.values()),
+            "biases": list(self.biases.values()),
+            "codes": [self.pupil.codes[key] for key in self.codes],
+        }
+
+    def _exported(self, answer: dict[str, list[Tensor]]) -> Quantization:
+        """The start with what was learned."""
+        self._restore(answer)
+        pupil, graph = self.pupil, self.start.graph.copy()
+        tensors = graph.tensors()
+        for name, bias in self.biases.items():
+            tensors[name].values = bias.detach().cpu().numpy()
+        weight_scales = dict(self.start.weight_scales)
+        for key in self.codes:
+            tensors[key[0]].values = pupil.weight(key).detach().cpu().numpy()
+            weight_scales[key] = pupil.weight_scales[key].flatten().cpu().numpy()
+        scales = dict(self.start.scales)
+        for tensor in pupil.log_scales:
+            scales[tensor] = np.float32(pupil.scale(tensor).detach().cpu().numpy())
+        return replace(self.start, graph=graph, scales=scales, weight_scales=weight_scales)
+
+
+_VECTORS = {
+    "Conv": (2,),
+    "ConvTranspose": (2,),
+    "Gemm": (2,),
+    "LayerNormalization": (1, 2),
+    "GroupNormalization": (1, 2),
+    "InstanceNormalization": (1, 2),
+    "BatchNormalization": (1, 2),
+}
+"""The inputs of an operator that scale or shift its channels."""
+
+
+def _signal(expected: Tensor) -> Tensor:
+    """What is expected, with 0 where it is not finite."""
+    return expected.where(expected.isfinite(), 0)
+
+
+def _error(expected: Tensor, found: Tensor) -> Tensor:
+    """Expected minus found, 0 where what is expected is not finite."""
+    return (expected - found).where(expected.isfinite(), 0)
+
+
+def _steps(plan: Plan) -> int:
+    per_row = sum(node.macs or 0 for node in plan.nodes) / max(plan.batch, 1)
+    affordable = MAC_BUDGET / max(3 * BATCH * per_row, 1)
+    return int(min(max(affordable, FEWEST_STEPS), MOST_STEPS))
+
+
+def _biases(graph: gs.Graph) -> list[str]:
+    """Constants of one node alone that shift channels, or scale them in a norm; a MatMul's are in an Add."""
+    found = []
+    for node in graph.nodes:
+        made = [op.op for tensor in node.inputs for op in tensor.inputs] if node.op == "Add" else []
+        wanted = (0, 1) if made == ["MatMul"] else _VECTORS.get(node.op, ())
+        for tensor in [node.inputs[index] for index in wanted if index < len(node.inputs)]:
+            alone = isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1
+            if alone and np.prod(tensor.shape) == max(tensor.shape, default=0):
+                found.append(tensor.name)
+    return found
+
+
+def _own_weights(quantization: Quantization) -> Sequence[tuple[str, int]]:
+    """(constant, axis) of the weights that nothing reads but quantizers along one axis."""
+    tensors = quantization.graph.tensors()
+    readers: dict[str, set[tuple[str, int]]] = {}
+    axes: dict[str, set[int]] = {}
+    for weight in quantization.plan.weights:
+        readers.setdefault(weight.tensor, set()).add((weight.node, weight.index))
+        axes.setdefault(weight.tensor, set()).add(weight.axis)
+    return [
+        (name, axis)
+        for name, (axis, *others) in axes.items()
+        if not others and len(tensors[name].outputs) == len(readers[name])
+    ]
+
+
+def _arrays(outputs: dict[str, Tensor]) -> dict[str, NDArray]:
+    """The outputs as NumPy has them; on the CPU both share the memory."""
+    return {name: values.detach().cpu().numpy() for name, values in outputs.items()}

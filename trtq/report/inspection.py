@@ -1,0 +1,173 @@
+"""`trtq inspect`: what a file is and what is in it, for people and as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtq.backends.builders import describe_engine
+from trtq.calibration.statistics import Statistics
+from trtq.calibration.table import Table, tensorrt_version
+from trtq.errors import InputError
+from trtq.files import PathLike, read_json
+from trtq.graph.model import load_model
+from trtq.graph.place import placed
+from trtq.graph.plan import FORMAT as PLAN_FORMAT
+from trtq.graph.plan import Plan, percent
+from trtq.graph.products import is_quantizer
+from trtq.numerics import INT8_MAX
+from trtq.recovery.sensitivity import FORMAT as SENSITIVITY_FORMAT
+from trtq.recovery.sensitivity import Sensitivity
+from trtq.simulation.outputs import ENGINE_SUFFIXES
+from trtq.study import FORMAT as STUDY_FORMAT
+from trtq.study import Study
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A file: what kind it is, and its content as lines and as JSON values."""
+
+    kind: str
+    lines: list[str]
+    values: dict[str, Any]
+
+    def text(self) -> str:
+        """The kind, and the content line by line."""
+        return "\n".join([self.kind, *(f"  {line}" for line in self.lines)])
+
+    def to_json(self) -> dict[str, Any]:
+        """The kind and the content as JSON values."""
+        return {"kind": self.kind, **self.values}
+
+
+def inspect(path: PathLike) -> Inspection:
+    """Describe an ONNX model, a plan, a table, an engine, statistics, a sensitivity analysis or a study.
+
+    Engines are not deserialized: a plan file is code, and one from an untrusted source must not be loaded.
+
+    Raises:
+        InputError: missing, or none of these.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("the file does not exist", file=path, remedy="check the path")
+    if path.suffix == ".onnx":
+        return _model(path)
+    if path.suffix in ENGINE_SUFFIXES:
+        return _engine(path)
+    if path.suffix == ".json":
+        return _json(path)
+    if path.suffix == ".npz":
+        return _statistics(path)
+    return _table(path)
+
+
+def _model(path: Path) -> Inspection:
+    model = load_model(path)
+    plan = placed(model, None)
+    ops = Counter(node.op for node in model.graph.nodes)
+    state = "no"
+    if model.is_quantized:
+        on_integers = any(node.int8 and is_quantizer(node.op) for node in plan.nodes)
+        where = "between Q/DQ or on integers" if on_integers else "between Q/DQ"
+        state = f"{len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes {where}"
+    lines = [
+        f"sha256    {model.sha256}",
+        f"opset     {model.graph.opset} (as loaded), IR {model.graph.ir_version}",
+        *(f"input     {spec}" for spec in model.inputs),
+        *(f"output    {t.name} {t.dtype} {t.shape}" for t in model.graph.outputs),
+        f"quantized {state}",
+        "nodes     " + ", ".join(f"{op} {count}" for op, count in ops.most_common()),
+        *(f"weighted  {node.name} ({node.op}): {node.reason}" for node in plan.nodes),
+    ]
+    values = {
+        "sha256": model.sha256,
+        "opset": model.graph.opset,
+        "inputs": [str(spec) for spec in model.inputs],
+        "quantized": model.is_quantized,
+        "operators": dict(ops),
+        "weighted": plan.to_json()["nodes"],
+    }
+    return Inspection("ONNX model", lines, values)
+
+
+def _engine(path: Path) -> Inspection:
+    found = describe_engine(path)
+    build = found["build"]
+    lines = [f"{name:<9} {found[name]}" for name in ("sha256", "bytes", "version")]
+    lines.append(f"targets   {', '.join(found['targets']) or 'not known'}")
+    lines.append("caution   a plan file is code: load only plans you built or trust")
+    if build is None:
+        lines.append(f"kernels   not known: the record {path.name}.json is missing or of another engine")
+        return Inspection(f"engine of {found['backend']} (plan file)", lines, found)
+    compiled = build["compiled"]
+    megabytes = compiled.bytes_moved() / 1e6
+    datatypes = Counter(
+        "/".join(sorted({t.datatype for t in layer.inputs})) for layer in compiled.layers if layer.computes
+    )
+    lines += [
+        f"model     {build['model']} ({build['model_sha256'][:16]}…)",
+        f"profile   {build['profile'] or 'static'}",
+        f"kernels   {compiled.kernels}, about {megabytes:.1f} MB moved at batch {compiled.batch}",
+        "compute   " + ", ".join(f"{count} kernels read {types}" for types, count in datatypes.most_common()),
+    ]
+    return Inspection(
+        f"engine of {found['backend']} (plan file)",
+        lines,
+        {**found, "build": {**build, "compiled": compiled.to_json()}},
+    )
+
+
+def _json(path: Path) -> Inspection:
+    """A JSON file by the format that it names."""
+    value = read_json(path, "JSON file")
+    found = value.get("format") if isinstance(value, dict) else None
+    if found == SENSITIVITY_FORMAT:
+        analysis = Sensitivity.load(path)
+        return Inspection("sensitivity analysis", analysis.text().splitlines(), value)
+    if found == STUDY_FORMAT:
+        return Inspection("study", Study.load(path).text().splitlines(), value)
+    if found == PLAN_FORMAT:
+        return _plan(path)
+    raise InputError(
+        "not a plan, a sensitivity analysis or a study of trtq",
+        file=path,
+        cause=f"its format is {found}" if found else "it names no format",
+    )
+
+
+def _plan(path: Path) -> Inspection:
+    plan = Plan.load(path)
+    share = plan.mac_share()
+    lines = [
+        f"model     {plan.model}",
+        f"int8      {len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes"
+        + ("" if share is None else f", {percent(share)} of the multiply-accumulates"),
+        f"ranges    {len(plan.tensors)} activations, {len(plan.weights)} weights",
+        *(f"float     {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8),
+    ]
+    return Inspection("plan", lines, plan.to_json())
+
+
+def _statistics(path: Path) -> Inspection:
+    statistics = Statistics.load(path)
+    histograms = statistics.histograms.items()
+    lines = [f"rows      {statistics.rows}"]
+    lines += [f"tensor    {name}: {h.low:.5g} to {h.high:.5g}, {h.total} values" for name, h in histograms]
+    values = {name: {"low": h.low, "high": h.high, "values": h.total} for name, h in histograms}
+    return Inspection("statistics", lines, {"rows": statistics.rows, "tensors": values})
+
+
+def _table(path: Path) -> Inspection:
+    table = Table.load(path)
+    lines = [
+        f"header    {table.header} (TensorRT {tensorrt_version(table.version)})",
+        *(f"{name:<9} {value}" for name, value in table.metadata.items() if isinstance(value, str | int)),
+        *(
+            f"tensor    {n}: scale {float(s):.6g}, amax {float(s) * INT8_MAX:.5g}"
+            for n, s in table.scales.items()
+        ),
+    ]
+    return Inspection("calibration table", lines, table.to_json())

@@ -1,0 +1,274 @@
+"""How alike two models' outputs are, without labels: SQNR, cosine, largest error.
+
+An output that mixes scales is judged by its components (see `components`), each by its own energy, and its
+figure is that of the worst: in the gate (`compare`, `sqnr_db`, `cosine`) as in every search (`Reference`).
+
+`samples` splits an array of rows into that many equal blocks of consecutive rows; each block is
+flattened. Every function returns float64 of shape (samples,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trtq.data.batches import Arrays
+from trtq.errors import InputError
+from trtq.simulation.components import Components, components
+from trtq.simulation.finite import check_reference, compared
+
+MAX_SQNR_DB = 200.0
+"""SQNR is clipped to ± this many dB: equal outputs would be at infinity, which JSON cannot carry.
+float32 rounding alone is noise near 150 dB."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of an output, candidate against reference, over all samples.
+
+    Attributes:
+        label: which indices of which axis it is, and how large its values are.
+        cosine, sqnr_db, max_abs_error: as in `Similarity`.
+    """
+
+    label: str
+    cosine: float
+    sqnr_db: float
+    max_abs_error: float
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """One output, candidate against reference, over all samples.
+
+    Attributes:
+        cosine: cosine of the two flattened arrays, -1 to 1; of the worst component.
+        sqnr_db: 10·log10(sum r² / sum (r - c)²), clipped to ± `MAX_SQNR_DB`; of the worst component.
+        max_abs_error: largest |r - c|.
+        parts: the components of an output that mixes scales; none where it is whole.
+    """
+
+    cosine: float
+    sqnr_db: float
+    max_abs_error: float
+    parts: tuple[Part, ...] = ()
+
+
+class Reference:
+    """The fp32 model's outputs, and what the noise of all candidates of one search is measured against.
+
+    The components are found once, on all batches. What is not finite in the reference is left out.
+
+    Args:
+        batches: the outputs of every batch.
+    """
+
+    def __init__(self, batches: Sequence[Arrays]) -> None:
+        self._batches = batches
+        finite = [{name: compared(array, array)[0] for name, array in batch.items()} for batch in batches]
+        self.components = {name: components([b[name] for b in finite]) for name in scored(batches[0])}
+        self._signal = [
+            {name: _energies(found, batch[name]) for name, found in self.components.items()}
+            for batch in finite
+        ]
+
+    def noise(self, found: Iterable[Arrays]) -> float:
+        """Noise of a candidate's outputs relative to their signal: of each output the worst component's, and
+        of several outputs the mean, so that one which is exact does not hide what happens to the others.
+
+        Args:
+            found: the candidate's outputs, batch by batch; where they end early, so does what they are
+                measured against.
+        """
+        signal, noise = ({name: np.zeros(len(c)) for name, c in self.components.items()} for _ in range(2))
+        for raw, energies, outputs in zip(self._batches, self._signal, found, strict=False):
+            for name, split in self.components.items():
+                expected, candidate = compared(raw[name], outputs[name])
+                difference = _noise(expected, candidate).reshape(expected.shape)
+                signal[name] += energies[name]
+                noise[name] += _energies(split, difference)
+        return float(np.mean([_relative(decibels(signal[n], noise[n])).max() for n in self.components]))
+
+    def sqnr_db(self, found: Iterable[Arrays]) -> float:
+        """`noise` in dB, ± `MAX_SQNR_DB` at most."""
+        return noise_db(self.noise(found))
+
+
+def compare(reference: Arrays, candidate: Arrays) -> dict[str, Similarity]:
+    """`Similarity` of every output in `reference`; both sides as checked by `check_comparable`."""
+    return {name: _similarity(expected, candidate[name]) for name, expected in reference.items()}
+
+
+def _similarity(reference: NDArray, candidate: NDArray) -> Similarity:
+    split = components([reference])
+    pairs = list(zip(split.parts(reference), split.parts(candidate), strict=True))
+    figures = [
+        (
+            float(_plain_cosine(r, c, 1)[0]),
+            float(_plain_sqnr_db(r, c, 1)[0]),
+            float(np.abs(_noise(r, c)).max(initial=0.0)),
+        )
+        for r, c in pairs
+    ]
+    cosines, sqnrs, errors = zip(*figures, strict=True)
+    parts = [Part(label, *found) for label, found in zip(split.labels(), figures, strict=False)]
+    return Similarity(min(cosines), min(sqnrs), max(errors), tuple(parts))
+
+
+def sqnr_db(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
+    """Signal to quantization noise in dB, 10·log10(sum r² / sum (r - c)²); ± `MAX_SQNR_DB` at most.
+
+    Of each sample that of its worst component.
+    """
+    return _worst(_plain_sqnr_db, reference, candidate, samples)
+
+
+def decibels(signal: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """10·log10(signal / noise) of two energies; ± `MAX_SQNR_DB` at most, which no noise at all gives.
+
+    Noise that is NaN, as that of outputs which are not finite is, counts as infinite.
+    """
+    noise = np.where(np.isnan(noise), np.inf, noise)
+    with np.errstate(divide="ignore"):
+        ratio = 10 * (np.log10(signal) - np.log10(np.where(noise == 0, 1, noise)))
+    return np.where(noise == 0, MAX_SQNR_DB, np.clip(ratio, -MAX_SQNR_DB, MAX_SQNR_DB))
+
+
+def overall_sqnr_db(sqnr_db: Sequence[float]) -> float:
+    """SQNR in dB of the mean noise of several outputs, each relative to its signal.
+
+    A mean of decibels would let an output that is exact, at `MAX_SQNR_DB`, hide what happens to the others.
+    """
+    return noise_db(float(_relative(np.array(sqnr_db, np.float64)).mean()))
+
+
+def noise_db(noise: float) -> float:
+    """SQNR in dB of noise relative to its signal."""
+    return float(decibels(np.float64(1.0), np.float64(noise)))
+
+
+def scored(outputs: Arrays) -> list[str]:
+    """Names of the outputs that noise is measured on: the floating-point ones, or all if there are none."""
+    floats = [name for name, array in outputs.items() if array.dtype.kind == "f"]
+    return floats or list(outputs)
+
+
+def cosine(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
+    """Cosine of the angle between reference and candidate; 1 if both are all zero, 0 if only one is.
+
+    Of each sample that of its worst component.
+    """
+    return _worst(_plain_cosine, reference, candidate, samples)
+
+
+def _plain_cosine(reference: NDArray, candidate: NDArray, samples: int) -> NDArray[np.float64]:
+    r, c = _blocks(reference, samples), _blocks(candidate, samples)
+    norms = np.sqrt(_energy(r)) * np.sqrt(_energy(c))
+    dot = np.einsum("ij,ij->i", r, c, dtype=np.float64)
+    both_zero = (_energy(r) == 0) & (_energy(c) == 0)
+    return np.where(both_zero, 1.0, np.clip(dot / np.where(norms == 0, np.inf, norms), -1.0, 1.0))
+
+
+def likelihood(reference: NDArray, candidate: NDArray, samples: int = 1) -> NDArray[np.float64]:
+    """exp(-KL) of the reference's class probabilities from the candidate's, 0 to 1; the outputs are logits.
+
+    KL is the mean over a sample's positions of sum p (ln p - ln q) in nats, with p and q the softmax over the
+    classes: axis 1 of two or four dimensions, else the last.
+
+    Raises:
+        InputError: the outputs cannot be logits.
+    """
+    if reference.dtype.kind != "f" or reference.ndim < 2:
+        raise InputError(
+            "kl needs logits, one for each class",
+            cause=f"the output is {reference.dtype} of shape {reference.shape}",
+            remedy="say which output has them, such as kl@logits",
+        )
+    axis = 1 if reference.ndim in (2, 4) else -1
+    p, q = (_log_softmax(array.astype(np.float64), axis) for array in (reference, candidate))
+    divergence = (np.exp(p) * (p - q)).sum(axis=axis)
+    return np.exp(-divergence.reshape(samples, -1).mean(axis=1))
+
+
+def worst_samples(reference: Arrays, candidate: Arrays, samples: int, count: int = 5) -> tuple[int, ...]:
+    """Indices of the `count` samples whose lowest SQNR over the outputs is lowest, worst first.
+
+    Samples that are reproduced exactly are never listed.
+    """
+    lowest = np.min([sqnr_db(r, candidate[name], samples) for name, r in reference.items()], axis=0)
+    order = np.argsort(lowest, kind="stable")[:count]
+    return tuple(int(i) for i in order if lowest[i] < MAX_SQNR_DB)
+
+
+def check_comparable(reference: Arrays, candidate: Arrays, *, ignore_nonfinite: bool = False) -> None:
+    """Refuse outputs that cannot be compared.
+
+    Raises:
+        InputError: no output or no row, an output missing in the candidate, different shapes, or a
+            reference that is not finite (see `finite.check_reference`).
+    """
+    if not reference or any(array.ndim == 0 or len(array) == 0 for array in reference.values()):
+        raise InputError("the reference has no outputs to compare", remedy="give at least one sample")
+    for name, expected in reference.items():
+        if name not in candidate:
+            raise InputError(
+                f"the candidate has no output {name!r}",
+                cause=f"its outputs are {', '.join(candidate) or 'none'}",
+                remedy="compare a model with its own quantized version: the output names must be equal",
+            )
+        if candidate[name].shape != expected.shape:
+            raise InputError(
+                f"output {name!r} has shape {expected.shape} in the reference"
+                f" but {candidate[name].shape} in the candidate"
+            )
+    check_reference(reference, ignore_nonfinite=ignore_nonfinite)
+
+
+def _worst(
+    score: Callable[[NDArray, NDArray, int], NDArray[np.float64]],
+    reference: NDArray,
+    candidate: NDArray,
+    samples: int,
+) -> NDArray[np.float64]:
+    """The lowest score of each sample among the components of the reference."""
+    split = components([reference])
+    pairs = zip(split.parts(reference), split.parts(candidate), strict=True)
+    return np.min([score(r, c, samples) for r, c in pairs], axis=0)
+
+
+def _plain_sqnr_db(reference: NDArray, candidate: NDArray, samples: int) -> NDArray[np.float64]:
+    signal = _energy(_blocks(reference, samples))
+    noise = _energy(_blocks(_noise(reference, candidate), samples))
+    return decibels(signal, noise)
+
+
+def _relative(sqnr_db: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Noise relative to its signal; none at `MAX_SQNR_DB`."""
+    return np.where(sqnr_db >= MAX_SQNR_DB, 0.0, 10.0 ** (-sqnr_db / 10))
+
+
+def _energies(split: Components, array: NDArray) -> NDArray[np.float64]:
+    """The energy of each component."""
+    return np.array([_energy(_blocks(part, 1))[0] for part in split.parts(array)])
+
+
+def _log_softmax(logits: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    shifted = logits - logits.max(axis=axis, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+
+
+def _blocks(array: NDArray, samples: int) -> NDArray:
+    """`array` as floating point of shape (samples, values of a sample)."""
+    wanted = array.dtype if array.dtype in (np.float32, np.float64) else np.float64
+    return array.reshape(samples, -1).astype(wanted, copy=False)
+
+
+def _noise(reference: NDArray, candidate: NDArray) -> NDArray:
+    return _blocks(reference, 1) - _blocks(candidate, 1)
+
+
+def _energy(blocks: NDArray) -> NDArray[np.float64]:
+    return np.einsum("ij,ij->i", blocks, blocks, dtype=np.float64)

@@ -1,0 +1,469 @@
+"""Simulating many plans of one quantization over the same rows.
+
+A plan costs little more than the layers behind its first change:
+
+- It becomes a model of its own, with quantizers only where the plan has them: switches at run time would
+  keep ONNX Runtime from its fast layouts. All models share the memory of the weights, in floating point and
+  quantized, so that none are written or parsed again.
+- Activations at cuts through the graph are kept from one pass in fp32 and, once needed, from one with every
+  quantizer. A plan is run from the last cut at which it still equals one of the two.
+- Rows run in batches that stay in the processor's cache, each on one thread, several at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+from numpy.typing import NDArray
+
+from trtq.data.batches import Arrays, Batch
+from trtq.data.samples import Samples
+from trtq.errors import InputError
+from trtq.gate.metrics import Metric
+from trtq.graph.groups import Group, groups
+from trtq.graph.model import export, serialized
+from trtq.graph.place import leave_out
+from trtq.graph.plan import Plan
+from trtq.graph.quantization import Quantization
+from trtq.numerics import dequantize
+from trtq.simulation.finite import check_reference, first_not_finite, with_references
+from trtq.simulation.session import simulation_session
+from trtq.simulation.similarity import Reference, noise_db, scored
+
+BATCH = 4
+"""Rows at once; larger batches leave the processor's cache and are slower."""
+
+KEPT_BYTES = 1 << 29
+"""Most memory for the activations at the cuts, for each of the two passes."""
+
+SHARED_BYTES = 1 << 10
+"""Weights above this size are handed to ONNX Runtime by address."""
+
+Mode = Literal["only", "all-but"]
+"""`only`: one group in INT8, all others in fp32; `all-but`: one group in fp32, all others in INT8."""
+
+Switches = frozenset[tuple[str, int]]
+"""The quantized inputs of a plan: node, and index of the input."""
+
+
+class Score(NamedTuple):
+    """How far outputs are from those of the fp32 model.
+
+    Attributes:
+        sqnr_db: `noise` in dB.
+        noise: sum of squared errors / sum of squared reference values over all rows: of each output that of
+            its worst component, and of several outputs the mean (`similarity.Reference`).
+        metric: the metric's value, where the simulator has one and the outputs are finite.
+    """
+
+    sqnr_db: float
+    noise: float
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one group does to the outputs; the figures are those of `Score`."""
+
+    group: Group
+    sqnr_db: float
+    noise: float
+    metric: float | None = None
+
+
+class Simulator:
+    """Runs any part of a quantization's plan over the same rows.
+
+    Results depend neither on the number of workers nor on what was run before.
+
+    Args:
+        quantization: parts of its plan come from `place.leave_out`.
+        samples: the rows; they are kept in memory.
+        metric: scores the outputs, too.
+        teacher: the model whose outputs are the reference, where the quantization's graph is no longer it.
+        workers: batches run at once; default: one for each processor.
+        ignore_nonfinite: compare only where the reference is finite.
+
+    Raises:
+        InputError: a row does not suit the model, or the model does not run on it, or its outputs are not
+            finite there.
+    """
+
+    def __init__(
+        self,
+        quantization: Quantization,
+        samples: Samples,
+        *,
+        metric: Metric | None = None,
+        teacher: gs.Graph | None = None,
+        workers: int | None = None,
+        ignore_nonfinite: bool = False,
+    ) -> None:
+        self.quantization, self.samples, self.metric = quantization, samples, metric
+        self.workers = workers or os.cpu_count() or 1
+        self._batches = list(samples.batches(BATCH))
+        self._pool = ThreadPoolExecutor(self.workers)
+        self._lock = threading.Lock()
+        self._program = _Program(quantization)
+        self._cuts = self._affordable_cuts()
+        self._float = self._pass(frozenset())
+        self._expected = self._float.outputs if teacher is None else self._taught(teacher)
+        for batch, arrays in zip(self._batches, self._expected, strict=True):
+            check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
+        self._scored = scored(self._expected[0])
+        self._measured_against = Reference(list(self._own_rows(self._expected)))
+        self._whole: _Pass | None = None
+
+    @cached_property
+    def reference(self) -> Arrays:
+        """The fp32 model's outputs, all rows of each.
+
+        Raises:
+            InputError: as `outputs`.
+        """
+        return self._joined(self._expected)
+
+    def outputs(self, plan: Plan) -> Arrays:
+        """The outputs with a plan, all rows of each.
+
+        Raises:
+            InputError: the plan is no part of the quantization's, or an output changes its shape from row to
+                row.
+        """
+        return self._joined(self._run(plan))
+
+    def score(self, plan: Plan) -> Score:
+        """How far the outputs with a plan are from the reference's.
+
+        Raises:
+            InputError: the plan is no part of the quantization's, or the metric does not suit the outputs.
+        """
+        found = self._run(plan)
+        noise = self._measured_against.noise(self._own_rows(found))
+        value = None
+        if self.metric is not None:
+            outputs = self._joined(found)
+            if first_not_finite(outputs, self.reference) is None:
+                outputs = with_references(self.reference, outputs)
+                value = self.metric.value(outputs, dict(self.samples.targets), self.reference)
+        return Score(noise_db(noise), noise, value)
+
+    def effects(self, mode: Mode = "only", among: Sequence[Group] | None = None) -> Iterator[Effect]:
+        """The effect of each group, one at a time, in the order of the groups (paper section 5.1).
+
+        Args:
+            among: default: all groups of the quantization.
+
+        Raises:
+            InputError: as `score`.
+        """
+        graph, plan = self.quantization.graph, self.quantization.plan
+        every = groups(graph, plan)
+
+        def effect(group: Group) -> Effect:
+            left_out = [g for g in every if (g == group) == (mode == "all-but")]
+            nodes = dict.fromkeys((name for g in left_out for name in g.nodes), "left out to measure")
+            return Effect(group, *self.score(leave_out(graph, plan, nodes)))
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            yield from pool.map(effect, every if among is None else among)
+
+    def _run(self, plan: Plan) -> list[Arrays]:
+        """The outputs of every batch."""
+        switches = self._program.switches(plan)
+        known = [self._float]
+        if 2 * len(switches) > len(self._program.quantized):
+            with self._lock:
+                self._whole = self._whole or self._pass(frozenset(self._program.quantized))
+            known.append(self._whole)
+        base = max(known, key=lambda known: self._program.first_change(switches ^ known.switches))
+        if switches == base.switches:
+            return base.outputs
+        change = self._program.first_change(switches ^ base.switches)
+        start = max(cut for cut in self._cuts if cut <= change)
+        names = self._batches[0].feed.keys() | self._program.alive(start)
+        feeds = [{name: arrays[name] for name in names} for arrays in base.kept]
+        return self._simulate(switches, start, feeds, self._program.outputs)
+
+    def _taught(self, teacher: gs.Graph) -> list[Arrays]:
+        """Another model's outputs of every batch."""
+        names = self._program.outputs
+        with serialized(teacher) as source:
+            session = simulation_session(source, threads=1)
+        found = self._pool.map(lambda batch: session.run(names, batch.feed), self._batches)
+        return [dict(zip(names, outputs, strict=True)) for outputs in found]
+
+    def _pass(self, switches: Switches) -> _Pass:
+        """A pass over all rows that keeps the model's inputs and the activations at the cuts."""
+        kept = sorted(set().union(*(self._program.alive(cut) for cut in self._cuts)))
+        feeds = [batch.feed for batch in self._batches]
+        outputs = self._program.outputs
+        found = self._simulate(switches, 0, feeds, list(dict.fromkeys([*outputs, *kept])))
+        return _Pass(
+            switches,
+            [{name: arrays[name] for name in outputs} for arrays in found],
+            [feed | {name: arrays[name] for name in kept} for feed, arrays in zip(feeds, found, strict=True)],
+        )
+
+    def _affordable_cuts(self) -> list[int]:
+        """Positions in front of quantized nodes where few bytes are alive, and the start."""
+        program, first = self._program, self._batches[0]
+        positions = [position for position in program.changing if program.alive(position)]
+        names = sorted(set().union(*(program.alive(position) for position in positions)))
+        found = self._simulate(frozenset(), 0, [first.feed], names)[0] if names else {}
+        batch_bytes = {name: array.nbytes for name, array in found.items()}
+        count = len(self.samples) / (first.rows + first.padding)
+
+        def size(tensors: Iterable[str]) -> float:
+            return count * sum(batch_bytes[name] for name in tensors)
+
+        kept: set[str] = set()
+        cuts = [0]
+        for position in sorted(positions, key=lambda position: size(program.alive(position))):
+            kept |= program.alive(position)
+            if size(kept) > KEPT_BYTES:
+                break
+            cuts.append(position)
+        return cuts
+
+    def _simulate(
+        self, switches: Switches, start: int, feeds: Sequence[Arrays], names: Sequence[str]
+    ) -> list[Arrays]:
+        """Named tensors of every batch, computed from the activations at the cut `start`.
+
+        Args:
+            feeds: the model's inputs, and the activations at that cut, of every batch.
+        """
+        computed = [name for name in names if name not in feeds[0]]
+        model, weights = self._program.part(switches, start, feeds, computed)
+        session = simulation_session(model, threads=1, weights=weights)
+        inputs = [item.name for item in session.get_inputs()]
+
+        def run(feed: Arrays) -> Arrays:
+            try:
+                outputs = session.run(computed, {name: feed[name] for name in inputs})
+            except Exception as error:  # ONNX Runtime's exceptions have no common base class
+                source = self.samples.source
+                raise InputError("the model does not run on the data", file=source, cause=error) from error
+            arrays = feed | dict(zip(computed, outputs, strict=True))
+            return {name: arrays[name] for name in names}
+
+        return list(self._pool.map(run, feeds))
+
+    def _own_rows(self, found: Sequence[Arrays]) -> Iterator[Arrays]:
+        """The scored outputs of every batch, without the rows that only fill up a fixed batch.
+
+        Raises:
+            InputError: the shape of an output depends on its values.
+        """
+        for batch, expected, arrays in zip(self._batches, self._expected, found, strict=True):
+            for name in self._scored:
+                if expected[name].shape != arrays[name].shape:
+                    raise InputError(
+                        f"output '{name}' changes its shape with its values",
+                        cause=f"it is {expected[name].shape} in fp32 and {arrays[name].shape} in INT8",
+                        remedy="cut the model in front of what selects, such as NonZero or NonMaxSuppression",
+                    )
+            yield {name: _without_padding(arrays[name], batch) for name in self._scored}
+
+    def _joined(self, found: Sequence[Arrays]) -> Arrays:
+        """All rows of every output."""
+        joined = {}
+        for name in self._program.outputs:
+            parts = [_without_padding(a[name], b) for b, a in zip(self._batches, found, strict=True)]
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise InputError(
+                    f"output '{name}' changes its shape from sample to sample",
+                    file=self.samples.source,
+                    remedy="pad the samples to one shape",
+                )
+            joined[name] = np.concatenate(parts)
+        return joined
+
+
+def _without_padding(array: NDArray, batch: Batch) -> NDArray:
+    """An output's rows, without those that only fill up a fixed batch."""
+    rows = batch.rows + batch.padding
+    return array[: len(array) * batch.rows // rows] if batch.padding else array
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Outputs of every batch; inputs and the activations at the cuts of every batch."""
+
+    switches: Switches
+    outputs: list[Arrays]
+    kept: list[Arrays]
+
+
+class _Program:
+    """The nodes of a float graph in an order they can run in, and the quantizers that each input may have.
+
+    Attributes:
+        nodes: of the float graph.
+        outputs: names of the graph's outputs.
+        quantized: (node, index of input) -> the tensor that the input reads when it is quantized.
+        changing: positions of the nodes with such inputs.
+    """
+
+    def __init__(self, quantization: Quantization) -> None:
+        graph = quantization.graph.copy().toposort()
+        rewritten = quantization.rewritten()
+        plain, full = export(graph), export(rewritten)
+        self.nodes = [_copy(node) for node in plain.graph.node]
+        self.outputs = [tensor.name for tensor in graph.outputs]
+        opsets = [onnx.helper.make_opsetid(opset.domain, opset.version) for opset in plain.opset_import]
+        self._header = {"opset_imports": opsets, "ir_version": plain.ir_version}
+        self._position = {node.name: position for position, node in enumerate(self.nodes)}
+        after = {node.name: node for node in full.graph.node}
+        self.quantized = {
+            (node.name, index): after[node.name].input[index]
+            for node in self.nodes
+            if node.name in after
+            for index, name in enumerate(node.input)
+            if after[node.name].input[index] != name
+        }
+        self._corrections_of = quantization.corrections_of
+        self.changing = sorted({self._position[name] for name, _ in self.quantized})
+        self._made_by = {
+            node.output[0]: _copy(node) for node in full.graph.node if node.name not in self._position
+        }
+        self._values: dict[str, NDArray] = {}
+        for tensor in [*graph.tensors().values(), *rewritten.tensors().values()]:
+            if isinstance(tensor, gs.Constant) and not _codes(tensor):
+                self._values[tensor.name] = tensor.values
+        for node in rewritten.nodes:
+            if node.op == "DequantizeLinear" and isinstance(node.inputs[0], gs.Constant):
+                codes, scale = node.inputs[0].values, node.inputs[1].values
+                self._values[node.outputs[0].name] = dequantize(codes, scale, axis=node.attrs["axis"])
+        self._shared = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(values))
+            for name, values in self._values.items()
+            if values.dtype == np.float32 and values.nbytes > SHARED_BYTES
+        }
+        self._alive = self._alive_at(self.changing)
+
+    def switches(self, plan: Plan) -> Switches:
+        """The quantized inputs of a plan.
+
+        Raises:
+            InputError: one of them is not quantized with all of the quantization's plan.
+        """
+        inputs = {(edge.node, edge.index) for edge in plan.edges}
+        inputs |= {(weight.node, weight.index) for weight in plan.weights}
+        inputs |= {(correction.node, correction.index) for correction in self._corrections_of(plan)}
+        if strange := sorted(inputs - self.quantized.keys()):
+            raise InputError(f"the plan is no part of the one that was given: '{strange[0][0]}'")
+        return frozenset(inputs)
+
+    def first_change(self, switches: Switches) -> int:
+        """Position of the first node that has one of these inputs; behind the last if there are none."""
+        return min((self._position[node] for node, _ in switches), default=len(self.nodes))
+
+    def alive(self, position: int) -> frozenset[str]:
+        """Tensors computed in front of a position in `changing`, and read behind it or outputs; none at 0."""
+        return self._alive.get(position, frozenset())
+
+    def part(
+        self, switches: Switches, start: int, feeds: Sequence[Arrays], names: Iterable[str]
+    ) -> tuple[bytes, dict[str, onnxruntime.OrtValue]]:
+        """The model that computes named tensors from the cut `start`, and the weights that it shares.
+
+        Args:
+            feeds: what may be its inputs: their dtypes and shapes are those of these arrays.
+        """
+        needed = set(names)
+        nodes: list[onnx.NodeProto] = []
+        for node in reversed(self.nodes[start:]):
+            if not needed.isdisjoint(node.output):
+                chain = [*self._switched(node, switches)]
+                nodes += reversed(chain)
+                needed.update(name for each in chain for name in _reads(each))
+        unique = {node.name: node for node in reversed(nodes)}
+        graph = onnx.helper.make_graph(
+            list(unique.values()),
+            "part",
+            [_value_info(name, feeds) for name in sorted(needed & feeds[0].keys())],
+            [onnx.ValueInfoProto(name=name) for name in names],
+            [self._initializer(name) for name in sorted(needed & self._values.keys())],
+        )
+        model = onnx.helper.make_model(graph, **self._header)
+        return model.SerializeToString(), {n: self._shared[n] for n in sorted(needed & self._shared.keys())}
+
+    def _switched(self, node: onnx.NodeProto, switches: Switches) -> Iterator[onnx.NodeProto]:
+        """The node with quantized inputs where `switches` says, behind the quantizers that it reads."""
+        switched = _copy(node)
+        for index in range(len(node.input)):
+            if (node.name, index) in switches:
+                switched.input[index] = self.quantized[node.name, index]
+                if switched.input[index] not in self._values:
+                    dequantizer = self._made_by[switched.input[index]]
+                    yield self._made_by[dequantizer.input[0]]
+                    yield dequantizer
+        yield switched
+
+    def _initializer(self, name: str) -> onnx.TensorProto:
+        values = self._values[name]
+        if name not in self._shared:
+            return onnx.numpy_helper.from_array(values, name)
+        external = onnx.TensorProto(
+            name=name, data_type=onnx.TensorProto.FLOAT, dims=values.shape, data_location="EXTERNAL"
+        )
+        external.external_data.add(key="location", value="memory")
+        return external
+
+    def _alive_at(self, positions: Iterable[int]) -> dict[int, frozenset[str]]:
+        made = {name: position for position, node in enumerate(self.nodes) for name in node.output if name}
+        last = dict.fromkeys(self.outputs, len(self.nodes))
+        for position, node in enumerate(self.nodes):
+            for name in _reads(node):
+                last[name] = max(last.get(name, 0), position)
+        return {
+            position: frozenset(
+                name for name, source in made.items() if source < position <= last.get(name, -1)
+            )
+            for position in positions
+        }
+
+
+def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
+    """The node alone: one that is part of a model keeps all of the model in memory."""
+    alone = onnx.NodeProto()
+    alone.CopyFrom(node)
+    return alone
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node reads, those that the bodies of an If, Loop or Scan take from outside among them."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        for body in (attribute.g, *attribute.graphs):
+            for inner in body.node:
+                yield from _reads(inner)
+            yield from (output.name for output in body.output)
+
+
+def _codes(tensor: gs.Constant) -> bool:
+    """Whether a constant is a quantized weight: what is kept of it is the dequantized one."""
+    return tensor.dtype == np.int8 and tensor.outputs[0].op == "DequantizeLinear"
+
+
+def _value_info(name: str, feeds: Sequence[Arrays]) -> onnx.ValueInfoProto:
+    """Dtype and shape of an input; dimensions that differ between batches are dynamic."""
+    arrays = [feed[name] for feed in feeds]
+    shape = [
+        sizes[0] if len(set(sizes)) == 1 else None
+        for sizes in zip(*(array.shape for array in arrays), strict=True)
+    ]
+    dtype = onnx.helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
+    return onnx.helper.make_tensor_value_info(name, dtype, shape)

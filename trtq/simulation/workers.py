@@ -1,0 +1,472 @@
+"""Work over samples in shards: in this process, in several, or on the machines of a cluster.
+
+A shard is a fixed number of rows, whatever the number of workers, and shards add up exactly, so the result
+is the same to the byte wherever they run (floating point itself may differ between kinds of processors).
+What was computed of a shard is kept in the cache until the whole is: a job that was interrupted goes on
+where it stopped.
+
+Workers are joblib's: its own processes (loky), or a Dask, Ray or Spark cluster. What travels to them is where
+the data are, never the rows. The model travels as a path to processes on this machine, and as bytes to a
+cluster (Dask: once per worker), whose machines need no disk in common with this one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import importlib
+import math
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx_graphsurgeon as gs
+
+import trtq
+from trtq.cache import Cache, Key, remove
+from trtq.calibration.collect import Collector
+from trtq.calibration.statistics import Statistics
+from trtq.code_hash import code_sha256
+from trtq.console import Advance, Console
+from trtq.data.load import reload
+from trtq.data.samples import Origin, Samples, fixed_batch
+from trtq.errors import InputError, MissingBackendError, TrtqError
+from trtq.files import sha256_json, write_bytes
+from trtq.graph.model import load_model, model_files, model_sha256, save_model
+from trtq.simulation.outputs import DEFAULT_BATCH_SIZE, Outputs, run_model
+from trtq.simulation.session import SimulationRunner, simulation_fingerprint
+
+SHARD_ROWS = 128
+"""Rows of a shard; more where that is needed for whole samples and whole batches."""
+
+KEPT_BYTES = 1 << 28
+"""Results above this size are not cached."""
+
+ATTEMPTS = 3
+"""How often in a row workers may die without finishing a shard."""
+
+_REGISTERED = {
+    "ray": ("ray.util.joblib", "register_ray", "ray"),
+    "spark": ("joblibspark", "register_spark", "joblibspark"),
+}
+"""Backends that are joblib's once their own package has registered them: module, function, PyPI name."""
+
+_SECONDS_TO_CONNECT = 10
+
+Task = Callable[..., bytes]
+"""What is done with a shard: a `functools.partial` of a module's function, so that it can be sent. It takes
+the shard's samples, an `Advance` or None, and the shard's arguments."""
+
+
+class Pool(NamedTuple):
+    """The workers that `--parallel` names.
+
+    Attributes:
+        backend: loky, dask, ray or spark.
+        address: host:port of the Dask scheduler.
+        processes: of loky; None: one for each processor.
+    """
+
+    backend: str
+    address: str = ""
+    processes: int | None = None
+
+    @property
+    def on_this_machine(self) -> bool:
+        """Whether the workers see this machine's files for certain."""
+        return self.backend == "loky"
+
+    def threads(self, wanted: int | None) -> int:
+        """CPU threads of one worker: as wanted, or an equal part of this machine, or 1 in a cluster."""
+        processors = os.cpu_count() or 1
+        share = processors // (self.processes or processors) if self.on_this_machine else 1
+        return wanted or max(share, 1)
+
+
+def parse_parallel(text: str | None) -> Pool | None:
+    """The workers that `--parallel` names; None: this process.
+
+    Raises:
+        InputError: no such backend, no address, or no number of processes.
+    """
+    if not text:
+        return None
+    if text.startswith("dask://") and (address := text.removeprefix("dask://")):
+        return Pool("dask", address)
+    name, _, count = text.partition(":")
+    if name == "loky" and (text == name or (count.isdecimal() and int(count) > 0)):
+        return Pool(name, processes=int(count) if count else None)
+    if text in ("ray", "spark"):
+        return Pool(text)
+    raise InputError(f"--parallel is {text!r}", remedy="use loky, loky:4, dask://host:8786, ray or spark")
+
+
+def collect_sharded(
+    graph: gs.Graph,
+    tensors: Sequence[str],
+    samples: Samples,
+    *,
+    parallel: str | None,
+    cache: Cache,
+    key: Key,
+    console: Console,
+    threads: int | None = None,
+) -> Statistics:
+    """Collect in shards; the result is stored in the cache under `key`, and the shards are removed.
+
+    Args:
+        parallel: see `parse_parallel`.
+        threads: rows that each worker runs at once; default: a fair share of the processors.
+
+    Raises:
+        InputError: as `collect`, with the shard's rows and source where a worker failed; workers die.
+        MissingBackendError: the backend's package is not installed.
+    """
+    pool = parse_parallel(parallel)
+    shards = cut(samples, key, batch=1)
+    total = Statistics.empty(tensors)
+    with contextlib.ExitStack() as stack:
+        collector: Collector | Shipped
+        if pool is None:
+            collector = Collector(graph, tensors)
+        else:
+            collector, threads = stack.enter_context(_shipped_graph(graph, pool)), pool.threads(threads)
+        task = functools.partial(_statistics, collector, tuple(tensors), threads)
+        for _, content in results(task, shards, pool, cache, console, "statistics"):
+            total.merge(Statistics.from_bytes(content))
+    cache.store(key, total.to_bytes())
+    discard(shards, cache)
+    return total
+
+
+def run_sharded(
+    model: Path,
+    samples: Samples,
+    *,
+    parallel: str | None,
+    cache: Cache,
+    key: Key,
+    console: Console,
+    label: str,
+    batch_size: int | None = None,
+    threads: int | None = None,
+) -> Outputs:
+    """`run_model` of an ONNX model in shards; the result is stored in the cache under `key`.
+
+    Args:
+        parallel: see `parse_parallel`.
+        label: what the progress is called.
+        batch_size, threads: as for `run_model`, for each worker.
+
+    Raises:
+        InputError: as `run_model`, with the shard's rows and source where a worker failed; workers die.
+        MissingBackendError: the backend's package is not installed.
+    """
+    pool = parse_parallel(parallel)
+    shards = cut(samples, key, batch_size or DEFAULT_BATCH_SIZE)
+    parts: dict[int, Outputs] = {}
+    with contextlib.ExitStack() as stack:
+        if pool is None:
+            runner = stack.enter_context(SimulationRunner(model, threads))
+            task: Task = functools.partial(_outputs, model, runner, batch_size)
+        else:
+            shipped = Shipped.of(model, pool)
+            task = functools.partial(_outputs_of_shipped, shipped, pool.threads(threads), batch_size)
+        for index, content in results(task, shards, pool, cache, console, label):
+            parts[index] = Outputs.from_bytes(content)
+    outputs = Outputs.concatenated([parts[index] for index in range(len(shards))], model)
+    if outputs.nbytes <= KEPT_BYTES:
+        cache.store(key, outputs.to_bytes())
+    discard(shards, cache)
+    return outputs
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """An ONNX model as workers get it; equal where the content is.
+
+    Attributes:
+        path: where the file is here, and what it is called.
+        contents: file -> bytes of the model and its external data; empty: workers read `path`.
+    """
+
+    sha256: str
+    path: Path = field(compare=False)
+    contents: Mapping[str, bytes] = field(compare=False)
+
+    @classmethod
+    def of(cls, path: Path, pool: Pool) -> Shipped:
+        """A model's files, for the workers of a pool."""
+        path = path.absolute()
+        files = [] if pool.on_this_machine else model_files(path)
+        contents = {str(file.relative_to(path.parent)): file.read_bytes() for file in files}
+        return cls(model_sha256(path), path, contents)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Path]:
+        """The model's file in the worker, while the context lasts."""
+        if not self.contents:
+            yield self.path
+            return
+        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+            for name, content in self.contents.items():
+                write_bytes(Path(folder) / name, content)
+            yield Path(folder) / self.path.name
+
+
+@contextlib.contextmanager
+def _shipped_graph(graph: gs.Graph, pool: Pool) -> Iterator[Shipped]:
+    """A graph as a file for the workers, while the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        save_model(graph, path := Path(folder) / "model.onnx")
+        yield Shipped.of(path, pool)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of the work.
+
+    Attributes:
+        samples: what it is done with.
+        key: where its result is kept; None: nowhere.
+        size: how much of the work it is, in the progress bar's unit.
+        arguments: what else the task is given.
+    """
+
+    samples: Samples
+    key: Key | None
+    size: int
+    arguments: tuple[Any, ...] = ()
+
+    @property
+    def rows(self) -> str:
+        """Its first and last row and their source, for a message."""
+        first, last = (self.samples.row_number(i) for i in (0, len(self.samples) - 1))
+        return f"rows {first} to {last} of {self.samples.source}"
+
+    def sent(self) -> tuple[Origin, Sequence[int], str, tuple[Any, ...]]:
+        """What a worker needs to read the samples itself, and the arguments."""
+        if self.samples.origin is None or self.samples.positions is None:
+            raise InputError(
+                "workers cannot read samples that were made in memory",
+                remedy="load them from a file, a folder or a URL, or leave --parallel out",
+            )
+        return self.samples.origin, self.samples.positions, self.rows, self.arguments
+
+
+def cut(samples: Samples, key: Key, batch: int) -> list[Shard]:
+    """The shards: whole samples, and whole batches but for the last."""
+    step = math.lcm(samples.group, batch, fixed_batch(samples.specs) or 1)
+    groups = math.ceil(SHARD_ROWS / step) * step // samples.group
+    of, shards = sha256_json(key.to_json()), []
+    for first in range(0, len(samples) // samples.group, groups):
+        part = samples.subset(range(first, min(first + groups, len(samples) // samples.group)))
+        shard = Key.of(
+            "shard", model=key.model, data=key.data, of=of, first=first * samples.group, rows=len(part)
+        )
+        shards.append(Shard(part, shard, len(part)))
+    return shards
+
+
+def results(
+    task: Task,
+    shards: Sequence[Shard],
+    pool: Pool | None,
+    cache: Cache,
+    console: Console,
+    label: str,
+    unit: str = "row",
+) -> Iterator[tuple[int, bytes]]:
+    """Number and result of every shard, as they finish; those of an interrupted job come first."""
+    missing = []
+    with console.progress(label, sum(shard.size for shard in shards), unit) as advance:
+        for index, shard in enumerate(shards):
+            if shard.key is None or (content := cache.fetch(shard.key)) is None:
+                missing.append(index)
+            else:
+                advance(shard.size)
+                yield index, content
+        if missing and len(missing) < len(shards):
+            console.say(label, f"{len(shards) - len(missing)} of {len(shards)} shards were done before")
+        run = _run_here(task, shards, missing, advance)
+        if pool is not None:
+            run = _run_in(pool, task, shards, missing, advance)
+        for index, content in run:
+            key = shards[index].key
+            if key is not None and len(shards) > 1 and len(content) <= KEPT_BYTES:
+                cache.store(key, content)
+            yield index, content
+
+
+def discard(shards: Sequence[Shard], cache: Cache) -> None:
+    """Remove what was kept of shards, when the whole is stored."""
+    for shard in shards:
+        if shard.key is not None:
+            remove(cache.path(shard.key))
+
+
+def _run_here(
+    task: Task, shards: Sequence[Shard], wanted: Sequence[int], advance: Advance
+) -> Iterator[tuple[int, bytes]]:
+    for index in wanted:
+        yield index, task(shards[index].samples, advance, *shards[index].arguments)
+
+
+def _run_in(
+    pool: Pool, task: Task, shards: Sequence[Shard], wanted: Sequence[int], advance: Advance
+) -> Iterator[tuple[int, bytes]]:
+    """Run shards in a pool; those that were lost with a worker are run again."""
+    joblib = _required("joblib", "pip install 'trtq[parallel]'")
+    work = joblib.delayed(_work)
+    waiting = {index: (index, *shards[index].sent()) for index in wanted}
+    left = ATTEMPTS
+    while waiting:
+        calls = [work(task, _versions(), *arguments) for arguments in waiting.values()]
+        try:
+            with _backend(pool, joblib, task) as return_as, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "[0-9]+ tasks", UserWarning)  # Ctrl-C cancels them
+                for index, content in joblib.Parallel(return_as=return_as, batch_size=1)(calls):
+                    del waiting[index]
+                    left = ATTEMPTS
+                    advance(shards[index].size)
+                    yield index, content
+        except TrtqError:
+            raise
+        except _deaths() as error:
+            left -= 1
+            if not left:
+                raise InputError(
+                    f"workers died {ATTEMPTS} times; the first shard without a result is"
+                    f" {shards[next(iter(waiting))].rows}",
+                    cause=error,
+                    remedy="they may lack memory: use fewer processes, or look at those samples",
+                ) from error
+        except Exception as error:
+            raise InputError(
+                f"the workers ({pool.backend}) cannot do the work",
+                cause=f"{type(error).__name__}: {error}",
+                remedy="every machine needs the same trtq; look at the workers' logs",
+            ) from error
+
+
+@contextlib.contextmanager
+def _backend(pool: Pool, joblib: Any, task: Task) -> Iterator[str]:
+    """Make the pool joblib's backend; gives the `return_as` that it can do."""
+    if pool.backend == "loky":
+        with joblib.parallel_config("loky", n_jobs=pool.processes or os.cpu_count()):
+            yield "generator_unordered"
+    elif pool.backend == "dask":
+        distributed = _required("distributed", "pip install 'trtq[dask]'")
+        try:
+            client = distributed.Client(pool.address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"no Dask scheduler answers at {pool.address}", cause=error) from error
+        with client, joblib.parallel_config("dask", client=client, scatter=[task]):
+            yield "generator_unordered"
+    else:
+        module, register, package = _REGISTERED[pool.backend]
+        getattr(_required(module, f"pip install {package}"), register)()
+        with joblib.parallel_config(pool.backend, n_jobs=-1):
+            yield "list"
+
+
+def _required(module: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingBackendError(
+            f"--parallel needs {package}, which is not installed", cause=error, remedy=remedy
+        ) from error
+
+
+def _deaths() -> tuple[type[BaseException], ...]:
+    """What joblib raises when a worker died: loky's error, and Dask's where that is in use."""
+    distributed = sys.modules.get("distributed")
+    killed = () if distributed is None else (distributed.KilledWorker, concurrent.futures.CancelledError)
+    return (concurrent.futures.BrokenExecutor, *killed)
+
+
+# --- in the worker ------------------------------------------------------------------------------------
+
+
+def _work(
+    task: Task,
+    versions: str,
+    index: int,
+    origin: Origin,
+    positions: Sequence[int],
+    rows: str,
+    arguments: tuple[Any, ...],
+) -> tuple[int, bytes]:
+    """Do a task for the samples at some positions of a source.
+
+    Raises:
+        InputError: it failed; the problem names the rows.
+    """
+    try:
+        if versions != _versions():
+            raise InputError(
+                "a worker has other software than the process that started the work",
+                cause=f"{versions}; the worker: {_versions()}",
+                remedy="install the same versions on all machines",
+            )
+        return index, task(reload(origin).subset(positions), None, *arguments)
+    except MissingBackendError:
+        raise
+    except Exception as error:
+        known = error if isinstance(error, InputError) else InputError(f"{type(error).__name__}: {error}")
+        raise InputError(
+            f"{rows} failed: {known.problem}", file=known.file, cause=known.cause, remedy=known.remedy
+        ) from error
+
+
+def _versions() -> str:
+    code = code_sha256("trtq.simulation.workers", "trtq.recovery.sensitivity")
+    return f"trtq {trtq.__version__} ({code[:12]}), {simulation_fingerprint()}"
+
+
+def _statistics(
+    collector: Collector | Shipped,
+    tensors: Sequence[str],
+    threads: int | None,
+    samples: Samples,
+    advance: Advance | None,
+) -> bytes:
+    if isinstance(collector, Shipped):
+        collector = _collector(collector, tensors)
+    return collector.collect(samples, workers=threads, progress=advance).to_bytes()
+
+
+def _outputs(
+    model: Path, runner: SimulationRunner, batch_size: int | None, samples: Samples, advance: Advance | None
+) -> bytes:
+    return run_model(model, samples, batch_size=batch_size, progress=advance, runner=runner).to_bytes()
+
+
+def _outputs_of_shipped(
+    model: Shipped, threads: int, batch_size: int | None, samples: Samples, advance: Advance | None
+) -> bytes:
+    return _outputs(model.path, _runner(model, threads), batch_size, samples, advance)
+
+
+@functools.lru_cache(maxsize=1)
+def _runner(model: Shipped, threads: int) -> SimulationRunner:
+    """The active runner of this worker, which serves all of its shards."""
+    with model.open() as path:
+        runner = SimulationRunner(path, threads)
+        runner.activate()
+    return runner
+
+
+@functools.lru_cache(maxsize=1)
+def _collector(model: Shipped, tensors: Sequence[str]) -> Collector:
+    """The collector of this worker, whose session serves all of its shards."""
+    with model.open() as path:
+        return Collector(load_model(path).graph, tensors)
