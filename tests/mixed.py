@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from graph.nets import net, normal
+from nets import net, normal
 from numpy.typing import NDArray
 
 BOXES, SCORES = slice(0, 4), slice(4, 12)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graph.nets import net, normal
 from jobs import Run
+from nets import net, normal
 
 from trtq.calibration.calibrate import NEVER_SEEN, rangeless
 from trtq.calibration.methods import Method

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from graph.nets import normal, run
 from mixed import BOXES, SCORES, lowest_decibels, mixed_net
+from nets import normal, run
 
 from trtq.cache import Cache
 from trtq.calibration.choose import CANDIDATES, Measure, choose_method, scales_from

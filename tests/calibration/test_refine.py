@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from graph.nets import normal
 from mixed import mixed_net
+from nets import normal
 
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.nets import net, normal
 from jobs import Case, Deployed, Run
+from nets import net, normal
 
 from trtq.errors import ExitCode
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.nets import net, normal
+from nets import net, normal
 
 from trtq import Recipe
 from trtq.calibration.calibrate import calibrate

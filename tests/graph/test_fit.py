@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.nets import attention, loaded, net, normal
+from nets import attention, loaded, net, normal
 
 from trtq.errors import InputError
 from trtq.graph.fit import check_fits

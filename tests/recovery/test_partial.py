@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.nets import normal
 from hypothesis import given
 from hypothesis import strategies as st
 from mixed import mixed_net
+from nets import normal
 
 import trtq
 from trtq.calibration.calibrate import calibrate

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.nets import normal
 from mixed import mixed_net
+from nets import normal
 
 import trtq
 from trtq.cache import Cache, Key

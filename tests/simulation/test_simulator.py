@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graph.nets import attention, loaded, max_scales, net, normal, run
 from mixed import BOXES, SCORES, lowest_decibels, mixed_net
+from nets import attention, loaded, max_scales, net, normal, run
 from numpy.typing import NDArray
 
 import trtq.simulation.simulator
