@@ -70,7 +70,8 @@ def _quantize(recipe: Recipe, given: argparse.Namespace, folder: Path) -> Path:
     from trtq.pipeline import quantize
 
     path = folder / "model.int8.onnx"
-    save_model(quantize(recipe, given.table, console_of(given)).graph, path)
+    quantization = quantize(recipe, given.table, console_of(given))
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), path)
     return path
 
 

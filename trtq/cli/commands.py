@@ -73,12 +73,13 @@ def _demo(given: argparse.Namespace) -> int:
 
 
 def _calibrate(given: argparse.Namespace) -> int:
+    from trtq.calibration.table import Table
     from trtq.pipeline import quantize
 
     recipe = recipe_of(given)
     recipe.need("data", "output")
     assert recipe.output is not None
-    table = quantize(recipe, None, console_of(given)).table
+    table = Table.of(quantize(recipe, None, console_of(given)))
     table.save(recipe.output)
     print(f"{recipe.output}: {len(table.scales)} tensors, method {table.metadata['method']}")
     return ExitCode.PASS
@@ -93,9 +94,9 @@ def _quantize(given: argparse.Namespace) -> int:
     assert recipe.output is not None
     if given.table is not None and given.data is not None:
         raise InputError("give either --table or --data", remedy="a table has the scales, data make them")
-    quantized = quantize(recipe, given.table, console_of(given))
-    save_model(quantized.graph, recipe.output)
-    print(f"{recipe.output}: {plan_text(quantized.plan)}")
+    quantization = quantize(recipe, given.table, console_of(given))
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), recipe.output)
+    print(f"{recipe.output}: {plan_text(quantization.plan)}")
     return ExitCode.PASS
 
 

@@ -60,7 +60,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _from_model(path: str) -> Table:
     from trtq.graph.model import load_model
-    from trtq.migration.convert import table_of
+    from trtq.migration.to_table import table_of
 
     return table_of(load_model(path))
 
@@ -81,32 +81,33 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     from trtq.calibration.extents import measure_extents
     from trtq.data.load import load_samples
     from trtq.graph.model import save_model
-    from trtq.migration import convert
+    from trtq.migration.fit import require_complete
+    from trtq.migration.source import load_source, observe
+    from trtq.migration.to_qdq import quantize_with_table
 
     assert recipe.model is not None
     assert recipe.output is not None
-    source = convert.load_source(recipe.model, rest=recipe.rest)
+    source = load_source(recipe.model, rest=recipe.rest)
     observed = extents = None
     if recipe.data is not None:
         samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess)
-        observed = convert.observe(source, table, samples)
+        observed = observe(source, table, samples)
         if recipe.rest == "fp16":
             extents = measure_extents(source.model.graph, samples)
-    explicit = convert.quantize_with_table(
+    quantization, fit = quantize_with_table(
         source,
         table,
         include=recipe.include,
         exclude=recipe.exclude,
-        weights=recipe.weights,
         rest=recipe.rest,
         observed=observed,
         extents=extents,
     )
-    console.say("table", explicit.fit.text())
+    console.say("table", fit.text())
     if observed is None:
         console.say("table", "its magnitudes were not checked against data: give --data")
     if given.strict:
-        convert.require_complete(explicit.fit, given.source)
-    save_model(explicit.graph, recipe.output)
-    print(f"{recipe.output}: {pipeline.plan_text(explicit.plan)}")
+        require_complete(fit, given.source)
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), recipe.output)
+    print(f"{recipe.output}: {pipeline.plan_text(quantization.plan)}")
     return ExitCode.PASS
