@@ -6,16 +6,15 @@ scales, to the bit. `to_table` goes the other way.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-
-import numpy as np
 
 import trtq
 from trtq.calibration.table import Table
 from trtq.errors import InputError
 from trtq.graph.half_rules import Extent, float32_nodes
-from trtq.graph.place import POOL, place, without_ranges
+from trtq.graph.place import POOL, pattern_of, place
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.migration.fit import Fit, doubts, is_positional
@@ -52,26 +51,14 @@ def quantize_with_table(
     """
     model = source.model
     table.check_made_for(model.sha256, model.path)
-    wanted = place(model, include=include, exclude=exclude, input_shapes=input_shapes)
-    found = {tensor: _row_of(source, wanted, tensor, table) for tensor in wanted.tensors}
-    reasons = {tensor: f"the table has no row for '{tensor}'" for tensor, row in found.items() if row is None}
-    plan = without_ranges(model.graph, wanted, reasons, rule=NO_RANGE)
-    lacking = {tensor: _readers(wanted, tensor) for tensor in reasons}
-    missing = {tensor: nodes for tensor, nodes in lacking.items() if nodes}
-    if not plan.int8_nodes:
-        raise InputError(
-            "the table gives no node of the model all of its ranges",
-            file=model.path,
-            cause=f"it has no row for {', '.join(list(missing)[:5])}; its rows are {_some(table.scales)}",
-            remedy="give the fp32 model that the table was made for",
-        )
-    rows = {tensor: row for tensor in plan.tensors if (row := found[tensor]) is not None}
-    scales = {tensor: np.float32(table.scales[row]) for tensor, row in rows.items()}
+    placing = functools.partial(place, model, include=include, input_shapes=input_shapes)
+    plan, rows, missing = _plan_for(table, source, placing, exclude)
+    scales = {tensor: table.scales[row] for tensor, row in rows.items()}
     if rest == "fp16":
         plan = replace(plan, float32=float32_nodes(model.graph, plan, scales, extents or {}))
     fit = Fit(
         rows=rows,
-        missing=missing,
+        missing={tensor: sorted(nodes) for tensor, nodes in missing.items()},
         unmatched=[row for row in table.scales if not source.holds(row) and not is_positional(row)],
         positional=[row for row in table.scales if is_positional(row)],
         colons=[row for row in table.scales if ":" in row],
@@ -81,9 +68,49 @@ def quantize_with_table(
     return Quantization(model.graph, plan, scales, notes=notes), fit
 
 
-def _readers(plan: Plan, tensor: str) -> list[str]:
-    """The nodes whose inputs are quantized with a range, but for average poolings, which can do without."""
-    return sorted({edge.node for edge in plan.edges if edge.range == tensor and edge.rule != POOL})
+def _plan_for(
+    table: Table, source: Source, placing: Callable[..., Plan], exclude: Sequence[str]
+) -> tuple[Plan, dict[str, str], dict[str, set[str]]]:
+    """The largest placement that the table has all ranges for.
+
+    The rules are applied again without the nodes that lack a range: an addition may then fuse with another
+    layer, whose residual input has a row.
+
+    Args:
+        placing: `place` of the source's model, but for the patterns to exclude.
+
+    Returns:
+        the plan, range -> row that gives it, and range without a row -> nodes that need it.
+    """
+    wanted = plan = placing(exclude=exclude)
+    lacking: dict[str, set[str]] = {}
+    while True:
+        rows = {tensor: row for tensor in plan.tensors if (row := _row_of(source, plan, tensor, table))}
+        short = [edge for edge in plan.edges if edge.range not in rows and edge.rule != POOL]
+        for edge in short:
+            lacking.setdefault(edge.range, set()).add(edge.node)
+        nodes = {edge.node for edge in short} & set(plan.int8_nodes)
+        if not nodes:
+            break
+        if nodes >= set(plan.int8_nodes):
+            raise InputError(
+                "the table gives no node of the model all of its ranges",
+                file=source.model.path,
+                cause=f"it has no row for {', '.join(list(lacking)[:5])}; its rows are {_some(table.scales)}",
+                remedy="give the fp32 model that the table was made for",
+            )
+        exclude = [*exclude, *(pattern_of(node) for node in sorted(nodes))]
+        plan = placing(exclude=exclude)
+    reasons = {
+        node: f"the table has no row for '{tensor}'" for tensor, nodes in lacking.items() for node in nodes
+    }
+    left_out = set(wanted.int8_nodes) - set(plan.int8_nodes)
+    decided = [
+        replace(node, rule=NO_RANGE, reason=reasons[node.name]) if node.name in left_out else node
+        for node in plan.nodes
+    ]
+    ranged = [edge for edge in plan.edges if edge.range in rows]
+    return replace(plan, nodes=decided, edges=ranged), rows, lacking
 
 
 def _row_of(source: Source, plan: Plan, tensor: str, table: Table) -> str | None:
