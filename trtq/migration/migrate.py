@@ -256,17 +256,7 @@ def _outputs_of_all(
     """Outputs of the fp32 model, of what the table implies (simulated), and of the migrated model."""
 
     def run(model: Path, label: str, sha256: str | None = None) -> Outputs:
-        return outputs_of(
-            model,
-            samples,
-            cache,
-            console,
-            label=label,
-            sha256=sha256,
-            batch_size=recipe.batch,
-            threads=recipe.threads,
-            afresh=recipe.require_engine,
-        )[0]
+        return outputs_of(model, samples, recipe, cache, console, label=label, sha256=sha256)[0]
 
     with tempfile.TemporaryDirectory(prefix="trtq-") as scratch:
         implied = Path(scratch) / "implied.onnx"
