@@ -285,6 +285,26 @@ def _power(node: gs.Node) -> float | None:
     return 1.0 if node.op == "Exp" else None
 
 
+def _inside(node: gs.Node, scene: Scene) -> str | None:
+    """Operators that inside square what they read, or take its exponential; the result is of another size."""
+    if node.op not in _SQUARE_INSIDE | _EXPONENTIALS_INSIDE:
+        return None
+    if node.op == "MeanVarianceNormalization":
+        return "it adds 1e-9 to a variance, which is no float16"
+    extent = scene.extent(node.inputs[0])
+    if extent is None:
+        return "what it computes inside may leave float16's range; calibrate with data to know"
+    if node.op in _EXPONENTIALS_INSIDE:
+        if HEADROOM * extent.high <= math.log(LIMIT):
+            return None
+        return f"inside it is exp({extent.high:.3g}), and twice that input is beyond float16's {LIMIT:.0f}"
+    if extent.amax**2 > LIMIT / HEADROOM**2:
+        return f"its squares reach {extent.amax**2:.3g} inside, and float16 ends at {LIMIT:.0f}"
+    if _loss(extent.rms**2) > MOST_LOSS:
+        return f"its squares (about {extent.rms**2:.3g}) lie where float16 has few bits or none"
+    return None
+
+
 def _singular(node: gs.Node, scene: Scene) -> str | None:
     """Operators that are infinite at 0, where small values that become 0 or lose bits matter most."""
     for tensor in node.inputs:
@@ -306,6 +326,8 @@ def reads_singular(node: gs.Node, tensor: gs.Tensor) -> bool:
 
 def _sums(node: gs.Node, scene: Scene) -> str | None:
     """Sums over many values, which a kernel may keep in float16."""
+    if node.op in ("Mean", "Sum"):
+        return _variadic_sum(node, scene)
     if node.op not in _SUMS:
         return None
     extent, made = scene.extent(node.inputs[0]), scene.extent(node.outputs[0])
@@ -316,6 +338,15 @@ def _sums(node: gs.Node, scene: Scene) -> str | None:
         return f"it sums up {terms:.0f} values; a float16 sum stops growing at {MOST_SUMMED}"
     if terms * extent.rms * HEADROOM > LIMIT:
         return f"its sum reaches about {terms * extent.rms:.3g}, and float16 ends at {LIMIT:.0f}"
+    return None
+
+
+def _variadic_sum(node: gs.Node, scene: Scene) -> str | None:
+    """Sums of tensors, of which the mean may be small and so may the last of the partial sums."""
+    found = [scene.constant(t) if isinstance(t, gs.Constant) else scene.extent(t) for t in node.inputs]
+    reach = sum(each.amax for each in found if each)
+    if reach * HEADROOM > LIMIT:
+        return f"its sum reaches up to {reach:.3g} on the way, and float16 ends at {LIMIT:.0f}"
     return None
 
 
@@ -353,6 +384,7 @@ RULES: tuple[Rule, ...] = (
     Rule("range", _range),
     Rule("scale", _scale),
     Rule("grows", _grows),
+    Rule("inside", _inside),
     Rule("singular", _singular),
     Rule("sums", _sums),
     Rule("products", _products),
@@ -370,6 +402,11 @@ _SUMS = frozenset(
     "AveragePool CumSum GlobalAveragePool ReduceL1 ReduceLogSum ReduceLogSumExp ReduceMean ReduceSum".split()
 )
 _SUMS_OF_SQUARES = frozenset({"ReduceL2", "ReduceSumSquare"})
+_SQUARE_INSIDE = frozenset(
+    "GlobalLpPool GroupNormalization InstanceNormalization LRN LayerNormalization LpNormalization LpPool"
+    " MeanVarianceNormalization RMSNormalization".split()
+)
+_EXPONENTIALS_INSIDE = frozenset({"Mish", "ReduceLogSumExp", "Softplus"})
 _MAKE_INTEGERS = frozenset({"Ceil", "CumSum", "Floor", "Range", "Round"})
 _SINGULAR = {"Div": 1, "Log": 0, "Reciprocal": 0}
 """Operators that are infinite where an input is 0 -> which input."""
