@@ -260,13 +260,12 @@ def _grows(node: gs.Node, scene: Scene) -> str | None:
     power = _power(node)
     if power is None:
         return None
-    tensor = node.inputs[0] if node.op in _SUMS_OF_SQUARES else node.outputs[0]
-    extent = scene.extent(tensor)
+    extent = scene.extent(node.outputs[0])
     if extent is None:
         return "its result may leave float16's range; calibrate with data to know"
     if node.op == "Exp":
         limit, reached = math.sqrt(LIMIT), extent.high
-    elif node.op in _SUMS_OF_SQUARES:
+    elif node.op == "ReduceL2":  # the square of the result is the sum of the squares
         limit, reached = LIMIT / HEADROOM**2, extent.amax**2
     else:
         limit, reached = LIMIT / HEADROOM**power, extent.amax
@@ -298,11 +297,26 @@ def _inside(node: gs.Node, scene: Scene) -> str | None:
         if HEADROOM * extent.high <= math.log(LIMIT):
             return None
         return f"inside it is exp({extent.high:.3g}), and twice that input is beyond float16's {LIMIT:.0f}"
-    if extent.amax**2 > LIMIT / HEADROOM**2:
-        return f"its squares reach {extent.amax**2:.3g} inside, and float16 ends at {LIMIT:.0f}"
+    reach = max(extent.amax**2, _squares(node, scene) * extent.rms**2)
+    if reach > LIMIT / HEADROOM**2:
+        return f"its squares reach about {reach:.3g} inside, and float16 ends at {LIMIT:.0f}"
     if _loss(extent.rms**2) > MOST_LOSS:
         return f"its squares (about {extent.rms**2:.3g}) lie where float16 has few bits or none"
     return None
+
+
+def _squares(node: gs.Node, scene: Scene) -> float:
+    """How many squares are summed up inside where it is their sum that counts, not their mean; else 0."""
+    read, made = scene.extent(node.inputs[0]), scene.extent(node.outputs[0])
+    if node.op == "LpPool":
+        return float(np.prod(node.attrs["kernel_shape"]))
+    if node.op == "GlobalLpPool":
+        return read.count / made.count if read and made and made.count else math.inf
+    if node.op == "LpNormalization":
+        shape = node.inputs[0].shape
+        size = shape[node.attrs.get("axis", -1)] if shape is not None else None
+        return float(size) if isinstance(size, int) else math.inf
+    return 0.0
 
 
 def _singular(node: gs.Node, scene: Scene) -> str | None:
@@ -404,7 +418,7 @@ _SUMS = frozenset(
 _SUMS_OF_SQUARES = frozenset({"ReduceL2", "ReduceSumSquare"})
 _SQUARE_INSIDE = frozenset(
     "GlobalLpPool GroupNormalization InstanceNormalization LRN LayerNormalization LpNormalization LpPool"
-    " MeanVarianceNormalization RMSNormalization".split()
+    " MeanVarianceNormalization RMSNormalization ReduceL2".split()
 )
 _EXPONENTIALS_INSIDE = frozenset({"Mish", "ReduceLogSumExp", "Softplus"})
 _MAKE_INTEGERS = frozenset({"Ceil", "CumSum", "Floor", "Range", "Round"})
