@@ -13,9 +13,10 @@ from trtq.calibration.calibrate import Source, calibrate, rangeless, statistics_
 from trtq.calibration.choose import scales_from
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.calibration.statistics import Statistics
+from trtq.console import Console
 from trtq.errors import InputError, MissingBackendError
-from trtq.files import PathLike, atomic_path, read_own_json
-from trtq.gate.evaluation import Evaluation
+from trtq.files import PathLike, atomic_path, read_own_json, staged_folder, write_json, write_text
+from trtq.gate.evaluation import Evaluation, gate_of
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
@@ -23,6 +24,7 @@ from trtq.graph.quantization import Quantization, WeightScales
 from trtq.graph.shapes import infer_types
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
+from trtq.recipe import Recipe
 from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 from trtq.recovery.workflow import learned
@@ -122,15 +124,33 @@ class Study:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def study(job: Job, evaluation: Evaluation, budget: Budget) -> Study:
+def study(recipe: Recipe, console: Console) -> Study:
     """Measure every table.
 
     The first three tables are always made; partial quantization and learning stop when the budget is spent.
 
     Raises:
-        InputError: the model does not run on the data, or cannot be quantized.
+        InputError: an option, the model or the data cannot be used.
     """
+    recipe.need("model", "data", "eval", "metric")
+    budget = Budget.parse(recipe.budget)
+    gate_of(recipe)
+    job = Job.open(recipe, console)
+    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
+    job.warn_of_shared(evaluation.samples)
     return _Study(job, evaluation, budget).run()
+
+
+def write_study(study: Study, folder: PathLike, console: Console) -> list[str]:
+    """Write `study.json`, `study.txt` and, with Matplotlib, `study.svg` into a folder; their names."""
+    with staged_folder(folder) as staged:
+        write_json(staged / "study.json", study.to_json())
+        write_text(staged / "study.txt", study.text() + "\n")
+        try:
+            plot(study, staged / "study.svg")
+        except MissingBackendError as error:
+            console.warn(str(error))
+        return sorted(path.name for path in staged.iterdir())
 
 
 @dataclass(frozen=True)

@@ -71,11 +71,11 @@ class Int8OnnxFromPath(BaseLoader):
             PolygraphyException: the model, data or table cannot be used.
         """
         from trtq.graph.model import export
-        from trtq.pipeline import plan_text, quantize
+        from trtq.pipeline import quantize
 
         with _polygraphy_errors():
             quantized = quantize(self._recipe, self._table, _LOG)
-            _LOG.say("plan", plan_text(quantized.plan))
+            _LOG.say("plan", quantized.plan.text())
             return export(quantized.graph)
 
 

@@ -18,7 +18,9 @@ import onnx_graphsurgeon as gs
 
 import trtq
 from trtq.calibration.collect import collect
+from trtq.calibration.extents import measure_extents
 from trtq.calibration.table import ENCODINGS, Table
+from trtq.console import Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
@@ -30,6 +32,7 @@ from trtq.graph.place import FLOATS, MOVING_OPS, POOL, only_moved, place
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.numerics import INT8_MAX
+from trtq.recipe import Recipe
 
 NO_RANGE = "no-range"
 """Rule of the plan for nodes that stay in floating point because the table has no row for an input."""
@@ -333,6 +336,48 @@ def require_complete(fit: Fit, table: PathLike) -> None:
             cause=fit.text(),
             remedy="calibrate again; or leave --strict out, and nodes without a range stay in floating point",
         )
+
+
+def converted(
+    source: Source,
+    table: Table,
+    recipe: Recipe,
+    samples: Samples | None,
+    console: Console,
+    *,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    strict: PathLike | None = None,
+) -> Explicit:
+    """The explicit model with the table's scales, by a recipe's options; tells how the table fits.
+
+    Args:
+        samples: rows that show whether the table's rows are scales, and what has to stay float32.
+        input_shapes: as `place`.
+        strict: the table's file, where an incomplete or doubtful one is to be refused.
+
+    Raises:
+        InputError: as `quantize_with_table`, `observe` and `require_complete`.
+    """
+    observed = extents = None
+    if samples is not None:
+        observed = observe(source, table, samples)
+        if recipe.rest == "fp16":
+            extents = measure_extents(source.model.graph, samples)
+    explicit = quantize_with_table(
+        source,
+        table,
+        include=recipe.include,
+        exclude=recipe.exclude,
+        input_shapes=input_shapes,
+        weights=recipe.weights,
+        rest=recipe.rest,
+        observed=observed,
+        extents=extents,
+    )
+    console.say("table", explicit.fit.text())
+    if strict is not None:
+        require_complete(explicit.fit, strict)
+    return explicit
 
 
 def table_of(model: Model, *, version: int = 101601, algorithm: str = "EntropyCalibration2") -> Table:
