@@ -216,9 +216,11 @@ class _Study:
                 placed = place(model, include=recipe.include, exclude=recipe.exclude, input_shapes=shapes)
                 forms.append(("not folded", model.graph, placed))
             else:
-                notes.append("weights are compared with BatchNormalization folded only: so the plan has it")
+                notes.append("weights are compared with BatchNormalization folded only, as in the plan given")
         else:
-            notes.append("the model has no BatchNormalization: it was folded before, or there was none")
+            notes.append(
+                "the model has no BatchNormalization: it never had one, or it is folded already"
+            )
         for folding, graph, placed in forms:
             quantization = Quantization(graph, replace(placed, edges=[]), {})
             per_tensor = replace(quantization, weight_scales=_per_tensor(quantization))
@@ -236,7 +238,7 @@ class _Study:
             yield self.row(f"{count} of {len(search)} groups", search.first(count))
             count = 2 * count or 1
             if self.budget.over and count <= len(search):
-                notes.append("the budget was spent before the curve of partial quantization was whole")
+                notes.append("the budget was spent before the curve of partial quantization was complete")
                 return
 
     def learned(self, start: Quantization, notes: list[str]) -> Quantization | None:
@@ -251,7 +253,7 @@ class _Study:
 
 
 def _by_method(bare: Quantization, statistics: Statistics, method: Method) -> Quantization:
-    """All ranges by one method; what that gives no range is not quantized."""
+    """All ranges by one method; a tensor that it gives no range is not quantized."""
     ranged = without_ranges_of(bare, rangeless(statistics, method))
     return replace(ranged, scales=scales_from(statistics, method))
 

@@ -99,7 +99,7 @@ def _report(error: TrtqError, debug: bool) -> int:
 
 
 def _flush_output() -> None:
-    """Write what is still to be written; that the reader has gone, as of `| head`, is no error."""
+    """Write what is still in the buffer; a reader that has gone, as with `| head`, is not an error."""
     try:
         if sys.stdout is not None:  # None: closed by the shell
             sys.stdout.flush()

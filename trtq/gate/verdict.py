@@ -100,7 +100,7 @@ class Verdict:
         notes: sentences for the reader.
         warnings: what makes the verdict, or the data it stands on, doubtful.
         checks: what else was asked for.
-        in_the_way: what stands in the way, where this is no pass and it was looked for.
+        in_the_way: what stands in the way of a pass, where it was looked for.
     """
 
     gate: Outcome
@@ -159,8 +159,10 @@ class Verdict:
         return dataclasses.replace(self, checks=(*self.checks, *checks))
 
     def require_engine(self) -> Verdict:
-        """This verdict if an engine ran; of a simulated one no pass and no fail is accepted, so that it
-        becomes inconclusive. Checks that are not measured on the outputs are to be added after this."""
+        """This verdict if an engine ran; a simulated one becomes inconclusive, be it a pass or a fail.
+
+        Checks that are not measured on the outputs are to be added after this.
+        """
         if self.executor == "engine":
             return self
         message = (
@@ -322,24 +324,7 @@ def decide(
     reference_value = score_reference(reference, targets, metric)
     candidate = finite.with_references(reference, candidate)
     samples, k = rows_per_sample(reference, targets)
-    verdict = Verdict(
-        gate=Outcome.FAIL,
-        metric=metric.name,
-        reference=reference_value,
-        candidate=None,
-        relative_drop=None,
-        absolute_drop=None,
-        max_drop=max_drop,
-        relative_interval=None,
-        absolute_interval=None,
-        confidence=confidence,
-        proved=False,
-        samples=samples,
-        samples_to_prove=None,
-        executor=executor,
-        outputs={},
-        worst_samples=(),
-    )
+    verdict = _unmeasured(metric, reference_value, max_drop, confidence, samples, executor)
     if (broken := finite.first_not_finite(candidate, reference)) is not None:
         name, row = broken
         note = f"output {name!r} of the candidate is NaN or infinite in sample {row // k}"
@@ -362,6 +347,35 @@ def decide(
         outputs=similarity.compare(*plain),
         worst_samples=similarity.worst_samples(*plain, samples),
         notes=(_note(evidence, samples, max_drop, level), *finite.ignored(reference)),
+    )
+
+
+def _unmeasured(
+    metric: Metric,
+    reference: float,
+    max_drop: float,
+    confidence: float | None,
+    samples: int,
+    executor: Executor,
+) -> Verdict:
+    """The verdict on a candidate that nothing can be measured of: a fail."""
+    return Verdict(
+        gate=Outcome.FAIL,
+        metric=metric.name,
+        reference=reference,
+        candidate=None,
+        relative_drop=None,
+        absolute_drop=None,
+        max_drop=max_drop,
+        relative_interval=None,
+        absolute_interval=None,
+        confidence=confidence,
+        proved=False,
+        samples=samples,
+        samples_to_prove=None,
+        executor=executor,
+        outputs={},
+        worst_samples=(),
     )
 
 
