@@ -194,7 +194,8 @@ def build_three(
     profile = profile_for(model, recipe, data)
     if int8 is None:
         int8 = folder / "model.int8.onnx"
-        save_model(quantize(recipe, table, console).graph, int8)
+        quantization = quantize(recipe, table, console)
+        save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
     return bench.build_three(
         model.path,
         int8,

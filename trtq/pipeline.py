@@ -9,8 +9,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_graphsurgeon as gs
-
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage
 from trtq.backends.interface import Build
@@ -28,7 +26,9 @@ from trtq.gate.verdict import Check, Verdict
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job, open_cache, planned, prepare
-from trtq.migration.convert import load_source, quantize_with_table, require_complete
+from trtq.migration.fit import require_complete
+from trtq.migration.source import load_source
+from trtq.migration.to_qdq import quantize_with_table
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, parse_share
 from trtq.recovery.budget import Budget
@@ -72,7 +72,7 @@ class Deployment:
     @property
     def table(self) -> Table:
         """The scales of the activations."""
-        return self.best.quantization.table()
+        return Table.of(self.best.quantization)
 
     @property
     def build(self) -> Build:
@@ -160,17 +160,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     return Deployment(Path(recipe.output), best, tuple(tried))
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A Q/DQ graph, where its Q/DQ stands, and the scales it has."""
-
-    graph: gs.Graph
-    plan: Plan
-    table: Table
-
-
-def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quantized:
-    """The recipe's model with Q/DQ: scales from a table, or calibrated on the recipe's data.
+def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quantization:
+    """The recipe's model with scales from a table, or calibrated on the recipe's data.
 
     Raises:
         InputError: neither data nor table; the model, data or table cannot be used; the table lacks a scale.
@@ -178,29 +169,27 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
     recipe.need("model")
     assert recipe.model is not None
     if table is not None:
-        given = _read_table(table, console)
-        if recipe.plan is None:
-            source = load_source(recipe.model, rest=recipe.rest)
-            explicit = quantize_with_table(
-                source,
-                given,
-                include=recipe.include,
-                exclude=recipe.exclude,
-                weights=recipe.weights,
-                rest=recipe.rest,
-            )
-            require_complete(explicit.fit, table)
-            return Quantized(explicit.graph, explicit.plan, explicit.table)
-        model = prepare(recipe)
-        given.check_made_for(model.sha256, model.path)
-        quantization = Quantization(model.graph, planned(recipe, model), given.scales, notes=given.metadata)
-    elif recipe.data is not None:
+        return _with_table(recipe, table, console)
+    if recipe.data is not None:
         job = Job.open(recipe, console)
-        quantization = calibrate(job, job.place())
-    else:
-        raise InputError("there is nothing to take the scales from", remedy="give --table or --data")
-    graph = quantization.rewritten(weights=recipe.weights, rest=recipe.rest)
-    return Quantized(graph, quantization.plan, quantization.table())
+        return calibrate(job, job.place())
+    raise InputError("there is nothing to take the scales from", remedy="give --table or --data")
+
+
+def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantization:
+    """The recipe's model with scales from a table, which must have all that the plan needs."""
+    assert recipe.model is not None
+    given = _read_table(table, console)
+    if recipe.plan is None:
+        source = load_source(recipe.model, rest=recipe.rest)
+        quantization, fit = quantize_with_table(
+            source, given, include=recipe.include, exclude=recipe.exclude, rest=recipe.rest
+        )
+        require_complete(fit, table)
+        return quantization
+    model = prepare(recipe)
+    given.check_made_for(model.sha256, model.path)
+    return Quantization(model.graph, planned(recipe, model), given.scales, notes=given.metadata)
 
 
 def _read_table(path: PathLike, console: Console) -> Table:

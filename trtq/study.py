@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from trtq.calibration.calibrate import Source, calibrate, rangeless, statistics_of, without_ranges_of
-from trtq.calibration.choose import scales_from
-from trtq.calibration.methods import AUTO, Method, parse_method
+from trtq.calibration.calibrate import FloatGraph, calibrate, rangeless, statistics_of, without_ranges_of
+from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.statistics import Statistics
 from trtq.console import Console
 from trtq.errors import InputError, MissingBackendError
@@ -161,7 +160,7 @@ class _Study:
 
     def run(self) -> Study:
         job, plan = self.job, self.job.place()
-        source = Source(job.model.graph, job.model.sha256)
+        source = FloatGraph.of(job.model)
         best = calibrate(self.job, plan)
         statistics = statistics_of(job, plan, job.data, source)
         bare = Quantization(source.graph, plan, {})
@@ -218,9 +217,7 @@ class _Study:
             else:
                 notes.append("weights are compared with BatchNormalization folded only, as in the plan given")
         else:
-            notes.append(
-                "the model has no BatchNormalization: it never had one, or it is folded already"
-            )
+            notes.append("the model has no BatchNormalization: it never had one, or it is folded already")
         for folding, graph, placed in forms:
             quantization = Quantization(graph, replace(placed, edges=[]), {})
             per_tensor = replace(quantization, weight_scales=_per_tensor(quantization))

@@ -74,9 +74,10 @@ class Int8OnnxFromPath(BaseLoader):
         from trtq.pipeline import quantize
 
         with _polygraphy_errors():
-            quantized = quantize(self._recipe, self._table, _LOG)
-            _LOG.say("plan", quantized.plan.text())
-            return export(quantized.graph)
+            recipe = self._recipe
+            quantization = quantize(recipe, self._table, _LOG)
+            _LOG.say("plan", quantization.plan.text())
+            return export(quantization.rewritten(weights=recipe.weights, rest=recipe.rest))
 
 
 class MarkSharedOutputs(BaseLoader):

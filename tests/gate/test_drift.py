@@ -13,9 +13,10 @@ from nets import net, normal
 from trtq import Recipe
 from trtq.calibration.calibrate import calibrate
 from trtq.console import Console
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.gate.drift import Spread, gap, inputs_apart, spreads
 from trtq.gate.evaluation import Evaluation, candidate_of
+from trtq.graph.inputs import InputSpec
 from trtq.job import Job
 
 

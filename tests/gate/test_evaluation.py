@@ -16,11 +16,12 @@ from trtq.backends.interface import Gpu, find_gpu
 from trtq.cache import Cache, Key
 from trtq.console import SILENT
 from trtq.data.load import load_samples
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import MissingBackendError
 from trtq.files import sha256_file
 from trtq.gate import evaluation
 from trtq.gate.evaluation import outputs_of
+from trtq.graph.inputs import InputSpec
 from trtq.simulation import outputs as execute
 from trtq.simulation import workers as parallel
 from trtq.simulation.outputs import Outputs, fingerprint

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 
 import trtq
 from trtq.cache import Cache, Key
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.calibration.statistics import Statistics
 from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.fold import fold
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import load_model
 from trtq.graph.place import place
 from trtq.graph.quantization import Quantization

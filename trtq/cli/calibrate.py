@@ -10,12 +10,13 @@ from trtq.errors import ExitCode
 
 
 def _calibrate(given: argparse.Namespace) -> int:
+    from trtq.calibration.table import Table
     from trtq.pipeline import quantize
 
     recipe = recipe_of(given)
     recipe.need("data", "output")
     assert recipe.output is not None
-    table = quantize(recipe, None, console_of(given)).table
+    table = Table.of(quantize(recipe, None, console_of(given)))
     table.save(recipe.output)
     print(f"{recipe.output}: {len(table.scales)} tensors, method {table.metadata['method']}")
     return ExitCode.PASS

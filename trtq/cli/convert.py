@@ -50,7 +50,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _from_model(path: str) -> Table:
     from trtq.graph.model import load_model
-    from trtq.migration.convert import table_of
+    from trtq.migration.to_table import table_of
 
     return table_of(load_model(path))
 
@@ -69,16 +69,17 @@ def _write(table: Table, output: str, version: int | None, algorithm: str | None
 def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: Console) -> int:
     from trtq.data.load import load_samples
     from trtq.graph.model import save_model
-    from trtq.migration.convert import converted, load_source
+    from trtq.migration.source import load_source
+    from trtq.migration.to_qdq import converted
 
     assert recipe.model is not None
     assert recipe.output is not None
     source = load_source(recipe.model, rest=recipe.rest)
     samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess) if recipe.data else None
     strict = given.source if given.strict else None
-    explicit = converted(source, table, recipe, samples, console, strict=strict)
+    quantization, _ = converted(source, table, recipe, samples, console, strict=strict)
     if samples is None:
         console.say("table", "its magnitudes were not checked against data: give --data")
-    save_model(explicit.graph, recipe.output)
-    print(f"{recipe.output}: {explicit.plan.text()}")
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), recipe.output)
+    print(f"{recipe.output}: {quantization.plan.text()}")
     return ExitCode.PASS

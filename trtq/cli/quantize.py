@@ -18,9 +18,9 @@ def _quantize(given: argparse.Namespace) -> int:
     assert recipe.output is not None
     if given.table is not None and given.data is not None:
         raise InputError("give either --table or --data", remedy="a table has the scales, data make them")
-    quantized = quantize(recipe, given.table, console_of(given))
-    save_model(quantized.graph, recipe.output)
-    print(f"{recipe.output}: {quantized.plan.text()}")
+    quantization = quantize(recipe, given.table, console_of(given))
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), recipe.output)
+    print(f"{recipe.output}: {quantization.plan.text()}")
     return ExitCode.PASS
 
 

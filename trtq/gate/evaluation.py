@@ -11,7 +11,7 @@ from pathlib import Path
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
 from trtq.gate.metrics import Metric, load_metric
@@ -25,6 +25,7 @@ from trtq.gate.verdict import (
     parse_margin,
     score_reference,
 )
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import model_sha256, save_model
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe

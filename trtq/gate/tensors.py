@@ -23,10 +23,11 @@ import onnx_graphsurgeon as gs
 from trtq.backends.builders import builder
 from trtq.backends.interface import Profile, find_gpu, profiles_from
 from trtq.data.batches import Arrays, batches
-from trtq.data.samples import Samples, fixed_batch
+from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.graph.fold import fold
+from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model, serialized
 from trtq.graph.products import product
 from trtq.simulation.finite import compared

@@ -1,31 +1,13 @@
-"""From TensorRT 10 with a calibration table to an explicit model and engine, checked against both.
-
-Implicit quantization does not say where it quantizes: TensorRT up to 10 "uses INT8 opportunistically", and
-a layer may run in INT8 if it "has assigned quantization scales on its data inputs and outputs" (Developer
-Guide, "Explicit vs. implicit quantization"). What a table *implies* is here the model in which every layer
-that may run in INT8 does so:
-
-- layers are those after TensorRT's fusions: batch normalization folded, pointwise operators (an activation,
-  a residual addition) behind the convolution or matrix product that alone feeds them; tensors inside such a
-  layer are not quantized;
-- a layer may run in INT8 if its first operator is one of `INT8_OPS` and the table has a scale for each of its
-  floating-point inputs and for its output;
-- the inputs of those layers are quantized with the table's scales, and the weights of Conv, Gemm and MatMul
-  per output channel.
-
-That is an upper bound: for speed TensorRT may leave any of these layers in floating point.
-"""
+"""From TensorRT 10 with a calibration table to an explicit model and engine, checked against both."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage, coverage
@@ -41,11 +23,12 @@ from trtq.files import PathLike, sha256_file, staged_folder, write_json
 from trtq.gate.evaluation import Evaluation, outputs_of
 from trtq.gate.verdict import Check, Outcome, Verdict, overall, parse_margin
 from trtq.graph.model import save_model
-from trtq.graph.place import FLOATS, place
-from trtq.graph.plan import Edge, Plan
-from trtq.graph.rewrite import rewrite
+from trtq.graph.quantization import Quantization
 from trtq.job import open_cache, opt_shapes, profile_for
-from trtq.migration.convert import Explicit, Source, converted, load_source
+from trtq.migration.fit import Fit
+from trtq.migration.implied import implied_model
+from trtq.migration.source import Source, load_source
+from trtq.migration.to_qdq import converted
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import engine_runs_here, parse_share, share_check
 from trtq.report.html import write_report
@@ -55,38 +38,14 @@ from trtq.simulation.finite import first_not_finite
 from trtq.simulation.outputs import Outputs
 from trtq.simulation.similarity import Similarity, compare
 
-MATRIX_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-
-POINTWISE_OPS = frozenset(
-    {
-        "Add",
-        "Clip",
-        "Div",
-        "Elu",
-        "HardSigmoid",
-        "HardSwish",
-        "LeakyRelu",
-        "Mul",
-        "PRelu",
-        "Relu",
-        "Sigmoid",
-        "Sub",
-        "Tanh",
-    }
-)
-"""Operators that TensorRT fuses with each other and behind a convolution or matrix product."""
-
-INT8_OPS = MATRIX_OPS | POINTWISE_OPS | {"AveragePool", "Concat", "GlobalAveragePool", "Resize"}
-"""First operators of layers that implicit quantization may run in INT8. Operators that only move values
-(MaxPool, Reshape, Transpose, ...) take what their neighbours have."""
-
 
 @dataclass(frozen=True)
 class Migration:
     """What `migrate` leaves behind; `exit_code` is what the command returns.
 
     Attributes:
-        explicit: the Q/DQ model with its plan, the scales it uses, and how the table fits.
+        quantization: the plan and the scales of the Q/DQ model.
+        fit: how the table fits the model.
         checks: what else was asked for; those that there is a verdict for are its checks, too.
         agreement: "migrated to fp32", "migrated to table" and "table to fp32" -> output -> similarity; the
             pairs that were measured.
@@ -95,7 +54,8 @@ class Migration:
     """
 
     folder: Path
-    explicit: Explicit
+    quantization: Quantization
+    fit: Fit
     build: Build
     coverage: Coverage
     checks: tuple[Check, ...] = ()
@@ -138,7 +98,7 @@ class Migration:
     def to_json(self) -> dict[str, Any]:
         """How the table fits and what was measured, as JSON values; `verdict.json` has the main verdict."""
         return {
-            "fit": self.explicit.fit.to_json(),
+            "fit": self.fit.to_json(),
             "int8_share": self.coverage.share,
             "agreement": {
                 pair: {name: asdict(similarity) for name, similarity in outputs.items()}
@@ -186,7 +146,7 @@ def migrate(
     if recipe.min_int8 is not None:
         parse_share(recipe.min_int8)
     given = _Given.open(recipe, table, encoding, console)
-    explicit = converted(
+    quantization, fit = converted(
         given.source,
         given.table,
         recipe,
@@ -195,9 +155,9 @@ def migrate(
         input_shapes=opt_shapes(given.source.model, given.profile),
         strict=table if strict else None,
     )
-    console.say("plan", explicit.plan.text())
+    console.say("plan", quantization.plan.text())
     with staged_folder(recipe.output) as folder:
-        migration = _built(given, explicit, folder)
+        migration = _built(given, quantization, fit, folder)
         here = engine_runs_here(recipe, console)
         migration = _compared(given, migration, folder / ("model.plan" if here else "model.int8.onnx"))
         if migration.verdict is not None:
@@ -273,14 +233,17 @@ class _Given:
         return inputs
 
 
-def _built(given: _Given, explicit: Explicit, folder: Path) -> Migration:
+def _built(given: _Given, quantization: Quantization, fit: Fit, folder: Path) -> Migration:
     """Write the model, its plan and table into a folder, and build the engine there."""
     recipe = given.recipe
     assert recipe.output is not None
     int8 = folder / "model.int8.onnx"
-    save_model(explicit.graph, int8)
-    explicit.plan.save(folder / "plan.json")
-    explicit.table.save(folder / "calibration.cache")
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
+    quantization.plan.save(folder / "plan.json")
+    scales = Table.of(quantization)
+    replace(scales, version=given.table.version, algorithm=given.table.algorithm).save(
+        folder / "calibration.cache"
+    )
     build = builder(recipe.backend).build(
         int8,
         folder / "model.plan",
@@ -288,11 +251,12 @@ def _built(given: _Given, explicit: Explicit, folder: Path) -> Migration:
         targets=recipe.target,
         options=recipe.build_options(),
     )
-    covered = coverage(explicit.plan, build.compiled)
+    covered = coverage(quantization.plan, build.compiled)
     least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
     return Migration(
         folder=Path(recipe.output),
-        explicit=explicit,
+        quantization=quantization,
+        fit=fit,
         build=replace(build, engine=Path(recipe.output) / "model.plan"),
         coverage=covered,
         checks=() if least is None else (share_check(covered, least),),
@@ -322,35 +286,6 @@ def _compared(given: _Given, migration: Migration, candidate: Path) -> Migration
     )
 
 
-def implied_model(source: Source, table: Table) -> gs.Graph:
-    """The model that a table implies (see the module), as a Q/DQ graph: for simulation only.
-
-    Raises:
-        InputError: as `place`.
-    """
-    graph = source.model.graph
-    rows: dict[str, str] = {}
-
-    def has_scale(tensor: gs.Tensor) -> bool:
-        if row := source.row(tensor.name, table):
-            rows[tensor.name] = row
-        return row is not None
-
-    edges, int8 = [], set()
-    for layer in _layers(graph):
-        inputs = [*_layer_inputs(layer)]
-        tensors = [node.inputs[index] for node, index in inputs]
-        if inputs and all(map(has_scale, [*tensors, layer[-1].outputs[0]])):
-            int8.add(layer[0].name)
-            edges += [
-                Edge(tensor.name, node.name, index, "implied", tensor.name)
-                for tensor, (node, index) in zip(tensors, inputs, strict=True)
-            ]
-    weights = [weight for weight in place(source.model).weights if weight.node in int8]
-    plan = Plan(source.model.sha256, [], edges, weights)
-    return rewrite(graph, plan, {tensor: table.scales[row] for tensor, row in rows.items()})
-
-
 def _agreement(outputs: Mapping[str, Outputs]) -> dict[str, dict[str, Similarity]]:
     """How alike the outputs are, pair by pair; without those that are not finite."""
     finite = {name: o.arrays for name, o in outputs.items() if first_not_finite(o.arrays) is None}
@@ -360,46 +295,6 @@ def _agreement(outputs: Mapping[str, Outputs]) -> dict[str, dict[str, Similarity
         for name, reference in pairs
         if name in finite and reference in finite
     }
-
-
-def _layers(graph: gs.Graph) -> Iterator[list[gs.Node]]:
-    """The layers that may run in INT8: an operator and the pointwise ones that fuse behind it.
-
-    A pointwise operator fuses with the one of its inputs that is computed last, if nothing else reads it.
-    """
-    order = {id(node): index for index, node in enumerate(graph.nodes)}
-    behind: dict[int, gs.Node] = {}
-    fused: set[int] = set()
-    for node in graph.nodes:
-        if node.op not in POINTWISE_OPS:
-            continue
-        producers = [
-            t.inputs[0]
-            for t in node.inputs
-            if len(t.inputs) == len(t.outputs) == 1
-            and t.inputs[0].op in MATRIX_OPS | POINTWISE_OPS
-            and not any(t is output for output in graph.outputs)
-        ]
-        if producers:
-            behind[id(max(producers, key=lambda producer: order[id(producer)]))] = node
-            fused.add(id(node))
-    for node in graph.nodes:
-        if node.op not in INT8_OPS or id(node) in fused:
-            continue
-        layer = [node]
-        while id(layer[-1]) in behind:
-            layer.append(behind[id(layer[-1])])
-        yield layer
-
-
-def _layer_inputs(layer: list[gs.Node]) -> Iterator[tuple[gs.Node, int]]:
-    """Where floating-point activations enter a layer: node, position of the input."""
-    for position, node in enumerate(layer):
-        count = 2 if node.op in MATRIX_OPS else 1 if node.op == "Resize" else len(node.inputs)
-        for index, tensor in enumerate(node.inputs[:count]):
-            inside = position > 0 and tensor is layer[position - 1].outputs[0]
-            if isinstance(tensor, gs.Variable) and tensor.name and tensor.dtype in FLOATS and not inside:
-                yield node, index
 
 
 def _outputs_of_all(given: _Given, candidate: Path, samples: Samples) -> dict[str, Outputs]:

@@ -10,6 +10,7 @@ from typing import Any
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage, coverage
 from trtq.backends.interface import Build, find_gpu
+from trtq.calibration.table import Table
 from trtq.console import Console
 from trtq.errors import InputError
 from trtq.gate.evaluation import Evaluation
@@ -111,7 +112,7 @@ def attempt(
     int8 = folder / "model.int8.onnx"
     save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
     quantization.plan.save(folder / "plan.json")
-    quantization.table().save(folder / "calibration.cache")
+    Table.of(quantization).save(folder / "calibration.cache")
     build = builder(recipe.backend).build(
         int8,
         folder / "model.plan",
