@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
-from trtq.cache import Cache, Key, default_root
+from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
@@ -204,7 +203,7 @@ def unfolded(recipe: Recipe) -> Model:
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:
     """The recipe's cache, or the user's."""
-    return Cache(Path(recipe.cache) if recipe.cache else default_root(), console.warn)
+    return Cache.at(recipe.cache, console.warn)
 
 
 def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:

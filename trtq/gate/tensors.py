@@ -42,6 +42,9 @@ ONNX Runtime's own differ by 140 dB on the demo; what engines do is to be measur
 
 BATCH = 8
 
+SAMPLES = 16
+"""Samples that are enough to compare on."""
+
 Run = Callable[[Arrays], Mapping[str, Any]]
 """A feed -> tensor name -> array."""
 
@@ -104,6 +107,11 @@ class ThreeWay:
             f"Simulation and engine ({self.engine}) part at '{self.parts_at.tensor}', the output of"
             f" {self.parts_at.op} '{self.parts_at.node}': {self.parts_at.engine_db:.1f} dB."
         )
+
+
+def some_rows(samples: Samples) -> Samples:
+    """The first `SAMPLES` samples, or all where there are fewer."""
+    return samples.subset(range(min(SAMPLES, len(samples) // samples.group)))
 
 
 def compare_three(
