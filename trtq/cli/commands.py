@@ -145,11 +145,11 @@ def _build(given: argparse.Namespace) -> int:
 
 
 def _gate(given: argparse.Namespace) -> int:
+    from trtq.backends.engine import input_specs
     from trtq.gate.evaluation import Evaluation
     from trtq.gate.tensors import compare_three
     from trtq.job import open_cache
     from trtq.report.junit import junit_xml
-    from trtq.simulation.outputs import input_specs
 
     recipe, console = recipe_of(given), console_of(given)
     reference, candidate = Path(given.reference), Path(given.candidate)
