@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 import trtq
 from trtq.cache import Cache, Key
-from trtq.calibration.choose import scales_from
 from trtq.calibration import collect as collecting
+from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect, collect_sharded
 from trtq.calibration.methods import parse_method
 from trtq.calibration.statistics import Statistics

@@ -31,7 +31,7 @@ from trtq.graph.fold import fold
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model
 from trtq.graph.products import product
 from trtq.simulation.finite import compared
-from trtq.simulation.rows import Run, Runner, naming_rows, taken
+from trtq.simulation.rows import Run, Runner, naming_rows, runs_on_several, taken
 from trtq.simulation.similarity import decibels
 
 PART_DB = 30.0
@@ -137,14 +137,15 @@ def compare_three(
         )
     names = [tensor for tensor, _ in compared]
     gpu = find_gpu()
-    if profile is None:
+    if gpu is not None and profile is None:
         dimensions = {spec.name: spec.shape for spec in quantized.inputs}
-        profile = profiles_from(dimensions, samples.row_shapes(), BATCH)
+        only_one = not runs_on_several(fp32.graph, samples)
+        profile = profiles_from(dimensions, samples.row_shapes(), BATCH, only_one=only_one)
     with contextlib.ExitStack() as stack:
         simulations = [Runner(model.graph, names, threads=threads) for model in (fp32, quantized)]
         runs: list[Run] = [simulation.run for simulation in simulations]
         if gpu is not None:
-            runs.append(stack.enter_context(_engine(quantized, names, profile, backend)))
+            runs.append(stack.enter_context(_engine(quantized, names, profile or {}, backend)))
         fixed = fixed_batch(quantized.inputs)
         parts = taken(simulations[0].run, batches(samples.rows(), fixed or BATCH, fixed or 1))
         sqnr = _sqnr(runs, names, samples, parts)

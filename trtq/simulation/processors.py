@@ -40,7 +40,10 @@ def _folders(mount: Path, own_groups: Path) -> Iterator[Path]:
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, group_of = line.partition(":")
+        controllers, colon, path = group_of.partition(":")
+        if not colon:
+            continue
         if controllers == "":
             top = mount
         elif "cpu" in controllers.split(","):

@@ -17,11 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
 
 from trtq.data.batches import Arrays, Batch, single_rows
-from trtq.data.samples import Samples
+from trtq.data.samples import Samples, fixed_batch
 from trtq.errors import InputError, TrtqError
 from trtq.graph.model import serialized
 from trtq.simulation.processors import processors
@@ -202,6 +203,22 @@ def taken(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
             yield batch
 
 
+def runs_on_several(model: gs.Graph, samples: Samples) -> bool:
+    """Whether a model whose first axis is dynamic runs on more than one row at once; see `taken`.
+
+    Only one row of the samples is read. Of a model that does not run at all it says yes, and leaves the error
+    to whoever runs it.
+    """
+    if fixed_batch(samples.specs) is not None:
+        return True
+    row = next(samples.rows())
+    feed = {name: np.concatenate([array, array]) for name, array in row.items()}
+    try:
+        return _takes(Runner(model).run, Batch(feed, 0, 2, 0))
+    except InputError:
+        return True
+
+
 def _takes(run: Run, batch: Batch) -> bool:
     size = batch.rows + batch.padding
     try:
@@ -240,22 +257,20 @@ def naming_rows(run: Run, batch: Batch, samples: Samples, name: str = "the model
     except Exception as error:
         culprit = _culprit(run, batch)
         remedy = None
-        if culprit is None and batch.rows > 1:
+        if culprit is batch and batch.rows > 1 and all(_runs(run, row) for row in single_rows(batch)):
             remedy = "the model runs on each of these rows alone: leave the batch size out, or use 1"
         raise InputError(
-            f"{name} does not run on {samples.where(culprit or batch)} of the data",
+            f"{name} does not run on {samples.where(culprit)} of the data",
             file=samples.source,
             cause=error,
             remedy=remedy,
         ) from error
 
 
-def _culprit(run: Run, batch: Batch) -> Batch | None:
-    """The first row that fails alone; the batch itself where all do; None where none does."""
-    failing = [row for row in single_rows(batch) if not _runs(run, row)]
-    if not failing:
-        return None
-    return batch if len(failing) == batch.rows else failing[0]
+def _culprit(run: Run, batch: Batch) -> Batch:
+    """The first row that fails in place of every row, if other rows do not; else the batch itself."""
+    failing = [row for row in single_rows(batch, filled=True) if not _runs(run, row)]
+    return failing[0] if 0 < len(failing) < batch.rows else batch
 
 
 def _runs(run: Run, batch: Batch) -> bool:
