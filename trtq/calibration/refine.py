@@ -9,7 +9,6 @@ what does not look better on a quarter of the rows is not measured on the rest.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,13 +23,13 @@ from trtq.calibration.statistics import Statistics
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
-from trtq.graph.model import serialized
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs
 from trtq.numerics import scale_from_amax
 from trtq.simulation.finite import check_reference
-from trtq.simulation.session import simulation_session
+from trtq.simulation.processors import processors
+from trtq.simulation.rows import Runner
 from trtq.simulation.similarity import Reference
 
 NARROWER = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -91,24 +90,26 @@ def refine_ranges(
     runs = sum(len(tried) for tried in options.values())
     rows = _row_count(plan, runs, len(samples))
     samples = _spread(samples, rows)
-    part = list(samples.batches(BATCH))
-    expected = _outputs(quantization.graph, part)
+    part, expected = _outputs(quantization.graph, samples)
     for batch, outputs in zip(part, expected, strict=True):
         check_reference(outputs, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
     reference = Reference(expected)
     current = scales_from(statistics, start)
     quantized = replace(quantization, scales=current).rewritten()
-    runner = _Runner(quantized, scales_as_inputs(quantized, plan))
+    inputs = scales_as_inputs(quantized, plan)
+    dtypes = {tensor.name: tensor.dtype for tensor in quantized.inputs}
+    runner = Runner(quantized)
     exceptions: dict[str, Method] = {}
 
     def score(scales: Mapping[str, np.float32], count: int) -> float:
         """SQNR of the outputs together over the first `count` batches."""
-        return reference.sqnr_db(runner.run(batch, scales) for batch in part[:count])
+        given = {name: np.array(scales[tensor], dtypes[name]) for tensor, name in inputs.items()}
+        return reference.sqnr_db(runner.run(batch.feed | given) for batch in part[:count])
 
     few, every = max(len(part) // 4, 1), len(part)
     glance, best = score(current, few), score(current, every)
     with (
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+        ThreadPoolExecutor(workers or processors()) as pool,
         console.progress("ranges", runs, "run") as advance,
     ):
         for tensor, tried in options.items():
@@ -154,23 +155,8 @@ def _spread(samples: Samples, rows: int) -> Samples:
     return samples.subset(order)
 
 
-def _outputs(graph: gs.Graph, part: Sequence[Batch]) -> list[Arrays]:
-    """A graph's outputs of every batch; its session, with all the weights, is gone when this returns."""
-    runner = _Runner(graph, {})
-    return [runner.run(batch, {}) for batch in part]
-
-
-class _Runner:
-    """A graph's session; scales go in through its `inputs` (tensor -> input name)."""
-
-    def __init__(self, graph: gs.Graph, inputs: Mapping[str, str]) -> None:
-        with serialized(graph) as source:
-            self._session = simulation_session(source, threads=1)
-        self._names = [tensor.name for tensor in graph.outputs]
-        self._inputs = inputs
-        self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
-
-    def run(self, batch: Batch, scales: Mapping[str, np.float32]) -> Arrays:
-        feed = {name: np.array(scales[t], self._dtypes[name]) for t, name in self._inputs.items()}
-        outputs = self._session.run(self._names, {**batch.feed, **feed})
-        return dict(zip(self._names, outputs, strict=True))
+def _outputs(graph: gs.Graph, samples: Samples) -> tuple[list[Batch], list[Arrays]]:
+    """The batches, and a graph's outputs of each; its session, with all the weights, is then closed."""
+    runner = Runner(graph)
+    part = list(runner.batches(samples, BATCH))
+    return part, [runner.on(batch, samples) for batch in part]
