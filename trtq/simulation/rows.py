@@ -22,8 +22,9 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 
 from trtq.data.batches import Arrays, Batch, single_rows
-from trtq.data.samples import Samples, fixed_batch
+from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
+from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import serialized
 from trtq.simulation.processors import processors
 from trtq.simulation.session import simulation_session
