@@ -2,6 +2,11 @@
 
 Such a constant holds `FileValues`: a tensor of ONNX's external-data kind, in the model's external data
 or in the `.onnx` file itself. ONNX Runtime maps the same file, so no copy of the weights is made on the way.
+
+Protobuf has no lazy fields, hence the few functions here that walk its wire format. A model of 480 MB in one
+file takes 67 MB of memory at most to read and 90 MB to read and write again. With `onnx.load` and `onnx.save`
+it is 1.0 and 1.5 GB (1.0 GB with external data), with `onnx_ir` 1.0 and 2.0 GB (1.0 GB): both parse the whole
+file first.
 """
 
 from __future__ import annotations
