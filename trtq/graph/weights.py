@@ -30,7 +30,7 @@ IN_MEMORY = 1 << 28
 """Files up to this size are read whole."""
 
 _ALIGNMENT = 64
-"""Of weights in a file of their own, in bytes."""
+"""Alignment of weights in a file of their own, in bytes."""
 
 _SMALL = 1 << 16
 """Weights below this many bytes, shapes among them, are always read."""
@@ -101,7 +101,7 @@ def read_light(path: Path) -> onnx.ModelProto:
 
 
 def load_small(proto: onnx.ModelProto, folder: Path) -> None:
-    """Read, in place, what is external and is no large initializer of the model's own graph.
+    """Read, in place, all external values except the large initializers of the model's main graph.
 
     Raises:
         ValueError: a file is shorter than the model says, or outside the folder.
@@ -232,7 +232,7 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
 
 
 def _tag(message: type, field: str, length: int) -> bytes:
-    """What stands in front of a length-delimited field of `length` bytes (protobuf's wire format)."""
+    """The bytes in front of a length-delimited field of `length` bytes (protobuf's wire format)."""
     result = bytearray()
     for number in (message.DESCRIPTOR.fields_by_name[field].number << 3 | 2, length):  # type: ignore[attr-defined]
         while number > 127:
@@ -292,7 +292,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
 
 
 def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    """A variable-length integer and the position behind it."""
+    """A variable-length integer and the position after it."""
     result = shift = 0
     while True:
         byte = data[position]
