@@ -19,6 +19,8 @@ from trtq.job import Job
 from trtq.recovery.budget import Budget
 from trtq.study import METHODS, Row, Study, plot, study
 
+pytestmark = pytest.mark.slow
+
 METHOD_TABLE, WEIGHT_TABLE, CURVE, LEARNED = range(4)
 
 

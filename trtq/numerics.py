@@ -5,8 +5,8 @@ the paper's `s` multiplies, so `scale = 1 / s`. Rounding is half to even everywh
 ONNX QuantizeLinear and TensorRT.
 
 Quantization is symmetric, which the paper calls *scale* quantization (eq. 5-9): TensorRT takes no
-zero-point. The codes of `bits` b are -(2^(b-1) - 1) ... 2^(b-1) - 1 for weights (`narrow=True`), and -2^(b-1) ...
-2^(b-1) - 1 where TensorRT's Quantize saturates activations.
+zero-point. The codes of `bits` b are -(2^(b-1) - 1) ... 2^(b-1) - 1 for weights (`narrow=True`), and
+-2^(b-1) ... 2^(b-1) - 1 where TensorRT's Quantize saturates activations.
 
 `scale` is a scalar (per tensor) or a 1-D array along `axis` (per channel).
 """
