@@ -223,7 +223,7 @@ def test_exit_4_for_an_engine_without_a_gpu(demo: Deployed, small: Case, trtq_ru
         (("deploy", "{model}", "{all}", "--metric", "best"), "unknown metric 'best'"),
         (("deploy", "{model}", "{all}", "--metric", "sqnr"), "sqnr cannot decide"),
         (("deploy", "{model}", "{all}", "--metric", "top5"), "top5 wants an output"),
-        (("deploy", "{model}", "{all}", "--max-drop", "101%"), "no allowed drop"),
+        (("deploy", "{model}", "{all}", "--max-drop", "101%"), "not an allowed drop"),
         (("deploy", "{model}", "{all}", "--min-int8", "nan"), "is no share"),
         (("deploy", "{model}", "{all}", "--confidence", "nan"), "--confidence is nan"),
         (("deploy", "{model}", "{all}", "--batch", "0"), "--batch is 0"),
