@@ -19,7 +19,7 @@ class Batch:
         feed: input name -> array with `rows + padding` rows.
         start: position of the first row in the data.
         rows: rows that count.
-        padding: copies of the last row behind them, to fill the smallest batch that the model takes.
+        padding: copies of the last row after them, to fill the smallest batch that the model takes.
     """
 
     feed: Arrays

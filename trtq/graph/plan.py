@@ -163,7 +163,7 @@ class Plan:
 
 
 def percent(share: float) -> str:
-    """A share for a person, to a tenth of a percent; 100.0% is said of the whole only."""
+    """A share as text, to a tenth of a percent; only the whole is 100.0%."""
     return f"{share if share >= 1 else min(share, 0.999):.1%}"
 
 
@@ -171,7 +171,7 @@ def _read(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
     """A dataclass from JSON values: its fields and no others, of their types; those with a default may
     be missing."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} is {values!r}, no JSON object")
+        raise ValueError(f"{where} is {values!r}, not a JSON object")
     known = get_type_hints(kind)
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{where} has the unknown key '{unknown[0]}'; it may have {', '.join(known)}")
