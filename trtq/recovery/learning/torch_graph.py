@@ -624,7 +624,8 @@ def _space_to_depth(a: Attributes, x: Tensor) -> Tensor:
 
 @_register("Trilu")
 def _trilu(a: Attributes, x: Tensor, k: Tensor | None = None) -> Tensor:
-    return (torch.triu if a.get("upper", 1) else torch.tril)(x, 0 if k is None else int(k.item()))
+    diagonal = 0 if k is None else int(k.item())
+    return torch.triu(x, diagonal) if a.get("upper", 1) else torch.tril(x, diagonal)
 
 
 @_register("Upsample")
