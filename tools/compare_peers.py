@@ -284,17 +284,17 @@ def write_record(path: Path, key: str, value: dict[str, Any]) -> dict[str, Any]:
 
 def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
     """Metric and SQNR of an ONNX model on the evaluation data, and what TensorRT-RTX makes of it."""
+    from trtq.backends.engine import fingerprint
     from trtq.data.load import load_samples
     from trtq.gate.metrics import load_metric
     from trtq.graph.model import load_model
-    from trtq.simulation import outputs as execute
     from trtq.simulation import similarity
 
     metric = load_metric(place.metric)
     identity = [files.sha256_file(path) for path in (place.fp32, model, place.eval)]
     builder = [importlib.metadata.version("tensorrt_rtx"), TARGET, ENGINE_BATCH]
     reading = files.sha256_file(ROOT / "trtq" / "backends" / "compiled.py")
-    settings = [metric.fingerprint, execute.fingerprint(model), *builder, reading]
+    settings = [metric.fingerprint, fingerprint(model), *builder, reading]
     key = files.sha256_json([*identity, *settings])
     record = place.file(run, ".measured.json")
     if kept := read_record(record, key):

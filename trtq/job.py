@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
-from trtq.cache import Cache, Key, default_root
+from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
@@ -22,6 +21,7 @@ from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
+from trtq.simulation.rows import runs_on_several
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.workers import parse_parallel
 
@@ -204,7 +204,7 @@ def unfolded(recipe: Recipe) -> Model:
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:
     """The recipe's cache, or the user's."""
-    return Cache(Path(recipe.cache) if recipe.cache else default_root(), console.warn)
+    return Cache.at(recipe.cache, console.warn)
 
 
 def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
@@ -215,7 +215,8 @@ def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
         check_profile(profile, dimensions, model.path)
         return profile
     shapes = data.row_shapes() if data is not None else {}
-    return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH)
+    only_one = recipe.batch is None and data is not None and not runs_on_several(model.graph, data)
+    return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH, only_one=only_one)
 
 
 def opt_shapes(model: Model, profile: Profile) -> Mapping[str, tuple[int, ...]]:

@@ -147,6 +147,7 @@ def test_a_run_without_the_cache_repeats_every_byte(
 # --- exit codes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exit_1_where_the_engine_runs_too_little_in_int8(
     small: Case, tmp_path: Path, trtq_run: Command
 ) -> None:
@@ -222,7 +223,7 @@ def test_exit_4_for_an_engine_without_a_gpu(demo: Deployed, small: Case, trtq_ru
         (("deploy", "{model}", "{all}", "--metric", "best"), "unknown metric 'best'"),
         (("deploy", "{model}", "{all}", "--metric", "sqnr"), "sqnr cannot decide"),
         (("deploy", "{model}", "{all}", "--metric", "top5"), "top5 wants an output"),
-        (("deploy", "{model}", "{all}", "--max-drop", "101%"), "no allowed drop"),
+        (("deploy", "{model}", "{all}", "--max-drop", "101%"), "not an allowed drop"),
         (("deploy", "{model}", "{all}", "--min-int8", "nan"), "is no share"),
         (("deploy", "{model}", "{all}", "--confidence", "nan"), "--confidence is nan"),
         (("deploy", "{model}", "{all}", "--batch", "0"), "--batch is 0"),

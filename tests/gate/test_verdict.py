@@ -230,7 +230,7 @@ def test_parse_margin(text, margin):
 
 @pytest.mark.parametrize("text", ["", "%", "one", "-1%", "100%", "1", "nan", "inf"])
 def test_parse_margin_refuses(text):
-    with pytest.raises(InputError, match="is no allowed drop"):
+    with pytest.raises(InputError, match="is not an allowed drop"):
         parse_margin(text)
 
 

@@ -90,6 +90,11 @@ class Plan:
         """Names of the nodes meant to run in INT8."""
         return [node.name for node in self.nodes if node.int8]
 
+    @property
+    def inputs(self) -> set[tuple[str, int]]:
+        """The quantized inputs: node, and index of the input."""
+        return {(edge.node, edge.index) for edge in self.edges} | {(w.node, w.index) for w in self.weights}
+
     def float32_lines(self) -> list[str]:
         """What stays float32, one line for all nodes of a rule: the first of them, and how many more."""
         lines = []
@@ -109,6 +114,15 @@ class Plan:
             return None
         total = sum(node.macs or 0 for node in self.nodes)
         return sum(node.macs or 0 for node in self.nodes if node.name in names) / total if total else None
+
+    def text(self) -> str:
+        """How much goes to INT8, and what stays in floating point and why, for a person."""
+        share = self.mac_share()
+        of_macs = "" if share is None else f", {percent(share)} of the multiply-accumulates"
+        lines = [f"{len(self.int8_nodes)} of {len(self.nodes)} weighted nodes to INT8{of_macs}"]
+        lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in self.nodes if not n.int8]
+        lines += [f"in float32: {line}" for line in self.float32_lines()]
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -149,7 +163,7 @@ class Plan:
 
 
 def percent(share: float) -> str:
-    """A share for a person, to a tenth of a percent; 100.0% is said of the whole only."""
+    """A share as text, to a tenth of a percent; only the whole is 100.0%."""
     return f"{share if share >= 1 else min(share, 0.999):.1%}"
 
 
@@ -157,7 +171,7 @@ def _read(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
     """A dataclass from JSON values: its fields and no others, of their types; those with a default may
     be missing."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} is {values!r}, no JSON object")
+        raise ValueError(f"{where} is {values!r}, not a JSON object")
     known = get_type_hints(kind)
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{where} has the unknown key '{unknown[0]}'; it may have {', '.join(known)}")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trtq import pipeline
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage, coverage
-from trtq.backends.interface import Build
+from trtq.backends.interface import Build, Profile
 from trtq.cache import Cache
-from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
@@ -26,13 +25,15 @@ from trtq.gate.verdict import Check, Outcome, Verdict, overall, parse_margin
 from trtq.graph.model import save_model
 from trtq.graph.quantization import Quantization
 from trtq.job import open_cache, opt_shapes, profile_for
-from trtq.migration.fit import Fit, require_complete
+from trtq.migration.fit import Fit
 from trtq.migration.implied import implied_model
-from trtq.migration.source import Source, load_source, observe
-from trtq.migration.to_qdq import quantize_with_table
+from trtq.migration.source import Source, load_source
+from trtq.migration.to_qdq import converted
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import engine_runs_here, parse_share, share_check, write_verdict
+from trtq.recovery.attempt import engine_runs_here, parse_share, share_check
 from trtq.report.html import write_report
+from trtq.report.junit import write_verdict
+from trtq.report.manifest import hashes_of, versions
 from trtq.simulation.finite import first_not_finite
 from trtq.simulation.outputs import Outputs
 from trtq.simulation.similarity import Similarity, compare
@@ -136,101 +137,153 @@ def migrate(
         MissingBackendError: the builder is not installed.
     """
     recipe.need("model", "output")
-    assert recipe.model is not None
     assert recipe.output is not None
     if (recipe.eval is None) != (recipe.metric is None):
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
     console = console.fresh()
-    backend = builder(recipe.backend)
-    backend.check_targets(recipe.target)
+    builder(recipe.backend).check_targets(recipe.target)
     parse_margin(recipe.max_drop)
-    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
-    source, given = load_source(recipe.model, rest=recipe.rest), read_table(table, encoding)
-    model = source.model
-    if "caution" in given.metadata:
-        console.warn(given.metadata["caution"])
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
-    cache = open_cache(recipe, console)
-    evaluation = (
-        Evaluation.open(recipe, model.path, model.inputs, cache, console) if recipe.eval is not None else None
+    if recipe.min_int8 is not None:
+        parse_share(recipe.min_int8)
+    given = _Given.open(recipe, table, encoding, console)
+    quantization, fit = converted(
+        given.source,
+        given.table,
+        recipe,
+        given.samples,
+        console,
+        input_shapes=opt_shapes(given.source.model, given.profile),
+        strict=table if strict else None,
     )
-    samples = evaluation.samples if evaluation else data
-    profile = profile_for(model, recipe, samples)
-    quantization, fit = quantize_with_table(
-        source,
-        given,
-        include=recipe.include,
-        exclude=recipe.exclude,
-        input_shapes=opt_shapes(model, profile),
-        rest=recipe.rest,
-        observed=observe(source, given, samples) if samples else None,
-        extents=measure_extents(model.graph, samples) if samples and recipe.rest == "fp16" else None,
-    )
-    console.say("table", fit.text())
-    if strict:
-        require_complete(fit, table)
-    console.say("plan", pipeline.plan_text(quantization.plan))
+    console.say("plan", quantization.plan.text())
     with staged_folder(recipe.output) as folder:
-        int8 = folder / "model.int8.onnx"
-        save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
-        quantization.plan.save(folder / "plan.json")
-        scales = replace(Table.of(quantization), version=given.version, algorithm=given.algorithm)
-        scales.save(folder / "calibration.cache")
-        build = backend.build(
-            int8,
-            folder / "model.plan",
-            profile=profile,
-            targets=recipe.target,
-            options=recipe.build_options(),
-        )
-        covered = coverage(quantization.plan, build.compiled)
-        migration = Migration(
-            folder=Path(recipe.output),
-            quantization=quantization,
-            fit=fit,
-            build=replace(build, engine=Path(recipe.output) / "model.plan"),
-            coverage=covered,
-            checks=() if least is None else (share_check(covered, least),),
-        )
-        candidate = build.engine if engine_runs_here(recipe, console) else int8
-        if samples is not None:
-            outputs = _outputs_of_all(source, given, candidate, samples, recipe, cache, console)
-            migration = replace(migration, agreement=_agreement(outputs))
-            if evaluation is not None:
-                verdict = evaluation.published(evaluation.verdict(candidate))
-                try:
-                    against_table = evaluation.verdict(candidate, against=outputs["table"])
-                    against_table = evaluation.published(against_table)
-                except InputError as error:  # it scores nothing, or is not finite
-                    console.warn(f"no gate against what the table implies: {error.problem}")
-                    against_table = None
-                if against_table is not None:
-                    check = Check(
-                        "against the table",
-                        against_table.outcome,
-                        f"against the table: {against_table.gate_line()}",
-                    )
-                    migration = replace(migration, checks=(*migration.checks, check))
-                verdict = verdict.with_checks(*migration.checks)
-                migration = replace(migration, verdict=verdict, against_table=against_table)
-                write_verdict(folder, verdict)
-                write_report(folder)
-        inputs: dict[str, Any] = {
-            "model": {"file": str(model.path), "sha256": model.sha256},
-            "table": {"file": str(table), "sha256": sha256_file(table), "header": given.header},
-        }
-        for name, used in (("data", data), ("eval", evaluation.samples if evaluation else None)):
-            if used is not None:
-                inputs[name] = {"source": used.source, "rows": len(used), "sha256": used.hash}
+        migration = _built(given, quantization, fit, folder)
+        here = engine_runs_here(recipe, console)
+        migration = _compared(given, migration, folder / ("model.plan" if here else "model.int8.onnx"))
+        if migration.verdict is not None:
+            write_verdict(folder, migration.verdict)
+            write_report(folder)
         record = {
             "command": command,
-            "versions": pipeline.versions(recipe),
-            "inputs": inputs,
+            "versions": versions(recipe),
+            "inputs": given.to_json(),
             **migration.to_json(),
-            "outputs": pipeline.hashes_of(folder),
+            "outputs": hashes_of(folder),
         }
         write_json(folder / "migration.json", record)
     return migration
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is migrated, and what it is compared on.
+
+    Attributes:
+        file: the table's.
+    """
+
+    recipe: Recipe
+    file: PathLike
+    source: Source
+    table: Table
+    data: Samples | None
+    evaluation: Evaluation | None
+    cache: Cache
+    console: Console
+
+    @classmethod
+    def open(cls, recipe: Recipe, file: PathLike, encoding: str, console: Console) -> _Given:
+        """Read the model, the table and the data, and score the reference where there is a metric."""
+        assert recipe.model is not None
+        source, table = load_source(recipe.model, rest=recipe.rest), read_table(file, encoding)
+        model = source.model
+        if "caution" in table.metadata:
+            console.warn(table.metadata["caution"])
+        data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+        cache, evaluation = open_cache(recipe, console), None
+        if recipe.eval is not None:
+            evaluation = Evaluation.open(recipe, model.path, model.inputs, cache, console)
+        return cls(recipe, file, source, table, data, evaluation, cache, console)
+
+    @property
+    def samples(self) -> Samples | None:
+        """The rows to compare outputs on: the evaluation's, or else the calibration's."""
+        return self.evaluation.samples if self.evaluation is not None else self.data
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The optimization profile of the engine."""
+        return profile_for(self.source.model, self.recipe, self.samples)
+
+    def to_json(self) -> dict[str, Any]:
+        """Files and hashes of all of it, as JSON values."""
+        model = self.source.model
+        inputs: dict[str, Any] = {
+            "model": {"file": str(model.path), "sha256": model.sha256},
+            "table": {
+                "file": str(self.file),
+                "sha256": sha256_file(self.file),
+                "header": self.table.header,
+            },
+        }
+        evaluated = self.evaluation.samples if self.evaluation is not None else None
+        for name, used in (("data", self.data), ("eval", evaluated)):
+            if used is not None:
+                inputs[name] = {"source": used.source, "rows": len(used), "sha256": used.hash}
+        return inputs
+
+
+def _built(given: _Given, quantization: Quantization, fit: Fit, folder: Path) -> Migration:
+    """Write the model, its plan and table into a folder, and build the engine there."""
+    recipe = given.recipe
+    assert recipe.output is not None
+    int8 = folder / "model.int8.onnx"
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
+    quantization.plan.save(folder / "plan.json")
+    scales = Table.of(quantization)
+    replace(scales, version=given.table.version, algorithm=given.table.algorithm).save(
+        folder / "calibration.cache"
+    )
+    build = builder(recipe.backend).build(
+        int8,
+        folder / "model.plan",
+        profile=given.profile,
+        targets=recipe.target,
+        options=recipe.build_options(),
+    )
+    covered = coverage(quantization.plan, build.compiled)
+    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
+    return Migration(
+        folder=Path(recipe.output),
+        quantization=quantization,
+        fit=fit,
+        build=replace(build, engine=Path(recipe.output) / "model.plan"),
+        coverage=covered,
+        checks=() if least is None else (share_check(covered, least),),
+    )
+
+
+def _compared(given: _Given, migration: Migration, candidate: Path) -> Migration:
+    """The migration with how far its model is from fp32 and from the table, as far as there are data."""
+    if given.samples is None:
+        return migration
+    outputs = _outputs_of_all(given, candidate, given.samples)
+    migration = replace(migration, agreement=_agreement(outputs))
+    if (evaluation := given.evaluation) is None:
+        return migration
+    verdict = evaluation.published(evaluation.verdict(candidate))
+    try:
+        against_table = evaluation.published(evaluation.verdict(candidate, against=outputs["table"]))
+    except InputError as error:  # it scores nothing, or is not finite
+        given.console.warn(f"no gate against what the table implies: {error.problem}")
+        against_table = None
+    checks = migration.checks
+    if against_table is not None:
+        message = f"against the table: {against_table.gate_line()}"
+        checks = (*checks, Check("against the table", against_table.outcome, message))
+    return replace(
+        migration, checks=checks, verdict=verdict.with_checks(*checks), against_table=against_table
+    )
 
 
 def _agreement(outputs: Mapping[str, Outputs]) -> dict[str, dict[str, Similarity]]:
@@ -244,25 +297,18 @@ def _agreement(outputs: Mapping[str, Outputs]) -> dict[str, dict[str, Similarity
     }
 
 
-def _outputs_of_all(
-    source: Source,
-    table: Table,
-    candidate: Path,
-    samples: Samples,
-    recipe: Recipe,
-    cache: Cache,
-    console: Console,
-) -> dict[str, Outputs]:
+def _outputs_of_all(given: _Given, candidate: Path, samples: Samples) -> dict[str, Outputs]:
     """Outputs of the fp32 model, of what the table implies (simulated), and of the migrated model."""
+    recipe, model = given.recipe, given.source.model
 
     def run(model: Path, label: str, sha256: str | None = None) -> Outputs:
-        return outputs_of(model, samples, recipe, cache, console, label=label, sha256=sha256)[0]
+        return outputs_of(model, samples, recipe, given.cache, given.console, label=label, sha256=sha256)[0]
 
     with tempfile.TemporaryDirectory(prefix="trtq-") as scratch:
         implied = Path(scratch) / "implied.onnx"
-        save_model(implied_model(source, table), implied)
+        save_model(implied_model(given.source, given.table), implied)
         return {
-            "fp32": run(source.model.path, "fp32", source.model.sha256),
+            "fp32": run(model.path, "fp32", model.sha256),
             "table": run(implied, "table"),
             "migrated": run(candidate, "migrated"),
         }

@@ -11,14 +11,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import trtq
+from trtq.calibration.extents import measure_extents
 from trtq.calibration.table import Table
+from trtq.console import Console
+from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.files import PathLike
 from trtq.graph.half_rules import Extent, float32_nodes
 from trtq.graph.place import POOL, pattern_of, place
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.migration.fit import Fit, doubts, is_positional
-from trtq.migration.source import Source
+from trtq.migration.fit import Fit, doubts, is_positional, require_complete
+from trtq.migration.source import Source, observe
+from trtq.recipe import Recipe
 
 NO_RANGE = "no-range"
 """Rule of the plan for nodes that stay in floating point because the table has no row for an input."""
@@ -111,6 +116,47 @@ def _plan_for(
     ]
     ranged = [edge for edge in plan.edges if edge.range in rows]
     return replace(plan, nodes=decided, edges=ranged), rows, lacking
+
+
+def converted(
+    source: Source,
+    table: Table,
+    recipe: Recipe,
+    samples: Samples | None,
+    console: Console,
+    *,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    strict: PathLike | None = None,
+) -> tuple[Quantization, Fit]:
+    """`quantize_with_table` by a recipe's options; tells how the table fits.
+
+    Args:
+        samples: rows that show whether the table's rows are scales, and what has to stay float32.
+        input_shapes: as `place`.
+        strict: the table's file, where an incomplete or doubtful one is to be refused.
+
+    Raises:
+        InputError: as `quantize_with_table`, `observe` and `require_complete`.
+    """
+    observed = extents = None
+    if samples is not None:
+        observed = observe(source, table, samples)
+        if recipe.rest == "fp16":
+            extents = measure_extents(source.model.graph, samples)
+    quantization, fit = quantize_with_table(
+        source,
+        table,
+        include=recipe.include,
+        exclude=recipe.exclude,
+        input_shapes=input_shapes,
+        rest=recipe.rest,
+        observed=observed,
+        extents=extents,
+    )
+    console.say("table", fit.text())
+    if strict is not None:
+        require_complete(fit, strict)
+    return quantization, fit
 
 
 def _row_of(source: Source, plan: Plan, tensor: str, table: Table) -> str | None:

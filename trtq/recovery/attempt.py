@@ -13,7 +13,6 @@ from trtq.backends.interface import Build, find_gpu
 from trtq.calibration.table import Table
 from trtq.console import Console
 from trtq.errors import InputError
-from trtq.files import write_json, write_text
 from trtq.gate.evaluation import Evaluation
 from trtq.gate.verdict import Check, Outcome, Verdict, parse_fraction
 from trtq.graph.model import save_model
@@ -21,7 +20,6 @@ from trtq.graph.plan import percent
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.report.junit import junit_xml
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,7 @@ class Attempt:
 
     Attributes:
         step: which one.
-        folder: where its `model.int8.onnx`, `model.plan`, `plan.json`, `calibration.cache`, `verdict.json`
-            and `junit.xml` are.
+        folder: where its `model.int8.onnx`, `model.plan`, `plan.json` and `calibration.cache` are.
         accuracy: what the gate says, with the checks on the outputs, on whatever it was measured.
         on_engine: the checks on what the engine runs.
         verdict: both together, or inconclusive where an engine is required and none ran.
@@ -130,16 +127,9 @@ def attempt(
     least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
     on_engine = () if least is None else (share_check(covered, least),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
-    write_verdict(folder, verdict)
     console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
     return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
-
-
-def write_verdict(folder: Path, verdict: Verdict) -> None:
-    """`verdict.json` and `junit.xml`."""
-    write_json(folder / "verdict.json", verdict.to_json())
-    write_text(folder / "junit.xml", junit_xml(verdict))
 
 
 def share_check(covered: Coverage, least: float) -> Check:
