@@ -18,6 +18,7 @@ from trtq.calibration.search import CANDIDATES, NARROWER, Refinement, Rows, choo
 from trtq.calibration.statistics import Histogram, Statistics
 from trtq.console import SILENT
 from trtq.data.load import load_samples
+from trtq.data.samples import Samples
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.place import place
@@ -233,3 +234,20 @@ def test_ranges_are_searched_for_scores_that_boxes_drown(tmp_path: Path) -> None
     np.savez(tmp_path / "x.npz", x=normal(64, 16))
     found = refined(tmp_path, "percentile:95", "percentile:90")
     assert str(found.exceptions["kg"]).startswith("percentile")
+
+
+def test_rows_of_different_lengths_are_scored_together(tmp_path: Path) -> None:
+    weight = normal(4, 8, seed=1)
+    graph = gs.Graph(opset=17)
+    graph.inputs = [gs.Variable("x", np.float32, ["N", "L", 4])]
+    graph.outputs = [gs.Variable("y", np.float32, ["N", "L", 8])]
+    graph.nodes = [gs.Node("MatMul", "m", {}, [*graph.inputs, gs.Constant("w", weight)], graph.outputs)]
+    proto = gs.export_onnx(graph)
+    proto.ir_version = 10
+    onnx.save(proto, tmp_path / "m.onnx")
+    model = load_model(tmp_path / "m.onnx")
+    column = [normal(length, 4, seed=length) for length in (3, 3, 5)]
+    samples = Samples("rows", tuple(model.inputs), {"x": column}, {}, "0" * 64)
+    quantization = Quantization(model.graph, place(model), {"x": np.float32(0.05)})
+    found = Rows(model.path, samples).sqnr_db(quantization, SILENT, "int8")
+    assert found == pytest.approx(by_hand(np.concatenate(column), weight, 0.05), abs=0.05)
