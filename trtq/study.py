@@ -14,7 +14,7 @@ from trtq.calibration.choose import scales_from
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.calibration.statistics import Statistics
 from trtq.errors import InputError, MissingBackendError
-from trtq.files import PathLike, atomic_path, read_own_json
+from trtq.files import PathLike, atomic_path, decode, read_own_json
 from trtq.gate.evaluation import Evaluation
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.place import place
@@ -87,13 +87,9 @@ class Study:
         """The study in JSON values.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: they are not a study of this format.
+            ValueError: they are not a study of this format.
         """
-        fields = dict(value)
-        if fields.pop("format") != FORMAT:
-            raise ValueError(f"the format is not {FORMAT}")
-        tables = {title: [Row(**row) for row in rows] for title, rows in fields.pop("tables").items()}
-        return cls(tables=tables, **fields)
+        return decode(value, cls, format=FORMAT)
 
     @classmethod
     def load(cls, path: PathLike) -> Study:

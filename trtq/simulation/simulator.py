@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -56,7 +56,8 @@ Switches = frozenset[tuple[str, int]]
 """The quantized inputs of a plan: node, and index of the input."""
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """How far outputs are from those of the fp32 model.
 
     Attributes:
@@ -173,7 +174,8 @@ class Simulator:
         def effect(group: Group) -> Effect:
             left_out = [g for g in every if (g == group) == (mode == "all-but")]
             nodes = dict.fromkeys((name for g in left_out for name in g.nodes), "left out to measure")
-            return Effect(group, *self.score(leave_out(graph, plan, nodes)))
+            found = self.score(leave_out(graph, plan, nodes))
+            return Effect(group, found.sqnr_db, found.noise, found.metric)
 
         with ThreadPoolExecutor(self.workers) as pool:
             yield from pool.map(effect, every if among is None else among)
