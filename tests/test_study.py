@@ -50,7 +50,7 @@ def normalized(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return save_case(graph, tmp_path_factory.mktemp("normalized"), {"x": data})
 
 
-def studied(case: Case, folder: Path, budget: str | None = None, exclude: tuple[str, ...] = ()) -> Study:
+def studied(case: Case, folder: Path, budget: float | None = None, exclude: tuple[str, ...] = ()) -> Study:
     recipe = Recipe(
         model=str(case.model),
         data=str(case.data),
@@ -62,7 +62,7 @@ def studied(case: Case, folder: Path, budget: str | None = None, exclude: tuple[
     )
     job = Job.open(recipe, SILENT)
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, SILENT)
-    return study(job, evaluation, Budget.parse(budget))
+    return study(job, evaluation, Budget.of(budget))
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, sha256_file, staged_folder, write_json, write_text
-from trtq.gate.evaluation import Evaluation, gate_of
+from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import half_by_rules
@@ -40,10 +40,10 @@ from trtq.graph.quantization import Quantization
 from trtq.job import Job, opt_shapes, planned, prepare, profile_for
 from trtq.migration.convert import load_source, quantize_with_table, require_complete
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import Attempt, Fruitless, parse_share, write_verdict
+from trtq.recovery.attempt import Attempt, Fruitless, write_verdict
 from trtq.recovery.budget import Budget
 from trtq.recovery.diagnosis import diagnose
-from trtq.recovery.workflow import parse_steps, recover
+from trtq.recovery.workflow import recover
 from trtq.report.html import write_report
 
 
@@ -117,13 +117,10 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         InputError: an option, the model or the data cannot be used.
         MissingBackendError: the builder is not installed.
     """
-    recipe.need("model", "data", "eval", "metric", "output")
-    assert recipe.output is not None
+    output = recipe.require("model", "data", "eval", "metric", "output").output
     builder(recipe.backend).check_targets(recipe.target)
-    budget, steps = Budget.parse(recipe.budget), parse_steps(recipe.recover)
-    if recipe.min_int8 is not None:
-        parse_share(recipe.min_int8)
-    gate_of(recipe)
+    budget = Budget.of(recipe.budget)
+    metric_of(recipe)
     console = console.fresh()
     job = Job.open(recipe, console)
     plan = job.place()
@@ -132,8 +129,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     job.warn_of_shared(evaluation.samples)
     console.say("plan", plan_text(plan))
     started = time.perf_counter()
-    with staged_folder(recipe.output) as folder:
-        tried = recover(job, plan, evaluation, steps, budget, folder)
+    with staged_folder(output) as folder:
+        tried = recover(job, plan, evaluation, recipe.recover, budget, folder)
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = max(attempts, key=lambda attempt: attempt.measured.rank)
         in_the_way = diagnose(job, evaluation, attempts, kept, budget, time.perf_counter() - started)
@@ -151,7 +148,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
     console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))
-    return Deployment(Path(recipe.output), best, tuple(tried))
+    return Deployment(Path(output), best, tuple(tried))
 
 
 @dataclass(frozen=True)
@@ -169,12 +166,11 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
     Raises:
         InputError: neither data nor table; the model, data or table cannot be used; the table lacks a scale.
     """
-    recipe.need("model")
-    assert recipe.model is not None
+    path = recipe.require("model").model
     if table is not None:
         given = _read_table(table, console)
         if recipe.plan is None:
-            source = load_source(recipe.model, rest=recipe.rest)
+            source = load_source(path, rest=recipe.rest)
             explicit = quantize_with_table(
                 source,
                 given,
@@ -220,8 +216,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
         InputError: another backend; both or neither of table and calibrator; or as the builder.
         MissingBackendError: TensorRT, PyCUDA or a GPU is missing.
     """
-    recipe.need("model", "output")
-    assert recipe.output is not None
+    output = recipe.require("model", "output").output
     if chosen(recipe.backend) != "tensorrt":
         raise InputError(
             f"{chosen(recipe.backend)} has no implicit quantization",
@@ -246,7 +241,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             samples=data,
             model=model.sha256,
             batch_size=plan.batch,
-            cache=Path(f"{recipe.output}.cache"),
+            cache=Path(f"{output}.cache"),
         )
     else:
         raise InputError("give either --table, or --calibrator with --data")
@@ -256,7 +251,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
         save_model(model.graph, folded)
         build = tensorrt.build(
             folded,
-            recipe.output,
+            output,
             profile=profile,
             targets=recipe.target,
             options=recipe.build_options(),

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from trtq.data.load import load_samples
+from trtq.data.preprocess import Preprocess
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError
 
@@ -18,7 +19,8 @@ X = RNG.standard_normal((4, 3)).astype(np.float32)
 LABELS = np.array([3, 1, 2, 0])
 PIXELS = RNG.integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
 IMAGE = [InputSpec("input", np.dtype(np.float32), ("N", 3, 4, 5))]
-SPEC = {"input": {"scale": "1/255", "mean": 0.5, "std": [0.5, 0.25, 0.5], "layout": "NCHW"}}
+OPTIONS = {"scale": "1/255", "mean": 0.5, "std": [0.5, 0.25, 0.5], "layout": "NCHW"}
+SPEC = {"input": Preprocess.parse("input", OPTIONS)}
 EXPECTED = ((PIXELS / 255 - 0.5) / [0.5, 0.25, 0.5]).transpose(0, 3, 1, 2)
 
 
@@ -74,7 +76,9 @@ def test_npz(npz: Path) -> None:
 
 def test_npz_through_preprocessing(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=PIXELS, labels=[0, 1, 2])
-    samples = load_samples(str(tmp_path / "a.npz"), IMAGE, {"input": {"from": "images", **SPEC["input"]}})
+    samples = load_samples(
+        str(tmp_path / "a.npz"), IMAGE, {"input": Preprocess.parse("input", {"from": "images", **OPTIONS})}
+    )
     np.testing.assert_allclose(stacked(samples, "input"), EXPECTED, atol=1e-6)
     assert list(samples.targets) == ["labels"]
 
@@ -164,8 +168,8 @@ def test_the_hash_is_of_the_content(tmp_path: Path, npz: Path) -> None:
     for arrays in changes.values():
         np.savez(tmp_path / "c.npz", **arrays)
         hashes.add(load_samples(str(tmp_path / "c.npz"), [vector()]).hash)
-    hashes.add(load_samples(str(npz), [vector()], {"x": {"scale": 2}}).hash)
-    hashes.add(load_samples(str(npz), [vector()], {"x": {"scale": 3}}).hash)
+    hashes.add(load_samples(str(npz), [vector()], {"x": Preprocess.parse("x", {"scale": 2})}).hash)
+    hashes.add(load_samples(str(npz), [vector()], {"x": Preprocess.parse("x", {"scale": 3})}).hash)
     assert len(hashes) == len(changes) + 3
 
 

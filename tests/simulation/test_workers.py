@@ -26,6 +26,7 @@ from trtq.calibration.methods import parse_method
 from trtq.calibration.statistics import Statistics
 from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
+from trtq.data.preprocess import Preprocess
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.fold import fold
@@ -35,7 +36,8 @@ from trtq.graph.quantization import Quantization
 from trtq.recovery.sensitivity import SHARD_GROUPS, analyse
 from trtq.simulation import workers as parallel
 from trtq.simulation.outputs import Outputs, run_model
-from trtq.simulation.workers import Pool, collect_sharded, parse_parallel, run_sharded
+from trtq.simulation.pool import Pool, parse_parallel
+from trtq.simulation.workers import collect_sharded, run_sharded
 
 TENSORS = ["x", "h", "y"]
 ROWS = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
@@ -100,7 +102,13 @@ def key_of(samples: Samples, kind: str = "statistics") -> Key:
 
 def statistics(graph: gs.Graph, samples: Samples, cache: Cache, where: str | None, console: Console = SILENT):
     return collect_sharded(
-        graph, TENSORS, samples, parallel=where, cache=cache, key=key_of(samples), console=console
+        graph,
+        TENSORS,
+        samples,
+        parallel=parse_parallel(where or ""),
+        cache=cache,
+        key=key_of(samples),
+        console=console,
     )
 
 
@@ -110,7 +118,7 @@ def outputs(
     return run_sharded(
         model,
         samples,
-        parallel=where,
+        parallel=parse_parallel(where or ""),
         cache=cache,
         key=key_of(samples, "outputs"),
         console=SILENT,
@@ -137,8 +145,8 @@ def test_sensitivity_from_workers(tmp_path: Path, cache: Cache, workers: str) ->
     quantization = Quantization(model.graph, plan, scales)
     here = analyse(quantization, rows, Cache(tmp_path / "other", pytest.fail), SILENT)
     assert len(here.effects) > 2 * SHARD_GROUPS
-    assert analyse(quantization, rows, cache, SILENT, parallel=workers) == here
-    assert analyse(quantization, rows, cache, SILENT, parallel="dask://no.such.host:1") == here
+    assert analyse(quantization, rows, cache, SILENT, parallel=parse_parallel(workers)) == here
+    assert analyse(quantization, rows, cache, SILENT, parallel=Pool("dask", "no.such.host:1")) == here
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 50, 1000])
@@ -181,11 +189,18 @@ def test_shards_hold_whole_batches_and_whole_samples(tmp_path: Path, cache: Cach
 def test_the_real_models_bytes(zoo: Path, cache: Cache, workers: str) -> None:
     """ResNet-20 on CIFAR images: floating point that depends on the order of sums."""
     model = load_model(zoo / "models" / "resnet20_cifar10.onnx")
-    preprocess = {"input": {"from": "images", "scale": "1/255", "layout": "NCHW"}}
+    options = {"from": "images", "scale": "1/255", "layout": "NCHW"}
+    preprocess = {"input": Preprocess.parse("input", options)}
     rows = load_samples(str(zoo / "cifar10" / "calib.npz"), model.inputs, preprocess).subset(range(40))
     tensors = [node.outputs[0].name for node in model.graph.nodes if node.op in ("Conv", "Relu", "Gemm")]
     sharded = collect_sharded(
-        model.graph, tensors, rows, parallel=workers, cache=cache, key=key_of(rows), console=SILENT
+        model.graph,
+        tensors,
+        rows,
+        parallel=parse_parallel(workers),
+        cache=cache,
+        key=key_of(rows),
+        console=SILENT,
     )
     assert sharded.to_bytes() == collect(model.graph, tensors, rows).to_bytes()
     assert outputs(model.path, rows, cache, workers).to_bytes() == run_model(model.path, rows).to_bytes()
@@ -341,7 +356,6 @@ def test_a_single_shard_is_not_kept_apart(graph: gs.Graph, cache: Cache, tmp_pat
 @pytest.mark.parametrize(
     ("text", "pool"),
     [
-        (None, None),
         ("", None),
         ("loky", Pool("loky")),
         ("loky:4", Pool("loky", processes=4)),
@@ -350,13 +364,14 @@ def test_a_single_shard_is_not_kept_apart(graph: gs.Graph, cache: Cache, tmp_pat
         ("spark", Pool("spark")),
     ],
 )
-def test_backends(text: str | None, pool: Pool | None) -> None:
+def test_backends(text: str, pool: Pool | None) -> None:
     assert parse_parallel(text) == pool
+    assert str(pool or "") == text
 
 
 @pytest.mark.parametrize("text", ["loky:0", "loky:x", "loky:", "dask", "dask://", "ray:4", "threads"])
 def test_what_is_no_backend(text: str) -> None:
-    with pytest.raises(InputError, match="--parallel is"):
+    with pytest.raises(ValueError, match="names no workers"):
         parse_parallel(text)
 
 

@@ -76,11 +76,10 @@ def _calibrate(given: argparse.Namespace) -> int:
     from trtq.pipeline import quantize
 
     recipe = recipe_of(given)
-    recipe.need("data", "output")
-    assert recipe.output is not None
+    output = recipe.require("model", "data", "output").output
     table = quantize(recipe, None, console_of(given)).table
-    table.save(recipe.output)
-    print(f"{recipe.output}: {len(table.scales)} tensors, method {table.metadata['method']}")
+    table.save(output)
+    print(f"{output}: {len(table.scales)} tensors, method {table.metadata['method']}")
     return ExitCode.PASS
 
 
@@ -89,13 +88,12 @@ def _quantize(given: argparse.Namespace) -> int:
     from trtq.pipeline import plan_text, quantize
 
     recipe = recipe_of(given)
-    recipe.need("output")
-    assert recipe.output is not None
+    output = recipe.require("model", "output").output
     if given.table is not None and given.data is not None:
         raise InputError("give either --table or --data", remedy="a table has the scales, data make them")
     quantized = quantize(recipe, given.table, console_of(given))
-    save_model(quantized.graph, recipe.output)
-    print(f"{recipe.output}: {plan_text(quantized.plan)}")
+    save_model(quantized.graph, output)
+    print(f"{output}: {plan_text(quantized.plan)}")
     return ExitCode.PASS
 
 
@@ -107,13 +105,10 @@ def _build(given: argparse.Namespace) -> int:
     from trtq.graph.model import load_model
     from trtq.graph.place import placed
     from trtq.job import opt_shapes, profile_for
-    from trtq.recovery.attempt import parse_share, share_check
+    from trtq.recovery.attempt import share_check
 
     recipe = recipe_of(given)
-    recipe.need("model", "output")
-    assert recipe.model is not None
-    assert recipe.output is not None
-    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
+    required = recipe.require("model", "output")
     if given.table is not None or given.calibrator is not None:
         built, plan = pipeline.build_implicit(recipe, given.table, given.calibrator)
     elif recipe.include or recipe.exclude:
@@ -122,14 +117,14 @@ def _build(given: argparse.Namespace) -> int:
             remedy="an explicit model has its Q/DQ where 'trtq quantize --exclude' put it",
         )
     else:
-        model = load_model(recipe.model)
+        model = load_model(required.model)
         data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
         profile = profile_for(model, recipe, data)
         plan = placed(model, opt_shapes(model, profile))
         with pipeline.in_precision(model, recipe.rest, data) as source:
             built = builder(recipe.backend).build(
                 source,
-                recipe.output,
+                required.output,
                 profile=profile,
                 targets=recipe.target,
                 options=recipe.build_options(),
@@ -137,9 +132,9 @@ def _build(given: argparse.Namespace) -> int:
     covered = coverage(plan, built.compiled)
     print(f"{built.engine}: {built.engine.stat().st_size / 1e6:.1f} MB, {built.compiled.kernels} kernels")
     print(covered.text())
-    if least is None:
+    if recipe.min_int8 is None:
         return ExitCode.PASS
-    check = share_check(covered, least)
+    check = share_check(covered, recipe.min_int8)
     print(f"{check.outcome.value.upper()}  {check.message}")
     return check.outcome.exit_code
 

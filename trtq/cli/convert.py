@@ -39,20 +39,19 @@ def run(given: argparse.Namespace) -> int:
     recipe, console = recipe_of(given), console_of(given)
     if given.source is None:
         raise InputError("nothing to convert", remedy="trtq cache convert SOURCE -o OUT")
-    recipe.need("output")
-    assert recipe.output is not None
+    output = recipe.require("output").output
     version = None if given.tensorrt is None else version_number(given.tensorrt)
     if Path(given.source).suffix == ".onnx":
         if recipe.model is not None:
             raise InputError("--model belongs to a table, and SOURCE is a model", remedy="leave --model out")
-        return _write(_from_model(given.source), recipe.output, version, given.algorithm)
+        return _write(_from_model(given.source), output, version, given.algorithm)
     from trtq.calibration.foreign import read_table
 
     table = read_table(given.source, given.encoding)
     if "caution" in table.metadata:
         console.warn(table.metadata["caution"])
     if recipe.model is None:
-        return _write(table, recipe.output, version, given.algorithm)
+        return _write(table, output, version, given.algorithm)
     if version is not None or given.algorithm is not None:
         raise InputError("--for and --algorithm belong to a table, and the result is a model")
     return _to_model(table, recipe, given, console)
@@ -83,9 +82,8 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     from trtq.graph.model import save_model
     from trtq.migration import convert
 
-    assert recipe.model is not None
-    assert recipe.output is not None
-    source = convert.load_source(recipe.model, rest=recipe.rest)
+    required = recipe.require("model", "output")
+    source = convert.load_source(required.model, rest=recipe.rest)
     observed = extents = None
     if recipe.data is not None:
         samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess)
@@ -107,6 +105,6 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
         console.say("table", "its magnitudes were not checked against data: give --data")
     if given.strict:
         convert.require_complete(explicit.fit, given.source)
-    save_model(explicit.graph, recipe.output)
-    print(f"{recipe.output}: {pipeline.plan_text(explicit.plan)}")
+    save_model(explicit.graph, required.output)
+    print(f"{required.output}: {pipeline.plan_text(explicit.plan)}")
     return ExitCode.PASS

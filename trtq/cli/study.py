@@ -11,15 +11,15 @@ from trtq.files import staged_folder, write_json, write_text
 
 
 def _study(given: argparse.Namespace) -> int:
-    from trtq.gate.evaluation import Evaluation, gate_of
+    from trtq.gate.evaluation import Evaluation, metric_of
     from trtq.job import Job
     from trtq.recovery.budget import Budget
     from trtq.study import plot, study
 
     recipe, console = recipe_of(given), console_of(given)
-    recipe.need("model", "data", "eval", "metric")
-    budget = Budget.parse(recipe.budget)
-    gate_of(recipe)
+    recipe.require("model", "data", "eval", "metric")
+    budget = Budget.of(recipe.budget)
+    metric_of(recipe)
     job = Job.open(recipe, console)
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     job.warn_of_shared(evaluation.samples)

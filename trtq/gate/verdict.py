@@ -294,7 +294,7 @@ def decide(
     Args:
         reference, candidate: output name -> array, rows first, in the same order.
         targets: target name -> array, samples first; empty for a label-free metric.
-        max_drop: the allowed relative drop, 0 to 1 (see `parse_margin`).
+        max_drop: the allowed relative drop, 0 to 1.
         confidence: 0.5 to 1, exclusive, or None.
         ignore_nonfinite: compare only where the reference is finite; the candidate has to be finite there.
 
@@ -394,27 +394,6 @@ def check_decides(metric: Metric) -> None:
             "sqnr cannot decide: a relative drop of decibels means nothing",
             remedy="use cosine or a metric with labels; the SQNR is reported with every verdict",
         )
-
-
-def parse_fraction(text: str) -> float:
-    """The number that "1%" or "0.01" means (0.01 both); NaN where it is none."""
-    number = text.strip()
-    try:
-        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
-    except ValueError:
-        return math.nan
-
-
-def parse_margin(text: str) -> float:
-    """The fraction that "1%" or "0.01" means (0.01 both).
-
-    Raises:
-        InputError: not a number, or not between 0 and 100 %.
-    """
-    margin = parse_fraction(text)
-    if not 0 <= margin < 1:
-        raise InputError(f"{text!r} is no allowed drop", remedy="write it as 1% or 0.01")
-    return margin
 
 
 def _evidence(

@@ -40,7 +40,7 @@ from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, sha256_file, staged_folder, write_json
 from trtq.gate.evaluation import Evaluation, outputs_of
-from trtq.gate.verdict import Check, Outcome, Verdict, overall, parse_margin
+from trtq.gate.verdict import Check, Outcome, Verdict, overall
 from trtq.graph.model import save_model
 from trtq.graph.place import FLOATS, place
 from trtq.graph.plan import Edge, Plan
@@ -55,7 +55,7 @@ from trtq.migration.convert import (
     require_complete,
 )
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import engine_runs_here, parse_share, share_check, write_verdict
+from trtq.recovery.attempt import engine_runs_here, share_check, write_verdict
 from trtq.report.html import write_report
 from trtq.simulation.finite import first_not_finite
 from trtq.simulation.outputs import Outputs
@@ -182,17 +182,15 @@ def migrate(
         InputError: an option, the model, the table or the data cannot be used.
         MissingBackendError: the builder is not installed.
     """
-    recipe.need("model", "output")
-    assert recipe.model is not None
-    assert recipe.output is not None
+    required = recipe.require("model", "output")
+    output = Path(required.output)
     if (recipe.eval is None) != (recipe.metric is None):
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
     console = console.fresh()
     backend = builder(recipe.backend)
     backend.check_targets(recipe.target)
-    parse_margin(recipe.max_drop)
-    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
-    source, given = load_source(recipe.model, rest=recipe.rest), read_table(table, encoding)
+    least = recipe.min_int8
+    source, given = load_source(required.model, rest=recipe.rest), read_table(table, encoding)
     model = source.model
     if "caution" in given.metadata:
         console.warn(given.metadata["caution"])
@@ -218,7 +216,7 @@ def migrate(
     if strict:
         require_complete(explicit.fit, table)
     console.say("plan", pipeline.plan_text(explicit.plan))
-    with staged_folder(recipe.output) as folder:
+    with staged_folder(output) as folder:
         int8 = folder / "model.int8.onnx"
         save_model(explicit.graph, int8)
         explicit.plan.save(folder / "plan.json")
@@ -232,9 +230,9 @@ def migrate(
         )
         covered = coverage(explicit.plan, build.compiled)
         migration = Migration(
-            folder=Path(recipe.output),
+            folder=output,
             explicit=explicit,
-            build=replace(build, engine=Path(recipe.output) / "model.plan"),
+            build=replace(build, engine=output / "model.plan"),
             coverage=covered,
             checks=() if least is None else (share_check(covered, least),),
         )

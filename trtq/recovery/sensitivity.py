@@ -28,9 +28,10 @@ from trtq.files import PathLike, decode, read_own_json, sha256_json, write_bytes
 from trtq.gate.metrics import Metric, load_metric
 from trtq.graph.groups import groups
 from trtq.graph.quantization import Quantization
+from trtq.simulation.pool import Pool
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.simulator import Effect, Mode, Score, Simulator
-from trtq.simulation.workers import Pool, Shard, parse_parallel, results
+from trtq.simulation.workers import Shard, results
 
 FORMAT = "trtq-sensitivity-1"
 
@@ -130,7 +131,7 @@ def analyse(
     metric: Metric | None = None,
     fast: bool = False,
     workers: int | None = None,
-    parallel: str | None = None,
+    parallel: Pool | None = None,
     ignore_nonfinite: bool = False,
 ) -> Sensitivity:
     """Measure every group of a quantization, on `MOST_ROWS` rows at most.
@@ -141,7 +142,7 @@ def analyse(
         metric: is measured, too; needs targets in `samples` unless it is label-free.
         fast: measure on a few rows only (`fast_rows`).
         workers: batches run at once; default: one for each processor.
-        parallel: where groups are measured (see `parallel.parse_parallel`); workers read the rows themselves.
+        parallel: where groups are measured, None: in this process; workers read the rows themselves.
         ignore_nonfinite: compare only where the outputs are finite in fp32.
 
     Raises:
@@ -149,7 +150,6 @@ def analyse(
             `parallel.results`.
         MissingBackendError: the parallel backend's package is not installed.
     """
-    pool = parse_parallel(parallel)
     count = len(groups(quantization.graph, quantization.plan))
     available = min(len(samples), MOST_ROWS)
     samples = samples.spread(fast_rows(available, count) if fast else available)
@@ -165,10 +165,10 @@ def analyse(
         metric=metric.fingerprint if metric else None,
         executor=simulation_fingerprint(),
     )
-    if pool is None:
+    if parallel is None:
         effects = measured(simulator, mode, cache, key, console)
     else:
-        effects = _measured_in(pool, simulator, mode, cache, key, console)
+        effects = _measured_in(parallel, simulator, mode, cache, key, console)
     sign = 1 if mode == "only" else -1
     return Sensitivity(
         model=quantization.plan.model,

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -40,6 +40,7 @@ from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
 from trtq.graph.model import load_model, model_files, model_sha256, save_model
 from trtq.simulation.outputs import DEFAULT_BATCH_SIZE, Outputs, run_model
+from trtq.simulation.pool import Pool
 from trtq.simulation.session import SimulationRunner, simulation_fingerprint
 
 SHARD_ROWS = 128
@@ -64,55 +65,12 @@ Task = Callable[..., bytes]
 the shard's samples, an `Advance` or None, and the shard's arguments."""
 
 
-class Pool(NamedTuple):
-    """The workers that `--parallel` names.
-
-    Attributes:
-        backend: loky, dask, ray or spark.
-        address: host:port of the Dask scheduler.
-        processes: of loky; None: one for each processor.
-    """
-
-    backend: str
-    address: str = ""
-    processes: int | None = None
-
-    @property
-    def on_this_machine(self) -> bool:
-        """Whether the workers see this machine's files for certain."""
-        return self.backend == "loky"
-
-    def threads(self, wanted: int | None) -> int:
-        """CPU threads of one worker: as wanted, or an equal part of this machine, or 1 in a cluster."""
-        processors = os.cpu_count() or 1
-        share = processors // (self.processes or processors) if self.on_this_machine else 1
-        return wanted or max(share, 1)
-
-
-def parse_parallel(text: str | None) -> Pool | None:
-    """The workers that `--parallel` names; None: this process.
-
-    Raises:
-        InputError: no such backend, no address, or no number of processes.
-    """
-    if not text:
-        return None
-    if text.startswith("dask://") and (address := text.removeprefix("dask://")):
-        return Pool("dask", address)
-    name, _, count = text.partition(":")
-    if name == "loky" and (text == name or (count.isdecimal() and int(count) > 0)):
-        return Pool(name, processes=int(count) if count else None)
-    if text in ("ray", "spark"):
-        return Pool(text)
-    raise InputError(f"--parallel is {text!r}", remedy="use loky, loky:4, dask://host:8786, ray or spark")
-
-
 def collect_sharded(
     graph: gs.Graph,
     tensors: Sequence[str],
     samples: Samples,
     *,
-    parallel: str | None,
+    parallel: Pool | None,
     cache: Cache,
     key: Key,
     console: Console,
@@ -121,24 +79,24 @@ def collect_sharded(
     """Collect in shards; the result is stored in the cache under `key`, and the shards are removed.
 
     Args:
-        parallel: see `parse_parallel`.
+        parallel: the workers; None: this process.
         threads: rows that each worker runs at once; default: a fair share of the processors.
 
     Raises:
         InputError: as `collect`, with the shard's rows and source where a worker failed; workers die.
         MissingBackendError: the backend's package is not installed.
     """
-    pool = parse_parallel(parallel)
     shards = cut(samples, key, batch=1)
     total = Statistics.empty(tensors)
     with contextlib.ExitStack() as stack:
         collector: Collector | Shipped
-        if pool is None:
+        if parallel is None:
             collector = Collector(graph, tensors)
         else:
-            collector, threads = stack.enter_context(_shipped_graph(graph, pool)), pool.threads(threads)
+            collector = stack.enter_context(_shipped_graph(graph, parallel))
+            threads = parallel.threads(threads)
         task = functools.partial(_statistics, collector, tuple(tensors), threads)
-        for _, content in results(task, shards, pool, cache, console, "statistics"):
+        for _, content in results(task, shards, parallel, cache, console, "statistics"):
             total.merge(Statistics.from_bytes(content))
     cache.store(key, total.to_bytes())
     discard(shards, cache)
@@ -149,7 +107,7 @@ def run_sharded(
     model: Path,
     samples: Samples,
     *,
-    parallel: str | None,
+    parallel: Pool | None,
     cache: Cache,
     key: Key,
     console: Console,
@@ -160,7 +118,7 @@ def run_sharded(
     """`run_model` of an ONNX model in shards; the result is stored in the cache under `key`.
 
     Args:
-        parallel: see `parse_parallel`.
+        parallel: the workers; None: this process.
         label: what the progress is called.
         batch_size, threads: as for `run_model`, for each worker.
 
@@ -168,17 +126,16 @@ def run_sharded(
         InputError: as `run_model`, with the shard's rows and source where a worker failed; workers die.
         MissingBackendError: the backend's package is not installed.
     """
-    pool = parse_parallel(parallel)
     shards = cut(samples, key, batch_size or DEFAULT_BATCH_SIZE)
     parts: dict[int, Outputs] = {}
     with contextlib.ExitStack() as stack:
-        if pool is None:
+        if parallel is None:
             runner = stack.enter_context(SimulationRunner(model, threads))
             task: Task = functools.partial(_outputs, model, runner, batch_size)
         else:
-            shipped = Shipped.of(model, pool)
-            task = functools.partial(_outputs_of_shipped, shipped, pool.threads(threads), batch_size)
-        for index, content in results(task, shards, pool, cache, console, label):
+            shipped = Shipped.of(model, parallel)
+            task = functools.partial(_outputs_of_shipped, shipped, parallel.threads(threads), batch_size)
+        for index, content in results(task, shards, parallel, cache, console, label):
             parts[index] = Outputs.from_bytes(content)
     outputs = Outputs.concatenated([parts[index] for index in range(len(shards))], model)
     if outputs.nbytes <= KEPT_BYTES:
