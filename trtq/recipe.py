@@ -200,8 +200,8 @@ def _read_preprocess(value: Any) -> dict[str, Preprocess]:
 TEXT = Kind(_instance(str), "use text")
 FLAG = Kind(_instance(bool), "use true or false")
 PATTERNS = Kind(_instance(str), "write text, or a list of strings", many=tuple)
-MARGIN = _fraction(lambda part: 0 <= part < 1, "1% or 0.01")
-SHARE = _fraction(lambda part: 0 <= part <= 1, "90% or 0.9")
+MARGIN = _fraction(lambda part: 0 <= part < 1, "1% or 0.01, below 100%")
+SHARE = _fraction(lambda part: 0 <= part <= 1, "90% or 0.9, up to 100%")
 DURATION = Kind(_read_duration, "write it as 90s, 10m or 1h", _write_duration)
 METHOD = Kind(_read_method, "use max, entropy, mse, percentile:P or auto", str)
 RECOVERY = Kind(
@@ -410,7 +410,8 @@ class Recipe:
         if missing:
             *others, last = missing
             which = f"{', '.join(others)} and {last} are" if others else f"{last} is"
-            raise InputError(f"{which} missing", remedy="give it on the command line or in the recipe")
+            them = "them" if others else "it"
+            raise InputError(f"{which} missing", remedy=f"give {them} on the command line or in the recipe")
         return Required(values)
 
     def build_options(self) -> BuildOptions:
