@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnx.reference
 import onnx_graphsurgeon as gs
 import pytest
 from nets import engine, graph_of, loaded, net, normal, run, saved
@@ -15,7 +16,8 @@ from nets import engine, graph_of, loaded, net, normal, run, saved
 import trtq.graph.model
 from trtq.data.samples import InputSpec
 from trtq.errors import InputError
-from trtq.graph.model import load_model, save_model, serialized
+from trtq.graph.fold import fold
+from trtq.graph.model import export, load_model, save_model, serialized
 
 X = normal(2, 3, 8, 8, seed=1)
 WEIGHT = normal(16, 3, 3, 3)
@@ -296,3 +298,55 @@ def test_a_path_that_cannot_be_written(limit: int, tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match="cannot write"):
         save_model(graph_of(conv()), tmp_path / "file" / "model.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# -- what a file says of tensors inside it
+
+
+STALE = """g (float[N,3,8,8] x) => (float[?,?] y) {
+    h = Relu(x)
+    s = Shape(h)
+    n = Slice(s, zero, one)
+    w = Slice(s, three, four)
+    wf = Cast<to = 1>(w)
+    k = Mul(wf, half)
+    c = Cast<to = 7>(k)
+    m = Concat<axis = 0>(n, rest, c)
+    r = Reshape(h, m)
+    y = ReduceSum<keepdims = 0>(r, one)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (onnx.TensorProto.FLOAT, [1, 3, 8, 8]),
+        (onnx.TensorProto.FLOAT, ["N", 3, 8, 4]),
+        (onnx.TensorProto.FLOAT, [3, 8]),
+        (onnx.TensorProto.FLOAT16, ["N", 3, 8, 8]),
+    ],
+)
+@pytest.mark.parametrize("in_body", [False, True])
+def test_a_stale_shape_or_type_is_not_folded(kind: int, shape: list, in_body: bool, tmp_path: Path) -> None:
+    """The input was given a dynamic batch, or another size, and the tensors behind it kept what they said."""
+    constants = {name: np.int64([i]) for i, name in enumerate(["zero", "one", "two", "three", "four"])}
+    constants |= {"rest": np.int64([-1]), "half": np.float32([0.5])}
+    text = STALE
+    if in_body:
+        head, _, body = STALE.partition("{")
+        body = body.replace("y =", "z =").rstrip()[:-1]
+        text = f"""{head.replace(") =>", ", bool[1] cond) =>", 1)} {{
+            y = If (cond) <then_branch = t () => (float[?,?] z) {{ {body} }},
+                           else_branch = e () => (float[?,?] f) {{ f = ReduceMax<keepdims = 0>(x, axes) }}>
+        }}"""
+        constants["axes"] = np.int64([1, 2])
+    used = {name: value for name, value in constants.items() if name in text}
+    model, plain = net(text, opset=18, **used), net(text, opset=18, **used)
+    graph = next(a.g for a in model.graph.node[0].attribute) if in_body else model.graph
+    graph.value_info.append(onnx.helper.make_tensor_value_info("h", kind, shape))
+    feed = {"x": normal(5, 3, 8, 8)} | ({"cond": np.array([True])} if in_body else {})
+    expected = onnx.reference.ReferenceEvaluator(plain).run(None, feed)[0]
+    read = loaded(model, tmp_path).graph
+    fold(read)
+    found = onnx.reference.ReferenceEvaluator(export(read)).run(None, feed)[0]
+    np.testing.assert_array_equal(found, expected)

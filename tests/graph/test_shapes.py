@@ -10,7 +10,7 @@ from nets import graph_of, net, normal
 
 from trtq.graph.model import export
 from trtq.graph.products import macs
-from trtq.graph.shapes import concrete_shapes
+from trtq.graph.shapes import concrete_shapes, infer_types
 
 
 def macs_of(text: str, node: str, inputs: dict[str, tuple[int, ...]], **constants: Any) -> int | None:
@@ -179,3 +179,18 @@ def test_large_weights_keep_their_shapes() -> None:
         net("g (float[N,64] x) => (float[?,?] y) { y = MatMul(x, w) }", w=np.zeros((64, 100), np.float32))
     )
     assert concrete_shapes(graph, {"x": (2, 64)}) == {"x": (2, 64), "w": (64, 100), "y": (2, 100)}
+
+
+@pytest.mark.parametrize(
+    "operator", ["GroupNormalization<num_groups = 2>(x, g, b)", "MeanVarianceNormalization(x)"]
+)
+def test_types_behind_operators_that_onnx_does_not_infer(operator: str) -> None:
+    """Both give what has the shape and dtype of their input (ONNX's text of the operators)."""
+    text = f"g (float[N,6,8,8] x) => (float[?,?,?,?] y) {{ h = {operator} y = Relu(h) }}"
+    gains = {"g": normal(6), "b": normal(6)} if "g, b" in operator else {}
+    graph = graph_of(net(text, opset=21, **gains))
+    infer_types(graph)
+    tensor = graph.tensors()["h"]
+    assert (tensor.dtype, tensor.shape) == (np.float32, ["N", 6, 8, 8])
+    assert concrete_shapes(graph, {"x": (3, 6, 8, 8)})["y"] == (3, 6, 8, 8)
+    assert [node.op for node in graph.nodes] == [operator.partition("(")[0].partition("<")[0], "Relu"]

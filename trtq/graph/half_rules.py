@@ -260,13 +260,12 @@ def _grows(node: gs.Node, scene: Scene) -> str | None:
     power = _power(node)
     if power is None:
         return None
-    tensor = node.inputs[0] if node.op in _SUMS_OF_SQUARES else node.outputs[0]
-    extent = scene.extent(tensor)
+    extent = scene.extent(node.outputs[0])
     if extent is None:
         return "its result may leave float16's range; calibrate with data to know"
     if node.op == "Exp":
         limit, reached = math.sqrt(LIMIT), extent.high
-    elif node.op in _SUMS_OF_SQUARES:
+    elif node.op == "ReduceL2":  # the square of the result is the sum of the squares
         limit, reached = LIMIT / HEADROOM**2, extent.amax**2
     else:
         limit, reached = LIMIT / HEADROOM**power, extent.amax
@@ -283,6 +282,41 @@ def _power(node: gs.Node) -> float | None:
         exponent = node.inputs[1]
         return float(np.abs(exponent.values).max()) if isinstance(exponent, gs.Constant) else math.inf
     return 1.0 if node.op == "Exp" else None
+
+
+def _inside(node: gs.Node, scene: Scene) -> str | None:
+    """Operators that inside square what they read, or take its exponential; the result is of another size."""
+    if node.op not in _SQUARE_INSIDE | _EXPONENTIALS_INSIDE:
+        return None
+    if node.op == "MeanVarianceNormalization":
+        return "it adds 1e-9 to a variance, which is no float16"
+    extent = scene.extent(node.inputs[0])
+    if extent is None:
+        return "what it computes inside may leave float16's range; calibrate with data to know"
+    if node.op in _EXPONENTIALS_INSIDE:
+        if HEADROOM * extent.high <= math.log(LIMIT):
+            return None
+        return f"inside it is exp({extent.high:.3g}), and twice that input is beyond float16's {LIMIT:.0f}"
+    reach = max(extent.amax**2, _squares(node, scene) * extent.rms**2)
+    if reach > LIMIT / HEADROOM**2:
+        return f"its squares reach about {reach:.3g} inside, and float16 ends at {LIMIT:.0f}"
+    if _loss(extent.rms**2) > MOST_LOSS:
+        return f"its squares (about {extent.rms**2:.3g}) lie where float16 has few bits or none"
+    return None
+
+
+def _squares(node: gs.Node, scene: Scene) -> float:
+    """How many squares are summed up inside where it is their sum that counts, not their mean; else 0."""
+    read, made = scene.extent(node.inputs[0]), scene.extent(node.outputs[0])
+    if node.op == "LpPool":
+        return float(np.prod(node.attrs["kernel_shape"]))
+    if node.op == "GlobalLpPool":
+        return read.count / made.count if read and made and made.count else math.inf
+    if node.op == "LpNormalization":
+        shape = node.inputs[0].shape
+        size = shape[node.attrs.get("axis", -1)] if shape is not None else None
+        return float(size) if isinstance(size, int) else math.inf
+    return 0.0
 
 
 def _singular(node: gs.Node, scene: Scene) -> str | None:
@@ -306,6 +340,8 @@ def reads_singular(node: gs.Node, tensor: gs.Tensor) -> bool:
 
 def _sums(node: gs.Node, scene: Scene) -> str | None:
     """Sums over many values, which a kernel may keep in float16."""
+    if node.op in ("Mean", "Sum"):
+        return _variadic_sum(node, scene)
     if node.op not in _SUMS:
         return None
     extent, made = scene.extent(node.inputs[0]), scene.extent(node.outputs[0])
@@ -316,6 +352,15 @@ def _sums(node: gs.Node, scene: Scene) -> str | None:
         return f"it sums up {terms:.0f} values; a float16 sum stops growing at {MOST_SUMMED}"
     if terms * extent.rms * HEADROOM > LIMIT:
         return f"its sum reaches about {terms * extent.rms:.3g}, and float16 ends at {LIMIT:.0f}"
+    return None
+
+
+def _variadic_sum(node: gs.Node, scene: Scene) -> str | None:
+    """Sums of tensors, of which the mean may be small and so may the last of the partial sums."""
+    found = [scene.constant(t) if isinstance(t, gs.Constant) else scene.extent(t) for t in node.inputs]
+    reach = sum(each.amax for each in found if each)
+    if reach * HEADROOM > LIMIT:
+        return f"its sum reaches up to {reach:.3g} on the way, and float16 ends at {LIMIT:.0f}"
     return None
 
 
@@ -353,6 +398,7 @@ RULES: tuple[Rule, ...] = (
     Rule("range", _range),
     Rule("scale", _scale),
     Rule("grows", _grows),
+    Rule("inside", _inside),
     Rule("singular", _singular),
     Rule("sums", _sums),
     Rule("products", _products),
@@ -370,6 +416,11 @@ _SUMS = frozenset(
     "AveragePool CumSum GlobalAveragePool ReduceL1 ReduceLogSum ReduceLogSumExp ReduceMean ReduceSum".split()
 )
 _SUMS_OF_SQUARES = frozenset({"ReduceL2", "ReduceSumSquare"})
+_SQUARE_INSIDE = frozenset(
+    "GlobalLpPool GroupNormalization InstanceNormalization LRN LayerNormalization LpNormalization LpPool"
+    " MeanVarianceNormalization RMSNormalization ReduceL2".split()
+)
+_EXPONENTIALS_INSIDE = frozenset({"Mish", "ReduceLogSumExp", "Softplus"})
 _MAKE_INTEGERS = frozenset({"Ceil", "CumSum", "Floor", "Range", "Round"})
 _SINGULAR = {"Div": 1, "Log": 0, "Reciprocal": 0}
 """Operators that are infinite where an input is 0 -> which input."""

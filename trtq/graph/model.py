@@ -93,7 +93,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     _check_operators(proto, path)
     proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
     try:
-        graph = gs.import_onnx(proto)
+        graph = gs.import_onnx(_inferred(proto))
         leave_in_files(graph, path.parent)
     except Exception as error:
         raise InputError("the ONNX graph cannot be read", file=path, cause=error) from error
@@ -255,6 +255,27 @@ def _read_external_data(proto: ModelProto, path: Path) -> None:
 def _sha256(files: list[Path]) -> str:
     digests = [sha256_file(file) for file in files]
     return digests[0] if len(digests) == 1 else sha256_bytes("".join(digests).encode())
+
+
+def _inferred(proto: ModelProto) -> ModelProto:
+    """The model with the types that its inputs, weights and operators imply.
+
+    What a file says of tensors inside it may be stale, such as a batch of 1 where the input was made dynamic
+    later, and folding would take it for true. It is kept of what operators of other domains make.
+    """
+    _forget_types(proto.graph)
+    return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+
+
+def _forget_types(graph: onnx.GraphProto) -> None:
+    made = {name for node in graph.node if node.domain in ("", "ai.onnx") for name in node.output}
+    told = [value for value in graph.value_info if value.name not in made]
+    del graph.value_info[:]
+    graph.value_info.extend(told)
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                _forget_types(body)
 
 
 def _holds_half(proto: ModelProto) -> bool:

@@ -14,6 +14,9 @@ from trtq.graph.model import export
 
 _SHAPE_VALUES = 1024  # constants up to this size may be shapes, which inference needs to see
 
+_SHAPED_AS_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
+"""Operators that ONNX does not infer, at some opset at least: what they give is of the first input's type."""
+
 
 def infer_types(graph: gs.Graph) -> None:
     """Write the dtype and shape that ONNX shape inference finds onto the graph's variables, in place.
@@ -21,6 +24,9 @@ def infer_types(graph: gs.Graph) -> None:
     Large weights are left out of what is inferred, so this costs no more on large models.
     """
     light = _without_weights(graph)
+    for node in light.nodes:
+        if node.op in _SHAPED_AS_INPUT:
+            node.op, node.domain, node.attrs, node.inputs = "Identity", None, {}, node.inputs[:1]
     inferred = onnx.shape_inference.infer_shapes(export(light), data_prop=True)
     tensors = graph.tensors()
     for info in [*inferred.graph.value_info, *inferred.graph.output]:
