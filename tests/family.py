@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
-from trtq.data.samples import InputSpec, Samples
+from trtq.calibration.methods import parse_method, scales_from
+from trtq.data.samples import Samples
 from trtq.graph.fold import fold
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model
 from trtq.graph.place import place
 from trtq.graph.quantization import Quantization

@@ -12,9 +12,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.graph.fold import fold

@@ -11,9 +11,8 @@ from family import FAMILIES, FOLDER, ROWS, data_for, quantized
 
 from trtq.backends.coverage import coverage
 from trtq.backends.interface import profiles_from
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.data.load import load_samples
 from trtq.gate.evaluation import metric_of
 from trtq.graph.fold import fold

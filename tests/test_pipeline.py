@@ -12,10 +12,9 @@ from jobs import Case
 
 from trtq import Recipe, deploy
 from trtq.backends.interface import Range, parse_profile
-from trtq.calibration.calibrate import Source, calibrate, statistics_of
-from trtq.calibration.choose import scales_from
+from trtq.calibration.calibrate import FloatGraph, calibrate, statistics_of
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.calibration.table import Table
 from trtq.console import SILENT
 from trtq.errors import ExitCode, InputError
@@ -81,7 +80,7 @@ def job_for(case: Case, folder: Path, **options: object) -> Job:
 
 def test_auto_merges_the_rows_held_back_into_the_scales(small: Case, tmp_path: Path) -> None:
     job = job_for(small, tmp_path)
-    table = calibrate(job, job.place()).table()
+    table = Table.of(calibrate(job, job.place()))
     assert table.metadata["held_back"] == 10
     assert table.metadata["method"] == max(table.metadata["sqnr_db"], key=table.metadata["sqnr_db"].get)
     if not table.metadata["exceptions"]:
@@ -91,7 +90,7 @@ def test_auto_merges_the_rows_held_back_into_the_scales(small: Case, tmp_path: P
 
 def test_a_cached_table_is_the_table(small: Case, tmp_path: Path) -> None:
     job = job_for(small, tmp_path)
-    tables = [calibrate(job, job.place()).table() for _ in range(2)]
+    tables = [Table.of(calibrate(job, job.place())) for _ in range(2)]
     assert tables[0] == tables[1]
 
 
@@ -99,7 +98,7 @@ def test_statistics_do_not_depend_on_the_threads(small: Case, tmp_path: Path) ->
     contents = []
     for threads in (1, 3):
         job = job_for(small, tmp_path / str(threads), threads=threads)
-        source = Source(job.model.graph, job.model.sha256)
+        source = FloatGraph.of(job.model)
         contents.append(statistics_of(job, job.place(), job.data, source).to_bytes())
     assert contents[0] == contents[1]
 

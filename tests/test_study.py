@@ -14,9 +14,6 @@ from jobs import Case, save_case
 from trtq import Recipe
 from trtq.console import SILENT
 from trtq.errors import MissingBackendError
-from trtq.gate.evaluation import Evaluation
-from trtq.job import Job
-from trtq.recovery.budget import Budget
 from trtq.study import METHODS, Row, Study, plot, study
 
 METHOD_TABLE, WEIGHT_TABLE, CURVE, LEARNED = range(4)
@@ -59,10 +56,9 @@ def studied(case: Case, folder: Path, budget: float | None = None, exclude: tupl
         method="mse",
         exclude=exclude,
         cache=str(folder / "cache"),
+        budget=budget,
     )
-    job = Job.open(recipe, SILENT)
-    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, SILENT)
-    return study(job, evaluation, Budget.of(budget))
+    return study(recipe, SILENT)
 
 
 @pytest.fixture(scope="module")

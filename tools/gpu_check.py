@@ -118,7 +118,7 @@ class Check:
         self.profile: Profile = job.profile
         quantization = calibrate(job, job.place())
         self.plan: Plan = quantization.plan
-        self.table: Table = quantization.table()
+        self.table: Table = Table.of(quantization)
         self.folded, self.int8 = self.folder / "model.folded.onnx", self.folder / "model.int8.onnx"
         save_model(self.model.graph, self.folded)
         save_model(quantization.rewritten(), self.int8)

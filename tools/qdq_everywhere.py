@@ -12,9 +12,8 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.data.load import load_samples
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model, save_model

@@ -26,9 +26,8 @@ import numpy as np
 import onnxruntime
 from compare_peers import CASES, zoo_parser
 
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.data.batches import batches
 from trtq.data.samples import Samples
 from trtq.graph.fold import fold

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -142,6 +143,15 @@ class Entry:
     problem: str | None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def made_by(self) -> str:
+        """The method of a table, or what ran the model; empty where the key has neither."""
+        return self.key.get("method") or str(self.key.get("executor", "")).partition(":")[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Path, problem, notes and key as JSON values."""
+        return {"path": str(self.path), "problem": self.problem, **self.notes, **self.key}
+
 
 def default_root() -> Path:
     """`$TRTQ_CACHE`, or `trtq/calib_cache` in the user's cache folder."""
@@ -161,6 +171,11 @@ class Cache:
     def __post_init__(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise InputError("the cache is not a folder", file=self.root, remedy=_OTHER_FOLDER)
+
+    @classmethod
+    def at(cls, folder: PathLike | None, report: Callable[[str], object] = print) -> Cache:
+        """The cache in a folder, or the user's (`default_root`)."""
+        return cls(Path(folder) if folder else default_root(), report)
 
     def path(self, key: Key) -> Path:
         """Where the content of `key` is kept."""
@@ -219,6 +234,18 @@ class Cache:
         for entry in unwanted:
             remove(entry.path)
         return unwanted
+
+    def prune_older(self, days: float) -> tuple[int, int]:
+        """Remove what is damaged or older than some days; how many entries went, and how many stayed.
+
+        Raises:
+            InputError: `days` is not a number from 0.
+        """
+        if not days >= 0:
+            raise InputError(f"--days is {days}", remedy="use a number from 0")
+        oldest = time.time() - 86400 * days
+        removed = self.prune(lambda entry: not entry.problem and entry.path.stat().st_mtime > oldest)
+        return len(removed), sum(1 for _ in self.entries())
 
 
 def remove(path: PathLike) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, profiles_from
-from trtq.cache import Cache, Key, default_root
-from trtq.calibration.choose import Measure
+from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
@@ -98,21 +96,21 @@ class Job:
 
     @property
     def enough(self) -> bool:
-        """Whether there are rows enough to hold some back."""
+        """Whether there are enough rows to hold some back."""
         return len(self.data) // self.data.group >= FEWEST_TO_SPLIT
 
     @cached_property
     def parts(self) -> tuple[Samples, Samples]:
-        """Rows to fit on, and every fourth sample, held back to measure on; all for both if they are few."""
+        """Rows to fit on, and every fourth sample, held back to measure on; all for both if there are few."""
         return self.data.split() if self.enough else (self.data, self.data)
 
     def key(self, kind: str, start: Quantization, **entries: Any) -> Key:
         """The cache key of what is made from a quantization on this job's data.
 
         Args:
-            entries: what it depends on beside those.
+            entries: what else it depends on.
         """
-        if self.recipe.ignore_nonfinite:  # without it, what was made so is refused
+        if self.recipe.ignore_nonfinite:  # without it, such outputs are refused
             entries["ignore_nonfinite"] = True
         return Key.of(
             kind,
@@ -121,19 +119,6 @@ class Job:
             start=start.sha256,
             executor=simulation_fingerprint(),
             **entries,
-        )
-
-    @property
-    def measure(self) -> Measure:
-        """Scores a quantization on the rows held back."""
-        return Measure(
-            self.model.path,
-            self.model.sha256,
-            self.parts[1],
-            self.cache,
-            self.console,
-            self.recipe.threads,
-            self.recipe.ignore_nonfinite,
         )
 
 
@@ -214,7 +199,7 @@ def unfolded(recipe: Recipe) -> Model:
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:
     """The recipe's cache, or the user's."""
-    return Cache(Path(recipe.cache) if recipe.cache else default_root(), console.warn)
+    return Cache.at(recipe.cache, console.warn)
 
 
 def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:

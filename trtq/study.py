@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from trtq.calibration.calibrate import Source, calibrate, rangeless, statistics_of, without_ranges_of
-from trtq.calibration.choose import scales_from
-from trtq.calibration.methods import AUTO, Method, parse_method
+from trtq.calibration.calibrate import FloatGraph, calibrate, rangeless, statistics_of, without_ranges_of
+from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.statistics import Statistics
+from trtq.console import Console
 from trtq.errors import InputError, MissingBackendError
-from trtq.files import PathLike, atomic_path, decode, read_own_json
-from trtq.gate.evaluation import Evaluation
+from trtq.files import PathLike, atomic_path, decode, read_own_json, staged_folder, write_json, write_text
+from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
@@ -23,6 +23,7 @@ from trtq.graph.quantization import Quantization, WeightScales
 from trtq.graph.shapes import infer_types
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
+from trtq.recipe import Recipe
 from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 from trtq.recovery.workflow import learned
@@ -118,15 +119,33 @@ class Study:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def study(job: Job, evaluation: Evaluation, budget: Budget) -> Study:
+def study(recipe: Recipe, console: Console) -> Study:
     """Measure every table.
 
     The first three tables are always made; partial quantization and learning stop when the budget is spent.
 
     Raises:
-        InputError: the model does not run on the data, or cannot be quantized.
+        InputError: an option, the model or the data cannot be used.
     """
+    recipe.require("model", "data", "eval", "metric")
+    budget = Budget.of(recipe.budget)
+    metric_of(recipe)
+    job = Job.open(recipe, console)
+    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
+    job.warn_of_shared(evaluation.samples)
     return _Study(job, evaluation, budget).run()
+
+
+def write_study(study: Study, folder: PathLike, console: Console) -> list[str]:
+    """Write `study.json`, `study.txt` and, with Matplotlib, `study.svg` into a folder; their names."""
+    with staged_folder(folder) as staged:
+        write_json(staged / "study.json", study.to_json())
+        write_text(staged / "study.txt", study.text() + "\n")
+        try:
+            plot(study, staged / "study.svg")
+        except MissingBackendError as error:
+            console.warn(str(error))
+        return sorted(path.name for path in staged.iterdir())
 
 
 @dataclass(frozen=True)
@@ -137,7 +156,7 @@ class _Study:
 
     def run(self) -> Study:
         job, plan = self.job, self.job.place()
-        source = Source(job.model.graph, job.model.sha256)
+        source = FloatGraph.of(job.model)
         best = calibrate(self.job, plan)
         statistics = statistics_of(job, plan, job.data, source)
         bare = Quantization(source.graph, plan, {})
@@ -192,9 +211,9 @@ class _Study:
                 placed = place(model, include=recipe.include, exclude=recipe.exclude, input_shapes=shapes)
                 forms.append(("not folded", model.graph, placed))
             else:
-                notes.append("weights are compared with BatchNormalization folded only: so the plan has it")
+                notes.append("weights are compared with BatchNormalization folded only, as in the plan given")
         else:
-            notes.append("the model has no BatchNormalization: it was folded before, or there was none")
+            notes.append("the model has no BatchNormalization: it never had one, or it is folded already")
         for folding, graph, placed in forms:
             quantization = Quantization(graph, replace(placed, edges=[]), {})
             per_tensor = replace(quantization, weight_scales=_per_tensor(quantization))
@@ -212,7 +231,7 @@ class _Study:
             yield self.row(f"{count} of {len(search)} groups", search.first(count))
             count = 2 * count or 1
             if self.budget.over and count <= len(search):
-                notes.append("the budget was spent before the curve of partial quantization was whole")
+                notes.append("the budget was spent before the curve of partial quantization was complete")
                 return
 
     def learned(self, start: Quantization, notes: list[str]) -> Quantization | None:
@@ -227,7 +246,7 @@ class _Study:
 
 
 def _by_method(bare: Quantization, statistics: Statistics, method: Method) -> Quantization:
-    """All ranges by one method; what that gives no range is not quantized."""
+    """All ranges by one method; a tensor that it gives no range is not quantized."""
     ranged = without_ranges_of(bare, rangeless(statistics, method))
     return replace(ranged, scales=scales_from(statistics, method))
 

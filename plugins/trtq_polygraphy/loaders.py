@@ -71,12 +71,13 @@ class Int8OnnxFromPath(BaseLoader):
             PolygraphyException: the model, data or table cannot be used.
         """
         from trtq.graph.model import export
-        from trtq.pipeline import plan_text, quantize
+        from trtq.pipeline import quantize
 
         with _polygraphy_errors():
-            quantized = quantize(self._recipe, self._table, _LOG)
-            _LOG.say("plan", plan_text(quantized.plan))
-            return export(quantized.graph)
+            recipe = self._recipe
+            quantization = quantize(recipe, self._table, _LOG)
+            _LOG.say("plan", quantization.plan.text())
+            return export(quantization.rewritten(weights=recipe.weights, rest=recipe.rest))
 
 
 class MarkSharedOutputs(BaseLoader):

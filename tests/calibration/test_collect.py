@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from trtq.calibration.collect import collect
 from trtq.calibration.statistics import Histogram, Statistics
-from trtq.data.samples import Column, InputSpec, Samples
+from trtq.data.samples import Column, Samples
 from trtq.errors import InputError
+from trtq.graph.inputs import InputSpec
 
 RANDOM = np.random.default_rng(0)
 WEIGHT = RANDOM.integers(-8, 9, (6, 5)).astype(np.float32) / 8  # sums of few bits: the same in any order

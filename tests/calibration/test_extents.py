@@ -11,10 +11,11 @@ import pytest
 from numpy.typing import NDArray
 
 from trtq.calibration.extents import measure_extents
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import Extent
+from trtq.graph.inputs import InputSpec
 
 
 def model_of(text: str, **constants: NDArray) -> onnx.ModelProto:

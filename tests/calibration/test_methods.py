@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trtq.calibration.choose import CANDIDATES
 from trtq.calibration.methods import (
     _least_mse_amax,
     amax_entropy,
@@ -23,6 +22,7 @@ from trtq.calibration.methods import (
     parse_method,
     scaled,
 )
+from trtq.calibration.search import CANDIDATES
 from trtq.calibration.statistics import BINS, Histogram
 from trtq.errors import InputError
 from trtq.numerics import scale_from_amax

@@ -13,8 +13,9 @@ from PIL import Image
 
 from trtq.data.load import load_samples
 from trtq.data.preprocess import Preprocess
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.graph.inputs import InputSpec
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((4, 3)).astype(np.float32)

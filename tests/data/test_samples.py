@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtq.data.samples import InputSpec, Samples, fixed_batch
+from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.graph.inputs import InputSpec, fixed_batch
 
 
 def samples_of(rows, dtype=np.float32, shape=("N", None), **targets):

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from trtq.data import load, stored
 from trtq.data.load import load_samples
-from trtq.data.samples import InputSpec
 from trtq.data.stored import Chained, StoredRows, read_npz
 from trtq.errors import InputError
+from trtq.graph.inputs import InputSpec
 
 SPECS = (InputSpec("x", np.dtype(np.float32), ("N", 3, 5)),)
 

@@ -16,17 +16,22 @@ from trtq.backends.interface import Gpu, find_gpu
 from trtq.cache import Cache, Key
 from trtq.console import SILENT
 from trtq.data.load import load_samples
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import MissingBackendError
 from trtq.files import sha256_file
 from trtq.gate import evaluation
 from trtq.gate.evaluation import outputs_of
+from trtq.graph.inputs import InputSpec
+from trtq.recipe import Recipe
 from trtq.simulation import outputs as execute
 from trtq.simulation import workers as parallel
 from trtq.simulation.outputs import Outputs, fingerprint
 
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 SAMPLES = Samples("rows.npz", (InputSpec("x", np.dtype(np.float32), ("N", 3)),), {"x": ROWS}, {}, "d" * 64)
+
+
+PLAIN, REQUIRED = Recipe(), Recipe(require_engine=True)
 
 
 def doubling(path: Path, output: str) -> Path:
@@ -42,7 +47,7 @@ def doubling(path: Path, output: str) -> Path:
 def test_a_second_run_is_the_first_ones(name: str, tmp_path: Path) -> None:
     model, cache = doubling(tmp_path / "m.onnx", name), Cache(tmp_path / "cache")
     for expected in (False, True):
-        outputs, cached = outputs_of(model, SAMPLES, cache, SILENT, label="fp32")
+        outputs, cached = outputs_of(model, SAMPLES, PLAIN, cache, SILENT, label="fp32")
         assert cached is expected
         assert outputs.executor == "simulation"
         assert list(outputs.arrays) == [name]
@@ -51,8 +56,8 @@ def test_a_second_run_is_the_first_ones(name: str, tmp_path: Path) -> None:
 
 def test_another_model_is_run(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    outputs_of(doubling(tmp_path / "a.onnx", "a"), SAMPLES, cache, SILENT, label="a")
-    outputs, cached = outputs_of(doubling(tmp_path / "b.onnx", "b"), SAMPLES, cache, SILENT, label="b")
+    outputs_of(doubling(tmp_path / "a.onnx", "a"), SAMPLES, PLAIN, cache, SILENT, label="a")
+    outputs, cached = outputs_of(doubling(tmp_path / "b.onnx", "b"), SAMPLES, PLAIN, cache, SILENT, label="b")
     assert not cached
     assert list(outputs.arrays) == ["b"]
 
@@ -61,7 +66,7 @@ def test_large_outputs_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(parallel, "KEPT_BYTES", ROWS.nbytes - 1)
     model, cache = doubling(tmp_path / "m.onnx", "y"), Cache(tmp_path / "cache")
     for _ in range(2):
-        assert not outputs_of(model, SAMPLES, cache, SILENT, label="fp32")[1]
+        assert not outputs_of(model, SAMPLES, PLAIN, cache, SILENT, label="fp32")[1]
     assert not list(cache.entries())
 
 
@@ -94,10 +99,10 @@ def planted(engine: Path, cache: Cache, **others: str) -> None:
     cache.store(Key("outputs", sha256_file(engine), SAMPLES.hash, entries), PLANTED.to_bytes())
 
 
-def taken(engine: Path, cache: Cache, **options: bool) -> bool:
+def taken(engine: Path, cache: Cache, recipe: Recipe = PLAIN) -> bool:
     """Whether outputs come from the cache; the engine would have to run otherwise, which it cannot here."""
     try:
-        outputs, cached = outputs_of(engine, SAMPLES, cache, SILENT, label="engine", **options)
+        outputs, cached = outputs_of(engine, SAMPLES, recipe, cache, SILENT, label="engine")
     except _Ran:
         return False
     assert cached
@@ -150,10 +155,10 @@ def test_an_engine_that_is_required_always_runs(
     cache = Cache(tmp_path / "cache", pytest.fail)
     on(GPU, monkeypatch)
     planted(engine, cache)
-    assert not taken(engine, cache, afresh=True)
+    assert not taken(engine, cache, REQUIRED)
     model = doubling(tmp_path / "s.onnx", "y")
-    outputs_of(model, SAMPLES, cache, SILENT, label="fp32")
-    assert outputs_of(model, SAMPLES, cache, SILENT, label="fp32", afresh=True)[1]  # a simulation stays one
+    outputs_of(model, SAMPLES, PLAIN, cache, SILENT, label="fp32")
+    assert outputs_of(model, SAMPLES, REQUIRED, cache, SILENT, label="fp32")[1]  # a simulation stays one
 
 
 def test_without_its_gpu_nothing_is_taken_for_the_outputs_of_an_engine(
@@ -164,7 +169,7 @@ def test_without_its_gpu_nothing_is_taken_for_the_outputs_of_an_engine(
     planted(engine, cache)
     on(None, monkeypatch)
     with pytest.raises(MissingBackendError, match="only on an NVIDIA GPU"):
-        outputs_of(engine, SAMPLES, cache, SILENT, label="engine")
+        outputs_of(engine, SAMPLES, PLAIN, cache, SILENT, label="engine")
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU: the engine runs")
@@ -199,12 +204,12 @@ def test_a_planted_entry_is_no_measurement(
 def test_a_simulation_that_claims_to_be_an_engine_is_run_again(tmp_path: Path) -> None:
     reports: list[str] = []
     model, cache = doubling(tmp_path / "m.onnx", "y"), Cache(tmp_path / "cache", reports.append)
-    outputs_of(model, SAMPLES, cache, SILENT, label="fp32")
+    outputs_of(model, SAMPLES, PLAIN, cache, SILENT, label="fp32")
     (entry,) = cache.entries()
     names = ("batch", "executor")
     key = Key("outputs", entry.key["model"], entry.key["data"], {name: entry.key[name] for name in names})
     cache.store(key, PLANTED.to_bytes())
-    outputs, cached = outputs_of(model, SAMPLES, cache, SILENT, label="fp32")
+    outputs, cached = outputs_of(model, SAMPLES, PLAIN, cache, SILENT, label="fp32")
     assert (cached, outputs.executor) == (False, "simulation")
     np.testing.assert_array_equal(outputs.arrays["y"], 2 * ROWS)
     assert "another executor" in reports[0]

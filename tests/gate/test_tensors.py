@@ -11,9 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import trtq
 from trtq.backends.interface import find_gpu
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.gate.tensors import PART_DB, Compared, ThreeWay, compare_three
+from trtq.graph.inputs import InputSpec
 from trtq.simulation.similarity import MAX_SQNR_DB, sqnr_db
 
 SCALE = np.float32(0.05)
@@ -109,9 +110,8 @@ def test_the_first_tensor_that_parts_is_named() -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    from trtq.calibration.choose import scales_from
     from trtq.calibration.collect import collect
-    from trtq.calibration.methods import parse_method
+    from trtq.calibration.methods import parse_method, scales_from
     from trtq.data.load import load_samples
     from trtq.graph.fold import fold
     from trtq.graph.model import load_model, save_model

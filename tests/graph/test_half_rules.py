@@ -14,10 +14,11 @@ from nets import graph_of, net, normal
 from numpy.typing import NDArray
 
 from trtq.calibration.extents import measure_extents
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.graph.fold import fold
 from trtq.graph.half import SATURATED
 from trtq.graph.half_rules import float32_nodes, half_by_rules
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import export
 from trtq.graph.plan import Edge, Plan
 from trtq.simulation.session import simulation_session

@@ -14,9 +14,9 @@ import pytest
 from nets import engine, graph_of, loaded, net, normal, run, saved
 
 import trtq.graph.model
-from trtq.data.samples import InputSpec
 from trtq.errors import InputError
 from trtq.graph.fold import fold
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import export, load_model, save_model, serialized
 
 X = normal(2, 3, 8, 8, seed=1)

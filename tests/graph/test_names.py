@@ -15,10 +15,9 @@ import pytest
 from nets import graph_of, net, normal, run
 from onnx_graphsurgeon.logger.logger import G_LOGGER
 
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
-from trtq.calibration.refine import refine_ranges
+from trtq.calibration.methods import parse_method, scales_from
+from trtq.calibration.search import refine_ranges
 from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
@@ -28,7 +27,7 @@ from trtq.graph.model import Model, load_model, save_model
 from trtq.graph.names import Names
 from trtq.graph.place import place
 from trtq.graph.quantization import Quantization
-from trtq.migration.convert import table_of
+from trtq.migration.to_table import table_of
 from trtq.recovery.fixes.bias import correct_biases
 from trtq.recovery.fixes.shift import shift
 from trtq.recovery.fixes.smooth import smooth

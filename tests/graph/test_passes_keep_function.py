@@ -15,10 +15,9 @@ from nets import loaded, run
 from numpy.typing import NDArray
 from random_graphs import RandomModel, random_model
 
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
 from trtq.calibration.extents import measure_extents
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples

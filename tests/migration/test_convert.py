@@ -21,16 +21,10 @@ from trtq.cli import convert as cli
 from trtq.data.load import load_samples
 from trtq.errors import ExitCode, InputError
 from trtq.graph.model import load_model, save_model
-from trtq.migration.convert import (
-    NO_RANGE,
-    Fit,
-    Source,
-    load_source,
-    observe,
-    quantize_with_table,
-    require_complete,
-    table_of,
-)
+from trtq.migration.fit import Fit, require_complete
+from trtq.migration.source import Source, load_source, observe
+from trtq.migration.to_qdq import NO_RANGE, quantize_with_table
+from trtq.migration.to_table import table_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -91,19 +85,19 @@ def fake_quantized(x: NDArray, scale: ArrayLike) -> NDArray:
 
 def test_scales_stand_in_the_model_to_the_bit(tmp_path: Path) -> None:
     image, relu = f32(0.007875938, 0.1)
-    explicit = quantize_with_table(convs(tmp_path), Table({"image": image, "relu": relu}))
-    save_model(explicit.graph, tmp_path / "q.onnx")
+    quantization, fit = quantize_with_table(convs(tmp_path), Table({"image": image, "relu": relu}))
+    save_model(quantization.rewritten(), tmp_path / "q.onnx")
     scales = quantizers(onnx.load(tmp_path / "q.onnx"))
     assert scales == {"image": image, "pool": relu}
-    assert explicit.plan.int8_nodes == ["conv", "second"]
-    assert explicit.fit.complete
+    assert quantization.plan.int8_nodes == ["conv", "second"]
+    assert fit.complete
 
 
 def test_the_model_computes_what_the_table_says(tmp_path: Path) -> None:
     w = weight(6, 5)
     path = saved(tmp_path, "g (float[N,6] x) => (float[N,5] y) { y = MatMul(x, w) }", w=w)
-    explicit = quantize_with_table(load_source(path), Table({"x": np.float32(0.02)}))
-    save_model(explicit.graph, tmp_path / "q.onnx")
+    quantization, _ = quantize_with_table(load_source(path), Table({"x": np.float32(0.02)}))
+    save_model(quantization.rewritten(), tmp_path / "q.onnx")
     x = weight(9, 6)
     per_channel = np.abs(w).max(axis=0) / np.float32(127)
     expected = fake_quantized(x, np.float32(0.02)) @ fake_quantized(w, per_channel)
@@ -124,9 +118,9 @@ def test_the_model_computes_what_the_table_says(tmp_path: Path) -> None:
 def test_rows_of_tensors_with_the_same_or_moved_values(
     tmp_path: Path, rows: list[str], image: str, pool: str
 ) -> None:
-    explicit = quantize_with_table(convs(tmp_path), Table({name: np.float32(0.1) for name in rows}))
-    assert explicit.fit.rows == {"image": image, "pool": pool}
-    assert not explicit.fit.missing
+    _, fit = quantize_with_table(convs(tmp_path), Table({name: np.float32(0.1) for name in rows}))
+    assert fit.rows == {"image": image, "pool": pool}
+    assert not fit.missing
 
 
 @pytest.mark.parametrize(
@@ -150,15 +144,15 @@ def test_a_row_behind_stands_in_only_if_it_has_all_values(
 
 
 def test_nodes_without_a_range_stay_in_floating_point(tmp_path: Path) -> None:
-    explicit = quantize_with_table(convs(tmp_path), Table({"image": np.float32(0.1)}))
-    assert explicit.plan.int8_nodes == ["conv"]
-    (left,) = (node for node in explicit.plan.nodes if not node.int8)
+    quantization, fit = quantize_with_table(convs(tmp_path), Table({"image": np.float32(0.1)}))
+    assert quantization.plan.int8_nodes == ["conv"]
+    (left,) = (node for node in quantization.plan.nodes if not node.int8)
     assert (left.name, left.rule, left.reason) == ("second", NO_RANGE, "the table has no row for 'pool'")
-    assert list(explicit.fit.missing) == ["pool"]
-    assert "second" in explicit.fit.missing["pool"]
+    assert list(fit.missing) == ["pool"]
+    assert "second" in fit.missing["pool"]
     with pytest.raises(InputError, match="incomplete"):
-        require_complete(explicit.fit, "t.cache")
-    save_model(explicit.graph, tmp_path / "q.onnx")
+        require_complete(fit, "t.cache")
+    save_model(quantization.rewritten(), tmp_path / "q.onnx")
     assert set(quantizers(onnx.load(tmp_path / "q.onnx"))) == {"image"}
 
 
@@ -171,15 +165,15 @@ def test_a_residual_without_a_range_is_not_fused(tmp_path: Path) -> None:
         }""",
         w=weight(4, 4, 1, 1),
     )
-    explicit = quantize_with_table(load_source(path), Table({"x": np.float32(0.1)}))
-    assert explicit.plan.int8_nodes == ["conv"]
-    assert explicit.fit.missing == {"other": ["y"]}
-    assert [edge.tensor for edge in explicit.plan.edges] == ["x"]
+    quantization, fit = quantize_with_table(load_source(path), Table({"x": np.float32(0.1)}))
+    assert quantization.plan.int8_nodes == ["conv"]
+    assert fit.missing == {"other": ["y"]}
+    assert [edge.tensor for edge in quantization.plan.edges] == ["x"]
 
 
 def test_coverage_report(tmp_path: Path) -> None:
     names = ["image", "relu", "old:name", "gone", "(Unnamed Layer* 3) [Constant]_output"]
-    fit = quantize_with_table(convs(tmp_path), Table({name: np.float32(0.1) for name in names})).fit
+    _, fit = quantize_with_table(convs(tmp_path), Table({name: np.float32(0.1) for name in names}))
     assert fit.unmatched == ["old:name", "gone"]
     assert fit.positional == ["(Unnamed Layer* 3) [Constant]_output"]
     assert fit.colons == ["old:name"]
@@ -234,9 +228,9 @@ BOUNDED = Table(dict(zip(("clip", "sigmoid", "softmax"), f32(6 / 127, 0.8 / 127,
 @pytest.mark.parametrize("encoding", WRONG)
 def test_the_graph_itself_shows_that_rows_are_not_scales(tmp_path: Path, encoding: str) -> None:
     source = bounded(tmp_path)
-    assert quantize_with_table(source, BOUNDED).fit.doubts == []
+    assert quantize_with_table(source, BOUNDED)[1].doubts == []
     table = Table({name: abs(WRONG[encoding](scale)) for name, scale in BOUNDED.scales.items()})
-    fit = quantize_with_table(source, table).fit
+    _, fit = quantize_with_table(source, table)
     assert f"--encoding {encoding}" in fit.text() or encoding == "little-endian"
     assert len(fit.doubts) == 1
     assert "'clip'" in fit.doubts[0]
@@ -252,9 +246,9 @@ def test_data_show_that_rows_are_not_scales(tmp_path: Path, encoding: str) -> No
     observed = observe(source, Table(dict.fromkeys(names, np.float32(1))), samples)
     assert observed["image"] == np.abs(np.load(tmp_path / "data.npz")["image"]).max()
     right = {name: np.float32(observed[name] / 127) for name in names}
-    assert quantize_with_table(source, Table(right), observed=observed).fit.doubts == []
+    assert quantize_with_table(source, Table(right), observed=observed)[1].doubts == []
     wrong = {name: abs(WRONG[encoding](scale)) for name, scale in right.items()}
-    doubts = quantize_with_table(source, Table(wrong), observed=observed).fit.doubts
+    doubts = quantize_with_table(source, Table(wrong), observed=observed)[1].doubts
     assert "3 of 3 ranges cannot be right" in doubts[0]
     if encoding != "little-endian":
         assert f"--encoding {encoding}" in doubts[0]
@@ -316,9 +310,8 @@ def qdq(folder: Path, **constants: ArrayLike) -> Path:
 )
 def test_quantizers_that_are_symmetric(tmp_path: Path, constants: dict[str, Any], scale: float) -> None:
     model = load_model(qdq(tmp_path, **constants))
-    table = table_of(model, version=8601, algorithm="MinMaxCalibration")
+    table = table_of(model)
     assert table.scales == {"x": np.float32(scale)}
-    assert table.header == "TRT-8601-MinMaxCalibration"
     assert table.metadata["source_sha256"] == model.sha256
 
 
@@ -439,20 +432,23 @@ def test_round_trips_keep_names_and_bits(tmp_path: Path, named: list[str], value
     table = Table(dict(zip((first, second), values, strict=True)))
     table.save(tmp_path / "t.cache")
 
-    explicit = quantize_with_table(load_source(tmp_path / "model.onnx"), Table.load(tmp_path / "t.cache"))
-    save_model(explicit.graph, tmp_path / "q.onnx")
+    quantization, _ = quantize_with_table(
+        load_source(tmp_path / "model.onnx"), Table.load(tmp_path / "t.cache")
+    )
+    save_model(quantization.rewritten(), tmp_path / "q.onnx")
     back = table_of(load_model(tmp_path / "q.onnx"))
     assert back.to_bytes() == table.to_bytes()
 
-    again = quantize_with_table(load_source(tmp_path / "model.onnx"), back)
-    save_model(again.graph, tmp_path / "again.onnx")
+    again, _ = quantize_with_table(load_source(tmp_path / "model.onnx"), back)
+    save_model(again.rewritten(), tmp_path / "again.onnx")
     assert (tmp_path / "again.onnx").read_bytes() == (tmp_path / "q.onnx").read_bytes()
 
 
 def test_models_in_half_give_the_original_names_and_widened_scales(tmp_path: Path) -> None:
     source = load_source(convs(tmp_path).model.path, rest="fp16")
     table = Table({"image": np.float32(0.0078125), "relu": np.float32(0.1)})
-    save_model(quantize_with_table(source, table, rest="fp16").graph, tmp_path / "half.onnx")
+    quantization, _ = quantize_with_table(source, table, rest="fp16")
+    save_model(quantization.rewritten(rest="fp16"), tmp_path / "half.onnx")
     back = table_of(load_model(tmp_path / "half.onnx"))
     assert back.scales == {"image": np.float32(0.0078125), "pool": np.float32(np.float16(0.1))}
 

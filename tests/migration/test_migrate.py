@@ -21,8 +21,9 @@ from trtq.cli.migrate import MIGRATE
 from trtq.data.load import load_samples
 from trtq.errors import ExitCode, InputError
 from trtq.graph.model import export
-from trtq.migration.convert import Source, load_source
-from trtq.migration.migrate import Migration, implied_model, migrate
+from trtq.migration.implied import implied_model
+from trtq.migration.migrate import Migration, migrate
+from trtq.migration.source import Source, load_source
 from trtq.numerics import scale_from_amax
 from trtq.recipe import Recipe
 
@@ -200,7 +201,7 @@ def test_a_bad_table_fails_the_gate(recipe: Recipe, old_table: Table, tmp_path: 
     scales = {name: np.float32(scale * 60) for name, scale in old_table.scales.items()}
     result = migrated(with_eval(recipe), Table(scales), tmp_path)
     assert result.exit_code is ExitCode.FAIL
-    assert result.explicit.fit.doubts
+    assert result.fit.doubts
     assert (result.folder / "verdict.json").is_file()
 
 
@@ -243,11 +244,11 @@ def test_calibration_data_alone_show_the_agreement(recipe: Recipe, old_table: Ta
 def test_missing_rows_are_reported_and_checked(recipe: Recipe, old_table: Table, tmp_path: Path) -> None:
     scales = {name: scale for name, scale in old_table.scales.items() if name != "image"}
     result = migrated(recipe.merged({"min_int8": "100%"}), Table(scales), tmp_path)
-    (left,) = (node for node in result.explicit.plan.nodes if not node.int8)
+    (left,) = (node for node in result.quantization.plan.nodes if not node.int8)
     assert left.reason == "the table has no row for 'image'"
     assert result.coverage.share < 1
     assert result.exit_code is ExitCode.FAIL
-    assert "without a scale" in result.explicit.fit.text()
+    assert "without a scale" in result.fit.text()
 
 
 def test_a_refused_table_leaves_nothing(recipe: Recipe, old_table: Table, tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ from nets import normal
 
 import trtq
 from trtq.cache import Cache, Key
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples

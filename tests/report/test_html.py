@@ -141,6 +141,41 @@ def test_names_of_the_model_are_text_and_not_markup(demo: Deployed, tmp_path: Pa
     assert page.open == []
 
 
+def test_hostile_text_is_text_wherever_it_comes_from(demo: Deployed, tmp_path: Path) -> None:
+    """Every kind of text of the files that the page shows, with what could open a tag or end an attribute."""
+    hostile = iter(f"</code>\"'><img src=x{n} onerror=alert({n})>" for n in range(100))
+    told = []
+
+    def text() -> str:
+        told.append(next(hostile))
+        return told[-1]
+
+    folder = copied(demo, tmp_path)
+    obstacle = {"rank": 1, "nodes": [text()], "op": text(), "sqnr_db": None, "noise_share": None,
+                "mac_share": None, "reason": text()}  # fmt: skip
+    in_the_way = {"what": text(), "obstacles": [obstacle], "options": text(), "advice": text()}
+    change(folder / "verdict.json", metric=text(), notes=[text()], warnings=[text()], in_the_way=in_the_way)
+    (step, *_) = json.loads((folder / "workflow.json").read_text())
+    gated = {"step": text(), "note": text(), "checks": [{"message": text(), "ok": False}]}
+    fruitless = {"step": text(), "note": text(), "outcome": None, "kept": False}
+    (folder / "workflow.json").write_text(json.dumps([step | gated, step | fruitless]))
+    change(
+        folder / "calibration.cache.json",
+        **{"method": text(), "rows": 8, "held_back": 2, "sqnr_db": {text(): 1.0}, "fixes": text()},
+        **{"fixes_sqnr_db": {text(): 1.0}, "left_out": {text(): text()}, "exceptions": {text(): text()}},
+        sqnr_db_with_exceptions=1.0,
+    )
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["nodes"].append({"name": text(), "op": text(), "int8": False, "rule": "r", "reason": text()})
+    plan["float32"] = [{"name": text(), "op": text(), "rule": "r", "reason": text()}]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    page = Page(write_report(folder).read_text())
+    assert page.open == []
+    assert page.links == []
+    shown = "".join(page.words)
+    assert [words for words in told if words not in shown] == []
+
+
 def test_a_verdict_without_an_interval(demo: Deployed, tmp_path: Path) -> None:
     path = copied(demo, tmp_path) / "verdict.json"
     gone = dict.fromkeys(("relative_interval", "absolute_interval", "relative_drop", "candidate"))

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from trtq.data.batches import Batch
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Outcome, Verdict, decide
+from trtq.graph.inputs import InputSpec
 from trtq.simulation.finite import check_reference, compared, first_not_finite, ignored, with_references
 
 ROWS = Samples(

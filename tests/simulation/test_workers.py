@@ -20,19 +20,20 @@ from numpy.typing import NDArray
 
 import trtq
 from trtq.cache import Cache, Key
-from trtq.calibration.choose import scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method
+from trtq.calibration.methods import parse_method, scales_from
 from trtq.calibration.statistics import Statistics
 from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
 from trtq.data.preprocess import Preprocess
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.fold import fold
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import load_model
 from trtq.graph.place import place
 from trtq.graph.quantization import Quantization
+from trtq.recipe import Recipe
 from trtq.recovery.sensitivity import SHARD_GROUPS, analyse
 from trtq.simulation import workers as parallel
 from trtq.simulation.outputs import Outputs, run_model
@@ -145,8 +146,8 @@ def test_sensitivity_from_workers(tmp_path: Path, cache: Cache, workers: str) ->
     quantization = Quantization(model.graph, plan, scales)
     here = analyse(quantization, rows, Cache(tmp_path / "other", pytest.fail), SILENT)
     assert len(here.effects) > 2 * SHARD_GROUPS
-    assert analyse(quantization, rows, cache, SILENT, parallel=parse_parallel(workers)) == here
-    assert analyse(quantization, rows, cache, SILENT, parallel=Pool("dask", "no.such.host:1")) == here
+    assert analyse(quantization, rows, cache, SILENT, recipe=Recipe(parallel=workers)) == here
+    assert analyse(quantization, rows, cache, SILENT, recipe=Recipe(parallel="dask://no.such.host:1")) == here
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 50, 1000])

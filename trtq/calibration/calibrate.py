@@ -12,15 +12,15 @@ import onnx_graphsurgeon as gs
 
 import trtq
 from trtq.cache import Key
-from trtq.calibration.choose import CANDIDATES, Choice, choose_method, scales_from
 from trtq.calibration.extents import measure_extents
-from trtq.calibration.methods import AUTO, Method, parse_method
-from trtq.calibration.refine import refine_ranges
+from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
+from trtq.calibration.search import CANDIDATES, Choice, Rows, choose_method, refine_ranges
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.graph.half_rules import Extent, float32_nodes
+from trtq.graph.model import Model
 from trtq.graph.place import without_ranges
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
@@ -35,19 +35,24 @@ NEVER_SEEN = "never-seen"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A float graph to calibrate, and the hash that what is cached of it goes by."""
+class FloatGraph:
+    """A float graph to calibrate, and the hash in the cache keys of what is made from it."""
 
     graph: gs.Graph
     sha256: str
 
     @classmethod
-    def changed(cls, graph: gs.Graph) -> Source:
+    def of(cls, model: Model) -> FloatGraph:
+        """A model's own graph."""
+        return cls(model.graph, model.sha256)
+
+    @classmethod
+    def changed(cls, graph: gs.Graph) -> FloatGraph:
         """A graph that is no longer the model's own."""
         return cls(graph, graph_sha256(graph))
 
 
-def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantization:
+def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantization:
     """The plan's tensors with ranges by the recipe's method; from the cache where they are there.
 
     With `auto` every fourth sample is held back to measure on; the ranges are then made from all samples,
@@ -62,7 +67,7 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
     Raises:
         InputError: no node is left in INT8; or as collecting and measuring.
     """
-    source = source or Source(job.model.graph, job.model.sha256)
+    source = source or FloatGraph.of(job.model)
     made = _calibrated(job, plan, source)
     if job.recipe.rest == "fp32":
         return made
@@ -75,7 +80,7 @@ def calibrate(job: Job, plan: Plan, source: Source | None = None) -> Quantizatio
     return made
 
 
-def extents_of(job: Job, source: Source) -> dict[str, Extent]:
+def extents_of(job: Job, source: FloatGraph) -> dict[str, Extent]:
     """The extents of a graph's tensors over the job's data, from the cache where they are there.
 
     Raises:
@@ -92,7 +97,7 @@ def extents_of(job: Job, source: Source) -> dict[str, Extent]:
     return extents
 
 
-def _calibrated(job: Job, plan: Plan, source: Source) -> Quantization:
+def _calibrated(job: Job, plan: Plan, source: FloatGraph) -> Quantization:
     """`calibrate`, but for what stays float32."""
     bare, key = Quantization(source.graph, plan, {}), _table_key(job, plan, source)
     if (content := job.cache.fetch(key)) is not None:
@@ -169,7 +174,7 @@ def _ranged(job: Job, bare: Quantization, reasons: Mapping[str, str]) -> Quantiz
     return ranged
 
 
-def _table_key(job: Job, plan: Plan, source: Source) -> Key:
+def _table_key(job: Job, plan: Plan, source: FloatGraph) -> Key:
     """What the ranges depend on: with `auto` also where quantizers stand and how much a run costs."""
     method = job.recipe.method
     search: dict[str, Any] = {}
@@ -194,7 +199,7 @@ def _table_key(job: Job, plan: Plan, source: Source) -> Key:
     )
 
 
-def _both_statistics(job: Job, plan: Plan, source: Source) -> tuple[Statistics, Statistics]:
+def _both_statistics(job: Job, plan: Plan, source: FloatGraph) -> tuple[Statistics, Statistics]:
     """Statistics of the rows to fit on, and of all rows.
 
     They are one with a fixed method. A tensor that only the rows held back have values of takes their
@@ -203,15 +208,15 @@ def _both_statistics(job: Job, plan: Plan, source: Source) -> tuple[Statistics, 
     if job.recipe.method != AUTO or not job.enough:
         every = statistics_of(job, plan, job.data, source)
         return every, every
-    fitting, held_back = (statistics_of(job, plan, part, source) for part in job.parts)
+    fitting, rest = (statistics_of(job, plan, part, source) for part in job.parts)
     whole = Statistics.empty(plan.tensors)
     whole.merge(fitting)
-    whole.merge(held_back)
+    whole.merge(rest)
     fitting.histograms |= {tensor: whole.histograms[tensor] for tensor in rangeless(fitting)}
     return fitting, whole
 
 
-def statistics_of(job: Job, plan: Plan, samples: Samples, source: Source) -> Statistics:
+def statistics_of(job: Job, plan: Plan, samples: Samples, source: FloatGraph) -> Statistics:
     """Statistics of the plan's tensors over some rows, from the cache where they are there."""
     key = Key.of(
         "statistics",
@@ -241,6 +246,23 @@ def statistics_of(job: Job, plan: Plan, samples: Samples, source: Source) -> Sta
     return statistics
 
 
+def held_back(job: Job) -> Rows:
+    """The rows held back, to score quantizations of the job's model on.
+
+    Raises:
+        InputError: as `Rows`.
+    """
+    rows, recipe = job.parts[1], job.recipe
+    with job.console.progress("fp32", len(rows)) as advance:
+        return Rows(
+            job.model.path,
+            rows,
+            threads=recipe.threads,
+            ignore_nonfinite=recipe.ignore_nonfinite,
+            advance=advance,
+        )
+
+
 def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statistics) -> Quantization:
     """`--method auto`: the best method for all, and for each tensor another if it does better with it.
 
@@ -251,8 +273,8 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         whole: of all rows, which the ranges are then made from.
     """
     plan, console = bare.plan, job.console
-    fitting, held_back = job.parts
-    choice = choose_method(job.measure, bare, statistics)
+    rows = held_back(job)
+    choice = choose_method(rows, bare, statistics, console)
     console.say("method", _choice_text(choice))
     others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
     refined = refine_ranges(
@@ -260,14 +282,14 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         statistics,
         choice.method,
         others,
-        fitting,
+        job.parts[0],
         console,
         workers=job.recipe.threads,
         ignore_nonfinite=job.recipe.ignore_nonfinite,
     )
     before = choice.sqnr_db[str(choice.method)]
     own = scales_from(statistics, choice.method, refined.exceptions)
-    after = job.measure.sqnr_db(replace(bare, scales=own), "ranges")
+    after = rows.sqnr_db(replace(bare, scales=own), console, "ranges")
     exceptions = refined.exceptions if after > before else {}
     console.say(
         "ranges",
@@ -278,7 +300,7 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         "method": str(choice.method),
         "sqnr_db": dict(choice.sqnr_db),
         "sqnr_db_with_exceptions": after,
-        "held_back": len(held_back),
+        "held_back": choice.rows,
         "exceptions": {tensor: str(method) for tensor, method in exceptions.items()},
     }
     return replace(bare, scales=scales_from(whole, choice.method, exceptions), notes=notes)

@@ -8,15 +8,16 @@ are taken as spread evenly over it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.calibration.statistics import Histogram
+from trtq.calibration.statistics import Histogram, Statistics
 from trtq.errors import InputError
+from trtq.numerics import has_scale, scale_from_amax
 
 Float64 = NDArray[np.float64]
 
@@ -60,6 +61,28 @@ def parse_method(text: str) -> Method:
         f"unknown calibration method '{text}'",
         remedy="use max, entropy, mse, percentile:P with 0 < P <= 100, e.g. percentile:99.99, or auto",
     )
+
+
+def amax_of(method: Method, histogram: Histogram) -> float:
+    """A method's amax; the largest |x| where the method keeps nothing but zeros, as a percentile of a tensor
+    that is nearly always zero does. Only a tensor that never was anything else has no range then."""
+    amax = method.amax(histogram)
+    return amax if has_scale(amax) else histogram.amax
+
+
+def scales_from(
+    statistics: Statistics, method: Method, exceptions: Mapping[str, Method] | None = None
+) -> dict[str, np.float32]:
+    """Tensor -> float32 scale (amax / 127) by one method, or by the tensor's own among `exceptions`.
+
+    Tensors that no method has a range for are left out (see `amax_of`).
+    """
+    exceptions = exceptions or {}
+    found = {
+        name: amax_of(exceptions.get(name, method), histogram)
+        for name, histogram in statistics.histograms.items()
+    }
+    return {name: np.float32(scale_from_amax(amax)) for name, amax in found.items() if has_scale(amax)}
 
 
 def scaled(method: Method, factor: float) -> Method:

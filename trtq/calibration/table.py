@@ -21,6 +21,7 @@ import numpy as np
 
 from trtq.errors import InputError
 from trtq.files import PathLike, read_json, sha256_bytes, write_bytes, write_json
+from trtq.graph.quantization import Quantization
 from trtq.numerics import INT8_MAX
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration", "EntropyCalibration", "LegacyCalibration")
@@ -130,6 +131,12 @@ class Table:
                 raise bad(numbers[name], problem, "read it with --encoding little-endian")
             raise bad(numbers[name], problem)
         return cls(scales, int(header[1]), header[2])
+
+    @classmethod
+    def of(cls, quantization: Quantization) -> Table:
+        """The table of a quantization: the scales of its plan's tensors, with its notes as metadata."""
+        scales = {name: quantization.scales[name] for name in quantization.plan.tensors}
+        return cls(scales, metadata=quantization.notes)
 
     def save(self, path: PathLike) -> None:
         """Write the table, and its metadata to `<path>.json`, each in one move."""

@@ -37,41 +37,15 @@ def _bench(given: argparse.Namespace) -> int:
 
 def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
     """FP32, FP16 and INT8 engines of one model, in the output folder."""
-    from trtq.backends import bench
-    from trtq.data.load import load_samples
-    from trtq.job import prepare, profile_for
+    from trtq.build import build_three
 
     if len(given.engines) != 1 or recipe.output is None:
         raise InputError(
             "--three takes one fp32 ONNX model and a folder", remedy="trtq bench M.onnx --three -o DIR"
         )
-    folder = Path(recipe.output)
     recipe = recipe.merged({"model": given.engines[0]})
-    model = prepare(recipe)
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
-    profile = profile_for(model, recipe, data)
-    int8 = Path(given.int8) if given.int8 else _quantize(recipe, given, folder)
-    builds = bench.build_three(
-        model.path,
-        int8,
-        folder,
-        backend=recipe.backend,
-        profile=profile,
-        targets=recipe.target,
-        options=recipe.build_options(),
-        samples=data,
-    )
+    builds = build_three(recipe, given.int8, given.table, console_of(given))
     return [build.engine for build in builds.values()]
-
-
-def _quantize(recipe: Recipe, given: argparse.Namespace, folder: Path) -> Path:
-    """The INT8 model, from --table or calibrated on --data."""
-    from trtq.graph.model import save_model
-    from trtq.pipeline import quantize
-
-    path = folder / "model.int8.onnx"
-    save_model(quantize(recipe, given.table, console_of(given)).graph, path)
-    return path
 
 
 BENCH = Command(

@@ -6,31 +6,21 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from trtq.calibration.table import ALGORITHMS, ENCODINGS, Table, version_number
+from trtq.calibration.table import ALGORITHMS, Table, version_number
 from trtq.cli.command import argument, console_of, recipe_of
+from trtq.cli.options import TABLE_FORMAT
 from trtq.console import Console
 from trtq.errors import ExitCode, InputError
 from trtq.recipe import Recipe
 
 OPTIONS = ("output", "data", "include", "exclude", "weights", "rest")
 
-READING = (
-    argument(
-        "--encoding",
-        choices=tuple(ENCODINGS),
-        default="scale",
-        help="what the table's rows hold, where it is not TensorRT's big-endian scale",
-    ),
-    argument("--strict", action="store_true", help="a table that lacks a scale or is doubtful is an error"),
-)
-"""Arguments of every command that reads a table from elsewhere."""
-
 ARGUMENTS = (
     argument("source", nargs="?", metavar="SOURCE", help="convert: a table, or a Q/DQ model (.onnx)"),
     argument("--model", metavar="MODEL", help="convert a table: the fp32 model to put Q/DQ into"),
     argument("--for", dest="tensorrt", metavar="VERSION", help="TensorRT that will read the table: 10.16"),
     argument("--algorithm", choices=ALGORITHMS, help="calibrator class that will read the table"),
-    *READING,
+    *TABLE_FORMAT,
 )
 
 
@@ -59,7 +49,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _from_model(path: str) -> Table:
     from trtq.graph.model import load_model
-    from trtq.migration.convert import table_of
+    from trtq.migration.to_table import table_of
 
     return table_of(load_model(path))
 
@@ -76,35 +66,18 @@ def _write(table: Table, output: str, version: int | None, algorithm: str | None
 
 
 def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: Console) -> int:
-    from trtq import pipeline
-    from trtq.calibration.extents import measure_extents
     from trtq.data.load import load_samples
     from trtq.graph.model import save_model
-    from trtq.migration import convert
+    from trtq.migration.source import load_source
+    from trtq.migration.to_qdq import converted
 
     required = recipe.require("model", "output")
-    source = convert.load_source(required.model, rest=recipe.rest)
-    observed = extents = None
-    if recipe.data is not None:
-        samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess)
-        observed = convert.observe(source, table, samples)
-        if recipe.rest == "fp16":
-            extents = measure_extents(source.model.graph, samples)
-    explicit = convert.quantize_with_table(
-        source,
-        table,
-        include=recipe.include,
-        exclude=recipe.exclude,
-        weights=recipe.weights,
-        rest=recipe.rest,
-        observed=observed,
-        extents=extents,
-    )
-    console.say("table", explicit.fit.text())
-    if observed is None:
+    source = load_source(required.model, rest=recipe.rest)
+    samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess) if recipe.data else None
+    strict = given.source if given.strict else None
+    quantization, _ = converted(source, table, recipe, samples, console, strict=strict)
+    if samples is None:
         console.say("table", "its magnitudes were not checked against data: give --data")
-    if given.strict:
-        convert.require_complete(explicit.fit, given.source)
-    save_model(explicit.graph, required.output)
-    print(f"{required.output}: {pipeline.plan_text(explicit.plan)}")
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), required.output)
+    print(f"{required.output}: {quantization.plan.text()}")
     return ExitCode.PASS

@@ -12,9 +12,41 @@ from functools import partial
 from typing import NoReturn
 
 import trtq
-from trtq.cli import commands
+from trtq.cli.bench import BENCH
+from trtq.cli.build import BUILD
+from trtq.cli.cache import CACHE
+from trtq.cli.calibrate import CALIBRATE
+from trtq.cli.command import Command
+from trtq.cli.demo import DEMO
+from trtq.cli.deploy import DEPLOY
+from trtq.cli.doctor import DOCTOR
+from trtq.cli.gate import GATE
+from trtq.cli.inspect import INSPECT
+from trtq.cli.migrate import MIGRATE
+from trtq.cli.quantize import QUANTIZE
+from trtq.cli.report import REPORT
+from trtq.cli.sensitivity import SENSITIVITY
+from trtq.cli.study import STUDY
 from trtq.errors import ExitCode, InputError, TrtqError
 from trtq.recipe import FLAG, flag, from_command_line, options
+
+COMMANDS: tuple[Command, ...] = (
+    DEMO,
+    DEPLOY,
+    CALIBRATE,
+    QUANTIZE,
+    BUILD,
+    GATE,
+    INSPECT,
+    CACHE,
+    REPORT,
+    SENSITIVITY,
+    STUDY,
+    MIGRATE,
+    BENCH,
+    DOCTOR,
+)
+"""Every command, in the order of the help."""
 
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
 """Exit codes as a shell has them after SIGINT and SIGPIPE."""
@@ -67,7 +99,7 @@ def _report(error: TrtqError, debug: bool) -> int:
 
 
 def _flush_output() -> None:
-    """Write what is still to be written; that the reader has gone, as of `| head`, is no error."""
+    """Write what is still in the buffer; a reader that has gone, as with `| head`, is not an error."""
     try:
         if sys.stdout is not None:  # None: closed by the shell
             sys.stdout.flush()
@@ -86,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"trtq {trtq.__version__}")
     subparsers = root.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for command in commands.COMMANDS:
+    for command in COMMANDS:
         sub = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
         for argument in command.arguments:
             argument.add_to(sub)

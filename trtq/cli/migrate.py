@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
-from trtq.cli.convert import READING
+from trtq.cli.options import TABLE_FORMAT
 from trtq.recipe import BUILD_OPTIONS
 
 
@@ -36,5 +36,8 @@ MIGRATE = Command(
         "profile", "batch", "min_int8", "threads", "cache",
         *BUILD_OPTIONS,
     ),
-    (argument("--table", metavar="TABLE", required=True, help="calibration table of that model"), *READING),
+    (
+        argument("--table", metavar="TABLE", required=True, help="calibration table of that model"),
+        *TABLE_FORMAT,
+    ),
 )  # fmt: skip

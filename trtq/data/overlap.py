@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trtq.data.samples import Column, InputSpec, Mapped, Samples
+from trtq.data.samples import Column, Mapped, Samples
+from trtq.graph.inputs import InputSpec
 
 _SKETCHED = 256
 """About this many values of a row are looked at first; only rows that agree in them are read whole."""

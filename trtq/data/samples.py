@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,23 +13,7 @@ from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError
 from trtq.files import sha256_json
-
-
-class InputSpec(NamedTuple):
-    """A model input: dynamic dimensions of `shape` are strings or None; the first axis is the batch."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int | str | None, ...]
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype} {'x'.join('?' if d is None else str(d) for d in self.shape)}"
-
-
-def fixed_batch(inputs: Iterable[InputSpec]) -> int | None:
-    """The batch size that a model's inputs fix; None where the first axis of all is dynamic."""
-    sizes = [spec.shape[0] for spec in inputs if spec.shape]
-    return max((size for size in sizes if isinstance(size, int)), default=None)
+from trtq.graph.inputs import InputSpec, fixed_batch
 
 
 class Column(Protocol):

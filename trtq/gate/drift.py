@@ -118,15 +118,7 @@ def _distance(one: Spread, other: Spread) -> float:
 
 
 def _outputs(job: Job, model: Path, samples: Samples) -> Arrays:
-    outputs, _ = outputs_of(
-        model,
-        samples,
-        job.cache,
-        job.console,
-        label="comparing",
-        batch_size=job.recipe.batch,
-        threads=job.recipe.threads,
-    )
+    outputs, _ = outputs_of(model, samples, job.recipe, job.cache, job.console, label="comparing")
     return outputs.arrays
 
 

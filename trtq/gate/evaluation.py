@@ -11,7 +11,7 @@ from pathlib import Path
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
 from trtq.gate.metrics import Metric, load_metric
@@ -24,36 +24,33 @@ from trtq.gate.verdict import (
     decide,
     score_reference,
 )
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import model_sha256, save_model
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.finite import check_reference
 from trtq.simulation.outputs import Outputs, fingerprint, is_engine, run_model
-from trtq.simulation.pool import Pool
 from trtq.simulation.workers import KEPT_BYTES, run_sharded
 
 
 def outputs_of(
     model: Path,
     samples: Samples,
+    recipe: Recipe,
     cache: Cache,
     console: Console,
     *,
     label: str,
     sha256: str | None = None,
-    batch_size: int | None = None,
-    threads: int | None = None,
-    parallel: Pool | None = None,
-    afresh: bool = False,
 ) -> tuple[Outputs, bool]:
     """The model's outputs on every row, and whether they came from the cache.
 
     Args:
-        model: an ONNX file, simulated on the CPU, or an engine, run on the GPU.
+        model: an ONNX file, simulated on the CPU, or an engine, run on the GPU. Where the recipe requires an
+            engine, it is run even if the cache has its outputs.
+        recipe: says how to run it: batch, threads, and where an ONNX model's rows run.
         label: what the progress is called.
         sha256: hash of the model including its external data; default: found here.
-        parallel: where an ONNX model's rows are run; None: in this process.
-        afresh: an engine is run even where the cache has its outputs.
 
     Raises:
         InputError, MissingBackendError: as `run_model`, also where the cache has the outputs of an engine:
@@ -61,8 +58,8 @@ def outputs_of(
     """
     engine = is_engine(model)
     sha256 = sha256 or (sha256_file(model) if engine else model_sha256(model))
-    key = Key.of("outputs", model=sha256, data=samples.hash, batch=batch_size, **fingerprint(model))
-    if not (engine and afresh) and (content := cache.fetch(key)) is not None:
+    key = Key.of("outputs", model=sha256, data=samples.hash, batch=recipe.batch, **fingerprint(model))
+    if not (engine and recipe.require_engine) and (content := cache.fetch(key)) is not None:
         outputs = Outputs.from_bytes(content)
         if (outputs.executor == "engine") == engine:
             return outputs, True
@@ -71,17 +68,17 @@ def outputs_of(
         outputs = run_sharded(
             model,
             samples,
-            parallel=parallel,
+            parallel=recipe.parallel,
             cache=cache,
             key=key,
             console=console,
             label=label,
-            batch_size=batch_size,
-            threads=threads,
+            batch_size=recipe.batch,
+            threads=recipe.threads,
         )
         return outputs, False
     with console.progress(label, len(samples)) as advance:
-        outputs = run_model(model, samples, batch_size=batch_size, progress=advance)
+        outputs = run_model(model, samples, batch_size=recipe.batch, progress=advance)
     if outputs.nbytes <= KEPT_BYTES:
         cache.store(key, outputs.to_bytes())
     return outputs, False
@@ -217,17 +214,7 @@ def _sqnr_check(verdict: Verdict, least: float) -> Check:
 def _outputs(
     model: Path, label: str, recipe: Recipe, samples: Samples, cache: Cache, console: Console
 ) -> Outputs:
-    outputs, cached = outputs_of(
-        model,
-        samples,
-        cache,
-        console,
-        label=label,
-        batch_size=recipe.batch,
-        threads=recipe.threads,
-        parallel=recipe.parallel,
-        afresh=recipe.require_engine,
-    )
+    outputs, cached = outputs_of(model, samples, recipe, cache, console, label=label)
     if cached:
         console.say("gate", f"outputs of the {label} from the cache, nothing was run")
     return outputs

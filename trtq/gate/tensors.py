@@ -23,10 +23,11 @@ import onnx_graphsurgeon as gs
 from trtq.backends.builders import builder
 from trtq.backends.interface import Profile, find_gpu, profiles_from
 from trtq.data.batches import Arrays, batches
-from trtq.data.samples import Samples, fixed_batch
+from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.graph.fold import fold
+from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model, serialized
 from trtq.graph.products import product
 from trtq.simulation.finite import compared
@@ -40,6 +41,9 @@ codes; sums added in another order may flip a code here and there, which is litt
 ONNX Runtime's own differ by 140 dB on the demo; what engines do is to be measured on a GPU."""
 
 BATCH = 8
+
+SAMPLES = 16
+"""Samples that are enough to compare on."""
 
 Run = Callable[[Arrays], Mapping[str, Any]]
 """A feed -> tensor name -> array."""
@@ -103,6 +107,11 @@ class ThreeWay:
             f"Simulation and engine ({self.engine}) part at '{self.parts_at.tensor}', the output of"
             f" {self.parts_at.op} '{self.parts_at.node}': {self.parts_at.engine_db:.1f} dB."
         )
+
+
+def some_rows(samples: Samples) -> Samples:
+    """The first `SAMPLES` samples, or all where there are fewer."""
+    return samples.subset(range(min(SAMPLES, len(samples) // samples.group)))
 
 
 def compare_three(

@@ -102,7 +102,7 @@ class Verdict:
         notes: sentences for the reader.
         warnings: what makes the verdict, or the data it stands on, doubtful.
         checks: what else was asked for.
-        in_the_way: what stands in the way, where this is no pass and it was looked for.
+        in_the_way: what stands in the way of a pass, where it was looked for.
     """
 
     gate: Outcome
@@ -161,8 +161,10 @@ class Verdict:
         return dataclasses.replace(self, checks=(*self.checks, *checks))
 
     def require_engine(self) -> Verdict:
-        """This verdict if an engine ran; of a simulated one no pass and no fail is accepted, so that it
-        becomes inconclusive. Checks that are not measured on the outputs are to be added after this."""
+        """This verdict if an engine ran; a simulated one becomes inconclusive, be it a pass or a fail.
+
+        Checks that are not measured on the outputs are to be added after this.
+        """
         if self.executor == "engine":
             return self
         message = (
@@ -310,59 +312,73 @@ def decide(
     reference_value = score_reference(reference, targets, metric)
     candidate = finite.with_references(reference, candidate)
     samples, k = rows_per_sample(reference, targets)
-    broken = finite.first_not_finite(candidate, reference)
-    if broken is not None:
+    verdict = _unmeasured(metric, reference_value, max_drop, confidence, samples, executor)
+    if (broken := finite.first_not_finite(candidate, reference)) is not None:
         name, row = broken
-        return Verdict(
-            gate=Outcome.FAIL,
-            metric=metric.name,
-            reference=reference_value,
-            candidate=None,
-            relative_drop=None,
-            absolute_drop=None,
-            max_drop=max_drop,
-            relative_interval=None,
-            absolute_interval=None,
-            confidence=confidence,
-            proved=False,
-            samples=samples,
-            samples_to_prove=None,
-            executor=executor,
-            outputs={},
-            worst_samples=(row // k,),
-            notes=(f"output {name!r} of the candidate is NaN or infinite in sample {row // k}",),
-        )
+        note = f"output {name!r} of the candidate is NaN or infinite in sample {row // k}"
+        return dataclasses.replace(verdict, worst_samples=(row // k,), notes=(note,))
     value = metric.value(candidate, targets, reference)
-    plain = finite.all_compared(reference, candidate)
     level = confidence or REPORTED_CONFIDENCE
     margin = value - (1 - max_drop) * reference_value
     evidence = _evidence(reference, candidate, targets, metric, margin, max_drop, level)
-    if confidence is None:
-        # The tolerance is for a drop that is exactly the margin but for rounding.
-        outcome = Outcome.PASS if margin >= -1e-12 else Outcome.FAIL
-    elif evidence.proved or evidence.refuted:
-        outcome = Outcome.PASS if evidence.proved else Outcome.FAIL
-    else:
-        outcome = Outcome.INCONCLUSIVE
-    return Verdict(
-        gate=outcome,
-        metric=metric.name,
-        reference=reference_value,
+    plain = finite.all_compared(reference, candidate)
+    return dataclasses.replace(
+        verdict,
+        gate=_outcome(margin, None if confidence is None else evidence),
         candidate=value,
         relative_drop=1 - value / reference_value,
         absolute_drop=reference_value - value,
-        max_drop=max_drop,
         relative_interval=evidence.relative,
         absolute_interval=evidence.absolute,
-        confidence=confidence,
         proved=evidence.proved,
-        samples=samples,
         samples_to_prove=evidence.samples_to_prove,
-        executor=executor,
         outputs=similarity.compare(*plain),
         worst_samples=similarity.worst_samples(*plain, samples),
         notes=(_note(evidence, samples, max_drop, level), *finite.ignored(reference)),
     )
+
+
+def _unmeasured(
+    metric: Metric,
+    reference: float,
+    max_drop: float,
+    confidence: float | None,
+    samples: int,
+    executor: Executor,
+) -> Verdict:
+    """The verdict on a candidate that nothing can be measured of: a fail."""
+    return Verdict(
+        gate=Outcome.FAIL,
+        metric=metric.name,
+        reference=reference,
+        candidate=None,
+        relative_drop=None,
+        absolute_drop=None,
+        max_drop=max_drop,
+        relative_interval=None,
+        absolute_interval=None,
+        confidence=confidence,
+        proved=False,
+        samples=samples,
+        samples_to_prove=None,
+        executor=executor,
+        outputs={},
+        worst_samples=(),
+    )
+
+
+def _outcome(margin: float, evidence: intervals.Evidence | None) -> Outcome:
+    """What the gate says: by the evidence where a confidence was asked for, else by the estimate.
+
+    Args:
+        margin: how far the candidate's value is above the least that is allowed.
+    """
+    if evidence is None:
+        # The tolerance is for a drop that is exactly the margin but for rounding.
+        return Outcome.PASS if margin >= -1e-12 else Outcome.FAIL
+    if evidence.proved:
+        return Outcome.PASS
+    return Outcome.FAIL if evidence.refuted else Outcome.INCONCLUSIVE
 
 
 def score_reference(reference: Arrays, targets: Arrays, metric: Metric) -> float:

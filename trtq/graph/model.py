@@ -16,9 +16,9 @@ import onnx.inliner
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 
-from trtq.data.samples import InputSpec
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.inputs import InputSpec
 from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
 from trtq.graph.weights import (

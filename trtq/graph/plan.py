@@ -108,6 +108,15 @@ class Plan:
         total = sum(node.macs or 0 for node in self.nodes)
         return sum(node.macs or 0 for node in self.nodes if node.name in names) / total if total else None
 
+    def text(self) -> str:
+        """How much goes to INT8, and what stays in floating point and why, for a person."""
+        share = self.mac_share()
+        of_macs = "" if share is None else f", {percent(share)} of the multiply-accumulates"
+        lines = [f"{len(self.int8_nodes)} of {len(self.nodes)} weighted nodes to INT8{of_macs}"]
+        lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in self.nodes if not n.int8]
+        lines += [f"in float32: {line}" for line in self.float32_lines()]
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {"format": FORMAT, **asdict(self)}

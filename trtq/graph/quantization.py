@@ -14,7 +14,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtq.calibration.table import Table
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.names import Names
@@ -106,10 +105,6 @@ class Quantization:
     def with_remark(self, remark: str) -> Quantization:
         """The same with a remark among the notes."""
         return replace(self, notes={**self.notes, "remark": remark})
-
-    def table(self) -> Table:
-        """The calibration table of the plan's tensors, with the notes as its metadata."""
-        return Table({name: self.scales[name] for name in self.plan.tensors}, metadata=self.notes)
 
     @property
     def sha256(self) -> str:

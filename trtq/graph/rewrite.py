@@ -94,20 +94,21 @@ def scales_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
         plan: that the graph was rewritten by.
 
     Returns:
-        tensor -> name of the input that holds its scale, a scalar of the tensor's dtype.
+        name of the input, a scalar of the tensor's dtype -> tensor whose scale it holds. A range that tensors
+        of two dtypes share has two inputs.
     """
     names: dict[str, str] = {}
     nodes = {node.name: node for node in graph.nodes}
     for edge in plan.edges:
-        if edge.range in names:
-            continue
         dequantizer = nodes[edge.node].inputs[edge.index].inputs[0]
         constant = dequantizer.inputs[1]
+        if isinstance(constant, gs.Variable):
+            continue
         variable = gs.Variable(constant.name, constant.dtype, [])
         for node in list(constant.outputs):
             node.inputs = [variable if t is constant else t for t in node.inputs]
         graph.inputs.append(variable)
-        names[edge.range] = variable.name
+        names[variable.name] = edge.range
     return names
 
 

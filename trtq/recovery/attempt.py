@@ -10,8 +10,8 @@ from typing import Any
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage, coverage
 from trtq.backends.interface import Build, find_gpu
+from trtq.calibration.table import Table
 from trtq.console import Console
-from trtq.files import write_json, write_text
 from trtq.gate.evaluation import Evaluation
 from trtq.gate.verdict import Check, Outcome, Verdict
 from trtq.graph.model import save_model
@@ -19,7 +19,6 @@ from trtq.graph.plan import percent
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.report.junit import junit_xml
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,7 @@ class Attempt:
 
     Attributes:
         step: which one.
-        folder: where its `model.int8.onnx`, `model.plan`, `plan.json`, `calibration.cache`, `verdict.json`
-            and `junit.xml` are.
+        folder: where its `model.int8.onnx`, `model.plan`, `plan.json` and `calibration.cache` are.
         accuracy: what the gate says, with the checks on the outputs, on whatever it was measured.
         on_engine: the checks on what the engine runs.
         verdict: both together, or inconclusive where an engine is required and none ran.
@@ -113,7 +111,7 @@ def attempt(
     int8 = folder / "model.int8.onnx"
     save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
     quantization.plan.save(folder / "plan.json")
-    quantization.table().save(folder / "calibration.cache")
+    Table.of(quantization).save(folder / "calibration.cache")
     build = builder(recipe.backend).build(
         int8,
         folder / "model.plan",
@@ -127,16 +125,9 @@ def attempt(
     accuracy = evaluation.verdict(build.engine if engine_runs_here(recipe, console) else int8)
     on_engine = () if recipe.min_int8 is None else (share_check(covered, recipe.min_int8),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
-    write_verdict(folder, verdict)
     console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
     return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
-
-
-def write_verdict(folder: Path, verdict: Verdict) -> None:
-    """`verdict.json` and `junit.xml`."""
-    write_json(folder / "verdict.json", verdict.to_json())
-    write_text(folder / "junit.xml", junit_xml(verdict))
 
 
 def share_check(covered: Coverage, least: float) -> Check:

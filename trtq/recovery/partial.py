@@ -11,7 +11,7 @@ in floating point for what stands in the way, not for components that are good a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -53,50 +53,59 @@ def cheapest_set(
         target: with all groups left out the noise must be within it.
         over: no further set is tried once this is true; what holds so far is returned.
     """
-    known: dict[frozenset[str], float] = {}
-
-    def holds(left_out: frozenset[str]) -> bool:
-        return len(left_out) == len(costs) or measured(left_out) <= target
-
-    def measured(left_out: frozenset[str]) -> float:
-        if left_out not in known:
-            known[left_out] = noise(left_out)
-        return known[left_out]
-
-    def price(left_out: frozenset[str]) -> tuple[float, int]:
-        return sum(costs[group] for group in left_out), len(left_out)
-
-    def search(ranking: Sequence[str]) -> frozenset[str]:
-        few, many = 0, len(ranking)
-        while few < many and not over():
-            middle = (few + many) // 2
-            if holds(frozenset(ranking[:middle])):
-                many = middle
-            else:
-                few = middle + 1
-        return put_back(frozenset(ranking[:many]))
-
-    def put_back(left_out: frozenset[str]) -> frozenset[str]:
-        for group in sorted(left_out, key=lambda g: (-costs[g], g)):
-            if over():
-                break
-            if holds(left_out - {group}):
-                left_out -= {group}
-        return left_out
-
-    def ranked(worth: Mapping[str, float]) -> list[str]:
-        return sorted(worth, key=lambda group: (-worth[group], group))
-
-    found = [search(ranked(alone)), search(ranked({g: alone[g] / costs[g] for g in costs}))]
-    best = min(found, key=price)
+    sets = _Sets(costs, noise, target, over)
+    found = [sets.search(alone), sets.search({group: alone[group] / costs[group] for group in costs})]
+    best = min(found, key=sets.price)
     if best and len(best) < len(costs) and not over():
         now: dict[str, float] = {}
         for group in costs:
             if over():
                 return best
-            now[group] = measured(best - {group}) - measured(best | {group})
-        found.append(search(ranked({group: now[group] / costs[group] for group in costs})))
-    return min([best, *found], key=price)
+            now[group] = sets.noise_of(best - {group}) - sets.noise_of(best | {group})
+        found.append(sets.search({group: now[group] / costs[group] for group in costs}))
+    return min([best, *found], key=sets.price)
+
+
+class _Sets:
+    """Sets of groups to leave out, each measured once; the arguments are those of `cheapest_set`."""
+
+    def __init__(
+        self, costs: Mapping[str, float], noise: Noise, target: float, over: Callable[[], bool]
+    ) -> None:
+        self._costs, self._noise, self._target, self._over = costs, noise, target, over
+        self._known: dict[frozenset[str], float] = {}
+
+    def noise_of(self, left_out: frozenset[str]) -> float:
+        if left_out not in self._known:
+            self._known[left_out] = self._noise(left_out)
+        return self._known[left_out]
+
+    def holds(self, left_out: frozenset[str]) -> bool:
+        return len(left_out) == len(self._costs) or self.noise_of(left_out) <= self._target
+
+    def price(self, left_out: frozenset[str]) -> tuple[float, int]:
+        return sum(self._costs[group] for group in left_out), len(left_out)
+
+    def search(self, worth: Mapping[str, float]) -> frozenset[str]:
+        """The fewest groups that hold, of those most worth leaving out, less what can be put back."""
+        ranking = sorted(worth, key=lambda group: (-worth[group], group))
+        few, many = 0, len(ranking)
+        while few < many and not self._over():
+            middle = (few + many) // 2
+            if self.holds(frozenset(ranking[:middle])):
+                many = middle
+            else:
+                few = middle + 1
+        return self._put_back(frozenset(ranking[:many]))
+
+    def _put_back(self, left_out: frozenset[str]) -> frozenset[str]:
+        """The set less the groups, the dearest first, without which it still holds."""
+        for group in sorted(left_out, key=lambda g: (-self._costs[g], g)):
+            if self._over():
+                break
+            if self.holds(left_out - {group}):
+                left_out -= {group}
+        return left_out
 
 
 MOST_ROWS = 64

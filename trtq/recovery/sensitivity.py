@@ -28,6 +28,7 @@ from trtq.files import PathLike, decode, read_own_json, sha256_json, write_bytes
 from trtq.gate.metrics import Metric, load_metric
 from trtq.graph.groups import groups
 from trtq.graph.quantization import Quantization
+from trtq.recipe import Recipe
 from trtq.simulation.pool import Pool
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.simulator import Effect, Mode, Score, Simulator
@@ -127,34 +128,36 @@ def analyse(
     cache: Cache,
     console: Console,
     *,
+    recipe: Recipe | None = None,
     mode: Mode = "only",
     metric: Metric | None = None,
     fast: bool = False,
-    workers: int | None = None,
-    parallel: Pool | None = None,
-    ignore_nonfinite: bool = False,
 ) -> Sensitivity:
     """Measure every group of a quantization, on `MOST_ROWS` rows at most.
 
     What is measured is kept in the cache at once: an interrupted analysis goes on where it was.
 
     Args:
-        metric: is measured, too; needs targets in `samples` unless it is label-free.
+        recipe: its `threads`, `parallel` and `ignore_nonfinite` say how rows are run and compared.
+        metric: measured as well; it needs targets in `samples` unless it is label-free.
         fast: measure on a few rows only (`fast_rows`).
-        workers: batches run at once; default: one for each processor.
-        parallel: where groups are measured, None: in this process; workers read the rows themselves.
-        ignore_nonfinite: compare only where the outputs are finite in fp32.
 
     Raises:
         InputError: the model does not run on the samples, or the metric does not suit them; as
-            `parallel.results`.
+            `workers.results`.
         MissingBackendError: the parallel backend's package is not installed.
     """
+    recipe = recipe or Recipe()
+    pool = recipe.parallel
     count = len(groups(quantization.graph, quantization.plan))
     available = min(len(samples), MOST_ROWS)
     samples = samples.spread(fast_rows(available, count) if fast else available)
     simulator = Simulator(
-        quantization, samples, metric=metric, workers=workers, ignore_nonfinite=ignore_nonfinite
+        quantization,
+        samples,
+        metric=metric,
+        workers=recipe.threads,
+        ignore_nonfinite=recipe.ignore_nonfinite,
     )
     key = Key.of(
         "sensitivity",
@@ -165,11 +168,10 @@ def analyse(
         metric=metric.fingerprint if metric else None,
         executor=simulation_fingerprint(),
     )
-    if parallel is None:
+    if pool is None:
         effects = measured(simulator, mode, cache, key, console)
     else:
-        effects = _measured_in(parallel, simulator, mode, cache, key, console)
-    sign = 1 if mode == "only" else -1
+        effects = _measured_in(pool, simulator, mode, cache, key, console)
     return Sensitivity(
         model=quantization.plan.model,
         data=samples.hash,
@@ -178,9 +180,15 @@ def analyse(
         metric=metric.name if metric else None,
         reference=metric.value(simulator.reference, dict(samples.targets)) if metric else None,
         int8=simulator.score(quantization.plan),
-        effects=sorted(
-            effects, key=lambda e: (sign * (-math.inf if e.metric is None else e.metric), -sign * e.noise)
-        ),
+        effects=_ranked(effects, mode),
+    )
+
+
+def _ranked(effects: Sequence[Effect], mode: Mode) -> list[Effect]:
+    """The most sensitive group first: by the metric where it was measured, then by the noise."""
+    sign = 1 if mode == "only" else -1
+    return sorted(
+        effects, key=lambda e: (sign * (-math.inf if e.metric is None else e.metric), -sign * e.noise)
     )
 
 

@@ -35,7 +35,7 @@ from trtq.job import Job
 from trtq.recovery.attempt import Attempt, Fruitless, attempt
 from trtq.recovery.budget import Budget
 from trtq.recovery.fixes.fix import fix
-from trtq.recovery.learning.learn import learn
+from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
 
 LEAST_RATIO = 1 / 256
@@ -115,9 +115,9 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
     A run that was interrupted, or ended by the budget, goes on from its last epoch.
 
     Raises:
-        InputError, MissingBackendError: as `recovery.learn.learn`.
+        InputError, MissingBackendError: as `learn`.
     """
-    checkpoint = job.key("checkpoint", start, labels=job.recipe.labels)
+    key = job.key("checkpoint", start, labels=job.recipe.labels)
     fitting, held_back = job.parts
     result = learn(
         start,
@@ -125,15 +125,12 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
         fitting,
         held_back,
         job.console,
-        labels=job.recipe.labels,
+        recipe=job.recipe,
         budget=budget,
-        threads=job.recipe.threads,
-        ignore_nonfinite=job.recipe.ignore_nonfinite,
-        state=job.cache.fetch(checkpoint),
-        save=lambda state: job.cache.store(checkpoint, state),
+        checkpoint=Checkpoint(job.cache.fetch(key), lambda state: job.cache.store(key, state)),
     )
     if result.whole:
-        remove(job.cache.path(checkpoint))
+        remove(job.cache.path(key))
     text = f"{result.before_db:.1f} -> {result.after_db:.1f} dB on the rows held back"
     job.console.say("learn", f"{result.steps} steps: {text}")
     if result.quantization is start:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from trtq.backends.builders import describe_engine
 from trtq.backends.compiled import Compiled
@@ -14,22 +15,11 @@ from trtq.backends.coverage import Coverage, coverage
 from trtq.calibration.table import Table
 from trtq.errors import InputError, about
 from trtq.files import PathLike, read_json, write_text
-from trtq.gate.in_the_way import InTheWay
 from trtq.gate.verdict import Outcome, Verdict
-from trtq.graph.plan import Plan, percent
+from trtq.graph.plan import Float32Node, Plan, percent
 from trtq.numerics import INT8_MAX
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882 }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-.badge { color: #fff; padding: .1em .6em; border-radius: .3em; font-weight: 600 }
-.pass { background: #18794e } .fail { background: #c62a2f } .inconclusive { background: #ad5700 }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .2em .6em .2em 0;
-border-bottom: 1px solid var(--line); vertical-align: top } td.n, th.n { text-align: right }
-.bar { background: #18794e; height: .7em; border-radius: .2em } .missed { color: #c62a2f; font-weight: 600 }
-code { background: var(--soft); padding: 0 .25em } summary { cursor: pointer } svg text { fill: currentColor }
-"""
+_GREEN, _RED, _GREY = "#18794e", "#c62a2f", "#8888"
 
 
 def write_report(folder: PathLike) -> Path:
@@ -39,228 +29,281 @@ def write_report(folder: PathLike) -> Path:
         InputError: a file of the results is missing or damaged.
     """
     folder = Path(folder)
-    if not (folder / "verdict.json").is_file():
-        raise InputError(
-            "the folder holds no results",
-            file=folder,
-            remedy="give one that 'trtq deploy -o' or 'demo' wrote",
-        )
-    with about(folder / "verdict.json"):
-        verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))
-    plan, table = Plan.load(folder / "plan.json"), Table.load(folder / "calibration.cache")
-    engine = describe_engine(folder / "model.plan")
-    if engine["build"] is None:
-        raise InputError("the record of the engine is missing", file=folder / "model.plan.json")
-    compiled: Compiled = engine["build"]["compiled"]
-    covered = coverage(plan, compiled)
-    title = f"{verdict.metric}: {verdict.outcome.value}"
-    sections = [
-        _headline(verdict),
-        _in_the_way(verdict.in_the_way),
-        *([_section("Warnings", _warnings(verdict))] if verdict.warnings else []),
-        _section("Accuracy", _interval(verdict) + _paragraphs(_measured(verdict))),
-        _section("Steps", _steps(folder)),
-        _section("Calibration", _methods(table.metadata)),
-        _section("Engine", _engine(engine, compiled, covered)),
-        _section("Weighted nodes", _nodes(plan, covered)),
-        *([_section("In float32", _float32(plan))] if plan.float32 else []),
-        _section("Ranges", _ranges(table)),
-    ]
-    page = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style>\n<body>{''.join(sections)}</body></html>\n"
+    report = Report.of(folder)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters["decibels"] = lambda value: "" if value is None else f"{value:.1f} dB"
+    environment.filters["tenths"] = lambda value: "" if value is None else f"{value:.1%}"
+    page = environment.get_template("report.html.j2").render(vars(report))
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
-def _headline(verdict: Verdict) -> str:
-    name = verdict.outcome.value
-    summary = verdict.headline().removeprefix(name.upper()).strip()
-    return f'<h1><span class="badge {name}">{name.upper()}</span> {escape(summary)}</h1>'
+@dataclass(frozen=True)
+class Tick:
+    """A mark on the line of the drop; `x` and `y` are positions in the drawing."""
+
+    x: str
+    y: int
+    colour: str
+    label: str
 
 
-def _in_the_way(found: InTheWay | None) -> str:
-    """The layers that stand in the way, and the way round them where one is known."""
-    if found is None:
-        return ""
-    rows = [
-        [
-            str(rank),
-            ", ".join(f"<code>{escape(node)}</code>" for node in obstacle.nodes),
-            escape(obstacle.op),
-            "" if obstacle.sqnr_db is None else f"{obstacle.sqnr_db:.1f} dB",
-            "" if obstacle.noise_share is None else f"{obstacle.noise_share:.1%}",
-            "" if obstacle.mac_share is None else f"{obstacle.mac_share:.1%}",
-            escape(obstacle.reason),
-        ]
-        for rank, obstacle in enumerate(found.obstacles, 1)
-    ]
-    header = ["", "nodes", "op", "SQNR alone", "of the noise", "of the MACs", ""]
-    table = _table(header, rows, numeric=(3, 4, 5)) if rows else ""
-    way = f"{escape(found.advice)}: <code>{escape(found.options)}</code>" if found.options else None
-    body = f"<p>{escape(found.what)}</p>{table}<p>{way or escape(found.advice)}</p>"
-    return _section("In the way", body)
+@dataclass(frozen=True)
+class Interval:
+    """The drop with its interval and the margin that it must stay under, as positions in a drawing."""
 
+    ticks: Sequence[Tick]
+    low: str
+    high: str
+    drop: str
+    colour: str
 
-def _measured(verdict: Verdict) -> list[str]:
-    return replace(verdict, in_the_way=None).details()
+    @classmethod
+    def of(cls, verdict: Verdict) -> Interval | None:
+        """The interval of a verdict, if it has one."""
+        if verdict.relative_interval is None or verdict.relative_drop is None:
+            return None
+        low, high = verdict.relative_interval
+        left, right = min(low, 0.0), max(high, verdict.max_drop, 0.0)
+        span = (right - left) or 1.0
 
+        def x(value: float) -> str:
+            return f"{60 + 580 * (value - left) / span:.1f}"
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{title}</h2>{body}\n"
-
-
-def _paragraphs(lines: Iterable[str]) -> str:
-    return "".join(f"<div>{escape(line.strip())}</div>" for line in lines)
-
-
-def _warnings(verdict: Verdict) -> str:
-    items = (f"<li>{escape(text).replace(chr(10), '<br>')}</li>" for text in verdict.warnings)
-    return f"<ul>{''.join(items)}</ul>"
-
-
-def _interval(verdict: Verdict) -> str:
-    """The drop with its interval on a line, and the margin it must stay under."""
-    if verdict.relative_interval is None or verdict.relative_drop is None:
-        return ""
-    low, high = verdict.relative_interval
-    left, right = min(low, 0.0), max(high, verdict.max_drop, 0.0)
-    span = (right - left) or 1.0
-
-    def x(value: float) -> float:
-        return 60 + 580 * (value - left) / span
-
-    ticks = "".join(
-        f'<line x1="{x(v):.1f}" x2="{x(v):.1f}" y1="14" y2="46" stroke="{colour}" stroke-width="2"/>'
-        f'<text x="{x(v):.1f}" y="{y}" text-anchor="middle" font-size="12">{escape(label)}</text>'
-        for v, colour, label, y in (
-            (0.0, "#8888", "fp32", 60),
-            (verdict.max_drop, "#c62a2f", f"allowed {verdict.max_drop:.2%}", 10),
+        return cls(
+            ticks=(
+                Tick(x(0.0), 60, _GREY, "fp32"),
+                Tick(x(verdict.max_drop), 10, _RED, f"allowed {verdict.max_drop:.2%}"),
+            ),
+            low=x(low),
+            high=x(high),
+            drop=x(verdict.relative_drop),
+            colour=_GREEN if verdict.gate is Outcome.PASS else _RED,
         )
-    )
-    colour = "#18794e" if verdict.gate is Outcome.PASS else "#c62a2f"
-    return (
-        f'<svg viewBox="0 0 700 66" width="100%" role="img" aria-label="drop with its interval">{ticks}'
-        f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="30" y2="30" stroke="{colour}" stroke-width="6" '
-        f'opacity=".45"/><circle cx="{x(verdict.relative_drop):.1f}" cy="30" r="6" fill="{colour}"/></svg>'
-    )
 
 
-def _steps(folder: Path) -> str:
+@dataclass(frozen=True)
+class Step:
+    """A step of the workflow: its figures, or why it gave nothing to measure.
+
+    Attributes:
+        outcome: None where there was nothing to gate.
+        missed: the messages of the checks that it does not pass.
+    """
+
+    name: str
+    kept: bool
+    outcome: str | None
+    missed: str
+    drop: str
+    noise: str
+    share: str
+    note: str
+
+    @classmethod
+    def of(cls, step: Mapping[str, Any]) -> Step:
+        """A step of `workflow.json`."""
+        name, note = step["step"], step.get("note", "")
+        if step["outcome"] is None:
+            return cls(name, False, None, "", "", "", "", note)
+        return cls(
+            name,
+            kept=step["kept"],
+            outcome=step["outcome"],
+            missed="; ".join(check["message"] for check in step["checks"] if not check["ok"]),
+            drop="not finite" if step["relative_drop"] is None else f"{step['relative_drop']:.2%}",
+            noise=", ".join(f"{value:.1f}" for value in step["sqnr_db"].values()),
+            share=percent(step["int8_share"]),
+            note=note,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured to choose methods and fixes, in dB on rows held back; the best first.
+
+    Attributes:
+        fixes: those that were taken; None: none were tried.
+        learned: what learning gained, in words.
+        left_out: node -> why it is in floating point.
+        exceptions: tensor -> the method of its own.
+        with_exceptions: what these reach together.
+    """
+
+    held_back: int
+    methods: Sequence[tuple[str, float]]
+    fixes: str | None
+    fixes_tried: Sequence[tuple[str, float]]
+    learned: str | None
+    left_out: Mapping[str, str]
+    exceptions: Mapping[str, str]
+    with_exceptions: float | None
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any]) -> Choice | None:
+        """What the metadata of a table say; None where methods were not compared."""
+        if not metadata.get("sqnr_db"):
+            return None
+        learned = None
+        if "learned" in metadata:
+            before, after = metadata["learned"]["sqnr_db"]
+            steps = metadata["learned"]["steps"]
+            learned = f"Learned in {steps} steps: {before:.2f} dB before, {after:.2f} dB after."
+        return cls(
+            held_back=metadata["held_back"],
+            methods=_best_first(metadata["sqnr_db"]),
+            fixes=metadata.get("fixes"),
+            fixes_tried=_best_first(metadata["fixes_sqnr_db"]) if "fixes" in metadata else (),
+            learned=learned,
+            left_out=metadata.get("left_out", {}),
+            exceptions=metadata.get("exceptions", {}),
+            with_exceptions=metadata.get("sqnr_db_with_exceptions"),
+        )
+
+    def bar(self, value: float) -> str:
+        """The width of a method's bar; 20 for the best."""
+        widest = max(*(value for _, value in self.methods), 1.0)
+        return f"{20 * max(value, 0) / widest:.1f}"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where the scales come from."""
+
+    method: str
+    rows: str
+    choice: Choice | None
+
+
+@dataclass(frozen=True)
+class Node:
+    """A weighted node in the engine.
+
+    Attributes:
+        millions: of multiply-accumulates; empty where they are not known.
+        int8: whether the engine runs it in INT8.
+        missed: whether it was meant to and does not.
+    """
+
+    name: str
+    op: str
+    millions: str
+    int8: bool
+    missed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Range:
+    """The range of an activation."""
+
+    tensor: str
+    amax: str
+    scale: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows.
+
+    Attributes:
+        summary: the verdict in one line, without its outcome.
+        measured: what else there is to know of the accuracy, line by line.
+        interval: None where none was measured.
+        steps: None where `deploy` left no record of them.
+        engine: what was built, line by line.
+        float32: nodes that stay float32 where the rest is float16.
+    """
+
+    verdict: Verdict
+    summary: str
+    measured: Sequence[str]
+    interval: Interval | None
+    steps: Sequence[Step] | None
+    calibration: Calibration
+    engine: Sequence[str]
+    nodes: Sequence[Node]
+    float32: Sequence[Float32Node]
+    ranges: Sequence[Range]
+
+    @classmethod
+    def of(cls, folder: Path) -> Report:
+        """What the files of a folder of results say.
+
+        Raises:
+            InputError: one is missing or damaged.
+        """
+        if not (folder / "verdict.json").is_file():
+            raise InputError(
+                "the folder holds no results",
+                file=folder,
+                remedy="give one that 'trtq deploy -o' or 'demo' wrote",
+            )
+        with about(folder / "verdict.json"):
+            verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))
+        plan, table = Plan.load(folder / "plan.json"), Table.load(folder / "calibration.cache")
+        engine = describe_engine(folder / "model.plan")
+        if engine["build"] is None:
+            raise InputError("the record of the engine is missing", file=folder / "model.plan.json")
+        compiled: Compiled = engine["build"]["compiled"]
+        covered = coverage(plan, compiled)
+        metadata = table.metadata
+        return cls(
+            verdict=verdict,
+            summary=verdict.headline().removeprefix(verdict.outcome.value.upper()).strip(),
+            measured=replace(verdict, in_the_way=None).details(),
+            interval=Interval.of(verdict),
+            steps=_steps(folder / "workflow.json"),
+            calibration=Calibration(
+                str(metadata.get("method", "unknown")), str(metadata.get("rows", "?")), Choice.of(metadata)
+            ),
+            engine=_engine_lines(engine, compiled, covered),
+            nodes=_nodes(plan, covered),
+            float32=plan.float32,
+            ranges=[
+                Range(name, f"{float(scale) * INT8_MAX:.5g}", f"{float(scale):.6g}")
+                for name, scale in table.scales.items()
+            ],
+        )
+
+
+def _steps(path: Path) -> list[Step] | None:
     """Every step that the workflow took, where `deploy` left a record of them."""
-    if not (folder / "workflow.json").is_file():
-        return "<p>One: the table it was given.</p>"
-    with about(folder / "workflow.json"):
-        rows = [_step(step) for step in read_json(folder / "workflow.json", "record of the steps")]
-    header = ["step (kept: bold)", "outcome", "drop", "SQNR dB", "INT8 MACs", ""]
-    return _table(header, rows, numeric=(2, 3, 4))
+    if not path.is_file():
+        return None
+    with about(path):
+        return [Step.of(step) for step in read_json(path, "record of the steps")]
 
 
-def _step(step: Mapping[str, Any]) -> list[str]:
-    """The row of a step: its figures, or why it gave nothing to measure."""
-    name, note = escape(step["step"]), escape(step.get("note", ""))
-    if step["outcome"] is None:
-        return [name, "nothing to gate", "", "", "", note]
-    drop = "not finite" if step["relative_drop"] is None else f"{step['relative_drop']:.2%}"
-    noise = ", ".join(f"{value:.1f}" for value in step["sqnr_db"].values())
-    outcome = escape(step["outcome"])
-    missed = escape("; ".join(check["message"] for check in step["checks"] if not check["ok"]))
-    badge = f'<span class="badge {outcome}">{outcome}</span>'
-    badge += f' <span class="missed">{missed}</span>' if missed else ""
-    name = f"<strong>{name}</strong>" if step["kept"] else name
-    return [name, badge, drop, noise, percent(step["int8_share"]), note]
-
-
-def _methods(metadata: Any) -> str:
-    method, rows = metadata.get("method", "unknown"), metadata.get("rows", "?")
-    text = f"<p>Method <code>{escape(str(method))}</code> on {rows} rows.</p>"
-    tried: dict[str, float] = metadata.get("sqnr_db", {})
-    if not tried:
-        return text
-    widest = max(*tried.values(), 1.0)
-    rows_html = []
-    for name, value in sorted(tried.items(), key=lambda item: -item[1]):
-        width = 20 * max(value, 0) / widest
-        rows_html.append(
-            [escape(name), f"{value:.2f} dB", f'<div class="bar" style="width:{width:.1f}rem"></div>']
-        )
-    text += f"<p>Signal to quantization noise of the outputs on {metadata['held_back']} rows held back:</p>"
-    text += _table(["method", "SQNR", ""], rows_html)
-    if "fixes" in metadata:
-        fixes = [
-            [escape(label), f"{value:.2f} dB"]
-            for label, value in sorted(metadata["fixes_sqnr_db"].items(), key=lambda item: -item[1])
-        ]
-        text += f"<p>Fixes: <code>{escape(metadata['fixes'])}</code>.</p>" + _table(["fixes", "SQNR"], fixes)
-    if "learned" in metadata:
-        before, after = metadata["learned"]["sqnr_db"]
-        steps = metadata["learned"]["steps"]
-        text += f"<p>Learned in {steps} steps: {before:.2f} dB before, {after:.2f} dB after.</p>"
-    if left := metadata.get("left_out"):
-        rows_html = [[f"<code>{escape(name)}</code>", escape(why)] for name, why in left.items()]
-        listed = _table(["in floating point", "why"], rows_html)
-        text += f"<details><summary>{len(left)} left in floating point</summary>{listed}</details>"
-    own: dict[str, str] = metadata.get("exceptions", {})
-    if own:
-        gain = f"{metadata['sqnr_db_with_exceptions']:.2f} dB"
-        listed = _table(
-            ["tensor", "method"], [[f"<code>{escape(t)}</code>", escape(m)] for t, m in own.items()]
-        )
-        summary = f"{len(own)} tensors do better with their own: {gain}"
-        text += f"<details><summary>{summary}</summary>{listed}</details>"
-    return text
-
-
-def _engine(engine: dict[str, Any], compiled: Compiled, covered: Coverage) -> str:
+def _engine_lines(engine: Mapping[str, Any], compiled: Compiled, covered: Coverage) -> list[str]:
     targets = ", ".join(engine["targets"]) or "the builder's own"
     megabytes = compiled.bytes_moved() / 1e6
-    lines = [
+    return [
         f"{engine['backend']} {engine['version']}, {engine['bytes'] / 1e6:.1f} MB",
         f"built for compute capabilities {targets}",
         f"{compiled.kernels} kernels; about {megabytes:.1f} MB moved at batch {compiled.batch} (an estimate)",
         *covered.text().splitlines(),
     ]
-    return _paragraphs(lines)
 
 
-def _nodes(plan: Plan, covered: Coverage) -> str:
+def _nodes(plan: Plan, covered: Coverage) -> list[Node]:
     running = {node.name for node in covered.int8}
-    rows = []
+    nodes = []
     for node in plan.nodes:
-        if node.name in running:
-            state = "INT8"
-        else:
-            state = '<span class="missed">floating point</span>' if node.int8 else "floating point"
-        reason = "" if node.name in running else node.reason if not node.int8 else "its Q/DQ bought nothing"
+        int8 = node.name in running
+        missed = node.int8 and not int8
+        reason = "its Q/DQ bought nothing" if missed else "" if int8 else node.reason
         millions = "" if node.macs is None else f"{node.macs / 1e6:.2f} M"
-        rows.append([f"<code>{escape(node.name)}</code>", escape(node.op), millions, state, escape(reason)])
-    return _table(["node", "op", "MACs", "engine", "why"], rows, numeric=(2,))
+        nodes.append(Node(node.name, node.op, millions, int8, missed, reason))
+    return nodes
 
 
-def _float32(plan: Plan) -> str:
-    """What stays float32 where the rest is float16."""
-    rows = [
-        [f"<code>{escape(node.name)}</code>", escape(node.op), escape(node.reason)] for node in plan.float32
-    ]
-    body = _table(["node", "op", "why"], rows)
-    return f"<details><summary>{len(rows)} nodes, the rest is float16</summary>{body}</details>"
-
-
-def _ranges(table: Table) -> str:
-    rows = [
-        [f"<code>{escape(name)}</code>", f"{float(scale) * INT8_MAX:.5g}", f"{float(scale):.6g}"]
-        for name, scale in table.scales.items()
-    ]
-    body = _table(["tensor", "amax", "scale"], rows, numeric=(1, 2))
-    return f"<details><summary>{len(rows)} tensors</summary>{body}</details>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if i in numeric else ''}>{value}</{tag}>" for i, value in enumerate(values)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><tr>{cells('th', header)}</tr>{body}</table>"
+def _best_first(figures: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(figures.items(), key=lambda item: -item[1])

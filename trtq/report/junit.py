@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
+from trtq.files import write_json, write_text
 from trtq.gate.verdict import Check, Outcome, Verdict
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def write_verdict(folder: Path, verdict: Verdict) -> None:
+    """Write `verdict.json` and `junit.xml` into a folder of results."""
+    write_json(folder / "verdict.json", verdict.to_json())
+    write_text(folder / "junit.xml", junit_xml(verdict))
 
 
 def junit_xml(verdict: Verdict) -> str:
     """One test suite: the gate's test case, then one per check.
 
     A fail is a `failure`, what is inconclusive is `skipped`: the suite has failures, or else skipped cases,
-    exactly where the verdict's outcome is no pass. The gate's case carries the verdict's text, and what
-    stands in the way is told with every failure. Characters that XML cannot hold become `?`.
+    exactly where the verdict's outcome is not a pass. The gate's case carries the verdict's text, and every
+    failure says what stands in the way. Characters that XML cannot hold become `?`.
     """
     suite = ElementTree.Element("testsuite", name="trtq")
     gate = Check(f"accuracy gate {verdict.metric}", verdict.gate, verdict.gate_line())

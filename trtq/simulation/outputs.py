@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from trtq.backends.builders import package_of
 from trtq.backends.interface import Gpu, find_gpu
 from trtq.data.batches import Arrays, batches
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.gate.verdict import Executor
+from trtq.graph.inputs import InputSpec
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner

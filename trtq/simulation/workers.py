@@ -35,9 +35,10 @@ from trtq.calibration.statistics import Statistics
 from trtq.code_hash import code_sha256
 from trtq.console import Advance, Console
 from trtq.data.load import reload
-from trtq.data.samples import Origin, Samples, fixed_batch
+from trtq.data.samples import Origin, Samples
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
+from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import load_model, model_files, model_sha256, save_model
 from trtq.simulation.outputs import DEFAULT_BATCH_SIZE, Outputs, run_model
 from trtq.simulation.pool import Pool

@@ -19,8 +19,9 @@ import tensorrt_bindings as trt
 
 from trtq.backends.calibrators import BASES, data_calibrator, stop_on_error, table_calibrator
 from trtq.calibration.table import Table, version_number
-from trtq.data.samples import InputSpec, Samples
+from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.graph.inputs import InputSpec
 
 MAJOR = int(trt.__version__.split(".")[0])
 VERSION = {8: 8601, 10: 101601}[MAJOR]

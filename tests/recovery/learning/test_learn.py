@@ -15,14 +15,17 @@ from trtq.console import SILENT
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.quantization import Quantization
+from trtq.recipe import Recipe
 from trtq.simulation.session import simulation_session
 from trtq.simulation.similarity import sqnr_db
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra qat)")
 
 from trtq.recovery.budget import Budget  # noqa: E402
-from trtq.recovery.learning.learn import learn  # noqa: E402 (needs torch)
+from trtq.recovery.learning.learn import Checkpoint, learn  # noqa: E402 (needs torch)
 from trtq.recovery.learning.pupil import Pupil, fake_quantize  # noqa: E402
+
+ONE = Recipe(threads=1)
 
 
 def _qdq(values: np.ndarray, scale: np.float32) -> np.ndarray:
@@ -88,7 +91,7 @@ def sqnr(case: Case, quantization: Quantization, rows: Samples) -> float:
 def test_learning_is_measured_as_onnx_runtime_does(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
-    learned = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1)
+    learned = learn(quantization, case.graph, fitting, held_back, SILENT, recipe=ONE)
     assert learned.before_db == pytest.approx(sqnr(case, quantization, held_back), abs=0.02)
     assert learned.after_db == pytest.approx(sqnr(case, learned.quantization, held_back), abs=0.02)
     assert learned.after_db > learned.before_db + 1
@@ -97,7 +100,7 @@ def test_learning_is_measured_as_onnx_runtime_does(start: tuple[Case, Quantizati
 def test_the_codes_written_are_those_learned(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
-    after = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1).quantization
+    after = learn(quantization, case.graph, fitting, held_back, SILENT, recipe=ONE).quantization
     pupil, written = Pupil(after, torch.device("cpu")), after.rewritten().tensors()
     for name, axis in pupil.codes:
         codes = written[f"{name}/{axis}/int8"].values
@@ -109,8 +112,18 @@ def test_an_interrupted_run_ends_like_a_whole_one(start: tuple[Case, Quantizatio
     case, quantization = start
     fitting, held_back = case.samples.split()
     states: list[bytes] = []
-    whole = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, save=states.append)
-    resumed = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, state=states[2])
+    whole = learn(
+        quantization,
+        case.graph,
+        fitting,
+        held_back,
+        SILENT,
+        recipe=ONE,
+        checkpoint=Checkpoint(save=states.append),
+    )
+    resumed = learn(
+        quantization, case.graph, fitting, held_back, SILENT, recipe=ONE, checkpoint=Checkpoint(states[2])
+    )
     assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()
 
 
@@ -121,7 +134,7 @@ def test_the_teacher_is_the_model_and_not_the_corrected_graph(start: tuple[Case,
     graph.nodes[-1].inputs[2].values = graph.nodes[-1].inputs[2].values + np.float32(5)
     fitting, held_back = case.samples.split()
     wrong = replace(quantization, graph=graph)
-    learned = learn(wrong, case.graph, fitting, held_back, SILENT, threads=1, budget=Budget.of(0.001))
+    learned = learn(wrong, case.graph, fitting, held_back, SILENT, recipe=ONE, budget=Budget.of(0.001))
     assert learned.before_db == pytest.approx(sqnr(case, wrong, held_back), abs=0.02)
 
 
@@ -129,7 +142,7 @@ def test_labels_must_be_class_numbers(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
     with pytest.raises(InputError, match="class number"):
-        learn(quantization, case.graph, fitting, held_back, SILENT, labels="label", threads=1)
+        learn(quantization, case.graph, fitting, held_back, SILENT, recipe=Recipe(labels="label", threads=1))
 
 
 @dataclass(frozen=True)
@@ -151,10 +164,19 @@ def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(start: tuple[C
     states: list[bytes] = []
     budget = Asked(times=60)
     short = learn(
-        quantization, case.graph, fitting, held_back, SILENT, threads=1, budget=budget, save=states.append
+        quantization,
+        case.graph,
+        fitting,
+        held_back,
+        SILENT,
+        recipe=ONE,
+        budget=budget,
+        checkpoint=Checkpoint(save=states.append),
     )
-    whole = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1)
-    resumed = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, state=states[-1])
+    whole = learn(quantization, case.graph, fitting, held_back, SILENT, recipe=ONE)
+    resumed = learn(
+        quantization, case.graph, fitting, held_back, SILENT, recipe=ONE, checkpoint=Checkpoint(states[-1])
+    )
     assert 0 < short.steps < whole.steps
     assert (short.whole, whole.whole) == (False, True)
     assert resumed.steps == whole.steps
@@ -178,8 +200,10 @@ def test_classes_masked_with_infinity(tmp_path: Path) -> None:
     quantization = replace(quantization, scales=wide)
     fitting, held_back = case.samples.split()
     with pytest.raises(InputError, match="of the reference is NaN or infinite in row 0"):
-        learn(quantization, case.graph, fitting, held_back, SILENT, threads=1)
-    learned = learn(quantization, case.graph, fitting, held_back, SILENT, threads=1, ignore_nonfinite=True)
+        learn(quantization, case.graph, fitting, held_back, SILENT, recipe=ONE)
+    learned = learn(
+        quantization, case.graph, fitting, held_back, SILENT, recipe=Recipe(threads=1, ignore_nonfinite=True)
+    )
     for figure, made in ((learned.before_db, quantization), (learned.after_db, learned.quantization)):
         (expected,), (found,) = outputs(case.graph, held_back), outputs(made.rewritten(), held_back)
         finite = np.isfinite(mask)
@@ -202,7 +226,7 @@ def test_learning_is_measured_by_the_worst_component(tmp_path: Path) -> None:
     quantization = case.quantized()
     wide = {name: np.float32(4 * scale) for name, scale in quantization.scales.items()}
     fitting, held_back = case.samples.split()
-    learned = learn(replace(quantization, scales=wide), case.graph, fitting, held_back, SILENT, threads=1)
+    learned = learn(replace(quantization, scales=wide), case.graph, fitting, held_back, SILENT, recipe=ONE)
 
     def lowest(found: Quantization) -> float:
         pair = outputs(case.graph, held_back)[0], outputs(found.rewritten(), held_back)[0]

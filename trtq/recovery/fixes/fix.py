@@ -14,9 +14,16 @@ from itertools import product
 
 import onnx_graphsurgeon as gs
 
-from trtq.calibration.calibrate import Source, calibrate, rangeless, statistics_of, without_ranges_of
-from trtq.calibration.choose import choose_method, scales_from
-from trtq.calibration.methods import AUTO, parse_method
+from trtq.calibration.calibrate import (
+    FloatGraph,
+    calibrate,
+    held_back,
+    rangeless,
+    statistics_of,
+    without_ranges_of,
+)
+from trtq.calibration.methods import AUTO, parse_method, scales_from
+from trtq.calibration.search import Rows, choose_method
 from trtq.console import SILENT
 from trtq.data.samples import Samples
 from trtq.graph.quantization import Quantization
@@ -39,21 +46,22 @@ def fix(job: Job, start: Quantization) -> Made:
     method and from all rows.
 
     Returns:
-        none where nothing helps, and what was tried.
+        nothing where no fix helps, and what was tried.
     """
     fitting, _ = job.parts
-    found = {"as calibrated": job.measure.sqnr_db(start, "calibrated")}
+    rows = held_back(job)
+    found = {"as calibrated": rows.sqnr_db(start, job.console, "calibrated")}
     candidates: dict[str, Quantization] = {}
     for wanted in product((False, True), repeat=len(PASSES)):
         names = [name for (name, _), use in zip(PASSES, wanted, strict=True) if use]
-        changed = _changed(job, start, names, fitting)
+        changed = _changed(job, rows, start, names)
         if changed is None:
             continue
         for last in ([], ["bias"]):
             if names or last:
                 label = " + ".join([*names, *last])
                 candidate = _corrected(job, changed, fitting) if last else changed
-                found[label] = job.measure.sqnr_db(candidate, label)
+                found[label] = rows.sqnr_db(candidate, job.console, label)
                 candidates[label] = changed
     ranked = sorted(found.items(), key=lambda item: -item[1])
     best, after = ranked[0]
@@ -63,15 +71,19 @@ def fix(job: Job, start: Quantization) -> Made:
         return Made(None, True, f"nothing helped: {tried}")
     kept = candidates[best]
     if kept.graph is not start.graph:
-        kept = calibrate(job, start.plan, Source.changed(kept.graph))
+        kept = calibrate(job, start.plan, FloatGraph.changed(kept.graph))
     if best.endswith("bias"):
         kept = _corrected(job, kept, job.data)
     return Made(replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found}), True)
 
 
-def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) -> Quantization | None:
-    """The start with its graph changed by some passes; None where one of them has nothing to do."""
-    graph = start.graph
+def _changed(job: Job, rows: Rows, start: Quantization, names: list[str]) -> Quantization | None:
+    """The start with its graph changed by some passes; None where one of them has nothing to do.
+
+    Args:
+        rows: held back, to choose a method on where the recipe names none.
+    """
+    graph, (fitting, _) = start.graph, job.parts
     for name, change in PASSES:
         if name in names:
             made = change(graph, start.plan, fitting, workers=job.recipe.threads)
@@ -80,14 +92,14 @@ def _changed(job: Job, start: Quantization, names: list[str], fitting: Samples) 
             graph = made
     if not names:
         return start
-    statistics = statistics_of(job, start.plan, fitting, Source.changed(graph))
+    statistics = statistics_of(job, start.plan, fitting, FloatGraph.changed(graph))
     method, search = parse_method(start.notes["method"]), job.recipe.method == AUTO
     reasons = rangeless(statistics, None if search else method)
     changed = without_ranges_of(replace(start, graph=graph), reasons)
     if not changed.plan.int8_nodes:
         return None
     if search:
-        method = choose_method(job.measure, changed, statistics).method
+        method = choose_method(rows, changed, statistics, job.console).method
     return replace(changed, scales=scales_from(statistics, method))
 
 

@@ -21,7 +21,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -33,6 +33,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.recipe import Recipe
 from trtq.recovery.budget import NO_BUDGET, Budget
 from trtq.simulation.finite import check_reference
 from trtq.simulation.similarity import Reference, noise_db
@@ -64,6 +65,10 @@ LABEL_WEIGHT = 0.05
 LEAST_GAIN_DB = 0.05
 
 
+Answer: TypeAlias = "dict[str, list[Tensor]]"
+"""Kind of parameter -> the values of all of that kind."""
+
+
 @dataclass(frozen=True)
 class Learned:
     """What came of learning.
@@ -82,6 +87,22 @@ class Learned:
     whole: bool
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """How an interrupted run goes on.
+
+    Attributes:
+        state: what `save` was given before the interruption; None: learning begins.
+        save: called after each epoch.
+    """
+
+    state: bytes | None = None
+    save: Callable[[bytes], object] = lambda state: None
+
+
+NO_CHECKPOINT = Checkpoint()
+
+
 def learn(
     quantization: Quantization,
     teacher: gs.Graph,
@@ -89,25 +110,20 @@ def learn(
     held_back: Samples,
     console: Console,
     *,
-    labels: str | None = None,
+    recipe: Recipe | None = None,
     budget: Budget = NO_BUDGET,
-    threads: int | None = None,
-    ignore_nonfinite: bool = False,
-    state: bytes | None = None,
-    save: Callable[[bytes], object] = lambda state: None,
+    checkpoint: Checkpoint = NO_CHECKPOINT,
 ) -> Learned:
     """Learn from `fitting`, keep what is best on `held_back`.
 
-    On a GPU where PyTorch finds one (never run by the authors for want of one), else on the CPU.
+    On a GPU where PyTorch finds one (the authors had none to run it on), else on the CPU.
 
     Args:
         teacher: the fp32 model, folded; a fix may have changed the biases of the quantization's own graph.
-        labels: the target of `fitting` that holds class numbers (rows,); the model then needs one output
-            (rows, classes).
+        recipe: `labels` is the target of `fitting` that holds class numbers (rows,), and the model then needs
+            one output (rows, classes); `threads`; with `ignore_nonfinite` only what is finite in the
+            teacher's outputs is learned from.
         budget: learning stops when it is spent, with what was best until then.
-        ignore_nonfinite: learn only from what is finite in the teacher's outputs.
-        state: what `save` was given before an interruption; learning goes on from there.
-        save: called after each epoch.
 
     Raises:
         MissingBackendError: PyTorch is not installed.
@@ -120,12 +136,13 @@ def learn(
         raise MissingBackendError(
             "PyTorch is not installed, and learning needs it", remedy="pip install 'trtq[qat]'"
         ) from error
+    recipe = recipe or Recipe()
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        run = _Run(quantization, teacher, fitting, held_back, labels, device, ignore_nonfinite)
-        return run.learn(console, budget, state, save)
+        run = _Run(quantization, teacher, fitting, held_back, recipe, device)
+        return run.learn(console, budget, checkpoint)
     finally:
         torch.set_num_threads(before)
 
@@ -148,23 +165,22 @@ class _Run:
         teacher: gs.Graph,
         fitting: Samples,
         held_back: Samples,
-        labels: str | None,
+        recipe: Recipe,
         device: Any,
-        ignore_nonfinite: bool,
     ) -> None:
         import torch
 
         from trtq.recovery.learning.pupil import Pupil
         from trtq.recovery.learning.torch_graph import TorchGraph
 
-        self.given, self.device, self.ignore_nonfinite = quantization, device, ignore_nonfinite
+        self.given, self.device, self.ignore_nonfinite = quantization, device, recipe.ignore_nonfinite
         self.start = quantization = quantization.with_corrections_inside()
         self.pupil: Pupil = Pupil(quantization, device)
         self.biases = {name: self.pupil.make_trainable(name) for name in _biases(quantization.graph)}
         self.codes = _own_weights(quantization)
         self.teacher = TorchGraph(teacher).to(device)
         fitting, held_back = fitting.spread(MOST_ROWS), held_back.spread(MOST_ROWS)
-        if labels is not None and len(quantization.graph.outputs) != 1:
+        if (labels := recipe.labels) is not None and len(quantization.graph.outputs) != 1:
             outputs = ", ".join(tensor.name for tensor in quantization.graph.outputs)
             raise InputError("labels need a model with one output", cause=f"this one has {outputs}")
         numbers = None if labels is None else fitting.class_numbers(labels)
@@ -184,22 +200,14 @@ class _Run:
             for name, split in self.reference.components.items()
         }
 
-    def learn(
-        self, console: Console, budget: Budget, state: bytes | None, save: Callable[[bytes], object]
-    ) -> Learned:
-        import torch
-
-        noise = self._exam()
-        before, best, best_noise = noise, self._answer(), noise
+    def learn(self, console: Console, budget: Budget, checkpoint: Checkpoint) -> Learned:
+        before = noise = self._exam()
+        best, best_noise = self._answer(), noise
         epochs = max(math.ceil(_steps(self.start.plan) / len(self.lessons)), 2)
         optimizer, rates = self._optimizer()
         epoch = 0
-        if state is not None:
-            stored = torch.load(io.BytesIO(state), map_location=self.device, weights_only=True)
-            self._restore(stored["now"])
-            optimizer.load_state_dict(stored["optimizer"])
-            best, best_noise = stored["best"], stored["best_noise"]
-            epoch = stored["epoch"]
+        if checkpoint.state is not None:
+            epoch, best, best_noise = self._resume(checkpoint.state, optimizer)
         with console.progress("learn", (epochs - epoch) * len(self.lessons), "step") as advance:
             while epoch < epochs and not budget.over:
                 order = np.random.default_rng(epoch).permutation(len(self.lessons))
@@ -221,20 +229,35 @@ class _Run:
                     break
                 epoch += 1
                 console.say("learn", f"epoch {epoch} of {epochs}: {noise_db(noise):.2f} dB on rows held back")
-                stored = {
-                    "now": self._answer(),
-                    "optimizer": optimizer.state_dict(),
-                    "best": best,
-                    "best_noise": best_noise,
-                    "epoch": epoch,
-                }
-                buffer = io.BytesIO()
-                torch.save(stored, buffer)
-                save(buffer.getvalue())
+                checkpoint.save(self._state(epoch, best, best_noise, optimizer))
         gain = noise_db(best_noise) - noise_db(before)
         quantization = self._exported(best) if gain >= LEAST_GAIN_DB else self.given
         steps = epoch * len(self.lessons)
         return Learned(quantization, noise_db(before), noise_db(best_noise), steps, epoch == epochs)
+
+    def _state(self, epoch: int, best: Answer, best_noise: float, optimizer: Any) -> bytes:
+        """All that `_resume` needs to go on after `epoch` epochs."""
+        import torch
+
+        stored = {
+            "now": self._answer(),
+            "optimizer": optimizer.state_dict(),
+            "best": best,
+            "best_noise": best_noise,
+            "epoch": epoch,
+        }
+        buffer = io.BytesIO()
+        torch.save(stored, buffer)
+        return buffer.getvalue()
+
+    def _resume(self, state: bytes, optimizer: Any) -> tuple[int, Answer, float]:
+        """Go back to a state; the epochs done, the best answer and its noise."""
+        import torch
+
+        stored = torch.load(io.BytesIO(state), map_location=self.device, weights_only=True)
+        self._restore(stored["now"])
+        optimizer.load_state_dict(stored["optimizer"])
+        return stored["epoch"], stored["best"], stored["best_noise"]
 
     def _lessons(self, samples: Samples, labels: NDArray[np.int64] | None) -> Iterator[_Lesson]:
         import torch
@@ -307,11 +330,11 @@ class _Run:
         groups = [group for group in groups if group["params"]]
         return torch.optim.Adam(groups, betas=(0.9, 0.99)), [group["lr"] for group in groups]
 
-    def _answer(self) -> dict[str, list[Tensor]]:
+    def _answer(self) -> Answer:
         """A copy of everything that is learned."""
         return {kind: [p.detach().clone() for p in held] for kind, held in self._parameters().items()}
 
-    def _restore(self, answer: dict[str, list[Tensor]]) -> None:
+    def _restore(self, answer: Answer) -> None:
         for kind, held in self._parameters().items():
             for parameter, value in zip(held, answer[kind], strict=True):
                 parameter.data.copy_(value)
@@ -323,7 +346,7 @@ class _Run:
             "codes": [self.pupil.codes[key] for key in self.codes],
         }
 
-    def _exported(self, answer: dict[str, list[Tensor]]) -> Quantization:
+    def _exported(self, answer: Answer) -> Quantization:
         """The start with what was learned."""
         self._restore(answer)
         pupil, graph = self.pupil, self.start.graph.copy()

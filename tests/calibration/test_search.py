@@ -1,4 +1,4 @@
-"""`--method auto`: every candidate is measured, and the best one wins."""
+"""`--method auto`: the best method wins, and a tensor gets a range of its own only where that helps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pytest
 from mixed import BOXES, SCORES, lowest_decibels, mixed_net
 from nets import normal, run
 
-from trtq.cache import Cache
-from trtq.calibration.choose import CANDIDATES, Measure, choose_method, scales_from
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import Method, parse_method
+from trtq.calibration.methods import Method, parse_method, scales_from
+from trtq.calibration.search import CANDIDATES, NARROWER, Refinement, Rows, choose_method, refine_ranges
 from trtq.calibration.statistics import Histogram, Statistics
 from trtq.console import SILENT
 from trtq.data.load import load_samples
@@ -26,7 +25,7 @@ from trtq.graph.quantization import Quantization
 from trtq.simulation.similarity import MAX_SQNR_DB
 
 
-def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, Quantization, Statistics]:
+def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Rows, Quantization, Statistics]:
     """A matmul with the rows of `x` held back, not yet calibrated, and the statistics of the same rows."""
     graph = gs.Graph(opset=17)
     graph.inputs = [gs.Variable("x", np.float32, ["N", x.shape[1]])]
@@ -41,11 +40,10 @@ def measured(folder: Path, x: np.ndarray, weight: np.ndarray) -> tuple[Measure, 
     plan = place(model)
     samples = load_samples(str(folder / "x.npz"), model.inputs)
     statistics = collect(model.graph, plan.tensors, samples)
-    measure = Measure(model.path, model.sha256, samples, Cache(folder / "c"), SILENT)
-    return measure, Quantization(model.graph, plan, {}), statistics
+    return Rows(model.path, samples), Quantization(model.graph, plan, {}), statistics
 
 
-def mixed(folder: Path) -> tuple[Measure, Quantization, Statistics]:
+def mixed(folder: Path) -> tuple[Rows, Quantization, Statistics]:
     """The same of a network whose output mixes scales."""
     onnx.save(mixed_net(), folder / "m.onnx")
     np.savez(folder / "x.npz", x=normal(64, 16))
@@ -53,8 +51,11 @@ def mixed(folder: Path) -> tuple[Measure, Quantization, Statistics]:
     fold(model.graph)
     plan = place(model)
     samples = load_samples(str(folder / "x.npz"), model.inputs)
-    measure = Measure(model.path, model.sha256, samples, Cache(folder / "c"), SILENT)
-    return measure, Quantization(model.graph, plan, {}), collect(model.graph, plan.tensors, samples)
+    return (
+        Rows(model.path, samples),
+        Quantization(model.graph, plan, {}),
+        collect(model.graph, plan.tensors, samples),
+    )
 
 
 def by_hand(x: np.ndarray, weight: np.ndarray, scale: float) -> float:
@@ -76,18 +77,18 @@ def test_the_score_is_the_sqnr_of_quantized_arithmetic(
     arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     x, weight = arrays
-    measure, bare, statistics = measured(tmp_path, x, weight)
+    rows, bare, statistics = measured(tmp_path, x, weight)
     for name in ("max", "percentile:99.9"):
         scales = scales_from(statistics, parse_method(name))
         expected = by_hand(x, weight, float(scales["x"]))
-        assert measure.sqnr_db(replace(bare, scales=scales), name) == pytest.approx(expected, abs=0.05)
+        assert rows.sqnr_db(replace(bare, scales=scales), SILENT, name) == pytest.approx(expected, abs=0.05)
 
 
 def test_the_best_candidate_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     x, weight = arrays
     x[0, 0], weight[0] = 1000.0, 0.0  # an outlier that no output depends on: max wastes the range on it
-    measure, bare, statistics = measured(tmp_path, x, weight)
-    choice = choose_method(measure, bare, statistics)
+    rows, bare, statistics = measured(tmp_path, x, weight)
+    choice = choose_method(rows, bare, statistics, SILENT)
     assert choice.sqnr_db.keys() == set(CANDIDATES)
     assert choice.rows == 64
     assert str(choice.method) != "max"
@@ -97,8 +98,8 @@ def test_the_best_candidate_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp
 
 def test_of_equals_the_first_is_chosen(arrays: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
     x, weight = arrays
-    measure, bare, statistics = measured(tmp_path, x, np.zeros_like(weight))
-    choice = choose_method(measure, bare, statistics)
+    rows, bare, statistics = measured(tmp_path, x, np.zeros_like(weight))
+    choice = choose_method(rows, bare, statistics, SILENT)
     assert len(set(choice.sqnr_db.values())) == 1
     assert str(choice.method) == CANDIDATES[0]
 
@@ -139,16 +140,16 @@ def test_outputs_that_are_not_finite_are_the_worst(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=x)
     model = load_model(tmp_path / "m.onnx")
     samples = load_samples(str(tmp_path / "x.npz"), model.inputs)
-    measure = Measure(model.path, model.sha256, samples, Cache(tmp_path / "c"), SILENT)
+    rows = Rows(model.path, samples)
     coarse, fine = (Quantization(model.graph, place(model), {"x": np.float32(s)}) for s in (1 / 127, 1e-6))
-    assert measure.sqnr_db(coarse, "coarse") == -MAX_SQNR_DB
-    assert measure.sqnr_db(fine, "fine") > 30
+    assert rows.sqnr_db(coarse, SILENT, "coarse") == -MAX_SQNR_DB
+    assert rows.sqnr_db(fine, SILENT, "fine") > 30
 
 
 def test_a_method_is_chosen_for_scores_that_boxes_drown(tmp_path: Path) -> None:
     """Judged as one array, maxima are as good as anything: they are best for the boxes."""
-    measure, bare, statistics = mixed(tmp_path)
-    choice = choose_method(measure, bare, statistics)
+    rows, bare, statistics = mixed(tmp_path)
+    choice = choose_method(rows, bare, statistics, SILENT)
     reference = run(bare.graph, {"x": normal(64, 16)})["y"]
     for name in ("max", "percentile:99.9"):
         scales = scales_from(statistics, parse_method(name))
@@ -157,3 +158,78 @@ def test_a_method_is_chosen_for_scores_that_boxes_drown(tmp_path: Path) -> None:
         assert choice.sqnr_db[name] == pytest.approx(expected, abs=0.05)
     assert choice.sqnr_db["max"] < 12
     assert choice.sqnr_db[str(choice.method)] > choice.sqnr_db["max"] + 3
+
+
+# -- ranges of their own
+
+
+def two_layers(folder: Path, outlier: float) -> Path:
+    """Two matmuls with a ReLU between; the first channel has an outlier and no influence."""
+    random = np.random.default_rng(0)
+    first, second = (random.normal(size=(16, 16)).astype(np.float32) for _ in range(2))
+    first[0] = 0
+    graph = gs.Graph(opset=17)
+    graph.inputs = [gs.Variable("x", np.float32, ["N", 16])]
+    graph.outputs = [gs.Variable("y", np.float32, ["N", 16])]
+    h, r = gs.Variable("h", np.float32, ["N", 16]), gs.Variable("r", np.float32, ["N", 16])
+    graph.nodes = [
+        gs.Node("MatMul", "first", {}, [*graph.inputs, gs.Constant("w1", first)], [h]),
+        gs.Node("Relu", "relu", {}, [h], [r]),
+        gs.Node("MatMul", "second", {}, [r, gs.Constant("w2", second)], graph.outputs),
+    ]
+    proto = gs.export_onnx(graph)
+    proto.ir_version = 10
+    onnx.save(proto, folder / "m.onnx")
+    x = random.uniform(-1, 1, size=(200, 16)).astype(np.float32)
+    x[:, 0] = outlier
+    np.savez(folder / "x.npz", x=x)
+    return folder
+
+
+def refined(folder: Path, *methods: str, workers: int | None = None) -> Refinement:
+    model = load_model(folder / "m.onnx")
+    fold(model.graph)
+    plan = place(model)
+    samples = load_samples(str(folder / "x.npz"), model.inputs)
+    statistics = collect(model.graph, plan.tensors, samples)
+    others = [parse_method(name) for name in methods]
+    bare = Quantization(model.graph, plan, {})
+    return refine_ranges(bare, statistics, parse_method("max"), others, samples, SILENT, workers=workers)
+
+
+def test_a_narrower_range_is_found_where_it_is_better(tmp_path: Path) -> None:
+    found = refined(two_layers(tmp_path, outlier=10.0))
+    assert str(found.exceptions["x"]) == f"max*{min(NARROWER):g}"  # the rest lies within 1
+
+
+def test_another_method_is_found_where_it_is_better(tmp_path: Path) -> None:
+    found = refined(two_layers(tmp_path, outlier=10.0), "percentile:90")
+    assert str(found.exceptions["x"]) == "percentile:90"
+
+
+def test_what_does_not_help_is_left_alone(tmp_path: Path) -> None:
+    found = refined(two_layers(tmp_path, outlier=1.0))
+    assert "x" not in found.exceptions  # uniform within the range: every narrower one clips
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    folder = two_layers(tmp_path, outlier=5.0)
+    found = [refined(folder, "entropy", "mse", "percentile:99", workers=n) for n in (1, 3)]
+    chosen = [{tensor: str(method) for tensor, method in f.exceptions.items()} for f in found]
+    assert chosen[0] == chosen[1]
+    assert found[0].runs == found[1].runs
+    assert found[0].rows == found[1].rows == 200  # all there are
+
+
+@pytest.mark.parametrize("methods", [("max",), ("max", "percentile:100")])
+def test_equal_ranges_are_not_tried(methods: tuple[str, ...], tmp_path: Path) -> None:
+    alone = refined(two_layers(tmp_path, outlier=10.0))
+    assert refined(tmp_path, *methods).runs == alone.runs == 2 * len(NARROWER)  # two tensors
+
+
+def test_ranges_are_searched_for_scores_that_boxes_drown(tmp_path: Path) -> None:
+    """The outlier in the input of `cls` matters to the scores alone."""
+    onnx.save(mixed_net(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", x=normal(64, 16))
+    found = refined(tmp_path, "percentile:95", "percentile:90")
+    assert str(found.exceptions["kg"]).startswith("percentile")

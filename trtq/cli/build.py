@@ -1,0 +1,40 @@
+"""`trtq build`: an engine from an ONNX model."""
+
+from __future__ import annotations
+
+import argparse
+
+from trtq.calibration.table import ALGORITHMS
+from trtq.cli.command import Command, argument, recipe_of
+from trtq.cli.options import ENGINE
+from trtq.errors import ExitCode
+from trtq.recipe import BUILD_OPTIONS
+
+
+def _build(given: argparse.Namespace) -> int:
+    from trtq.build import build
+
+    built = build(recipe_of(given), given.table, given.calibrator)
+    engine, kernels = built.build.engine, built.build.compiled.kernels
+    print(f"{engine}: {engine.stat().st_size / 1e6:.1f} MB, {kernels} kernels")
+    print(built.coverage.text())
+    if built.check is None:
+        return ExitCode.PASS
+    print(f"{built.check.outcome.value.upper()}  {built.check.message}")
+    return built.check.outcome.exit_code
+
+
+BUILD = Command(
+    "build",
+    "build an engine from an ONNX model and say what it runs in INT8",
+    _build,
+    ("model", "output", "data", "rest", "include", "exclude", *ENGINE, *BUILD_OPTIONS),
+    (
+        argument("--table", metavar="TABLE", help="implicit INT8 with this table (TensorRT ≤ 10.16)"),
+        argument(
+            "--calibrator",
+            choices=ALGORITHMS,
+            help="implicit INT8, measured by this calibrator of TensorRT's on --data (TensorRT ≤ 10.16)",
+        ),
+    ),
+)

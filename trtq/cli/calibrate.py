@@ -1,0 +1,29 @@
+"""`trtq calibrate`: a calibration table from data."""
+
+from __future__ import annotations
+
+import argparse
+
+from trtq.cli.command import Command, console_of, recipe_of
+from trtq.cli.options import CALIBRATION, PLACEMENT
+from trtq.errors import ExitCode
+
+
+def _calibrate(given: argparse.Namespace) -> int:
+    from trtq.calibration.table import Table
+    from trtq.pipeline import quantize
+
+    recipe = recipe_of(given)
+    output = recipe.require("model", "data", "output").output
+    table = Table.of(quantize(recipe, None, console_of(given)))
+    table.save(output)
+    print(f"{output}: {len(table.scales)} tensors, method {table.metadata['method']}")
+    return ExitCode.PASS
+
+
+CALIBRATE = Command(
+    "calibrate",
+    "make a calibration table from data",
+    _calibrate,
+    ("model", "output", *CALIBRATION, "ignore_nonfinite", *PLACEMENT),
+)

@@ -1,0 +1,36 @@
+"""`trtq demo`: `trtq deploy` on the model and data that come with trtq."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import trtq
+from trtq.cli.command import Command, recipe_of
+from trtq.cli.deploy import run_deploy
+from trtq.cli.options import PLACEMENT, RECOVERY
+
+
+def _demo(given: argparse.Namespace) -> int:
+    folder = Path(trtq.__file__).parent / "demo"
+    bundled = {
+        "model": str(folder / "digits.onnx"),
+        "data": str(folder / "calib.npz"),
+        "eval": str(folder / "eval.npz"),
+        "metric": "top1",
+        "output": given.output or "trtq-demo",
+    }
+    return run_deploy(recipe_of(given).merged(bundled), given)
+
+
+DEMO = Command(
+    "demo",
+    "run the main job on a bundled model and data: calibrate, quantize, build, gate",
+    _demo,
+    (
+        *("output", "method", "max_drop", "confidence", "min_int8"),
+        *RECOVERY,
+        *PLACEMENT,
+        *("target", "batch", "threads", "cache"),
+    ),
+)

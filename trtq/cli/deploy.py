@@ -1,0 +1,38 @@
+"""`trtq deploy`: the whole workflow."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from trtq.cli.command import Command, console_of, recipe_of
+from trtq.cli.options import CALIBRATION, ENGINE, GATE, PLACEMENT, RECOVERY
+from trtq.recipe import BUILD_OPTIONS, Recipe
+
+
+def run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
+    """Deploy a recipe and print what came of it."""
+    from trtq.pipeline import deploy
+
+    started = time.perf_counter()
+    result = deploy(recipe, given.command_line, console_of(given))
+    if len(result.steps) > 1:
+        print("\n".join(result.step_lines()))
+    if result.verdict.in_the_way is not None:
+        print("\n".join(result.verdict.in_the_way.lines()))
+    seconds = time.perf_counter() - started
+    print(f"{result.folder}/report.html and {result.folder}/model.plan, {seconds:.1f} s")
+    print(result.verdict.headline())
+    return result.exit_code
+
+
+def _deploy(given: argparse.Namespace) -> int:
+    return run_deploy(recipe_of(given), given)
+
+
+DEPLOY = Command(
+    "deploy",
+    "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
+    _deploy,
+    ("model", "output", *CALIBRATION, *GATE, *RECOVERY, *PLACEMENT, *ENGINE, *BUILD_OPTIONS),
+)

@@ -1,0 +1,18 @@
+"""`trtq doctor`: what works on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from trtq.cli.command import Command
+from trtq.errors import ExitCode
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from trtq.backends.doctor import as_text, diagnose
+
+    print(as_text(diagnose()))
+    return ExitCode.PASS
+
+
+DOCTOR = Command("doctor", "what is installed, what works here, and what to install for the rest", _doctor)

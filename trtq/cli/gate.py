@@ -1,0 +1,48 @@
+"""`trtq gate`: a candidate against its reference."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.cli.options import GATE as OPTIONS
+from trtq.files import write_json, write_text
+
+
+def _gate(given: argparse.Namespace) -> int:
+    from trtq.gate.tensors import compare_three, some_rows
+    from trtq.pipeline import gate
+    from trtq.report.junit import junit_xml
+
+    recipe, reference, candidate = recipe_of(given), Path(given.reference), Path(given.candidate)
+    verdict, samples = gate(recipe, reference, candidate, console_of(given))
+    if given.json:
+        write_json(given.json, verdict.to_json())
+    if given.junit:
+        write_text(given.junit, junit_xml(verdict))
+    if given.tensors:
+        compared = compare_three(reference, candidate, some_rows(samples), threads=recipe.threads)
+        write_json(given.tensors, compared.to_json())
+        print(compared.text())
+    print("\n".join([*verdict.details(), verdict.headline()]))
+    return verdict.exit_code
+
+
+GATE = Command(
+    "gate",
+    "compare a candidate's accuracy with a reference's and decide",
+    _gate,
+    (*OPTIONS, "batch", "threads", "parallel", "cache"),
+    (
+        argument("reference", metavar="REFERENCE", help="the fp32 ONNX model, or an engine"),
+        argument("candidate", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"),
+        argument("--json", metavar="F", help="write the verdict as JSON"),
+        argument("--junit", metavar="F", help="write the verdict as JUnit XML"),
+        argument(
+            "--tensors",
+            metavar="F",
+            help="compare ONNX models tensor by tensor as well: fp32, simulation, engine (GPU)",
+        ),
+    ),
+)

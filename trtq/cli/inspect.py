@@ -1,0 +1,28 @@
+"""`trtq inspect`: what a file is and what is in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from trtq.cli.command import Command, argument
+from trtq.errors import ExitCode
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    from trtq.report.inspection import inspect
+
+    found = inspect(given.file)
+    print(json.dumps(found.to_json(), indent=2) if given.json else found.text())
+    return ExitCode.PASS
+
+
+INSPECT = Command(
+    "inspect",
+    "describe a model, plan, table, engine or statistics file",
+    _inspect,
+    arguments=(
+        argument("file", metavar="FILE"),
+        argument("--json", action="store_true", help="print JSON"),
+    ),
+)

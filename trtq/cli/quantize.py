@@ -1,0 +1,32 @@
+"""`trtq quantize`: an explicit INT8 model, with Q/DQ."""
+
+from __future__ import annotations
+
+import argparse
+
+from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.cli.options import CALIBRATION, PLACEMENT
+from trtq.errors import ExitCode, InputError
+
+
+def _quantize(given: argparse.Namespace) -> int:
+    from trtq.graph.model import save_model
+    from trtq.pipeline import quantize
+
+    recipe = recipe_of(given)
+    output = recipe.require("model", "output").output
+    if given.table is not None and given.data is not None:
+        raise InputError("give either --table or --data", remedy="a table has the scales, data make them")
+    quantization = quantize(recipe, given.table, console_of(given))
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), output)
+    print(f"{output}: {quantization.plan.text()}")
+    return ExitCode.PASS
+
+
+QUANTIZE = Command(
+    "quantize",
+    "insert Q/DQ: write an explicit INT8 model",
+    _quantize,
+    ("model", "output", *CALIBRATION, "ignore_nonfinite", *PLACEMENT),
+    (argument("--table", metavar="TABLE", help="take the scales from this table"),),
+)

@@ -1,0 +1,23 @@
+"""`trtq report`: the page of a folder of results, written again."""
+
+from __future__ import annotations
+
+import argparse
+
+from trtq.cli.command import Command, argument
+from trtq.errors import ExitCode
+
+
+def _report(given: argparse.Namespace) -> int:
+    from trtq.report.html import write_report
+
+    print(write_report(given.folder))
+    return ExitCode.PASS
+
+
+REPORT = Command(
+    "report",
+    "write report.html again from a folder of results",
+    _report,
+    arguments=(argument("folder", metavar="DIR"),),
+)

@@ -1,0 +1,45 @@
+"""`manifest.json`: what went into a job and what came out, with hashes and versions."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trtq.backends.builders import builder, chosen
+from trtq.files import sha256_file
+from trtq.gate.evaluation import Evaluation
+from trtq.job import Job
+from trtq.recipe import Recipe
+
+_PACKAGES = ("trtq", "numpy", "numba", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "pillow")
+
+
+def manifest(job: Job, evaluation: Evaluation, command: str, folder: Path) -> dict[str, Any]:
+    """The inputs of a job, the files in its folder, the versions and the exact command, as JSON values."""
+    model, data, rows, metric = job.model, job.data, evaluation.samples, evaluation.metric
+    return {
+        "command": command,
+        "versions": versions(job.recipe),
+        "inputs": {
+            "model": {"file": str(model.path), "sha256": model.sha256},
+            "data": {"source": data.source, "rows": len(data), "sha256": data.hash},
+            "eval": {"source": rows.source, "rows": len(rows), "sha256": rows.hash},
+            "metric": {"name": metric.name, "fingerprint": metric.fingerprint},
+        },
+        "outputs": hashes_of(folder),
+    }
+
+
+def versions(recipe: Recipe) -> dict[str, str]:
+    """Versions of everything that the results depend on."""
+    backend = chosen(recipe.backend)
+    return {name: version(name) for name in _PACKAGES} | {backend: builder(backend).version()}
+
+
+def hashes_of(folder: Path) -> dict[str, Any]:
+    """File name -> SHA-256 and size, for every file in a folder."""
+    return {
+        path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+    }
