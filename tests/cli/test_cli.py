@@ -211,7 +211,7 @@ def test_exit_4_for_an_engine_without_a_gpu(demo: Deployed, small: Case, trtq_ru
     ("arguments", "problem"),
     [
         ((), "required: COMMAND"),
-        (("deploy",), "MODEL is missing"),
+        (("deploy",), "MODEL, --data, --eval, --metric and --output are missing"),
         (("deploy", "{model}"), "--data, --eval, --metric and --output are missing"),
         (("deploy", "nowhere.onnx", "{all}"), "the model does not exist"),
         (("deploy", "{folder}", "{all}"), "the model is a folder"),
