@@ -9,6 +9,17 @@ from pathlib import Path
 import pytest
 from jobs import Case, Deployed, Run, conv_case, trtq_command
 
+SLOW_FIXTURES = {"zoo", "workers"}
+"""Trained models, and processes that import everything anew."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use a slow fixture; others are marked where they stand."""
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture
 def trtq_run() -> Callable[..., Run]:

@@ -24,6 +24,8 @@ from trtq.recipe import Recipe
 from trtq.simulation.outputs import run_model
 from trtq.simulation.similarity import sqnr_db
 
+pytestmark = pytest.mark.slow
+
 FLOAT = {
     "keyword": ["GRU"],
     "keyword_modern": ["GRU"],

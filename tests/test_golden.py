@@ -1,11 +1,15 @@
-"""The checked-in tables of the demo model, which a change of the algorithms must not move unnoticed."""
+"""The checked-in tables, Q/DQ model and verdict of the demo, which no change must move unnoticed."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from golden_files import GOLDEN, described, verdict_of
+from jobs import Deployed
 
 import trtq.demo
 from trtq.cache import Cache
@@ -44,3 +48,32 @@ def test_calibrating_again_gives_the_golden_scales(path: Path, tmp_path: Path) -
     assert list(table.scales) == list(golden.scales)
     # Another processor may round an activation differently and move single values to the next bin.
     np.testing.assert_allclose(list(table.scales.values()), list(golden.scales.values()), rtol=0.02)
+
+
+def test_the_demo_gives_the_golden_model(demo: Deployed) -> None:
+    golden = json.loads((GOLDEN / "model.int8.json").read_text())
+    model = described(demo.folder / "model.int8.onnx")
+    assert model["nodes"] == golden["nodes"]
+    assert_alike(model["scales"], golden["scales"])
+    assert model["constants"] == golden["constants"]
+
+
+def test_the_demo_gives_the_golden_verdict(demo: Deployed) -> None:
+    golden = json.loads((GOLDEN / "verdict.json").read_text())
+    assert_alike(verdict_of(demo.folder / "verdict.json"), golden, absolute=1 / golden["samples"])
+
+
+def assert_alike(found: Any, golden: Any, absolute: float = 0) -> None:
+    """Equal, but floats within 2 % or `absolute`: another processor may round an activation differently."""
+    if isinstance(golden, dict):
+        assert list(found) == list(golden)
+        for key, value in golden.items():
+            assert_alike(found[key], value, absolute)
+    elif isinstance(golden, list):
+        assert len(found) == len(golden)
+        for one, other in zip(found, golden, strict=True):
+            assert_alike(one, other, absolute)
+    elif isinstance(golden, float):
+        assert found == pytest.approx(golden, rel=0.02, abs=absolute)
+    else:
+        assert found == golden

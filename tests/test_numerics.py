@@ -22,14 +22,6 @@ def paper_scale(x, alpha, bits):
     return codes, codes / s
 
 
-def paper_affine(x, beta, alpha, bits):
-    """Eq. 1-4: affine, beta ... alpha."""
-    s = (2**bits - 1) / (alpha - beta)
-    z = -np.round(beta * s) - 2 ** (bits - 1)
-    codes = np.clip(np.round(s * x + z), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return codes, (codes - z) / s
-
-
 @pytest.mark.parametrize("bits", [2, 4, 8, 12, 16])
 @pytest.mark.parametrize("alpha", [0.37, 1.0, 96.5])
 def test_scale_quantization_is_the_papers(bits, alpha):
@@ -40,53 +32,6 @@ def test_scale_quantization_is_the_papers(bits, alpha):
     np.testing.assert_allclose(
         numerics.fake_quantize(x, scale, bits=bits, narrow=True), values, rtol=1e-12, atol=0
     )
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8, 12, 16])
-@pytest.mark.parametrize(
-    ("beta", "alpha"), [(-1.0, 1.0), (0.0, 6.0), (-0.278, 11.3), (-5.0, -0.5), (2.0, 3.0)]
-)
-def test_affine_quantization_is_the_papers(bits, beta, alpha):
-    x = np.random.default_rng(bits).uniform(beta - 0.5, alpha + 0.5, size=4096)
-    scale, zero_point = numerics.affine_parameters(beta, alpha, bits)
-    codes, values = paper_affine(x, beta, alpha, bits)
-    ours = numerics.quantize(x, scale, zero_point=zero_point, bits=bits)
-    np.testing.assert_array_equal(ours, codes)
-    np.testing.assert_allclose(
-        numerics.dequantize(ours, scale, zero_point=zero_point), values, rtol=1e-12, atol=1e-12
-    )
-
-
-def test_affine_parameters_by_hand():
-    # 255 steps of 0.5 from -27.5: z = 55 - 128, so that -27.5 is -128, 0 is z and 100 is 127
-    scale, zero_point = numerics.affine_parameters(-27.5, 100.0)
-    assert (scale, zero_point) == (0.5, -73)
-    assert zero_point.dtype == np.int64
-    codes = numerics.quantize([-27.5, 0.0, 100.0, -1e9, 1e9], scale, zero_point=zero_point)
-    np.testing.assert_array_equal(codes, [-128, -73, 127, -128, 127])
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
-def test_affine_range_ends_at_the_ends_of_the_codes(low, width):
-    """beta lands within one code of -128 and alpha of 127, from which they are by rounding z."""
-    scale, zero_point = numerics.affine_parameters(low, low + width)
-    codes = np.rint(np.array([low, low + width]) / scale) + zero_point
-    assert abs(codes[0] + 128) <= 1
-    assert abs(codes[1] - 127) <= 1
-
-
-def test_affine_per_channel_and_a_range_of_width_zero():
-    scale, zero_point = numerics.affine_parameters([0.0, -1.0, 3.0], [255.0, 1.54999, 3.0])
-    np.testing.assert_allclose(scale, [1.0, 2.54999 / 255, 1.0])
-    np.testing.assert_array_equal(zero_point, [-128, 100 - 128, -3 - 128])
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(1.0, 0.0), (np.nan, 1.0), (0.0, np.inf), ([0.0, 2.0], [1.0, 1.0])]
-)
-def test_affine_range_must_be_one(low, high):
-    with pytest.raises(ValueError, match="low <= high"):
-        numerics.affine_parameters(low, high)
 
 
 # -- codes by hand
@@ -199,23 +144,22 @@ def onnx_runtime(x, scale, zero_point, axis):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize(("integer", "bits"), [(np.int8, 8), (np.int16, 16)])
 @pytest.mark.parametrize("axis", [None, 0, 1, 2])
-@pytest.mark.parametrize("affine", [False, True])
-def test_bits_are_those_of_onnx_runtime(dtype, integer, bits, axis, affine):
+def test_bits_are_those_of_onnx_runtime(dtype, integer, bits, axis):
     random = np.random.default_rng(bits)
     shape = (5, 7, 64)
     channels = () if axis is None else (shape[axis],)
     scale = np.asarray(random.uniform(0.9, 1.1, channels) * 2.0 ** (4 - bits), dtype)
-    zero_point = np.asarray(random.integers(-100, 101, channels) if affine else np.zeros(channels), integer)
+    zero_point = np.zeros(channels, integer)
     x = random.normal(scale=6, size=shape).astype(dtype)
     x.flat[::3] = (random.integers(-300, 300, x.flat[::3].size) + 0.5) * float(scale.flat[0])  # halves
     codes, values = onnx_runtime(x, scale, zero_point, axis)
-    ours = numerics.quantize(x, scale, zero_point=zero_point, axis=axis, bits=bits)
+    ours = numerics.quantize(x, scale, axis=axis, bits=bits)
     np.testing.assert_array_equal(ours, codes)
     assert ours.dtype == integer
-    back = numerics.dequantize(codes, scale, zero_point=zero_point, axis=axis)
+    back = numerics.dequantize(codes, scale, axis=axis)
     np.testing.assert_array_equal(back.view(np.uint8), values.view(np.uint8))
     assert back.dtype == dtype
-    together = numerics.fake_quantize(x, scale, zero_point=zero_point, axis=axis, bits=bits)
+    together = numerics.fake_quantize(x, scale, axis=axis, bits=bits)
     np.testing.assert_array_equal(together, values)
 
 
@@ -240,15 +184,3 @@ def test_the_grid_is_its_own_image_and_holds_zero(amax, unit, bits):
     once = numerics.fake_quantize(x, scale, bits=bits)
     np.testing.assert_array_equal(numerics.fake_quantize(once, scale, bits=bits), once)
     assert once[-1] == 0
-
-
-@given(st.floats(-1e3, 0), st.floats(1e-3, 1e3), units)
-def test_affine_error_inside_the_range_is_half_a_step(low, high, unit):
-    """One more half step at the ends, by which rounding the zero-point moves the range."""
-    x = low + (high - low) * (unit.astype(np.float64) + 1) / 2
-    scale, zero_point = numerics.affine_parameters(low, high)
-    y = numerics.fake_quantize(x, scale, zero_point=zero_point)
-    assert np.all(np.abs(x - y) <= scale * (1 + 1e-9))
-    inside = (x >= low + scale) & (x <= high - scale)
-    assert np.all(np.abs(x - y)[inside] <= scale / 2 * (1 + 1e-9))
-    assert numerics.fake_quantize(0.0, scale, zero_point=zero_point) == 0

@@ -16,6 +16,8 @@ from trtq.console import SILENT
 from trtq.errors import MissingBackendError
 from trtq.study import METHODS, Row, Study, plot, study
 
+pytestmark = pytest.mark.slow
+
 METHOD_TABLE, WEIGHT_TABLE, CURVE, LEARNED = range(4)
 
 

@@ -1,4 +1,4 @@
-"""The content-addressed cache: what was computed once for a model, its data and a method is not again.
+"""The content-addressed cache: what was computed for a model, its data and a method is not computed again.
 
 Layout, the same at run time and in the repository's `calib_cache/`::
 
@@ -7,11 +7,11 @@ Layout, the same at run time and in the repository's `calib_cache/`::
 
 `<model>` and `<data>` are the first 16 digits of their SHA-256, `<key>` those of the whole key. A key holds
 
-- `kind`, and the kind's `algorithm`: a number that grows when the same inputs are to give something else;
+- `kind`, and the kind's `algorithm`: a number that is raised when the same inputs should give something else;
 - `code`: the hash of the source code that computes the kind, and `packages`: the versions of what it calls;
 - `model`, `data`, and the entries that the caller names: everything else the content depends on.
 
-So nothing that other code computed is used, be it of the same release. What changes no content (threads,
+So nothing that other code computed is used, even within one release. What changes no content (threads,
 workers, where shards run) is in no key. Golden tables that are checked in (`calib_cache/`) are therefore
 compared by content; nobody looks them up by key.
 
@@ -44,10 +44,10 @@ class Kind:
 
     Attributes:
         suffix: of its files.
-        algorithm: raise it when the same inputs are to give another content. The hash of the code notices any
-            edit by itself; the number says what was meant, and is all there is without sources.
+        algorithm: raise it when the same inputs should give something else. The hash of the code notices any
+            edit by itself; the number states the intent, and is all there is without sources.
         modules: what computes it; all that these import counts, too.
-        packages: what its values depend on beside that and the executor.
+        packages: what its values depend on besides those and the executor.
     """
 
     suffix: str
@@ -58,19 +58,21 @@ class Kind:
 
 _READING = ("trtq.data.load", "trtq.graph.model", "trtq.graph.fold")
 _SENSITIVITY = ("trtq.recovery.sensitivity", "trtq.recovery.partial")
+_RUNNING = ("trtq.simulation.outputs", "trtq.backends.engine")
+_SHARDED = ("trtq.calibration.collect", "trtq.simulation.outputs")
 _PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "pillow")
 
 KINDS: Mapping[str, Kind] = {
     "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
     "table": Kind("cache", 2, ("trtq.calibration.calibrate", *_READING), (*_PACKAGES, "numba")),
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
-    "outputs": Kind("npz", 2, ("trtq.simulation.outputs", "trtq.data.load"), _PACKAGES),
+    "outputs": Kind("npz", 2, (*_RUNNING, "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
     "sensitivity": Kind(
         "bin", 2, ("trtq.recovery.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES
     ),
     "checkpoint": Kind("bin", 2, ("trtq.recovery.learning.learn", *_READING), (*_PACKAGES, "torch")),
-    "shard": Kind("npz", 2, ("trtq.simulation.workers", *_READING), (*_PACKAGES, "numba")),
+    "shard": Kind("npz", 2, (*_SHARDED, *_READING), (*_PACKAGES, "numba")),
 }
 """Every kind of content that is cached."""
 
@@ -204,7 +206,7 @@ class Cache:
     def store(self, key: Key, content: bytes, notes: Mapping[str, Any] | None = None) -> None:
         """Keep `content` under `key`; `notes` are JSON values kept beside it.
 
-        The record is flat but for the key, so that a cached table's is the metadata of a table.
+        The record is flat except for the key, so a cached table's record is the table's metadata.
         """
         path = self.path(key)
         record = {**(notes or {}), "sha256": sha256_bytes(content), "key": key.to_json()}

@@ -54,14 +54,14 @@ class InputError(TrtqError):
 
 
 class MissingBackendError(TrtqError):
-    """A package, a GPU or a driver that the job needs is not here."""
+    """A package, a GPU or a driver that the job needs is missing."""
 
     exit_code = ExitCode.MISSING_BACKEND
 
 
 @contextlib.contextmanager
 def about(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Name `file` in an input error from within that names none."""
+    """Add `file` to an input error raised inside that names no file."""
     try:
         yield
     except InputError as error:

@@ -4,18 +4,14 @@ Convention: this package uses ONNX's and TensorRT's `scale`, which divides (`x_q
 the paper's `s` multiplies, so `scale = 1 / s`. Rounding is half to even everywhere, as in
 ONNX QuantizeLinear and TensorRT.
 
-Two kinds of quantization, each with its own integer range for `bits` b:
+Quantization is symmetric, which the paper calls *scale* quantization (eq. 5-9): TensorRT takes no
+zero-point. The codes of `bits` b are -(2^(b-1) - 1) ... 2^(b-1) - 1 for weights (`narrow=True`), and
+-2^(b-1) ... 2^(b-1) - 1 where TensorRT's Quantize saturates activations.
 
-- *scale* (symmetric, paper eq. 5-9): no zero-point; -(2^(b-1) - 1) ... 2^(b-1) - 1 for weights
-  (`narrow=True`), -2^(b-1) ... 2^(b-1) - 1 where TensorRT's Quantize saturates activations.
-- *affine* (paper eq. 1-4): scale and zero-point; -2^(b-1) ... 2^(b-1) - 1.
-
-`scale` and `zero_point` are scalars (per tensor) or 1-D arrays along `axis` (per channel).
+`scale` is a scalar (per tensor) or a 1-D array along `axis` (per channel).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,13 +21,6 @@ Int = NDArray[np.signedinteger]
 
 INT8_MAX = 127
 """Largest INT8 code; a symmetric scale is amax / 127."""
-
-
-class AffineParameters(NamedTuple):
-    """Scale (float64, > 0) and zero-point (int64) of an affine quantizer."""
-
-    scale: Float
-    zero_point: NDArray[np.int64]
 
 
 def integer_range(bits: int = 8, narrow: bool = True) -> tuple[int, int]:
@@ -57,8 +46,8 @@ def scale_from_amax(amax: ArrayLike, bits: int = 8) -> NDArray[np.float32]:
 
 
 def has_scale(amax: float, bits: int = 8) -> bool:
-    """Whether the range [-amax, amax] has a symmetric scale that is a normal float32: not that of zeros, nor
-    of values so small that the scale underflows."""
+    """Whether the range [-amax, amax] has a symmetric scale that is a normal float32; zeros do not, nor do
+    values so small that the scale underflows."""
     return amax / integer_range(bits)[1] >= np.finfo(np.float32).tiny
 
 
@@ -75,17 +64,15 @@ def quantize(
     x: ArrayLike,
     scale: ArrayLike,
     *,
-    zero_point: ArrayLike = 0,
     axis: int | None = None,
     bits: int = 8,
     narrow: bool = False,
 ) -> Int:
-    """Integer codes clip(round(x / scale) + zero_point) (paper eq. 2 and 7; ONNX QuantizeLinear).
+    """Integer codes clip(round(x / scale)) (paper eq. 7; ONNX QuantizeLinear with zero-point 0).
 
     Args:
         x: float array of any shape.
         scale: positive; scalar, or (channels,) along `axis`.
-        zero_point: integer of `scale`'s shape; 0 for symmetric quantization.
         axis: the channel axis, or None for one scale per tensor.
         bits: width of the codes, 2 to 16.
         narrow: clip at -(2^(b-1) - 1) as the paper does for weights, not at -2^(b-1).
@@ -101,47 +88,28 @@ def quantize(
     divisor = _along(np.asarray(scale, dtype=x.dtype), axis, x.ndim)
     if not np.all(divisor > 0):
         raise ValueError("scale must be positive")
-    codes = np.rint(x / divisor) + _along(np.asarray(zero_point), axis, x.ndim)
-    return np.clip(codes, low, high).astype(np.int8 if bits <= 8 else np.int16)
+    return np.clip(np.rint(x / divisor), low, high).astype(np.int8 if bits <= 8 else np.int16)
 
 
-def dequantize(
-    codes: ArrayLike, scale: ArrayLike, *, zero_point: ArrayLike = 0, axis: int | None = None
-) -> Float:
-    """(codes - zero_point) * scale in `scale`'s float dtype (paper eq. 4 and 9; ONNX DequantizeLinear)."""
+def dequantize(codes: ArrayLike, scale: ArrayLike, *, axis: int | None = None) -> Float:
+    """codes * scale in `scale`'s float dtype (paper eq. 9; ONNX DequantizeLinear with zero-point 0)."""
     codes, scale = np.asarray(codes), np.asarray(scale)
     dtype = scale.dtype if np.issubdtype(scale.dtype, np.floating) else np.dtype(np.float64)
-    centred = codes.astype(np.int32) - _along(np.asarray(zero_point, dtype=np.int32), axis, codes.ndim)
-    return (centred * _along(scale, axis, codes.ndim)).astype(dtype)  # in float64: rounded once
+    exact = codes.astype(np.int32) * _along(scale, axis, codes.ndim)  # in float64
+    return exact.astype(dtype)  # rounded once
 
 
 def fake_quantize(
     x: ArrayLike,
     scale: ArrayLike,
     *,
-    zero_point: ArrayLike = 0,
     axis: int | None = None,
     bits: int = 8,
     narrow: bool = False,
 ) -> Float:
     """Quantize and dequantize: `x` on the integer grid, in `scale`'s dtype (paper section 3.1)."""
-    codes = quantize(x, scale, zero_point=zero_point, axis=axis, bits=bits, narrow=narrow)
-    return dequantize(codes, scale, zero_point=zero_point, axis=axis)
-
-
-def affine_parameters(low: ArrayLike, high: ArrayLike, bits: int = 8) -> AffineParameters:
-    """Scale and zero-point of the real range [low, high] (paper eq. 1-3: beta = low, alpha = high).
-
-    Args:
-        low, high: finite, low <= high; scalars or (channels,). A range of width 0 gives scale 1.
-    """
-    low, high = np.asarray(low, dtype=np.float64), np.asarray(high, dtype=np.float64)
-    if not (np.all(np.isfinite(low)) and np.all(np.isfinite(high)) and np.all(low <= high)):
-        raise ValueError("the range must be finite with low <= high")
-    width = high - low
-    scale = np.where(width == 0, 1.0, width / (2**bits - 1))
-    zero_point = (-np.rint(low / scale) - 2 ** (bits - 1)).astype(np.int64)
-    return AffineParameters(scale, zero_point)
+    codes = quantize(x, scale, axis=axis, bits=bits, narrow=narrow)
+    return dequantize(codes, scale, axis=axis)
 
 
 def _along(values: NDArray, axis: int | None, ndim: int) -> NDArray:

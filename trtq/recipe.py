@@ -211,7 +211,7 @@ TARGETS = Kind(_read_target, "write it as 8.6", many=tuple)
 PROFILE = Kind(_read_profile, "write NAME:MIN,OPT,MAX", lambda item: profile_text(*item), many=dict)
 PARALLEL = Kind(
     lambda given: given if isinstance(given, Pool) else parse_parallel(_instance(str)(given)),
-    "use loky, loky:4, dask://host:8786, ray or spark",
+    "use loky, loky:4 or dask://host:8786",
     str,
 )
 PREPROCESS = Kind(
@@ -326,7 +326,7 @@ class Recipe:
         "batch size that the engine is tuned for and that the gate evaluates with", COUNT, metavar="N"
     )
     parallel: Pool | None = _option(  # noqa: RUF009
-        "spread collecting, evaluating, sensitivity: loky, loky:4, dask://host:8786, ray or spark",
+        "spread collecting, evaluating, sensitivity: loky, loky:4 or dask://host:8786",
         PARALLEL,
         metavar="WHERE",
     )

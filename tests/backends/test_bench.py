@@ -140,7 +140,7 @@ def test_static_comparison_is_of_bytes(three: dict[str, Path]) -> None:
 def test_engines_without_a_record(three: dict[str, Path], tmp_path: Path) -> None:
     lonely = Path(shutil.copy(three["int8"], tmp_path / "lonely.plan"))
     assert not sidecar(lonely).exists()
-    with pytest.raises(InputError, match="nothing is known of the engine"):
+    with pytest.raises(InputError, match="nothing is known about the engine"):
         bench.benchmark([lonely], on_gpu=False)
     with pytest.raises(InputError, match="not an engine"):
         bench.benchmark([DEMO / "digits.onnx"], on_gpu=False)

@@ -147,6 +147,7 @@ def test_a_run_without_the_cache_repeats_every_byte(
 # --- exit codes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exit_1_where_the_engine_runs_too_little_in_int8(
     small: Case, tmp_path: Path, trtq_run: Command
 ) -> None:

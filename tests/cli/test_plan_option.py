@@ -104,7 +104,7 @@ def test_a_node_that_the_plan_does_not_name_counts_as_floating_point(
         (lambda p: p["weights"].pop(0), "'conv' is to be INT8, but its input 1 has no quantizer"),
         (lambda p: p["weights"][0].update(axis=1), "axis 1 of 'w' is not the output channels of 'conv'"),
         (lambda p: p["weights"][1].update(axis=0), "axis 0 of 'fc' is not the output channels of 'classes'"),
-        (lambda p: p["nodes"].append(p["nodes"][0]), "'conv' is twice among its nodes"),
+        (lambda p: p["nodes"].append(p["nodes"][0]), "'conv' is listed twice among its nodes"),
         (
             lambda p: p["edges"].append({**p["edges"][0], "rule": "mine"}),
             "input 0 of 'conv' has two quantizers",
@@ -115,7 +115,7 @@ def test_a_node_that_the_plan_does_not_name_counts_as_floating_point(
         (lambda p: p["nodes"][1].update(int8=False, rule="mine"), "'classes' has both quantizers"),
         (
             lambda p: p["nodes"].append({**p["nodes"][0], "name": "relu", "op": "Relu"}),
-            "'relu' (Relu) is no weighted node",
+            "'relu' (Relu) is not a weighted node",
         ),
         (lambda p: p["nodes"].append({**p["nodes"][0], "name": "no", "int8": False}), "no node 'no'"),
         (lambda p: p["edges"][0].update(range="w"), "'w', whose range 'x' is to take, is a constant"),

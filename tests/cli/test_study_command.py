@@ -24,6 +24,7 @@ def _arguments(case: Case, *more: object) -> Sequence[object]:
     )
 
 
+@pytest.mark.slow
 def test_the_tables_are_printed_and_written(small: Case, tmp_path: Path, trtq_run: _Trtq) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "study"
@@ -36,6 +37,7 @@ def test_the_tables_are_printed_and_written(small: Case, tmp_path: Path, trtq_ru
     assert inspect(folder / "study.json").text() == "\n  ".join(["study", *found.text().splitlines()])
 
 
+@pytest.mark.slow
 def test_a_spent_budget_leaves_the_first_tables_and_says_what_is_missing(
     small: Case, tmp_path: Path, trtq_run: _Trtq
 ) -> None:
@@ -59,6 +61,7 @@ def test_nothing_is_run_without_data_and_a_metric(small: Case, trtq_run: _Trtq, 
     assert f"{option} is missing" in run.err
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_learn_has_all_other_tables(tmp_path: Path, trtq_run: _Trtq) -> None:
     case = conv_case(tmp_path, "N")
     graph = gs.import_onnx(onnx.load(case.model))

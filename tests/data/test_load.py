@@ -148,7 +148,7 @@ def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
     # 4 + 4 rows and 3 + 1 targets: two rows for each in sum, but not in any part
     np.savez(tmp_path / "1.npz", x=X, label=LABELS[:3])
     np.savez(tmp_path / "2.npz", x=X, label=LABELS[:1])
-    assert "'label' do not keep step with those of 'x'" in message_of(tmp_path, [vector()])
+    assert "'label' do not match those of 'x'" in message_of(tmp_path, [vector()])
 
 
 def test_other_things_are_no_data(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_script_and_an_npz_of_the_same_arrays_are_the_same_data(tmp_path: Path
         ("def feeds():\n    return None", "TypeError"),
         ("def feeds():\n    return []", "gave no data"),
         ("def feeds():\n    yield {'y': np.zeros((1, 3))}", "no array 'x'"),
-        ("def feeds():\n    yield {'x': np.zeros((1, 3)), 't': [object()]}", "'t', which is no array"),
+        ("def feeds():\n    yield {'x': np.zeros((1, 3)), 't': [object()]}", "'t', which is not an array"),
         (
             "def feeds():\n    for n in (2, 3):\n        yield {'x': np.zeros((1, 3)), 't': [[0] * n]}",
             "target 't' changes its shape",

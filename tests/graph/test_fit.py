@@ -99,9 +99,9 @@ def with_axis(node: str, axis: int) -> Edit:
         (int8("subgraph"), "is in the body of an If, Loop or Scan"),
         (with_edge(Edge("index", "picked", 1, "mine", "index")), "'index' is int64, not float32 or float16"),
         (with_edge(Edge("x", "most", 0, "mine", "index")), "'index' is int64, not float32 or float16"),
-        (with_weight(Weight("kernel", "up", 1, 1)), "'kernel' is no weight of an INT8 product"),
-        (with_weight(Weight("table", "picked", 0, 1)), "'table' is no weight of an INT8 product"),
-        (with_weight(Weight("bias", "g0", 2, 0)), "'bias' is no weight of an INT8 product"),
+        (with_weight(Weight("kernel", "up", 1, 1)), "'kernel' is not a weight of an INT8 product"),
+        (with_weight(Weight("table", "picked", 0, 1)), "'table' is not a weight of an INT8 product"),
+        (with_weight(Weight("bias", "g0", 2, 0)), "'bias' is not a weight of an INT8 product"),
         (
             with_edge(Edge("x", "most", 0, "mine", "y")),
             "input 0 of 'most' has a second range for 'x': that of 'y', after that of 'x'",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -43,6 +44,11 @@ RECOVERY = (shift, smooth)
 """(graph, plan, samples) -> a graph, or None where there is nothing to do."""
 
 
+def first_of(seeds: range) -> list[Any]:
+    """Parameters of which all but the first are slow tests."""
+    return [seeds[0], *(pytest.param(seed, marks=pytest.mark.slow) for seed in seeds[1:])]
+
+
 def check_same(expected: Outputs, found: Outputs, what: str) -> None:
     for name, values in expected.items():
         assert found[name].dtype == values.dtype, f"{what}: {name}"
@@ -73,7 +79,7 @@ def samples_of(random: RandomModel, model: Model, folder: Path) -> Samples:
     return load_samples(str(folder / "x.npz"), model.inputs)
 
 
-@pytest.mark.parametrize("first", range(0, 200, 20))
+@pytest.mark.parametrize("first", first_of(range(0, 200, 20)))
 def test_every_pass_keeps_the_function(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + 20):
         random = random_model(seed, colliding=seed % 3 > 0)
@@ -114,7 +120,7 @@ HALF_SHARE = 0.02
 """Largest error of a float output in float16, relative to its largest magnitude."""
 
 
-@pytest.mark.parametrize("first", range(0, 60, 20))
+@pytest.mark.parametrize("first", first_of(range(0, 60, 20)))
 def test_float16_by_the_range_rules_keeps_the_function(first: int, tmp_path: Path) -> None:
     """Integers and shapes stay equal, floats stay close, by an evaluator that rounds to half."""
     compared = 0
@@ -140,7 +146,7 @@ def test_float16_by_the_range_rules_keeps_the_function(first: int, tmp_path: Pat
     assert compared > 10
 
 
-@pytest.mark.parametrize("first", range(0, 24, 12))
+@pytest.mark.parametrize("first", first_of(range(0, 24, 12)))
 def test_names_do_not_matter(first: int, tmp_path: Path) -> None:
     """A model whose names are those that passes make up is quantized as it is with other names."""
     compared = 0

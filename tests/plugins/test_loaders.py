@@ -54,6 +54,7 @@ def quantized(model: onnx.ModelProto) -> set[str]:
     return {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
 
 
+@pytest.mark.slow
 def test_scales_come_from_the_data(net: str, data: str) -> None:
     model = Int8OnnxFromPath(net, data, method="max")()
     assert quantized(model) == {"x", "hidden"}
@@ -74,6 +75,7 @@ def test_a_recipe_preprocesses(net: str, data: str, tmp_path: Path) -> None:
     assert scale_of(Int8OnnxFromPath(net, recipe=str(recipe))(), "x") == np.float32(AMAX / 2 / 127)
 
 
+@pytest.mark.slow
 def test_exclude_and_rest(net: str, data: str) -> None:
     model = Int8OnnxFromPath(net, data, method="max", exclude=["matmul2"], rest="fp16")()
     assert len([node for node in model.graph.node if node.op_type == "QuantizeLinear"]) == 1

@@ -19,6 +19,8 @@ from polygraphy.comparator import RunResults
 from trtq.cli.main import main
 from trtq.report.inspection import inspect
 
+pytestmark = pytest.mark.slow
+
 POLYGRAPHY = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())"]
 SIMULATION = "trtq-int8-simulation"
 LOOSE = ("--atol", "2")

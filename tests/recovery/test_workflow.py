@@ -181,6 +181,7 @@ def test_a_set_that_does_not_pass_is_kept_where_it_is_better(hard: Case, tmp_pat
         assert record[1]["in_the_way"]["obstacles"][0]["nodes"] == ["second"]
 
 
+@pytest.mark.slow
 def test_learning_helps_with_every_layer_in_int8(hard: Case, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed")
     done = run(hard, tmp_path / "out", min_sqnr=80.0, min_int8="100%", recover="learn")
@@ -192,6 +193,7 @@ def test_learning_helps_with_every_layer_in_int8(hard: Case, tmp_path: Path) -> 
     assert len(done.plan.int8_nodes) == 3
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_goes_on_from_its_last_step(hard: Case, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(hard, tmp_path / "out", Log(stop="fix"), min_sqnr=80.0, recover="fix")
@@ -221,6 +223,7 @@ def test_a_required_engine_does_not_set_off_recovery(hard: Case, tmp_path: Path)
     assert done.exit_code is ExitCode.INCONCLUSIVE
 
 
+@pytest.mark.slow
 def test_labels_are_not_ignored_after_learning_without(hard: Case, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed")
     data = tmp_path / "labelled.npz"

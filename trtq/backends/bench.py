@@ -1,7 +1,7 @@
 """Benchmark engines: latency on a GPU, and the static comparison of what was compiled, which needs none.
 
-The static comparison counts kernels and bytes; it is no latency. Engines are measured one after the other at
-the optimum of their profile, after a warm-up, as CUDA graphs where the engine can be captured.
+The static comparison counts kernels and bytes; it does not give latency. Engines are measured one after the
+other at the optimum of their profile, after a warm-up, as CUDA graphs where the engine can be captured.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def benchmark(engines: Sequence[PathLike], *, on_gpu: bool, runs: int = RUNS) ->
         static = static_of(engine)
         if static is None and not on_gpu:
             raise InputError(
-                "nothing is known of the engine",
+                "nothing is known about the engine",
                 file=engine,
                 cause=f"there is no GPU, and {Path(engine).name}.json is missing or another engine's",
                 remedy="build it with trtq, or run this on the machine with the GPU",
@@ -236,7 +236,7 @@ def benchmark(engines: Sequence[PathLike], *, on_gpu: bool, runs: int = RUNS) ->
 
 
 def slower_than_float(results: Sequence[Result]) -> str | None:
-    """What to say, loudly, if an INT8 engine is slower than an FP16 (or else FP32) one; None otherwise.
+    """A loud message if an INT8 engine is slower than an FP16 (or else FP32) one; None otherwise.
 
     Names the kernels of the INT8 engine that cost most and are not INT8 multiply-accumulates: what INT8
     cannot speed up. With timings these are measured; without them they are the ones that move most bytes,
@@ -260,7 +260,7 @@ def slower_than_float(results: Sequence[Result]) -> str | None:
 
 
 def text_of(results: Sequence[Result]) -> str:
-    """The results for people: a line per engine, what bought nothing, and whether it was measured."""
+    """The results as text: a line per engine, conversions that gained nothing, and how it was measured."""
     lines = []
     for result in results:
         name, static, timing = result.engine.name, result.static, result.timing

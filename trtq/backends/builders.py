@@ -1,4 +1,4 @@
-"""The builders by name, and what an engine of any of them is."""
+"""The builders by name, and the description of an engine that any of them built."""
 
 from __future__ import annotations
 

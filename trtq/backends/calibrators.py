@@ -68,7 +68,7 @@ class Device(Protocol):
 class CudaDevice:
     """Device memory of the first GPU through PyCUDA, in the primary context, which TensorRT uses too.
 
-    Every buffer has page-locked host memory behind it, so that the copies on the stream are asynchronous.
+    Every buffer is backed by page-locked host memory, so that the copies on the stream are asynchronous.
 
     Raises:
         MissingBackendError: PyCUDA is not installed, or finds no GPU.
@@ -132,10 +132,10 @@ def _kept(method: Callable[..., R]) -> Callable[..., R | None]:
 
 
 class Calibrator:
-    """What all calibrators of `trtq` are to TensorRT and to whoever builds with them; use one for one build.
+    """What all calibrators of `trtq` share; use each for one build only.
 
     Attributes:
-        error: what went wrong in a call from TensorRT. To be raised after the build, whatever became of it.
+        error: what went wrong in a call from TensorRT. Raised after the build, whether it succeeded or not.
         table: the calibration table as bytes: given to TensorRT or, after calibration, written by it.
     """
 
@@ -236,7 +236,7 @@ class DataCalibrator(Calibrator):
     def _next_batch(self, names: Sequence[str]) -> list[int] | None:
         if unknown := [name for name in names if name not in self.shapes]:
             raise InputError(
-                f"the data has nothing for the network's input '{unknown[0]}'",
+                f"the data has no array for the network's input '{unknown[0]}'",
                 file=self._source,
                 cause=f"it has {', '.join(self.shapes)}",
                 remedy="calibrate the model that the data was loaded for",

@@ -51,7 +51,7 @@ _INSPECTED = {
     **{name: name for name in _BITS},
     **{"FP32": "Float", "FP16": "Half", "BF16": "BFloat16", "INT8": "Int8"},
 }
-"""Words for datatypes in the engine inspector's output, of all versions -> ours."""
+"""Datatypes in the engine inspector's words, of all versions -> ours."""
 
 _REGION_KINDS = ("correlation", "gemm", "deconv", "runtime_fusion")
 _CONVERSION = re.compile("(MulMinMaxRounCast|CastMul|Cast|Move|Resh|Tran|Repl|Conc)+")

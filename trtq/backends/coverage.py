@@ -36,7 +36,7 @@ class Coverage:
         return self.node_share if self.mac_share is None else self.mac_share
 
     def text(self) -> str:
-        """One line for a person, and one for each node that was meant to be INT8 and is not."""
+        """A summary line, and a line for each node that was meant to be INT8 and is not."""
         total = len(self.int8) + len(self.missed) + len(self.skipped)
         counted = "weighted nodes" if self.mac_share is None else "multiply-accumulates"
         lines = [

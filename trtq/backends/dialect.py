@@ -3,7 +3,7 @@
 Sources: the Python bindings of 8.6.1, 10.16.1, 11.4.0 and tensorrt_rtx 1.7.1, and NVIDIA's guide
 "Migrating from TensorRT 10.x to 11.x". TensorRT for RTX accepts an optimization level, a timing cache and
 hardware compatibility, and ignores them; it cannot build version-compatible engines (no lean runtime) and
-has no DLA; these are not its options here, so that nobody believes in them.
+has no DLA; these are not its options here, so that nobody relies on them.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Finding:
     Attributes:
         section: the heading it stands under.
         name: what was looked for.
-        ok: whether it is here, or works.
+        ok: whether it is installed, or works.
         detail: version or device, or why it is not ok.
         remedy: what to do about it, or empty.
     """
@@ -125,7 +125,7 @@ def _ability(name: str, means: Sequence[str], problem: str, remedy: str) -> Find
 
 
 def _rtx_builder(installed: str | None) -> tuple[tuple[str, ...], str]:
-    """The targets of a builder that was really created; or none, and why."""
+    """The targets of a builder that was created for the purpose; or none, and why."""
     if installed is None:
         return (), "tensorrt_rtx is not installed"
     try:

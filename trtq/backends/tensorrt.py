@@ -136,7 +136,7 @@ def keep_floating_point(
     """Constrain the layers made from ONNX `nodes`, and what they write, to the datatype `kind`.
 
     Raises:
-        InputError: a node of which the network has no layer.
+        InputError: a node that has no layer in the network.
     """
     for layer in layers_of(trt, network, nodes, model):
         layer.precision = kind
@@ -151,7 +151,7 @@ def layers_of(trt: Any, network: Any, nodes: Collection[str], model: Path) -> li
     """The network's layers that were made from ONNX `nodes` and compute in float32; constants left out.
 
     Raises:
-        InputError: a node of which the network has no such layer.
+        InputError: a node that has no such layer in the network.
     """
     found: set[str] = set()
     layers = []

@@ -19,7 +19,7 @@ class Batch:
         feed: input name -> array with `rows + padding` rows.
         start: position of the first row in the data.
         rows: rows that count.
-        padding: copies of the last row behind them, to fill the smallest batch that the model takes.
+        padding: copies of the last row after them, to fill the smallest batch that the model takes.
     """
 
     feed: Arrays
@@ -45,6 +45,29 @@ def batches(rows: Iterable[Mapping[str, NDArray]], highest: int, lowest: int = 1
         waiting.append(row)
     if waiting:
         yield _batch(waiting, start, lowest)
+
+
+def single_rows(batch: Batch, *, filled: bool = False) -> Iterator[Batch]:
+    """The rows that count of a batch, each as a batch of its own; the padding is left out.
+
+    An array with several entries for each row, as activations may have, is cut accordingly; one whose first
+    axis is not that of the rows stays whole.
+
+    Args:
+        filled: each is as large as the batch, filled up with copies of its row.
+    """
+    size = batch.rows + batch.padding
+    times = size if filled else 1
+
+    def own(array: NDArray, row: int) -> NDArray:
+        if array.ndim == 0 or len(array) % size:
+            return array
+        each = len(array) // size
+        return np.concatenate([array[row * each : (row + 1) * each]] * times)
+
+    for row in range(batch.rows):
+        feed = {name: own(array, row) for name, array in batch.feed.items()}
+        yield Batch(feed, batch.start + row, 1, times - 1)
 
 
 def _shapes(row: Mapping[str, NDArray]) -> dict[str, tuple[int, ...]]:

@@ -43,7 +43,7 @@ def load_samples(
               a header, a column `file`, and numeric columns that are targets; without a CSV there are no
               targets;
             - `SCRIPT.py:FUNCTION`: returns an iterable of dicts with the batch axis first (Polygraphy's
-              data-loader convention); entries that are no model inputs are targets. It is read whole;
+              data-loader convention); entries that are not model inputs are targets. It is read whole;
             - a URL of one of the first three (see `trtq.data.remote`).
         preprocess: input name -> how its rows are made.
 
@@ -100,7 +100,7 @@ def _load(spec: str, inputs: Sequence[InputSpec], recipes: Mapping[str, Preproce
         arrays = _from_folder(path, inputs, recipes)
     else:
         raise InputError(
-            "the data does not exist" if not path.exists() else "this kind of data is not known",
+            "the data does not exist" if not path.exists() else "this kind of data is not supported",
             file=spec,
             remedy="give a .npz, a folder of .npz, a folder of images with a CSV, or script.py:function",
         )
@@ -225,7 +225,7 @@ def _from_folder(
     if len(inputs) != 1 or not recipes:
         name = candidates[0].name
         raise InputError(
-            "images need to be told how they become the model's input",
+            "the recipe does not say how images become the model's input",
             file=path,
             cause=f"the model takes {', '.join(map(str, inputs))}",
             remedy=f"put a preprocessing spec into the recipe, such as {EXAMPLE.format(name=name)}"
@@ -292,7 +292,7 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
             except (TypeError, ValueError):
                 if name.startswith("label"):
                     raise InputError(
-                        f"column '{name}' holds something that is no number", file=path
+                        f"column '{name}' holds something that is not a number", file=path
                     ) from None
     return [record["file"] for record in records], targets
 
@@ -310,7 +310,7 @@ def _from_script(spec: str, inputs: Sequence[str]) -> dict[str, Column]:
         raise InputError(f"the data script's '{name}' gave no data", file=path)
     for index, feed in enumerate(feeds):
         if objects := [key for key, array in feed.items() if array.dtype == object]:
-            raise InputError(f"item {index} has '{objects[0]}', which is no array of numbers", file=path)
+            raise InputError(f"item {index} has '{objects[0]}', which is not an array of numbers", file=path)
         if len({len(feed[i]) if feed[i].ndim else -1 for i in inputs if i in feed}) > 1:
             shapes = {i: feed[i].shape for i in inputs if i in feed}
             raise InputError(f"item {index} has inputs of different batch sizes: {shapes}", file=path)
@@ -318,7 +318,7 @@ def _from_script(spec: str, inputs: Sequence[str]) -> dict[str, Column]:
 
 
 def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, Column]:
-    """The rows of several sets of arrays behind one another; as one array where all shapes agree."""
+    """The rows of several sets of arrays, one set after another; as one array where all shapes agree."""
     parts = [
         {
             name: array if isinstance(array, StoredRows) else np.atleast_1d(array)
@@ -334,7 +334,7 @@ def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, 
         arrays = [part[name] for part in parts]
         if any(len(p[name]) * len(parts[0][anchor]) != len(arrays[0]) * len(p[anchor]) for p in parts):
             raise InputError(
-                f"the rows of array '{name}' do not keep step with those of '{anchor}' from part to part",
+                f"the rows of array '{name}' do not match those of '{anchor}' from part to part",
                 file=source,
                 remedy="give every part one target for every row, or for every k consecutive rows",
             )

@@ -14,7 +14,7 @@ from trtq.errors import InputError
 from trtq.files import PathLike
 
 VERSION = 2
-"""Of what the options mean, which is part of the data's hash: 2 resizes and crops as torchvision does."""
+"""Version of what the options mean, part of the data's hash; 2: resizes and crops as torchvision does."""
 
 OPTIONS = ("from", "scale", "mean", "std", "layout", "resize", "crop", "color")
 
@@ -46,7 +46,7 @@ class Preprocess:
         """Check the options of `[preprocess.<name>]`.
 
         Raises:
-            InputError: an unknown option or a value that is not one.
+            InputError: an unknown option, or a value that is not valid.
         """
         if not isinstance(options, Mapping):
             raise InputError(
@@ -96,7 +96,7 @@ class Preprocess:
         return row
 
     def _check_axes(self, row: NDArray) -> None:
-        """Refuse a row without the axes that the options speak of, rather than mix up its pixels."""
+        """Refuse a row that lacks the axes that the options need, rather than mix up its pixels."""
         if row.ndim != 3 and {"layout", "color"} & self.options.keys():
             raise InputError(
                 f"`layout` and `color` take rows of (height, width, channels), not of shape {row.shape}",
@@ -116,7 +116,7 @@ def decode_image(path: PathLike) -> NDArray[np.uint8]:
     """An image file as uint8 (height, width, 3), RGB.
 
     Raises:
-        InputError: the file is missing or no image.
+        InputError: the file is missing or not an image.
     """
     from PIL import Image
 
@@ -186,7 +186,7 @@ def _gray(row: NDArray) -> NDArray[np.uint8]:
 
 
 def _number(value: Any) -> float:
-    """A finite number, or the fraction that such as "1/255" means."""
+    """A finite number, or the value of a fraction such as "1/255"."""
     above, slash, below = value.partition("/") if isinstance(value, str) else (value, "", "")
     number = float(above) / float(below if slash else 1)
     if isinstance(value, bool) or not math.isfinite(number):

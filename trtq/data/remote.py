@@ -1,6 +1,6 @@
-"""Data behind URLs, through `fsspec`: `s3://`, `gs://`, `https://`, `file://`, ...
+"""Data at URLs, through `fsspec`: `s3://`, `gs://`, `https://`, `file://`, ...
 
-The rows are read many times, so a source is copied once, into a folder that goes when the process ends.
+The rows are read many times, so a source is copied once, into a folder that is removed when the process ends.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def download(url: str) -> Path:
         return _copied(system, root.rstrip("/"))
     except ImportError as error:
         raise MissingBackendError(
-            "data behind a URL need fsspec and its package for the protocol",
+            "data at a URL need fsspec and its package for the protocol",
             file=url,
             cause=error,
             remedy="pip install 'trtq[remote]', or fsspec's extra for the protocol: 'fsspec[s3]'",

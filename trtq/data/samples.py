@@ -142,7 +142,7 @@ class Samples:
         """The target that holds a class number for each row, int64 (rows,).
 
         Raises:
-            InputError: there is none of this name, or it holds something else.
+            InputError: no target has this name, or it holds something else.
         """
         values = self.targets.get(name)
         cause = f"targets: {', '.join(self.targets) or 'none'}"
@@ -160,10 +160,15 @@ class Samples:
         )
 
     def row_number(self, index: int) -> int:
-        """Where row `index` is in the source, from 0: what a message calls it."""
+        """The position of row `index` in the source, from 0, for messages."""
         if self.positions is None:
             return index
         return self.group * self.positions[index // self.group] + index % self.group
+
+    def where(self, batch: Batch) -> str:
+        """A batch's rows as the source numbers them: what a message calls them."""
+        first, last = (self.row_number(i) for i in (batch.start, batch.start + batch.rows - 1))
+        return f"row {last}" if batch.rows == 1 else f"rows {first} to {last}"
 
     def spread(self, rows: int) -> Samples:
         """About `rows` of the rows, as whole samples evenly spread over the data; all if there are fewer."""
@@ -172,7 +177,7 @@ class Samples:
         return self.subset([i * groups // wanted for i in range(wanted)])
 
     def split(self, every: int = 4) -> tuple[Samples, Samples]:
-        """The samples without every `every`-th one, and those; nothing is random about it."""
+        """The samples without every `every`-th one, and those; nothing is random."""
         groups = range(len(self) // self.group)
         held_back = [g for g in groups if g % every == every - 1]
         return self.subset([g for g in groups if g % every != every - 1]), self.subset(held_back)

@@ -55,7 +55,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 class Chained:
-    """Arrays or stored rows behind one another, as one column.
+    """Arrays or stored rows, one after another, as one column.
 
     Attributes:
         dtype, shape: those of all of them as one array; None where there is none.
@@ -79,7 +79,7 @@ class Chained:
 
 
 def read_npz(path: Path, in_memory: int | None = None) -> dict[str, NDArray | StoredRows]:
-    """The arrays of an `.npz`; large ones that can be are left where they are, once their checksum is right.
+    """The arrays of an `.npz`; large ones stay in the file where they can, once their checksum is verified.
 
     Args:
         in_memory: arrays up to this many bytes are read whole; None: `IN_MEMORY`.

@@ -1,6 +1,6 @@
-"""Constant folding: what does not depend on a graph's inputs is computed once, and is then a constant.
+"""Constant folding: what does not depend on a graph's inputs is computed once and becomes a constant.
 
-It is computed by ONNX Runtime with every optimization off, operator by operator as the model says; what it
+ONNX Runtime computes it with every optimization off, operator by operator as the model says; what it
 lacks, by ONNX's reference implementation. Nothing is rewritten on the way. Of a tensor that is not known, the
 dimensions that are known count as constants, too. An If with a known condition becomes the branch it takes.
 """
@@ -46,7 +46,7 @@ _KEPT = _RANDOM | QDQ_OPS | {"DynamicQuantizeLinear"}
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 _FATAL = 4
-"""ONNX Runtime's log level: what goes wrong is raised."""
+"""ONNX Runtime's log level: silent, since errors are raised."""
 
 
 def fold_constants(graph: gs.Graph, size_threshold: int | None = None) -> None:
@@ -195,7 +195,7 @@ class _Folder:
 def _evaluate(
     nodes: Sequence[gs.Node], wanted: Sequence[gs.Tensor], root: gs.Graph, *, alone: bool = False
 ) -> list[Any] | None:
-    """What nodes make of constants; None where they cannot be evaluated.
+    """The outputs of nodes that read constants alone; None where they cannot be evaluated.
 
     Args:
         alone: ask the reference implementation, too.
@@ -284,11 +284,11 @@ def _taken(node: gs.Node, dimensions: NDArray) -> NDArray | None:
 
 
 _EXPANDING = frozenset({"ConstantOfShape", "Expand", "Range", "Tile"})
-"""Operators that make much of little."""
+"""Operators whose outputs may be much larger than their inputs."""
 
 
 def _expanded_bytes(node: gs.Node) -> int | None:
-    """Bytes of what such an operator makes of constants; None for others, and where operands are not yet."""
+    """Bytes of the output of such an operator; None for others, and where an operand is no constant yet."""
     if node.op not in _EXPANDING or not all(isinstance(t, gs.Constant) for t in node.inputs):
         return None
     values = [tensor.values for tensor in node.inputs]
@@ -325,7 +325,7 @@ def _is_foldable(node: gs.Node) -> bool:
 
 
 def _is_numpy(kind: Any) -> bool:
-    """Whether a data type of ONNX's, or what GraphSurgeon makes of it, is one of NumPy's own numbers."""
+    """Whether an ONNX data type, or what GraphSurgeon makes of it, is one of NumPy's own number types."""
     return is_number(onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else np.dtype(kind))
 
 
@@ -414,7 +414,7 @@ def _end(
 
 
 def _substitute(old: gs.Tensor, new: gs.Tensor, bodies: Iterable[gs.Graph]) -> None:
-    """Make all that read a tensor read another."""
+    """Redirect every reader of a tensor to another."""
     for node in {id(node): node for node in old.outputs}.values():
         for index, tensor in enumerate(node.inputs):
             if tensor is old:

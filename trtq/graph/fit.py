@@ -17,15 +17,15 @@ _LEAVE_OUT = "to keep a node out of INT8 set its 'int8' to false; more INT8 take
 
 
 def check_fits(plan: Plan, graph: gs.Graph) -> None:
-    """Make sure that a plan says nothing that the model is not, and nothing twice.
+    """Check that a plan fits the model and lists nothing twice.
 
     Args:
         graph: folded, not quantized.
 
     Raises:
-        InputError: a node, tensor, input or axis that the model has not, or that cannot be quantized; two
-            entries for one thing; an INT8 node without its quantizers, or quantizers that make a node INT8
-            that the plan does not list as such.
+        InputError: a node, tensor, input or axis that the model does not have, or that cannot be quantized;
+            two entries for one thing; an INT8 node without its quantizers, or quantizers that make a node
+            INT8 that the plan does not list as such.
     """
     nodes = {node.name: node for node in graph.nodes}
     within = {node.name: node for body in graph.subgraphs(recursive=True) for node in body.nodes}
@@ -43,7 +43,7 @@ def check_fits(plan: Plan, graph: gs.Graph) -> None:
 def _check_unique(plan: Plan) -> None:
     items: list[Edge | Weight] = [*plan.edges, *plan.weights]
     if name := _twice(node.name for node in plan.nodes):
-        raise _unfit(f"'{name}' is twice among its nodes", _TAKE_OUT)
+        raise _unfit(f"'{name}' is listed twice among its nodes", _TAKE_OUT)
     if where := _twice(f"input {item.index} of '{item.node}'" for item in items):
         raise _unfit(f"{where} has two quantizers", _TAKE_OUT)
     ranges: dict[str, str] = {}
@@ -57,7 +57,7 @@ def _check_unique(plan: Plan) -> None:
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    """What is there more than once, if anything."""
+    """The first value that occurs more than once, if any."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
@@ -68,7 +68,7 @@ def _check_node(planned: NodePlan, graph: gs.Graph, node: gs.Node | None) -> Non
     if node.op != planned.op:
         raise _unfit(f"'{name}' is a {planned.op} in the plan and a {node.op} in the model")
     if planned.int8 and product(node) is None:
-        raise _unfit(f"'{name}' ({node.op}) is no weighted node: there is nothing of it to run in INT8")
+        raise _unfit(f"'{name}' ({node.op}) is not a weighted node: nothing in it could run in INT8")
     if planned.int8 and not any(node is top for top in graph.nodes):
         raise _unfit(f"'{name}' is in the body of an If, Loop or Scan, where no quantizer goes")
     if planned.int8 and (reason := unquantizable(node, graph)):
@@ -109,7 +109,7 @@ def _check_weight(weight: Weight, nodes: Mapping[str, gs.Node], graph: gs.Graph)
     if not 0 <= weight.axis < len(tensor.shape):
         raise _unfit(f"'{weight.tensor}' has no axis {weight.axis}")
     if product(node) is None or weight.index > 1 or unquantizable(node, graph):
-        raise _unfit(f"'{weight.tensor}' is no weight of an INT8 product: '{node.name}' is a {node.op}")
+        raise _unfit(f"'{weight.tensor}' is not a weight of an INT8 product: '{node.name}' is a {node.op}")
     if weight.axis != (axis := output_axis(node, weight.index)):
         raise _unfit(
             f"axis {weight.axis} of '{weight.tensor}' is not the output channels of '{node.name}'",

@@ -1,4 +1,4 @@
-"""GraphSurgeon passes that make the fp32 graph simpler without changing what it computes.
+"""GraphSurgeon passes that make the fp32 graph simpler. Its function stays the same but for float32 rounding.
 
 They run before anything is measured: TensorRT wants BatchNorm folded before Q/DQ goes in (it must see
 Conv, not Conv + BatchNorm, between two quantizers), and a zero Pad in front of a Conv is a kernel of its
@@ -29,7 +29,7 @@ def fold(graph: gs.Graph) -> None:
 
 
 def einsum_to_matmul(graph: gs.Graph) -> None:
-    """Write an Einsum that is a matrix product as MatMul, with Transposes where its axes lie otherwise."""
+    """Write an Einsum that is a matrix product as MatMul, with Transposes where the order of axes differs."""
     names = Names(graph)
     for node in [n for n in graph.nodes if n.op == "Einsum" and len(n.inputs) == 2]:
         terms, _, result = node.attrs["equation"].replace(" ", "").partition("->")
@@ -91,7 +91,7 @@ def fold_batch_norm(graph: gs.Graph) -> None:
 
 
 def fold_zero_pad(graph: gs.Graph) -> None:
-    """Move a constant zero Pad of the spatial axes into the `pads` of the Convs behind it."""
+    """Move a constant zero Pad of the spatial axes into the `pads` of the Convs that read it."""
     for conv in [n for n in graph.nodes if n.op == "Conv" and n.inputs[0].inputs]:
         pad = conv.inputs[0].inputs[0]
         if pad.op != "Pad" or conv.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
@@ -115,7 +115,7 @@ PASSES: list[Callable[[gs.Graph], None]] = [
 
 
 def _product_axes(a: str, b: str, result: str) -> tuple[str, str, str] | None:
-    """The axes of both operands as MatMul wants them and of what it gives; None if it is no MatMul."""
+    """The axes of both operands and the result in MatMul's order; None if it is no matrix product."""
     if not (a + b + result).isalpha() or any(len(set(term)) < len(term) for term in (a, b, result)):
         return None
     batch = "".join(axis for axis in a if axis in b and axis in result)
@@ -136,7 +136,7 @@ def _is_stretched(axis: str, *operands: tuple[gs.Tensor, str]) -> bool:
 def _transposed(
     graph: gs.Graph, names: Names, tensor: gs.Tensor, axes: str, order: str, name: str
 ) -> gs.Tensor:
-    """`tensor`, whose axes are called `axes`, with them in `order`."""
+    """`tensor`, whose axes are named `axes`, transposed to `order`."""
     if axes == order:
         return tensor
     moved = gs.Variable(names.tensor(f"{name}_transposed"), tensor.dtype)
@@ -146,7 +146,7 @@ def _transposed(
 
 
 def _sole_producer(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
-    """The node that makes `tensor`, if nothing but one consumer sees it."""
+    """The node that makes `tensor`, if exactly one consumer reads it."""
     if len(tensor.inputs) != 1 or len(tensor.outputs) != 1 or tensor in graph.outputs:
         return None
     return tensor.inputs[0]

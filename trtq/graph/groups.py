@@ -31,7 +31,7 @@ _BETWEEN = frozenset(
         "Where",
     }
 )
-"""Operators that stand between attention's products and its softmax: scale, mask, bias, reshapes."""
+"""Operators between attention's products and its softmax: scale, mask, bias, reshapes."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _group(nodes: Sequence[NodePlan]) -> Group:
 
 
 def _products(softmax: gs.Node, side: Literal["inputs", "outputs"]) -> Iterator[str]:
-    """MatMuls of two activations before or behind a softmax, with nothing but `_BETWEEN` in between."""
+    """MatMuls of two activations before or after a softmax, with nothing but `_BETWEEN` in between."""
     seen: set[str] = set()
     waiting = [softmax]
     while waiting:

@@ -1,4 +1,4 @@
-"""Floating point in half: the part of the graph that is not quantized, in float16.
+"""Half precision: the part of the graph that is not quantized becomes float16.
 
 TensorRT 11 and TensorRT for RTX are strongly typed, so INT8 + FP16 must be in the ONNX model itself. Every
 float32 tensor becomes float16, except where ONNX's own type constraints ask for float32 (the scales of a
@@ -20,7 +20,7 @@ from trtq.graph.names import Names
 from trtq.graph.weights import values_of
 
 SATURATED = float(np.finfo(np.float16).max) / 2
-"""What constants beyond float16's range become. Those are masks, which scores are still added to."""
+"""What constants beyond float16's range become: they are masks, to which scores are still added."""
 
 _HALF = np.finfo(np.float16)
 _CAST_TO = {
@@ -78,7 +78,7 @@ def has_body(node: gs.Node) -> bool:
 
 
 def read_by_bodies(graph: gs.Graph) -> frozenset[str]:
-    """Names of all tensors in the bodies of the graph's control-flow nodes, those from outside among them."""
+    """Names of all tensors in the bodies of the graph's control-flow nodes, including those from outside."""
     return frozenset(name for body in graph.subgraphs(recursive=True) for name in body.tensors())
 
 

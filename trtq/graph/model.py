@@ -56,7 +56,7 @@ class Model:
         path: the file it was read from.
         graph: every node has a unique name.
         sha256: hash of the file and of its external data.
-        quantizers: the operators by which the model as read is quantized, those of bodies too.
+        quantizers: the operators by which the model as read is quantized, also those in subgraphs.
     """
 
     path: Path
@@ -101,7 +101,9 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
         raise InputError("the model has no inputs or no outputs", file=path)
     for tensor in graph.inputs:
         if tensor.shape is None or tensor.dtype is None or isinstance(tensor.dtype, int):  # int: bfloat16
-            raise InputError(f"model input '{tensor.name}' has no shape, or no dtype of NumPy's", file=path)
+            raise InputError(
+                f"model input '{tensor.name}' has no shape, or a dtype that NumPy lacks", file=path
+            )
     name_nodes(graph)
     return Model(path, graph, _sha256([path, *data_files]), quantizers(graph))
 
@@ -149,7 +151,7 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
 
 
 def name_nodes(graph: gs.Graph) -> None:
-    """Give unnamed nodes, those of bodies too, a name of operator and position; make every name unique."""
+    """Name unnamed nodes, also those in subgraphs, by operator and position; make every name unique."""
     names, seen = Names(graph), {""}
     bodies = graph.subgraphs(recursive=True)
     for index, node in enumerate(node for body in (graph, *bodies) for node in body.nodes):

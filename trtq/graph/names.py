@@ -1,4 +1,4 @@
-"""Names for what a pass adds to a graph: free ones, so that nothing of the model is taken for it."""
+"""Names for what a pass adds to a graph: unused ones, so that they never clash with the model's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Names:
         self._tensors |= {tensor.name for body in bodies for tensor in (*body.inputs, *body.outputs)}
 
     def tensor(self, wish: str) -> str:
-        """The wished name for a tensor where it is free, else that with a number behind it."""
+        """The wanted name for a tensor if it is free, else the name with a number appended."""
         return _take(wish, self._tensors)
 
     def node(self, wish: str) -> str:

@@ -3,7 +3,7 @@
 `SKIP_RULES` say, in order, why a weighted node stays in floating point; a node that none of them stops is
 quantized. `EDGE_RULES` then say which tensors get a quantizer in front of which consumer. They follow the
 paper's section 6 and TensorRT's "Q/DQ Layer-Placement Recommendations": quantize the inputs of weighted
-operators and not their outputs, and the residual input of an addition where the engine gets faster by it.
+operators and not their outputs, and the residual input of an addition where it makes the engine faster.
 An average pooling between quantized layers runs in INT8, too. Everything else (softmax, LayerNorm, GELU,
 other additions) stays floating point.
 """
@@ -162,8 +162,8 @@ def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str], *, rule: st
 def without_ranges(graph: gs.Graph, plan: Plan, reasons: Mapping[str, str], *, rule: str) -> Plan:
     """`plan` without the quantizers of some ranges; the INT8 nodes that need one stay in floating point.
 
-    Additions and average poolings whose quantizers go are only not fused. The result needs no range that
-    `plan` does not need.
+    Additions and average poolings that lose their quantizers only lose their fusion. The result needs no
+    range that `plan` does not need.
 
     Args:
         graph: the folded graph that `plan` is for.
@@ -389,9 +389,9 @@ def _read_in_int8(tensor: gs.Tensor, add: gs.Node, placement: Placement) -> bool
 
 
 def _average_pool(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight]:
-    """Both sides of an average pooling that alone reads its input and feeds only quantized nodes.
+    """Both sides of an average pooling that is the only reader of its input and feeds only quantized nodes.
 
-    TensorRT wants the quantizer behind it in front of a Flatten (seen with TensorRT for RTX 1.7.1).
+    TensorRT wants the quantizer that follows it in front of a Flatten (seen with TensorRT for RTX 1.7.1).
     """
     if node.op not in ("AveragePool", "GlobalAveragePool") or node.name in placement.spared:
         return
@@ -406,7 +406,7 @@ def _average_pool(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
 
 
 def _only_feeds_int8(tensor: gs.Tensor, placement: Placement) -> bool:
-    """Whether a tensor goes nowhere but into quantized nodes, though it may be reshaped or moved before."""
+    """Whether only quantized nodes read a tensor, be it reshaped or moved before."""
     if tensor in placement.graph.outputs or not readers(tensor):
         return False
     return all(

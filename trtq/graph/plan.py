@@ -88,6 +88,11 @@ class Plan:
         """Names of the nodes meant to run in INT8."""
         return [node.name for node in self.nodes if node.int8]
 
+    @property
+    def inputs(self) -> set[tuple[str, int]]:
+        """The quantized inputs: node, and index of the input."""
+        return {(edge.node, edge.index) for edge in self.edges} | {(w.node, w.index) for w in self.weights}
+
     def float32_lines(self) -> list[str]:
         """What stays float32, one line for all nodes of a rule: the first of them, and how many more."""
         lines = []
@@ -149,5 +154,5 @@ class Plan:
 
 
 def percent(share: float) -> str:
-    """A share for a person, to a tenth of a percent; 100.0% is said of the whole only."""
+    """A share as text, to a tenth of a percent; only the whole is 100.0%."""
     return f"{share if share >= 1 else min(share, 0.999):.1%}"

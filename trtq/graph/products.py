@@ -40,7 +40,7 @@ class Product:
 def product(node: gs.Node) -> Product | None:
     """The entry of a node's operator; None if it does not multiply and accumulate.
 
-    Operators of domains that ONNX does not define are judged by their name, and their work is not known.
+    Operators of domains that ONNX does not define go by their name; their multiply-accumulates are not known.
     """
     if (node.domain or "ai.onnx") in _ONNX_DOMAINS:
         return PRODUCTS.get(node.op)
@@ -48,7 +48,7 @@ def product(node: gs.Node) -> Product | None:
 
 
 def macs(node: gs.Node, shapes: Shapes) -> int | None:
-    """Multiply-accumulates of a node; None if the shapes do not say, and for what is no product."""
+    """Multiply-accumulates of a node; None if the shapes are not known, or the node is not a product."""
     found = product(node)
     return found.macs(node, shapes) if found else None
 
@@ -60,7 +60,7 @@ def quantizers(graph: gs.Graph) -> tuple[str, ...]:
 
 
 def is_quantizer(op: str) -> bool:
-    """Whether an operator of this name, of ONNX or of another domain, stands in quantized models only."""
+    """Whether an operator of this name, in ONNX's or another domain, occurs only in quantized models."""
     return _QUANTIZER.search(op) is not None
 
 
@@ -207,7 +207,7 @@ interpolation (Resize, GridSample, RoiAlign).
 
 _ONNX_DOMAINS = frozenset({"ai.onnx", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training"})
 
-_FOREIGN = Product(_unknown, 0, "it is no operator of ONNX: what it multiplies is not known")
+_FOREIGN = Product(_unknown, 0, "it is not an ONNX operator: what it multiplies is not known")
 _FOREIGN_PRODUCT = re.compile(
     r"Conv(?!ert)|Gemm|GEMM|Mat[Mm]ul|Att(ention|n)|LSTM|GRU|RNN|MoE|Einsum|R?FFT|fft|DeltaNet|QKV|FC|DCN"
     r"|CDist|GateUpProj|Mamba|LowRankMix"

@@ -99,7 +99,7 @@ class Quantization:
 
     @property
     def remark(self) -> str:
-        """What is to be known of it beside its figures; mostly nothing."""
+        """Remarks for the user, besides the figures; mostly none."""
         return str(self.notes.get("remark", ""))
 
     def with_remark(self, remark: str) -> Quantization:

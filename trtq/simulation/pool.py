@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
+
+from trtq.simulation.processors import processors
 
 
 class Pool(NamedTuple):
     """The workers that `--parallel` names.
 
     Attributes:
-        backend: loky, dask, ray or spark.
+        backend: loky or dask.
         address: host:port of the Dask scheduler.
         processes: of loky; None: one for each processor.
     """
@@ -26,8 +27,8 @@ class Pool(NamedTuple):
 
     def threads(self, wanted: int | None) -> int:
         """CPU threads of one worker: as wanted, or an equal part of this machine, or 1 in a cluster."""
-        processors = os.cpu_count() or 1
-        share = processors // (self.processes or processors) if self.on_this_machine else 1
+        available = processors()
+        share = available // (self.processes or available) if self.on_this_machine else 1
         return wanted or max(share, 1)
 
     def __str__(self) -> str:
@@ -50,6 +51,4 @@ def parse_parallel(text: str) -> Pool | None:
     name, _, count = text.partition(":")
     if name == "loky" and (text == name or (count.isdecimal() and int(count) > 0)):
         return Pool(name, processes=int(count) if count else None)
-    if text in ("ray", "spark"):
-        return Pool(text)
     raise ValueError(f"{text!r} names no workers")

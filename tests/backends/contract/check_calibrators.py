@@ -291,7 +291,7 @@ def test_an_exception_let_into_cpp_would_be_the_end_of_data(capfd: pytest.Captur
 def test_input_without_data_is_an_error() -> None:
     calibrator = calibrator_of()
     assert drive(calibrator, {"x": 48, "y": 4}).batches == 0
-    assert "the data has nothing for the network's input 'y'" in str(calibrator.error)
+    assert "the data has no array for the network's input 'y'" in str(calibrator.error)
 
 
 def test_failing_device_is_an_error() -> None:

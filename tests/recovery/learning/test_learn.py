@@ -88,6 +88,7 @@ def sqnr(case: Case, quantization: Quantization, rows: Samples) -> float:
     return float(sqnr_db(expected, found)[0])
 
 
+@pytest.mark.slow
 def test_learning_is_measured_as_onnx_runtime_does(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
@@ -97,6 +98,7 @@ def test_learning_is_measured_as_onnx_runtime_does(start: tuple[Case, Quantizati
     assert learned.after_db > learned.before_db + 1
 
 
+@pytest.mark.slow
 def test_the_codes_written_are_those_learned(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
@@ -108,6 +110,7 @@ def test_the_codes_written_are_those_learned(start: tuple[Case, Quantization]) -
         np.testing.assert_array_equal(codes, represented.round().numpy())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_a_whole_one(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
@@ -158,6 +161,7 @@ class Asked(Budget):
         return len(self.asked) > self.times
 
 
+@pytest.mark.slow
 def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
@@ -183,6 +187,7 @@ def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(start: tuple[C
     assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()
 
 
+@pytest.mark.slow
 def test_classes_masked_with_infinity(tmp_path: Path) -> None:
     """An error unless it is asked for; then what is left is measured and learned."""
     mask = np.array([0, 0, -np.inf, 0], np.float32)
@@ -221,6 +226,7 @@ def mixed(case: Case) -> None:
     case.output(case.node("Concat", boxes, scores, axis=1), 12)
 
 
+@pytest.mark.slow
 def test_learning_is_measured_by_the_worst_component(tmp_path: Path) -> None:
     case = small_case(tmp_path, mixed, np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32))
     quantization = case.quantized()

@@ -97,11 +97,13 @@ class TorchGraph(torch.nn.Module):
             ]
             try:
                 outputs = OPERATORS[node.op](node.attrs, *inputs)
+                made = [outputs] if isinstance(outputs, Tensor) else outputs
+                missing = [t for t in node.outputs[len(made) :] if t.outputs or t.name in self.outputs]
+                _require(not missing, f"output {len(made) + 1} of {node.op}")
             except Exception as error:  # whatever PyTorch raises for an unusual form of an operator
                 raise InputError(
                     f"node '{node.name}' ({node.op}) cannot be run by PyTorch", cause=error
                 ) from error
-            made = [outputs] if isinstance(outputs, Tensor) else outputs
             values.update((tensor.name, value) for tensor, value in zip(node.outputs, made, strict=False))
             for tensor in node.inputs:
                 if self._last[tensor.name] == position and tensor.name not in self.outputs:
@@ -153,7 +155,6 @@ _plain(
     Ceil=torch.ceil,
     Cos=torch.cos,
     Div=_div,
-    Dropout=lambda x, *_: x,
     Equal=torch.eq,
     Erf=torch.erf,
     Exp=torch.exp,
@@ -176,7 +177,7 @@ _plain(
     Neg=torch.neg,
     Not=torch.logical_not,
     Or=torch.logical_or,
-    Pow=torch.pow,
+    Pow=lambda x, y: torch.pow(x, y).to(x.dtype),
     PRelu=lambda x, slope: torch.where(x < 0, x * slope, x),
     Range=lambda start, limit, step: torch.arange(
         start.item(), limit.item(), step.item(), dtype=start.dtype, device=start.device
@@ -197,6 +198,15 @@ _plain(
     Where=torch.where,
     Xor=torch.logical_xor,
 )
+
+
+@_register("Dropout")
+def _dropout(
+    a: Attributes, x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None
+) -> Sequence[Tensor]:
+    """The input, and the mask of what was kept of it: everything."""
+    _require(training is None or not training.item(), "Dropout in training mode")
+    return x, torch.ones_like(x, dtype=torch.bool)
 
 
 @_register("Clip")
@@ -427,15 +437,17 @@ OPERATORS.update(
 
 @_register("ArgMax")
 def _arg_max(a: Attributes, x: Tensor) -> Tensor:
-    _require(not a.get("select_last_index", 0), "ArgMax that selects the last index")
-    return x.argmax(a.get("axis", 0), bool(a.get("keepdims", 1)))
+    axis, keep = a.get("axis", 0), bool(a.get("keepdims", 1))
+    if a.get("select_last_index", 0):
+        return x.shape[axis] - 1 - x.flip(axis).argmax(axis, keep)
+    return x.argmax(axis, keep)
 
 
 @_register("CumSum")
 def _cum_sum(a: Attributes, x: Tensor, axis: Tensor) -> Tensor:
     dim = int(axis.item())
     x = x.flip(dim) if a.get("reverse", 0) else x
-    total = x.cumsum(dim) - (x if a.get("exclusive", 0) else 0)
+    total = x.cumsum(dim, dtype=x.dtype) - (x if a.get("exclusive", 0) else 0)
     return total.flip(dim) if a.get("reverse", 0) else total
 
 
@@ -454,7 +466,11 @@ def _size(a: Attributes, x: Tensor) -> Tensor:
 
 @_register("Constant")
 def _constant(a: Attributes) -> Tensor:
-    return torch.from_numpy(np.array(a["value"].values))
+    ((kind, value),) = a.items()
+    if kind == "value":
+        return torch.from_numpy(np.array(value.values))
+    _require(kind in ("value_float", "value_floats", "value_int", "value_ints"), f"Constant with {kind}")
+    return torch.tensor(value, dtype=torch.float32 if "float" in kind else torch.int64)
 
 
 @_register("ConstantOfShape")
@@ -601,17 +617,26 @@ def _depth_to_space(a: Attributes, x: Tensor) -> Tensor:
 def _space_to_depth(a: Attributes, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     b = a["blocksize"]
-    return (
-        x.reshape(n, c, h // b, b, w // b, b).permute(0, 3, 5, 1, 2, 4).reshape(n, c * b**2, h // b, w // b)
-    )
+    order = (0, 3, 5, 1, 2, 4) if a.get("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    blocks = x.reshape(n, c, h // b, b, w // b, b)
+    return blocks.permute(order).reshape(n, c * b**2, h // b, w // b)
 
 
 @_register("Trilu")
 def _trilu(a: Attributes, x: Tensor, k: Tensor | None = None) -> Tensor:
-    return (torch.triu if a.get("upper", 1) else torch.tril)(x, 0 if k is None else int(k.item()))
+    triangle: Any = torch.triu if a.get("upper", 1) else torch.tril
+    part: Tensor = triangle(x, 0 if k is None else int(k.item()))
+    return part
 
 
-@_register("Resize", "Upsample")
+@_register("Upsample")
+def _upsample(a: Attributes, x: Tensor, scales: Tensor) -> Tensor:
+    """Resize of opsets below 10."""
+    positions = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    return _resize({**a, **positions}, x, None, scales)
+
+
+@_register("Resize")
 def _resize(
     a: Attributes,
     x: Tensor,
@@ -654,8 +679,11 @@ def _source_positions(a: Attributes, size: int, wanted: int, factor: float) -> T
         return at * (size - 1) / (wanted - 1) if wanted > 1 else torch.zeros_like(at)
     if mode == "pytorch_half_pixel" and wanted == 1:
         return torch.zeros_like(at)
-    _require(mode in ("half_pixel", "pytorch_half_pixel"), f"Resize with {mode} coordinates")
-    return (at + 0.5) / factor - 0.5
+    _require(mode.endswith("half_pixel") or mode == "half_pixel_symmetric", f"Resize with {mode} coordinates")
+    at = (at + 0.5) / factor - 0.5
+    if mode == "half_pixel_symmetric":  # what rounding the output's size cut off is shared by both ends
+        at += size / 2 * (1 - wanted / (factor * size))
+    return at
 
 
 def _nearest(a: Attributes, at: Tensor) -> Tensor:
