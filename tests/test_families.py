@@ -14,7 +14,7 @@ from trtq.backends.interface import profiles_from
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method, scales_from
 from trtq.data.load import load_samples
-from trtq.gate.metrics import load_metric
+from trtq.gate.evaluation import metric_of
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, load_model, save_model
 from trtq.graph.place import place
@@ -86,8 +86,7 @@ def test_a_detector_that_plain_int8_breaks(tmp_path: Path) -> None:
     """The scores beside boxes of hundreds of pixels are lost, and the output's SQNR is theirs."""
     folder = FOLDER / "detector"
     recipe = Recipe.load(folder / "recipe.toml")
-    assert recipe.metric is not None
-    model, metric = load_model(folder / "detector.onnx"), load_metric(recipe.metric)
+    model, metric = load_model(folder / "detector.onnx"), metric_of(recipe)
     fold(model.graph)
     calibration = load_samples(str(folder / "calib.npz"), model.inputs, recipe.preprocess).subset(range(32))
     evaluation = load_samples(str(folder / "eval.npz"), model.inputs, recipe.preprocess).subset(range(96))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -233,3 +235,61 @@ def test_exit_codes() -> None:
         with contextlib.suppress(TrtqError):
             assert error("x").exit_code == code
             raise error("x")
+
+
+# -- JSON values as dataclasses
+
+
+@dataclass(frozen=True)
+class Leaf:
+    name: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Tree:
+    leaves: list[Leaf]
+    named: dict[str, Leaf]
+    pair: tuple[float, float] | None = None
+    best: Leaf | None = None
+
+
+TREE = {"leaves": [{"name": "a"}], "named": {"b c": {"name": "b", "value": 2}}, "best": {"name": "d"}}
+
+
+def test_a_json_value_becomes_the_dataclass_it_stands_for() -> None:
+    found = files.decode(TREE | {"pair": [1, 2.5]}, Tree)
+    assert found == Tree([Leaf("a")], {"b c": Leaf("b", 2.0)}, (1.0, 2.5), Leaf("d"))
+    assert files.decode(TREE | {"format": "tree-1"}, Tree, format="tree-1").best == Leaf("d")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"leaves": [{"name": "a"}, {"name": 1}]}, "`leaves[1].name`: expected str, got int"),
+        ({"leaves": [{"name": "a", "value": "1"}]}, "`leaves[0].value`: expected float | null, got str"),
+        ({"leaves": [{"name": "a", "value": True}]}, "`leaves[0].value`: expected float | null, got bool"),
+        ({"leaves": [{"value": 1}]}, "`leaves[0]`: the key 'name' is missing"),
+        ({"leaves": None}, "`leaves`: expected array, got null"),
+        ({"pair": [1]}, "`pair`: expected array of length 2"),
+        ({"leave": []}, "unknown key 'leave'; it may have leaves, named, pair, best"),
+        ({"leaves": [{"name": "a", "nmae": 1}]}, "`leaves[0]`: unknown key 'nmae'; it may have name, value"),
+        ({"named": {"x": {"name": "a", "size": 1}}}, "`named['x']`: unknown key 'size'"),
+        ({"best": {"name": "a", "size": 1}}, "`best`: unknown key 'size'"),
+    ],
+)
+def test_another_json_value_is_refused_with_the_field(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        files.decode(TREE | change, Tree)
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 3])
+def test_what_is_no_object_is_no_dataclass(value: object) -> None:
+    with pytest.raises(ValueError, match="expected object, got"):
+        files.decode(value, Tree)
+    with pytest.raises(ValueError, match="the format is None, not tree-1"):
+        files.decode(value, Tree, format="tree-1")
+
+
+def test_keys_that_are_not_read_may_be_allowed() -> None:
+    assert files.decode({"name": "a", "size": 1}, Leaf, closed=False) == Leaf("a")

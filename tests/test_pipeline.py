@@ -11,7 +11,7 @@ import pytest
 from jobs import Case
 
 from trtq import Recipe, deploy
-from trtq.backends.interface import Range
+from trtq.backends.interface import Range, parse_profile
 from trtq.calibration.calibrate import FloatGraph, calibrate, statistics_of
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method, scales_from
@@ -20,7 +20,6 @@ from trtq.console import SILENT
 from trtq.errors import ExitCode, InputError
 from trtq.gate.verdict import Outcome
 from trtq.job import Job, prepare, profile_for
-from trtq.recovery.attempt import parse_share
 
 
 def recipe_for(case: Case, output: Path, **options: object) -> Recipe:
@@ -108,16 +107,5 @@ def test_the_profile_is_the_recipes_or_the_datas(small: Case, tmp_path: Path) ->
     recipe = recipe_for(small, tmp_path / "out", batch=2)
     model = prepare(recipe)
     assert profile_for(model, recipe, None) == {"x": Range((1, 3, 8, 8), (2, 3, 8, 8), (8, 3, 8, 8))}
-    own = dataclasses.replace(recipe, profile=("x:5x3x8x8",))
+    own = dataclasses.replace(recipe, profile=parse_profile(["x:5x3x8x8"]))
     assert profile_for(model, own, None) == {"x": Range(*[(5, 3, 8, 8)] * 3)}
-
-
-@pytest.mark.parametrize(("text", "share"), [("90%", 0.9), (" 0.9 ", 0.9), ("0", 0), ("100%", 1), ("1", 1)])
-def test_shares(text: str, share: float) -> None:
-    assert parse_share(text) == pytest.approx(share)
-
-
-@pytest.mark.parametrize("text", ["", "%", "90", "-1%", "nan", "101%", "half"])
-def test_what_is_no_share(text: str) -> None:
-    with pytest.raises(InputError, match="is no share"):
-        parse_share(text)

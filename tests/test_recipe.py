@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtq.backends.interface import BuildOptions
+from trtq.backends.interface import BuildOptions, Range
+from trtq.calibration.methods import Method, parse_method
+from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError
-from trtq.gate.verdict import parse_margin
 from trtq.graph.rewrite import WEIGHT_FORMS
-from trtq.recipe import Recipe, flag, options
-from trtq.recovery.attempt import parse_share
-from trtq.recovery.budget import Budget
+from trtq.recipe import KINDS, Recipe, flag, from_command_line
+from trtq.simulation.pool import Pool
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
 texts = st.lists(text, max_size=3).map(tuple)
@@ -27,6 +27,14 @@ def maybe(strategy: st.SearchStrategy) -> st.SearchStrategy:
     return st.none() | strategy
 
 
+def as_range(axes: list[tuple[int, int, int]]) -> Range:
+    """A range from three sizes of every axis."""
+    return Range(*(tuple(sizes) for sizes in zip(*map(sorted, axes), strict=True)))
+
+
+sizes = st.integers(1, 999)
+ranges = st.lists(st.tuples(sizes, sizes, sizes), min_size=1, max_size=4).map(as_range)
+
 drawn: dict[str, st.SearchStrategy] = {
     "model": maybe(path),
     "data": maybe(path),
@@ -34,15 +42,15 @@ drawn: dict[str, st.SearchStrategy] = {
     "metric": maybe(st.sampled_from(["top1", "cosine@logits", os.path.abspath("metric.py:score")])),
     "output": maybe(path),
     "method": st.sampled_from(["auto", "percentile:99.99"]),
-    "max_drop": text,
+    "max_drop": st.floats(0, 1, exclude_max=True),
     "confidence": maybe(st.floats(0.5, 1, exclude_min=True, exclude_max=True)),
     "require_engine": st.booleans(),
     "min_reference": maybe(st.floats(-1, 1)),
     "ignore_nonfinite": st.booleans(),
-    "min_int8": maybe(text),
+    "min_int8": maybe(st.floats(0, 1)),
     "min_sqnr": maybe(st.floats(-100, 200)),
     "recover": st.sampled_from(["fix,partial,learn", "partial", "none"]),
-    "budget": maybe(text),
+    "budget": maybe(st.floats(0, exclude_min=True, allow_infinity=False)),
     "labels": maybe(text),
     "plan": maybe(path),
     "parallel": maybe(st.sampled_from(["loky:2", "dask://host:8786"])),
@@ -51,7 +59,7 @@ drawn: dict[str, st.SearchStrategy] = {
     "weights": st.sampled_from(["int8", "qdq"]),
     "rest": st.sampled_from(["fp32", "fp16"]),
     "target": texts,
-    "profile": texts,
+    "profile": st.dictionaries(text, ranges, max_size=2),
     "batch": maybe(st.integers(1, 64)),
     "threads": maybe(st.integers(1, 64)),
     "cache": maybe(path),
@@ -131,22 +139,23 @@ def test_the_command_line_wins_where_it_says_something(file: Path) -> None:
     recipe = load(file, 'method = "max"\nexclude = ["a"]\nbatch = 4\nconfidence = 0.9')
     said = {"method": "mse", "exclude": [], "batch": None, "confidence": 0.95, "debug": True}
     merged = recipe.merged(said)
-    assert asdict(merged) == {**asdict(recipe), "method": "mse", "confidence": 0.95}
+    assert merged == replace(recipe, method="mse", confidence=0.95)
     assert recipe.merged({"exclude": ["b", "c"]}).exclude == ("b", "c")
 
 
 def test_an_empty_recipe_has_the_defaults(file: Path) -> None:
     assert load(file, "") == Recipe()
-    assert (Recipe().method, Recipe().max_drop, Recipe().weights) == ("auto", "1%", "int8")
+    assert (Recipe().method, Recipe().max_drop, Recipe().weights) == ("auto", 0.01, "int8")
 
 
 def test_choices_are_those_of_what_takes_them() -> None:
-    (weights,) = options(["weights"])
-    assert weights.metadata["choices"] == WEIGHT_FORMS
+    assert KINDS["weights"].choices == WEIGHT_FORMS
 
 
 def test_keys_may_be_written_as_on_the_command_line(file: Path) -> None:
-    assert load(file, 'max-drop = "2%"').max_drop == "2%"
+    assert load(file, 'max-drop = "2%"').max_drop == 0.02
+    with pytest.raises(InputError, match="'max-drop' is '2x'"):
+        load(file, 'max-drop = "2x"')
 
 
 @pytest.mark.parametrize(
@@ -166,11 +175,15 @@ def test_keys_may_be_written_as_on_the_command_line(file: Path) -> None:
         ("target = nan", ["target", "nan", "8.6"]),
         ("target = [8.6, true]", ["target", "True", "8.6"]),
         ("target = [8.6, [9.0]]", ["target", "8.6"]),
-        ("min_sqnr = inf", ["--min-sqnr is inf", "of decibels"]),
-        ("min_sqnr = true", ["min_sqnr", "True", "float"]),
-        (f"min_sqnr = 0x{'f' * 400}", ["min_sqnr", "float"]),
-        ("confidence = nan", ["confidence is nan", "between 0.5 and 1"]),
-        ("batch = 4.0", ["batch", "4.0", "int"]),
+        ("min_sqnr = inf", ["'min_sqnr' is inf", "of decibels"]),
+        ("min_sqnr = true", ["min_sqnr", "True", "a number"]),
+        (f"min_sqnr = 0x{'f' * 400}", ["min_sqnr", "a number"]),
+        ("confidence = nan", ["'confidence' is nan", "between 0.5 and 1"]),
+        ("batch = 4.0", ["batch", "4.0", "an integer from 1"]),
+        ("budget = '1d'", ["'budget' is '1d'", "90s, 10m or 1h"]),
+        ("recover = 'fixes'", ["'recover' is 'fixes'", "fix, partial, learn, or none"]),
+        ("parallel = 'loky:0'", ["'parallel' is 'loky:0'", "loky:4"]),
+        ("profile = 'x:0x3'", ["'profile': 'x:0x3' is not an optimization profile", "NAME:MIN,OPT,MAX"]),
         ("max-drop = '1%'\nmax_drop = '2%'", ["'max-drop' and 'max_drop'", "the same option"]),
         ("max_drop = '1%'\nmax-drop = '1%'", ["'max_drop' and 'max-drop'", "the same option"]),
         ("method = 'nope'", ["unknown calibration method 'nope'", "percentile:99.99", "auto"]),
@@ -192,7 +205,7 @@ def test_keys_may_be_written_as_on_the_command_line(file: Path) -> None:
         (f"[preprocess.x]\nstd = 0x{'f' * 400}", ["std"]),
         ("[preprocess.x]\nresize = true", ["resize", "True"]),
         ("[preprocess.x]\nstd = [1, 0, 1]", ["std"]),
-        ("confidence = 2.0", ["confidence is 2.0", "between 0.5 and 1"]),
+        ("confidence = 2.0", ["'confidence' is 2.0", "between 0.5 and 1"]),
         ("model = ", ["cannot read the recipe"]),
     ],
 )
@@ -207,13 +220,13 @@ def test_what_is_wrong_is_named_with_the_file(content: str, words: list[str], fi
 @pytest.mark.parametrize(
     ("content", "name", "value"),
     [
-        ("max_drop = 0.01", "max_drop", "0.01"),
-        ("max_drop = 0", "max_drop", "0"),
-        ("max_drop = 1e-5", "max_drop", "1e-05"),
-        ("min_int8 = 0.9", "min_int8", "0.9"),
-        ("min_int8 = 1", "min_int8", "1"),
-        ("budget = 600", "budget", "600"),
-        ("budget = 1.5", "budget", "1.5"),
+        ("max_drop = 0.01", "max_drop", 0.01),
+        ("max_drop = 0", "max_drop", 0.0),
+        ("max_drop = 1e-5", "max_drop", 1e-5),
+        ("min_int8 = 0.9", "min_int8", 0.9),
+        ("min_int8 = 1", "min_int8", 1.0),
+        ("budget = 600", "budget", 600.0),
+        ("budget = 1.5", "budget", 1.5),
         ("target = 8.6", "target", ("8.6",)),
         ("target = [8.0, '9.0']", "target", ("8.0", "9.0")),
         ("target = '10.0'", "target", ("10.0",)),
@@ -229,19 +242,85 @@ def test_numbers_and_single_items_may_be_written_plainly(
     assert type(found) is type(value)
 
 
-def test_numbers_mean_what_their_text_does() -> None:
-    assert parse_margin("0.01") == parse_margin("1%") == parse_margin("1e-02") == 0.01
-    assert parse_share("1") == parse_share("100%") == 1
-    left = Budget.parse("600").left
-    assert left is not None
-    assert left == pytest.approx(600, abs=5)
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("max_drop", "1%", 0.01),
+        ("max_drop", "0.01", 0.01),
+        ("max_drop", "1e-02", 0.01),
+        ("max_drop", " 2.5 % ", 0.025),
+        ("max_drop", "0", 0.0),
+        ("min_int8", "100%", 1.0),
+        ("min_int8", " 0.9 ", 0.9),
+        ("budget", "90", 90.0),
+        ("budget", "90s", 90.0),
+        ("budget", "10m", 600.0),
+        ("budget", "1.5h", 5400.0),
+        ("recover", "none", ()),
+        ("recover", "learn, fix", ("fix", "learn")),
+        ("parallel", "loky:2", Pool("loky", processes=2)),
+        ("method", "percentile:99.90", parse_method("percentile:99.9")),
+        ("batch", "4", 4),
+        ("confidence", "0.95", 0.95),
+    ],
+)
+def test_text_becomes_the_value_it_stands_for(name: str, text: str, value: object) -> None:
+    given = from_command_line(name, text)
+    assert given == value
+    assert getattr(Recipe().merged({name: given}), name) == value
+    assert KINDS[name].read_all(value) == value  # what is read once may be given again
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("max_drop", ["", "%", "one", "-1%", "100%", "150%", "1", "nan", "inf"]),
+        ("min_int8", ["", "%", "90", "-1%", "nan", "101%", "half"]),
+        ("budget", ["", "s", "-1s", "0", "ten", "1d", "nan", "inf"]),
+        ("recover", ["", "fixes", "fix,", "fix,none"]),
+        ("parallel", ["loky:0", "loky:x", "dask://", "threads"]),
+        ("batch", ["0", "4.0", "four", ""]),
+        ("confidence", ["0.5", "95%", "nan"]),
+    ],
+)
+def test_text_without_a_value_is_refused_with_the_option(name: str, texts: list[str]) -> None:
+    for text in texts:
+        with pytest.raises(InputError, match=flag(name)) as caught:
+            from_command_line(name, text)
+        assert caught.value.remedy
+        with pytest.raises(InputError, match=f"^{name} is "):
+            Recipe(**{name: text})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'max_drop = "1%"', 'max_drop = "0.5%"', 'max_drop = "12.345%"', 'min_int8 = "90%"', 'budget = "90s"',
+        'budget = "10m"', 'budget = "1h"', 'recover = "fix,learn"', 'recover = "none"', 'method = "auto"',
+        'method = "percentile:99.99"', 'parallel = "dask://host:8786"', 'parallel = "loky:4"',
+        'profile = [\n    "x:1x3,4x3,8x3",\n    "y:5",\n]',
+    ],
+)  # fmt: skip
+def test_values_are_written_as_people_write_them(line: str, file: Path) -> None:
+    assert line in load(file, line).dumps()
+
+
+def test_values_may_be_given_as_they_are() -> None:
+    typed = Recipe(max_drop=0.01, budget=600, recover=("learn", "fix"), parallel=Pool("loky"), target=(8.6,))
+    assert typed == Recipe(max_drop="1%", budget="10m", recover="fix,learn", parallel="loky", target="8.6")
+    options = {"scale": "1/255"}
+    tables = Recipe(preprocess={"x": options})
+    assert tables == Recipe(preprocess={"x": Preprocess.parse("x", options)})
 
 
 @pytest.mark.parametrize(
     ("text", "name"), [("AUTO", "auto"), (" Max ", "max"), ("Percentile:99.90", "percentile:99.9")]
 )
 def test_the_method_has_one_spelling(text: str, name: str, file: Path) -> None:
-    assert Recipe(method=text).method == Recipe().merged({"method": text}).method == name
+    found = Recipe(method=text).method
+    assert found == Recipe().merged({"method": text}).method
+    assert str(found) == name
+    assert isinstance(found, Method) == (name != "auto")
     assert load(file, f'method = "{text}"') == Recipe(method=name)
 
 
@@ -278,8 +357,11 @@ def test_an_unreadable_recipe(content: bytes | None, tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_asked_for() -> None:
-    Recipe(model="m", data="d").need("model", "data")
+    found = Recipe(model="m", data="d").require("model", "data")
+    assert (found.model, found.data) == ("m", "d")
+    with pytest.raises(AttributeError):
+        found.output  # noqa: B018  it was not asked for
     with pytest.raises(InputError, match="--eval is missing"):
-        Recipe(model="m").need("model", "eval")
-    with pytest.raises(InputError, match="MODEL is missing"):
-        Recipe().need("model")
+        Recipe(model="m").require("model", "eval")
+    with pytest.raises(InputError, match="MODEL, --data and --output are missing"):
+        Recipe(eval="e").require("model", "data", "eval", "output")

@@ -49,7 +49,7 @@ def normalized(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return save_case(graph, tmp_path_factory.mktemp("normalized"), {"x": data})
 
 
-def studied(case: Case, folder: Path, budget: str | None = None, exclude: tuple[str, ...] = ()) -> Study:
+def studied(case: Case, folder: Path, budget: float | None = None, exclude: tuple[str, ...] = ()) -> Study:
     recipe = Recipe(
         model=str(case.model),
         data=str(case.data),

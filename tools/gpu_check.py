@@ -40,7 +40,7 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import TrtqError
 from trtq.files import write_json
-from trtq.gate.metrics import load_metric
+from trtq.gate.evaluation import metric_of
 from trtq.gate.tensors import compare_three
 from trtq.gate.verdict import decide
 from trtq.graph.model import Model, save_model
@@ -110,11 +110,12 @@ class Check:
     def quantize(self) -> Step:
         """The INT8 model from the calibration data."""
         recipe = self.recipe
-        assert recipe.eval is not None
         job = Job.open(recipe, SILENT)
         self.model: Model = job.model
         self.data: Samples = job.data
-        self.samples: Samples = load_samples(recipe.eval, self.model.inputs, recipe.preprocess)
+        self.samples: Samples = load_samples(
+            recipe.require("eval").eval, self.model.inputs, recipe.preprocess
+        )
         self.profile: Profile = job.profile
         quantization = calibrate(job, job.place())
         self.plan: Plan = quantization.plan
@@ -169,8 +170,7 @@ class Check:
 
     def gate(self) -> Step:
         """The verdicts on fp32 against the engine and against the simulation."""
-        assert self.recipe.metric is not None
-        metric, verdicts = load_metric(self.recipe.metric), {}
+        metric, verdicts = metric_of(self.recipe), {}
         reference = run_model(self.folded, self.samples).arrays
         for outputs in (run_engine(self.engines[-1], self.samples), run_model(self.int8, self.samples)):
             verdict = decide(
@@ -294,7 +294,7 @@ def main() -> None:
     if given.model:
         named = {name: getattr(given, name) for name in ("model", "data", "eval", "metric", "method")}
         recipes[Path(given.model).stem] = Recipe().merged(named)
-        recipes[Path(given.model).stem].need("data", "eval")
+        recipes[Path(given.model).stem].require("data", "eval", "metric")
     report: Step = {"environment": environment(), "backends": {}}
     with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
         for backend in BUILDERS:

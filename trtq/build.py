@@ -30,7 +30,7 @@ from trtq.graph.plan import Plan
 from trtq.job import opt_shapes, prepare, profile_for
 from trtq.pipeline import quantize
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import parse_share, share_check
+from trtq.recovery.attempt import share_check
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def build(recipe: Recipe, table: PathLike | None = None, calibrator: str | None 
         InputError: an option, the model or the data cannot be used.
         MissingBackendError: the builder is not installed.
     """
-    recipe.need("model", "output")
-    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
+    recipe.require("model", "output")
+    least = recipe.min_int8
     if table is not None or calibrator is not None:
         built, plan = build_implicit(recipe, table, calibrator)
     elif recipe.include or recipe.exclude:
@@ -73,16 +73,15 @@ def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
     Raises:
         InputError, MissingBackendError: as the builder.
     """
-    assert recipe.model is not None
-    assert recipe.output is not None
-    model = load_model(recipe.model)
+    required = recipe.require("model", "output")
+    model = load_model(required.model)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)
     plan = placed(model, opt_shapes(model, profile))
     with in_precision(model, recipe.rest, data) as source:
         built = builder(recipe.backend).build(
             source,
-            recipe.output,
+            required.output,
             profile=profile,
             targets=recipe.target,
             options=recipe.build_options(),
@@ -102,8 +101,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
         InputError: another backend; both or neither of table and calibrator; or as the builder.
         MissingBackendError: TensorRT, PyCUDA or a GPU is missing.
     """
-    recipe.need("model", "output")
-    assert recipe.output is not None
+    output = recipe.require("model", "output").output
     if chosen(recipe.backend) != "tensorrt":
         raise InputError(
             f"{chosen(recipe.backend)} has no implicit quantization",
@@ -128,7 +126,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             samples=data,
             model=model.sha256,
             batch_size=plan.batch,
-            cache=Path(f"{recipe.output}.cache"),
+            cache=Path(f"{output}.cache"),
         )
     else:
         raise InputError("give either --table, or --calibrator with --data")
@@ -138,7 +136,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
         save_model(model.graph, folded)
         build = tensorrt.build(
             folded,
-            recipe.output,
+            output,
             profile=profile,
             targets=recipe.target,
             options=recipe.build_options(),
@@ -186,9 +184,7 @@ def build_three(
     Raises:
         InputError, MissingBackendError: as `quantize` and the builder.
     """
-    recipe.need("model", "output")
-    assert recipe.output is not None
-    folder = Path(recipe.output)
+    folder = Path(recipe.require("model", "output").output)
     model = prepare(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)

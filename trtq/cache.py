@@ -35,7 +35,7 @@ from typing import Any
 from trtq import __version__
 from trtq.code_hash import code_sha256
 from trtq.errors import InputError
-from trtq.files import PathLike, sha256_bytes, sha256_json, write_bytes, write_json
+from trtq.files import PathLike, decode, sha256_bytes, sha256_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -280,9 +280,7 @@ def _notes(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     record = json.loads(_record_path(path).read_text(encoding="utf-8"))
-    if not isinstance(record, dict):
-        raise ValueError("the record is not a JSON object")
-    return path.read_bytes(), record
+    return path.read_bytes(), decode(record, dict[str, Any])
 
 
 def _record_path(path: Path) -> Path:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from trtq.errors import InputError
 
@@ -113,16 +115,70 @@ def read_own_json(path: PathLike, what: str, parse: Callable[[Any], T], remedy: 
     """What `parse` makes of the JSON value in `path`, a file that trtq wrote.
 
     Args:
-        remedy: what to do about a value that `parse` does not know.
+        parse: raises ValueError for a value that is something else (see `decode`).
+        remedy: what to do then.
 
     Raises:
-        InputError: the file is missing, unreadable or not JSON, or `parse` does not know the value.
+        InputError: the file is missing, unreadable or not JSON, or `parse` refuses the value.
     """
     value = read_json(path, what)
     try:
         return parse(value)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"not a {what} of trtq", file=path, cause=repr(error), remedy=remedy) from error
+    except ValueError as error:
+        raise InputError(f"not a {what} of trtq", file=path, cause=error, remedy=remedy) from error
+
+
+def decode(value: Any, kind: type[T], *, format: str | None = None, closed: bool = True) -> T:
+    """A JSON value as a dataclass, or another type with annotated fields; nothing is converted but int to
+    float, list to tuple and text to an enum's member.
+
+    Args:
+        format: what the value's own `format` must be; None: it has none.
+        closed: refuse keys that a dataclass does not have. Those that have a default may be missing.
+
+    Raises:
+        ValueError: the value is something else; the message names the field, as in
+            "`nodes[3].axis`: expected int, got str".
+    """
+    import msgspec
+
+    if format is not None:
+        value = dict(value) if isinstance(value, Mapping) else {}
+        if (found := value.pop("format", None)) != format:
+            raise ValueError(f"the format is {found}, not {format}")
+    if closed:
+        _refuse_unknown_keys(value, kind, "")
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        problem, _, where = str(error).partition(" - at ")
+        where = where.replace("$.", "").replace("$", "")
+        problem = re.sub(r"^Object missing required field `(.*)`", r"the key '\1' is missing", problem)
+        problem = problem.replace("`", "")
+        problem = problem[0].lower() + problem[1:]
+        raise ValueError(f"{where}: {problem}" if where else problem) from error
+
+
+def _refuse_unknown_keys(value: Any, kind: Any, where: str) -> None:
+    """Raise ValueError where a JSON object has a key that the dataclass it stands for does not have."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        known = get_type_hints(kind)
+        if unknown := [name for name in value if name not in known]:
+            place = f"`{where}`: " if where else ""
+            raise ValueError(f"{place}unknown key {unknown[0]!r}; it may have {', '.join(known)}")
+        for name, item in value.items():
+            _refuse_unknown_keys(item, known[name], f"{where}.{name}" if where else name)
+        return
+    origin, of = get_origin(kind), get_args(kind)
+    if isinstance(value, Mapping) and isinstance(origin, type) and issubclass(origin, Mapping):
+        for name, item in value.items():
+            _refuse_unknown_keys(item, of[1], f"{where}[{name!r}]")
+    elif isinstance(value, list) and of:
+        for index, item in enumerate(value):
+            _refuse_unknown_keys(item, of[0], f"{where}[{index}]")
+    else:
+        for kind in of:
+            _refuse_unknown_keys(value, kind, where)
 
 
 def sha256_bytes(content: bytes | memoryview) -> str:

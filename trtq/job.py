@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from trtq.backends.interface import OPT_BATCH, Profile, check_profile, parse_profile, profiles_from
+from trtq.backends.interface import OPT_BATCH, Profile, check_profile, profiles_from
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
@@ -23,7 +23,6 @@ from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.rows import runs_on_several
 from trtq.simulation.session import simulation_fingerprint
-from trtq.simulation.workers import parse_parallel
 
 FEWEST_TO_SPLIT = 16
 """With fewer samples, what is fitted on the data is measured on the same rows."""
@@ -51,11 +50,9 @@ class Job:
         Raises:
             InputError: one is missing or cannot be used, or the data have no such labels.
         """
-        recipe.need("model", "data")
-        parse_parallel(recipe.parallel)
-        assert recipe.data is not None
+        given = recipe.require("model", "data")
         model = prepare(recipe)
-        data = load_samples(recipe.data, model.inputs, recipe.preprocess)
+        data = load_samples(given.data, model.inputs, recipe.preprocess)
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
         job = cls(recipe, model, data, open_cache(recipe, console), console)
@@ -197,9 +194,8 @@ def prepare(recipe: Recipe) -> Model:
 
 def unfolded(recipe: Recipe) -> Model:
     """The recipe's model as it is."""
-    recipe.need("model")
-    assert recipe.model is not None
-    return load_model(recipe.model, opset=FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET)
+    opset = FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET
+    return load_model(recipe.require("model").model, opset=opset)
 
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:
@@ -211,9 +207,8 @@ def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
     """The recipe's optimization profile, or one from the model's dynamic axes and the data's shapes."""
     dimensions = {spec.name: spec.shape for spec in model.inputs}
     if recipe.profile:
-        profile = parse_profile(recipe.profile)
-        check_profile(profile, dimensions, model.path)
-        return profile
+        check_profile(recipe.profile, dimensions, model.path)
+        return recipe.profile
     shapes = data.row_shapes() if data is not None else {}
     only_one = recipe.batch is None and data is not None and not runs_on_several(model.graph, data)
     return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH, only_one=only_one)

@@ -21,7 +21,7 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, staged_folder, write_json, write_text
-from trtq.gate.evaluation import Evaluation, gate_of
+from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph.plan import Plan
@@ -31,11 +31,11 @@ from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import Attempt, Fruitless, parse_share
+from trtq.recovery.attempt import Attempt, Fruitless
 from trtq.recovery.budget import Budget
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.sensitivity import Sensitivity, analyse
-from trtq.recovery.workflow import parse_steps, recover
+from trtq.recovery.workflow import recover
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import manifest
@@ -123,13 +123,10 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         InputError: an option, the model or the data cannot be used.
         MissingBackendError: the builder is not installed.
     """
-    recipe.need("model", "data", "eval", "metric", "output")
-    assert recipe.output is not None
+    output = recipe.require("model", "data", "eval", "metric", "output").output
     builder(recipe.backend).check_targets(recipe.target)
-    budget, steps = Budget.parse(recipe.budget), parse_steps(recipe.recover)
-    if recipe.min_int8 is not None:
-        parse_share(recipe.min_int8)
-    gate_of(recipe)
+    budget = Budget.of(recipe.budget)
+    metric_of(recipe)
     console = console.fresh()
     job = Job.open(recipe, console)
     plan = job.place()
@@ -138,8 +135,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     job.warn_of_shared(evaluation.samples)
     console.say("plan", plan.text())
     started = time.perf_counter()
-    with staged_folder(recipe.output) as folder:
-        tried = recover(job, plan, evaluation, steps, budget, folder)
+    with staged_folder(output) as folder:
+        tried = recover(job, plan, evaluation, recipe.recover, budget, folder)
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = max(attempts, key=lambda attempt: attempt.measured.rank)
         in_the_way = diagnose(job, evaluation, attempts, kept, budget, time.perf_counter() - started)
@@ -157,7 +154,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
     console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))
-    return Deployment(Path(recipe.output), best, tuple(tried))
+    return Deployment(Path(output), best, tuple(tried))
 
 
 def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quantization:
@@ -166,8 +163,7 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
     Raises:
         InputError: neither data nor table; the model, data or table cannot be used; the table lacks a scale.
     """
-    recipe.need("model")
-    assert recipe.model is not None
+    recipe.require("model")
     if table is not None:
         return _with_table(recipe, table, console)
     if recipe.data is not None:
@@ -178,10 +174,9 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
 
 def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantization:
     """The recipe's model with scales from a table, which must have all that the plan needs."""
-    assert recipe.model is not None
     given = _read_table(table, console)
     if recipe.plan is None:
-        source = load_source(recipe.model, rest=recipe.rest)
+        source = load_source(recipe.require("model").model, rest=recipe.rest)
         quantization, fit = quantize_with_table(
             source, given, include=recipe.include, exclude=recipe.exclude, rest=recipe.rest
         )

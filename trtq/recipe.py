@@ -1,7 +1,9 @@
-"""Recipes: all options of a job in one TOML file; the command line's win over them.
+"""Recipes: all options of a job, each parsed once into the value it stands for.
 
-Every option is one field of `Recipe`, which the command line makes its arguments from. A recipe may also
-hold `[preprocess.<input>]` tables (see `trtq.data.preprocess`), which have no command-line form.
+Every option is one field of `Recipe`, which the command line makes its arguments from. What the command line,
+a TOML file and a Python caller give is read by the same `Kind`, so that nothing further in is text to be
+parsed. A recipe may also hold `[preprocess.<input>]` tables (see `trtq.data.preprocess`), which have no
+command-line form.
 """
 
 from __future__ import annotations
@@ -14,16 +16,17 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 
 from trtq.backends.builders import BUILDERS
-from trtq.backends.interface import BuildOptions
-from trtq.calibration.methods import method_name
+from trtq.backends.interface import BuildOptions, Range, parse_profile, profile_text
+from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError, about
 from trtq.files import PathLike
+from trtq.simulation.pool import Pool, parse_parallel
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,36 +34,207 @@ else:
     import tomli as tomllib
 
 
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "confidence": (lambda c: 0.5 < c < 1, "between 0.5 and 1"),
-    "min_sqnr": (math.isfinite, "of decibels"),
-    "min_reference": (math.isfinite, "of the metric"),
-    "batch": (lambda n: n >= 1, "from 1"),
-    "threads": (lambda n: n >= 1, "from 1"),
-    "workspace": (lambda n: n >= 1, "from 1"),
-    "optimization_level": (lambda n: n in range(6), "from 0 to 5"),
-    "dla_core": (lambda n: n >= 0, "from 0"),
-}
+STEPS = ("fix", "partial", "learn")
+"""What may follow calibration, in this order."""
+
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an option is read and written.
+
+    Attributes:
+        read: from what is given (TOML's values, or the value itself) to the value; raises ValueError, or an
+            InputError that knows better what is wrong.
+        allowed: what may be given, for the message.
+        write: from the value to TOML's.
+        from_text: from the command line's text to what `read` takes; raises ValueError.
+        choices: all values that are allowed, where they are few.
+        many: how items are gathered where an option takes several; `read` and `write` are for one of them.
+    """
+
+    read: Callable[[Any], Any]
+    allowed: str
+    write: Callable[[Any], Any] = lambda value: value
+    from_text: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+    many: Callable[[Iterable[Any]], Any] | None = None
+
+    def read_all(self, given: Any) -> Any:
+        """The value of an option: `read`, item by item where there may be several."""
+        if self.many is None:
+            return self.read(given)
+        if isinstance(given, Mapping):
+            given = list(given.items())
+        return self.many(self.read(item) for item in (given if isinstance(given, list | tuple) else [given]))
+
+    def write_all(self, value: Any) -> Any:
+        """TOML's form of an option's value."""
+        if self.many is None:
+            return self.write(value)
+        return [self.write(item) for item in (value.items() if isinstance(value, Mapping) else value)]
+
+
+def _instance(kind: type) -> Callable[[Any], Any]:
+    """Read what is of a type already."""
+
+    def read(value: Any) -> Any:
+        if type(value) is not kind:
+            raise ValueError
+        return value
+
+    return read
+
+
+def _number(kind: type, allowed: Callable[[Any], bool], words: str) -> Kind:
+    """Numbers of a type, int or float, in a range."""
+
+    def read(value: Any) -> Any:
+        if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+            value = float(value)
+        if type(value) is not kind or not allowed(value):
+            raise ValueError
+        return value
+
+    return Kind(read, f"use {'an integer' if kind is int else 'a number'} {words}", from_text=kind)
+
+
+def _choice(*choices: str) -> Kind:
+    """One of some words."""
+
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError
+        return value
+
+    return Kind(read, f"use {', '.join(choices)}", choices=choices)
+
+
+def _fraction(inside: Callable[[float], bool], example: str) -> Kind:
+    """A part of a whole: "1%" or 0.01."""
+
+    def read(value: Any) -> float:
+        if isinstance(value, str):
+            text = value.strip()
+            value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not inside(value):
+            raise ValueError
+        return float(value)
+
+    def write(value: float) -> str:
+        return _exact(read, value, [f"{100 * value:.12g}%", repr(value)])
+
+    return Kind(read, f"write it as {example}", write)
+
+
+def _read_duration(value: Any) -> float:
+    """Seconds, from a number of them or from text such as "90", "90s", "10m" or "1.5h"."""
+    if isinstance(value, str):
+        number, unit = (value[:-1], value[-1]) if value[-1:] in _UNITS else (value, "s")
+        value = float(number) * _UNITS[unit]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise ValueError
+    return float(value)
+
+
+def _write_duration(seconds: float) -> str:
+    """In the largest unit that gives a whole number, or else in seconds."""
+    whole = [f"{seconds / size:.0f}{unit}" for unit, size in _UNITS.items()]
+    return _exact(_read_duration, seconds, [*whole, f"{seconds!r}s"])
+
+
+def _exact(read: Callable[[str], float], value: float, texts: Iterable[str]) -> str:
+    """The first text that is read as `value`, to the bit."""
+    return next(text for text in texts if _read_or_nan(read, text) == value)
+
+
+def _read_or_nan(read: Callable[[str], float], text: str) -> float:
+    try:
+        return read(text)
+    except ValueError:
+        return math.nan
+
+
+def _read_method(value: Any) -> Method | Literal["auto"]:
+    if isinstance(value, Method):
+        return value
+    text = _instance(str)(value)
+    return AUTO if text.strip().lower() == AUTO else parse_method(text)
+
+
+def _read_steps(value: Any) -> tuple[str, ...]:
+    """Some of `STEPS` in their order, from "fix,partial,learn" or "none"."""
+    if not isinstance(value, tuple):
+        text = _instance(str)(value)
+        value = [] if text.strip() == "none" else [name.strip() for name in text.split(",")]
+    if not set(value) <= set(STEPS):
+        raise ValueError
+    return tuple(step for step in STEPS if step in value)
+
+
+def _read_target(value: Any) -> str:
+    """A compute capability; TOML may have it as a number."""
+    if type(value) in (int, float) and 0 <= value <= sys.float_info.max:
+        return str(value)
+    return _instance(str)(value)
+
+
+def _read_profile(value: Any) -> tuple[str, Range]:
+    """An input and its range, from text such as "x:1x3x8x8,4x3x8x8,8x3x8x8"."""
+    if isinstance(value, tuple):
+        return value
+    ((name, sizes),) = parse_profile([_instance(str)(value)]).items()
+    return name, sizes
+
+
+def _read_preprocess(value: Any) -> dict[str, Preprocess]:
+    if not isinstance(value, Mapping):
+        raise ValueError
+    return {
+        name: given if isinstance(given, Preprocess) else Preprocess.parse(name, given)
+        for name, given in value.items()
+    }
+
+
+TEXT = Kind(_instance(str), "use text")
+FLAG = Kind(_instance(bool), "use true or false")
+PATTERNS = Kind(_instance(str), "write text, or a list of strings", many=tuple)
+MARGIN = _fraction(lambda part: 0 <= part < 1, "1% or 0.01, below 100%")
+SHARE = _fraction(lambda part: 0 <= part <= 1, "90% or 0.9, up to 100%")
+DURATION = Kind(_read_duration, "write it as 90s, 10m or 1h", _write_duration)
+METHOD = Kind(_read_method, "use max, entropy, mse, percentile:P or auto", str)
+RECOVERY = Kind(
+    _read_steps, f"use some of {', '.join(STEPS)}, or none", lambda steps: ",".join(steps) or "none"
+)
+TARGETS = Kind(_read_target, "write it as 8.6", many=tuple)
+PROFILE = Kind(_read_profile, "write NAME:MIN,OPT,MAX", lambda item: profile_text(*item), many=dict)
+PARALLEL = Kind(
+    lambda given: given if isinstance(given, Pool) else parse_parallel(_instance(str)(given)),
+    "use loky, loky:4 or dask://host:8786",
+    str,
+)
+PREPROCESS = Kind(
+    _read_preprocess,
+    "write tables [preprocess.<input>]",
+    lambda tables: {name: dict(table.options) for name, table in tables.items()},
+)
+COUNT = _number(int, lambda n: n >= 1, "from 1")
 
 
 def _option(
     help: str,
-    kind: type = str,
+    kind: Kind = TEXT,
     *,
     metavar: str | None = None,
-    choices: tuple[str, ...] | None = None,
     default: Any = None,
     path: bool = False,
-    number: str | None = None,
     flags: tuple[str, ...] = (),
 ) -> Any:
-    """The field of an option; `number` says how the text of one that TOML may give as a number is written."""
-    metadata = {
-        "help": help, "kind": kind, "metavar": metavar, "choices": choices, "path": path, "flags": flags,
-        "number": number,
-    }  # fmt: skip
-    if kind is list:
-        return field(default=(), metadata=metadata)
+    """The field of an option."""
+    metadata = {"help": help, "kind": kind, "metavar": metavar, "path": path, "flags": flags}
+    if kind.many is not None:
+        return field(default_factory=lambda: kind.read_all([]), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -83,78 +257,80 @@ class Recipe:
         path=True,
     )
     output: str | None = _option("where to write the results", metavar="OUT", path=True, flags=("-o",))
-    method: str = _option(
-        "max, entropy, mse, percentile:P, or auto (measured choice)", metavar="M", default="auto"
+    method: Method | Literal["auto"] = _option(  # noqa: RUF009
+        "max, entropy, mse, percentile:P, or auto (measured choice)", METHOD, metavar="M", default=AUTO
     )
-    max_drop: str = _option(
-        "largest allowed relative drop of the metric", metavar="1%", default="1%", number="1% or 0.01"
+    max_drop: float = _option(
+        "largest allowed relative drop of the metric", MARGIN, metavar="1%", default=0.01
     )
     confidence: float | None = _option(
-        "confidence at which the bound must clear the margin", float, metavar="C"
+        "confidence at which the bound must clear the margin",
+        _number(float, lambda c: 0.5 < c < 1, "between 0.5 and 1"),
+        metavar="C",
     )
     require_engine: bool = _option(
-        "a verdict that was simulated on the CPU is inconclusive", bool, default=False
+        "a verdict that was simulated on the CPU is inconclusive", FLAG, default=False
     )
     min_reference: float | None = _option(
         "smallest value of the fp32 model's metric; below it the labels or the preprocessing are taken to be"
         " wrong, and the job ends with exit code 2 before anything is quantized",
-        float,
+        _number(float, math.isfinite, "of the metric"),
         metavar="V",
     )
     ignore_nonfinite: bool = _option(
         "compare outputs only where fp32 is finite; without it NaN or infinity there is an error",
-        bool,
+        FLAG,
         default=False,
     )
-    min_int8: str | None = _option(
-        "smallest share of multiply-accumulates that the engine runs in INT8",
-        metavar="90%",
-        number="90% or 0.9",
+    min_int8: float | None = _option(
+        "smallest share of multiply-accumulates that the engine runs in INT8", SHARE, metavar="90%"
     )
     min_sqnr: float | None = _option(
-        "smallest signal-to-quantization-noise ratio of every output, in dB", float, metavar="DB"
+        "smallest signal-to-quantization-noise ratio of every output, in dB",
+        _number(float, math.isfinite, "of decibels"),
+        metavar="DB",
     )
-    recover: str = _option(
+    recover: tuple[str, ...] = _option(
         "steps that may follow calibration until the gate passes: fix, partial, learn; or none",
+        RECOVERY,
         metavar="STEPS",
-        default="fix,partial,learn",
+        default=STEPS,
     )
-    budget: str | None = _option(
+    budget: float | None = _option(
         "time after which no further step is begun, and searching and learning stop, such as 90s, 10m, 1h",
+        DURATION,
         metavar="TIME",
-        number="90s, 10m or 1h",
     )
     labels: str | None = _option(
         "target of the calibration data, class numbers, to learn from beside the fp32 model", metavar="NAME"
     )
     plan: str | None = _option("plan.json to quantize by, in place of the rules", metavar="PLAN", path=True)
     include: tuple[str, ...] = _option(
-        "quantize only nodes that match: name with * and ?, or op:Type (repeatable)", list
+        "quantize only nodes that match: name with * and ?, or op:Type (repeatable)", PATTERNS
     )
-    exclude: tuple[str, ...] = _option("leave nodes that match in floating point (repeatable)", list)
+    exclude: tuple[str, ...] = _option("leave nodes that match in floating point (repeatable)", PATTERNS)
     weights: str = _option(
-        "form of the weights: int8 initializers, or float + Q/DQ", choices=("int8", "qdq"), default="int8"
+        "form of the weights: int8 initializers, or float + Q/DQ", _choice("int8", "qdq"), default="int8"
     )
-    rest: str = _option("precision of what is not quantized", choices=("fp32", "fp16"), default="fp32")
+    rest: str = _option("precision of what is not quantized", _choice("fp32", "fp16"), default="fp32")
     backend: str | None = _option(
         "builder of the engine; default: the one that is installed, TensorRT-RTX first",
-        choices=tuple(BUILDERS),
+        _choice(*BUILDERS),
     )
-    target: tuple[str, ...] = _option(
-        "compute capability to build for, such as 8.6 (repeatable)", list, number="8.6"
-    )
-    profile: tuple[str, ...] = _option(
+    target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", TARGETS)
+    profile: Mapping[str, Range] = _option(
         "optimization profile NAME:MIN,OPT,MAX: input:1x3x224x224,8x3x224x224,32x3x224x224 (repeatable)",
-        list,
+        PROFILE,
     )
     batch: int | None = _option(
-        "batch size that the engine is tuned for and that the gate evaluates with", int, metavar="N"
+        "batch size that the engine is tuned for and that the gate evaluates with", COUNT, metavar="N"
     )
-    parallel: str | None = _option(
+    parallel: Pool | None = _option(  # noqa: RUF009
         "spread collecting, evaluating, sensitivity: loky, loky:4 or dask://host:8786",
+        PARALLEL,
         metavar="WHERE",
     )
-    threads: int | None = _option("CPU threads; default: all", int, metavar="N")
+    threads: int | None = _option("CPU threads; default: all", COUNT, metavar="N")
     cache: str | None = _option(
         "cache of statistics, tables and outputs; default: $TRTQ_CACHE or the user's cache folder",
         metavar="DIR",
@@ -163,34 +339,40 @@ class Recipe:
     timing_cache: str | None = _option(
         "file of kernel timings, read and written by the build (TensorRT)", metavar="F", path=True
     )
-    workspace: int | None = _option("largest scratch memory of a kernel, in bytes", int, metavar="N")
-    optimization_level: int | None = _option("0 (fast build) to 5 (fast engine) (TensorRT)", int, metavar="N")
+    workspace: int | None = _option("largest scratch memory of a kernel, in bytes", COUNT, metavar="N")
+    optimization_level: int | None = _option(
+        "0 (fast build) to 5 (fast engine) (TensorRT)",
+        _number(int, lambda n: n in range(6), "from 0 to 5"),
+        metavar="N",
+    )
     version_compatible: bool = _option(
-        "the engine also runs on later versions of TensorRT", bool, default=False
+        "the engine also runs on later versions of TensorRT", FLAG, default=False
     )
-    hardware_compatible: bool = _option("the engine also runs on later GPUs (TensorRT)", bool, default=False)
-    dla_core: int | None = _option("run on this DLA core what runs there (TensorRT)", int, metavar="N")
-    refit: bool = _option("the engine's weights may be replaced later", bool, default=False)
-    strip_weights: bool = _option("leave the weights out; refit before running", bool, default=False)
+    hardware_compatible: bool = _option("the engine also runs on later GPUs (TensorRT)", FLAG, default=False)
+    dla_core: int | None = _option(
+        "run on this DLA core what runs there (TensorRT)",
+        _number(int, lambda n: n >= 0, "from 0"),
+        metavar="N",
+    )
+    refit: bool = _option("the engine's weights may be replaced later", FLAG, default=False)
+    strip_weights: bool = _option("leave the weights out; refit before running", FLAG, default=False)
     lower_precision: str | None = _option(
-        "type that TensorRT up to 10 may choose for what is not INT8", choices=("fp16", "bf16")
+        "type that TensorRT up to 10 may choose for what is not INT8", _choice("fp16", "bf16")
     )
-    preprocess: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    preprocess: Mapping[str, Preprocess] = field(default_factory=dict, metadata={"kind": PREPROCESS})
 
     def __post_init__(self) -> None:
-        for name, (allowed, expected) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not allowed(value):
-                raise InputError(f"{flag(name)} is {value}", remedy=f"use a number {expected}")
-        object.__setattr__(self, "method", method_name(self.method))
+        for name in KINDS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, read(name, value, name))
 
     @classmethod
     def load(cls, path: PathLike) -> Recipe:
         """Read a recipe; relative paths in it are relative to its folder.
 
         Raises:
-            InputError: missing, not TOML, an option that is unknown or there twice, or a value of the wrong
-                kind.
+            InputError: missing, not TOML, an option that is unknown or there twice, or a value that
+                the option does not take.
         """
         path = Path(path)
         try:
@@ -198,35 +380,39 @@ class Recipe:
         except (OSError, ValueError) as error:
             raise InputError("cannot read the recipe", file=path, cause=error) from error
         given: dict[str, Any] = {}
-        for name, value in values.items():
-            option = name.replace("-", "_")
-            if option in given:
-                spelled = " and ".join(f"'{n}'" for n in values if n.replace("-", "_") == option)
-                raise InputError(f"the recipe has {spelled}, the same option", file=path, remedy="keep one")
-            given[option] = _value(option, value, path)
         with about(path):
-            for input_name, steps in given.get("preprocess", {}).items():
-                Preprocess.parse(input_name, steps)
-            return cls()._with(given, path.parent)
+            for name, value in values.items():
+                option = name.replace("-", "_")
+                if option in given:
+                    spelled = " and ".join(f"'{n}'" for n in values if n.replace("-", "_") == option)
+                    raise InputError(f"the recipe has {spelled}, the same option", remedy="keep one")
+                _check_known(option)
+                given[option] = read(option, value, f"the recipe's option '{name}'")
+        return cls()._with(given, path.parent)
 
     def merged(self, given: Mapping[str, Any]) -> Recipe:
-        """This recipe with what the command line gave instead; None and empty lists are not given."""
-        known = {f.name for f in dataclasses.fields(self)}
-        named = {n: v for n, v in given.items() if n in known and v is not None and v != []}
-        return self._with(named, Path())
-
-    def need(self, *names: str) -> None:
-        """Make sure that options are there.
+        """This recipe with what the command line gave instead; None and empty lists are not given.
 
         Raises:
-            InputError: one is not.
+            InputError: a value that the option does not take.
         """
-        for name in names:
-            if getattr(self, name) is None:
-                option = flag(name) if name != "model" else "MODEL"
-                raise InputError(
-                    f"{option} is missing", remedy="give it on the command line or in the recipe"
-                )
+        named = {n: v for n, v in given.items() if n in KINDS and v is not None and v != []}
+        return self._with({n: read(n, v, flag(n)) for n, v in named.items()}, Path())
+
+    def require(self, *names: str) -> Required:
+        """Those of the options that a job cannot do without.
+
+        Raises:
+            InputError: some are missing; the message names all of them.
+        """
+        values = {name: getattr(self, name) for name in names}
+        missing = [flag(n) if n != "model" else "MODEL" for n, value in values.items() if value is None]
+        if missing:
+            *others, last = missing
+            which = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+            them = "them" if others else "it"
+            raise InputError(f"{which} missing", remedy=f"give {them} on the command line or in the recipe")
+        return Required(values)
 
     def build_options(self) -> BuildOptions:
         """The options of the builder."""
@@ -235,31 +421,85 @@ class Recipe:
 
     def dumps(self) -> str:
         """The recipe as TOML; `load` gives it back."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
-        return tomli_w.dumps({n: v for n, v in plain.items() if v is not None and v not in ([], {})})
+        given = {name: getattr(self, name) for name in KINDS}
+        plain = {n: KINDS[n].write_all(value) for n, value in given.items() if value is not None}
+        return tomli_w.dumps({n: value for n, value in plain.items() if value not in ([], {})})
 
     def _with(self, values: Mapping[str, Any], base: Path) -> Recipe:
-        changes: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-        for option in options():
-            if option.name in changes and option.metadata["path"]:
+        changes = dict(values)
+        for option in options(values):
+            if option.metadata["path"] and changes[option.name] is not None:
                 changes[option.name] = _absolute(changes[option.name], base, option.name == "metric")
         return dataclasses.replace(self, **changes)
 
+
+KINDS: Mapping[str, Kind] = {f.name: f.metadata["kind"] for f in dataclasses.fields(Recipe)}
+"""Name of every field -> how it is read and written."""
 
 BUILD_OPTIONS = tuple(f.name for f in dataclasses.fields(BuildOptions))
 """Names of the options that go to the builder."""
 
 
+class Required:
+    """Options that are there for certain: those that `Recipe.require` was asked for, and no others."""
+
+    model: str
+    data: str
+    eval: str
+    metric: str
+    output: str
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.__dict__.update(values)
+
+
 def options(names: Iterable[str] | None = None) -> list[dataclasses.Field[Any]]:
     """The fields that are options, all or those named, in the order of the recipe."""
     wanted = None if names is None else set(names)
-    return [f for f in dataclasses.fields(Recipe) if f.metadata and (wanted is None or f.name in wanted)]
+    fields = [f for f in dataclasses.fields(Recipe) if "help" in f.metadata]
+    return [f for f in fields if wanted is None or f.name in wanted]
 
 
 def flag(name: str) -> str:
     """An option's name on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def read(name: str, given: Any, spelled: str) -> Any:
+    """The value of an option from what is given for it.
+
+    Args:
+        spelled: the option as the user wrote it, for the message.
+
+    Raises:
+        InputError: the option does not take that.
+    """
+    kind = KINDS[name]
+    try:
+        return kind.read_all(given)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{spelled} is {given!r}", remedy=kind.allowed) from error
+    except InputError as error:
+        if name == "preprocess":  # which names itself
+            raise
+        raise InputError(f"{spelled}: {error.problem}", cause=error.cause, remedy=error.remedy) from error
+
+
+def from_command_line(name: str, text: str) -> Any:
+    """The value of an option, or the text of an item where it takes several, from the command line's text.
+
+    Raises:
+        InputError: the option does not take that.
+    """
+    kind = KINDS[name]
+    if kind.choices is not None:
+        return text  # the parser says which there are
+    try:
+        given = kind.from_text(text)
+    except ValueError as error:
+        raise InputError(f"{flag(name)} is {text!r}", remedy=kind.allowed) from error
+    value = read(name, given, flag(name))
+    return value if kind.many is None else given
 
 
 def _absolute(value: str, base: Path, is_metric: bool) -> str:
@@ -269,40 +509,11 @@ def _absolute(value: str, base: Path, is_metric: bool) -> str:
     return os.path.abspath(base / value)
 
 
-def _value(name: str, value: Any, path: Path) -> Any:
-    """An option's value in its own kind: a list from a single item, text from a number that it may be.
-
-    Raises:
-        InputError: an unknown option, or a value of another kind or that is no choice.
-    """
-    fields = {f.name: f for f in dataclasses.fields(Recipe)}
-    if name not in fields:
-        close = difflib.get_close_matches(name, fields, 1)
+def _check_known(name: str) -> None:
+    """Refuse an option that there is not, with the one that may be meant."""
+    if name not in KINDS:
+        close = difflib.get_close_matches(name, KINDS, 1)
         raise InputError(
             f"the recipe has an unknown option '{name}'",
-            file=path,
-            remedy=f"did you mean '{close[0]}'?" if close else f"options: {', '.join(fields)}",
+            remedy=f"did you mean '{close[0]}'?" if close else f"options: {', '.join(KINDS)}",
         )
-    metadata = fields[name].metadata
-    if not metadata:
-        if not isinstance(value, dict):
-            raise InputError(f"the recipe's option '{name}' is {value!r}, not a table", file=path)
-        return value
-    kind, number, choices = metadata["kind"], metadata["number"], metadata["choices"]
-    items = value if kind is list and isinstance(value, list) else [value]
-    items = [_item(item, str if kind is list else kind, number is not None) for item in items]
-    if None in items or (choices and value not in choices):
-        wanted = "" if choices else ", not a list of strings" if kind is list else f", not {kind.__name__}"
-        remedy = f"use {', '.join(choices)}" if choices else number and f"write it as {number}"
-        raise InputError(f"the recipe's option '{name}' is {value!r}{wanted}", file=path, remedy=remedy)
-    return items if kind is list else items[0]
-
-
-def _item(value: Any, kind: type, number: bool) -> Any:
-    """A TOML value as one of the kinds str, bool, int or float, None if it is none; numbers may be text."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if numeric and number:
-        return str(value) if 0 <= value <= sys.float_info.max else None
-    if type(value) is int and kind is float and abs(value) <= sys.float_info.max:
-        return float(value)
-    return value if type(value) is kind else None

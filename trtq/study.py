@@ -14,8 +14,8 @@ from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.statistics import Statistics
 from trtq.console import Console
 from trtq.errors import InputError, MissingBackendError
-from trtq.files import PathLike, atomic_path, read_own_json, staged_folder, write_json, write_text
-from trtq.gate.evaluation import Evaluation, gate_of
+from trtq.files import PathLike, atomic_path, decode, read_own_json, staged_folder, write_json, write_text
+from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
@@ -88,13 +88,9 @@ class Study:
         """The study in JSON values.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: they are not a study of this format.
+            ValueError: they are not a study of this format.
         """
-        fields = dict(value)
-        if fields.pop("format") != FORMAT:
-            raise ValueError(f"the format is not {FORMAT}")
-        tables = {title: [Row(**row) for row in rows] for title, rows in fields.pop("tables").items()}
-        return cls(tables=tables, **fields)
+        return decode(value, cls, format=FORMAT)
 
     @classmethod
     def load(cls, path: PathLike) -> Study:
@@ -131,9 +127,9 @@ def study(recipe: Recipe, console: Console) -> Study:
     Raises:
         InputError: an option, the model or the data cannot be used.
     """
-    recipe.need("model", "data", "eval", "metric")
-    budget = Budget.parse(recipe.budget)
-    gate_of(recipe)
+    recipe.require("model", "data", "eval", "metric")
+    budget = Budget.of(recipe.budget)
+    metric_of(recipe)
     job = Job.open(recipe, console)
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     job.warn_of_shared(evaluation.samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from trtq.backends.interface import find_gpu
 from trtq.backends.record import sidecar
 from trtq.cli.bench import BENCH
 from trtq.errors import InputError, MissingBackendError
-from trtq.recipe import options
+from trtq.recipe import from_command_line, options
 
 DEMO = Path(trtq.__file__).parent / "demo"
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -81,7 +82,8 @@ def command(*arguments: str) -> int:
     for each in BENCH.arguments:
         each.add_to(parser)
     for field in options(BENCH.options):
-        many = {"action": "append"} if field.metadata["kind"] is list else {"type": field.metadata["kind"]}
+        read = partial(from_command_line, field.name)
+        many = {"action": "append"} if field.metadata["kind"].many else {"type": read}
         flags = (*field.metadata["flags"], "--" + field.name.replace("_", "-"))
         parser.add_argument(*flags, dest=field.name, **many)
     given = parser.parse_args(arguments)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from trtq.data.load import load_samples
+from trtq.data.preprocess import Preprocess
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.inputs import InputSpec
@@ -18,8 +21,16 @@ RNG = np.random.default_rng(0)
 X = RNG.standard_normal((4, 3)).astype(np.float32)
 LABELS = np.array([3, 1, 2, 0])
 PIXELS = RNG.integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+
+
+def parsed(**tables: Mapping[str, Any]) -> dict[str, Preprocess]:
+    """The tables of a recipe, by input."""
+    return {name: Preprocess.parse(name, options) for name, options in tables.items()}
+
+
 IMAGE = [InputSpec("input", np.dtype(np.float32), ("N", 3, 4, 5))]
-SPEC = {"input": {"scale": "1/255", "mean": 0.5, "std": [0.5, 0.25, 0.5], "layout": "NCHW"}}
+OPTIONS = {"scale": "1/255", "mean": 0.5, "std": [0.5, 0.25, 0.5], "layout": "NCHW"}
+SPEC = parsed(input=OPTIONS)
 EXPECTED = ((PIXELS / 255 - 0.5) / [0.5, 0.25, 0.5]).transpose(0, 3, 1, 2)
 
 
@@ -75,7 +86,7 @@ def test_npz(npz: Path) -> None:
 
 def test_npz_through_preprocessing(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=PIXELS, labels=[0, 1, 2])
-    samples = load_samples(str(tmp_path / "a.npz"), IMAGE, {"input": {"from": "images", **SPEC["input"]}})
+    samples = load_samples(str(tmp_path / "a.npz"), IMAGE, parsed(input={"from": "images", **OPTIONS}))
     np.testing.assert_allclose(stacked(samples, "input"), EXPECTED, atol=1e-6)
     assert list(samples.targets) == ["labels"]
 
@@ -126,8 +137,8 @@ def test_a_missing_input_lists_what_is_there_and_how_to_name_it(npz: Path) -> No
     assert "no array 'mask'" in message
     assert "the data has x, label" in message
     assert '[preprocess.mask] from = "..."' in message
-    assert "no array 'pixels'" in message_of(npz, [vector()], {"x": {"from": "pixels"}})
-    assert "names no input" in message_of(npz, [vector()], {"y": {"scale": 2}})
+    assert "no array 'pixels'" in message_of(npz, [vector()], parsed(x={"from": "pixels"}))
+    assert "names no input" in message_of(npz, [vector()], parsed(y={"scale": 2}))
 
 
 def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
@@ -165,8 +176,8 @@ def test_the_hash_is_of_the_content(tmp_path: Path, npz: Path) -> None:
     for arrays in changes.values():
         np.savez(tmp_path / "c.npz", **arrays)
         hashes.add(load_samples(str(tmp_path / "c.npz"), [vector()]).hash)
-    hashes.add(load_samples(str(npz), [vector()], {"x": {"scale": 2}}).hash)
-    hashes.add(load_samples(str(npz), [vector()], {"x": {"scale": 3}}).hash)
+    hashes.add(load_samples(str(npz), [vector()], parsed(x={"scale": 2})).hash)
+    hashes.add(load_samples(str(npz), [vector()], parsed(x={"scale": 3})).hash)
     assert len(hashes) == len(changes) + 3
 
 
@@ -231,8 +242,8 @@ def test_images_are_never_guessed_at(folder: Path) -> None:
 
 def test_what_can_be_wrong_with_images(folder: Path) -> None:
     table = folder.with_suffix(".csv")
-    assert "has shape (4, 5, 3)" in message_of(folder, IMAGE, {"input": {"scale": 1}})
-    assert "is uint8" in message_of(folder, IMAGE, {"input": {"layout": "NCHW"}})
+    assert "has shape (4, 5, 3)" in message_of(folder, IMAGE, parsed(input={"scale": 1}))
+    assert "is uint8" in message_of(folder, IMAGE, parsed(input={"layout": "NCHW"}))
     table.write_text("file,label\n0.png,1\ngone.png,2\n")
     assert "the first is gone.png" in message_of(table, IMAGE, SPEC)
     table.write_text("file,label\n0.png,cat\n")
@@ -314,9 +325,7 @@ def test_a_script_that_is_not_there(tmp_path: Path) -> None:
 
 def test_zoo_cifar10(zoo: Path) -> None:
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    spec = {
-        "input": {"from": "images", "scale": "1/255", "mean": mean, "std": std, "layout": "NCHW"},
-    }
+    spec = parsed(input={"from": "images", "scale": "1/255", "mean": mean, "std": std, "layout": "NCHW"})
     inputs = [InputSpec("input", np.dtype(np.float32), ("N", 3, 32, 32))]
     samples = load_samples(str(zoo / "cifar10" / "calib.npz"), inputs, spec)
     images = np.load(zoo / "cifar10" / "calib.npz")["images"]
@@ -326,7 +335,7 @@ def test_zoo_cifar10(zoo: Path) -> None:
 
 
 def test_zoo_imagenet_sample(zoo: Path) -> None:
-    spec = {"input": {"scale": "1/255", "mean": 0.498, "std": 0.502, "layout": "NCHW"}}
+    spec = parsed(input={"scale": "1/255", "mean": 0.498, "std": 0.502, "layout": "NCHW"})
     inputs = [InputSpec("input", np.dtype(np.float32), ("N", 3, 224, 224))]
     samples = load_samples(str(zoo / "imagenet_sample" / "calib"), inputs, spec)
     by_table = load_samples(str(zoo / "imagenet_sample" / "calib.csv"), inputs, spec)

@@ -14,12 +14,13 @@ from PIL import Image
 
 from trtq.data.load import load_samples
 from trtq.data.overlap import Shared, distinct_rows, shared_rows
+from trtq.data.preprocess import Preprocess
 from trtq.data.samples import Samples
 from trtq.graph.inputs import InputSpec
 
 PIXELS = InputSpec("x", np.dtype(np.float32), ("N", 3, 4, 4))
 TEXT = tuple(InputSpec(name, np.dtype(np.int64), ("N", 6)) for name in ("ids", "mask"))
-RECIPE = {"x": {"from": "images", "scale": "1/255", "layout": "NCHW"}}
+RECIPE = {"x": Preprocess.parse("x", {"from": "images", "scale": "1/255", "layout": "NCHW"})}
 
 
 def vectors(rows, dtype=np.float32) -> Samples:

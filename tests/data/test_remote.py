@@ -15,13 +15,14 @@ import pytest
 from PIL import Image
 
 from trtq.data.load import load_samples, reload
+from trtq.data.preprocess import Preprocess
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.inputs import InputSpec
 
 X = (InputSpec("x", np.dtype(np.float32), ("N", 4)),)
 IMAGE = (InputSpec("image", np.dtype(np.float32), ("N", 3, 8, 8)),)
-PREPROCESS = {"image": {"scale": "1/255", "layout": "NCHW"}}
+PREPROCESS = {"image": Preprocess.parse("image", {"scale": "1/255", "layout": "NCHW"})}
 
 
 @pytest.fixture

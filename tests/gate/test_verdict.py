@@ -9,7 +9,7 @@ import pytest
 from trtq.errors import ExitCode, InputError
 from trtq.gate.in_the_way import InTheWay, Obstacle
 from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Check, Outcome, Verdict, decide, overall, parse_margin
+from trtq.gate.verdict import Check, Outcome, Verdict, decide, overall
 
 TOP1 = load_metric("top1")
 
@@ -221,17 +221,6 @@ def test_require_engine():
     assert "simulation" in strict.text()
     engine = verdict(rows, rows, executor="engine")
     assert engine.require_engine() == engine
-
-
-@pytest.mark.parametrize(("text", "margin"), [("1%", 0.01), ("0.01", 0.01), (" 2.5 % ", 0.025), ("0", 0.0)])
-def test_parse_margin(text, margin):
-    assert parse_margin(text) == pytest.approx(margin)
-
-
-@pytest.mark.parametrize("text", ["", "%", "one", "-1%", "100%", "1", "nan", "inf"])
-def test_parse_margin_refuses(text):
-    with pytest.raises(InputError, match="is not an allowed drop"):
-        parse_margin(text)
 
 
 def yolo() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -14,10 +14,10 @@ from jobs import Case, save_case
 
 from trtq import Deployment, Recipe, deploy
 from trtq.console import Console
-from trtq.errors import ExitCode, InputError
+from trtq.errors import ExitCode
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Plan
-from trtq.recovery.workflow import LEAST_RATIO, noise_ratio, parse_steps
+from trtq.recovery.workflow import LEAST_RATIO, noise_ratio
 from trtq.simulation.similarity import Similarity
 
 
@@ -62,13 +62,6 @@ def test_the_noise_to_keep_reaches_the_sqnr_asked_for() -> None:
 def test_what_cannot_be_measured_asks_for_much_less_noise() -> None:
     assert noise_ratio(verdict(None), None, None) == 1 / 16
     assert noise_ratio(verdict(1.0, 1.0), 300.0, None) == LEAST_RATIO
-
-
-def test_steps() -> None:
-    assert parse_steps("none") == frozenset()
-    assert parse_steps("learn, fix") == {"learn", "fix"}
-    with pytest.raises(InputError, match="unknown step 'fixes'"):
-        parse_steps("fixes")
 
 
 class Log(Console):

@@ -25,6 +25,7 @@ from trtq.calibration.methods import parse_method, scales_from
 from trtq.calibration.statistics import Statistics
 from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
+from trtq.data.preprocess import Preprocess
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.fold import fold
@@ -36,8 +37,9 @@ from trtq.recipe import Recipe
 from trtq.recovery.sensitivity import SHARD_GROUPS, analyse
 from trtq.simulation import workers as parallel
 from trtq.simulation.outputs import Outputs, run_model, run_sharded
+from trtq.simulation.pool import Pool, parse_parallel
 from trtq.simulation.processors import processors
-from trtq.simulation.workers import Pool, Work, parse_parallel
+from trtq.simulation.workers import Work
 
 TENSORS = ["x", "h", "y"]
 ROWS = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
@@ -101,14 +103,14 @@ def key_of(samples: Samples, kind: str = "statistics") -> Key:
 
 
 def statistics(graph: gs.Graph, samples: Samples, cache: Cache, where: str | None, console: Console = SILENT):
-    work = Work(key_of(samples), cache, console, "statistics", where)
+    work = Work(key_of(samples), cache, console, "statistics", where and parse_parallel(where))
     return collect_sharded(graph, TENSORS, samples, work)
 
 
 def outputs(
     model: Path, samples: Samples, cache: Cache, where: str | None, batch_size: int | None = None
 ) -> Outputs:
-    work = Work(key_of(samples, "outputs"), cache, SILENT, "gate", where)
+    work = Work(key_of(samples, "outputs"), cache, SILENT, "gate", where and parse_parallel(where))
     return run_sharded(model, samples, work, batch_size=batch_size)
 
 
@@ -174,10 +176,11 @@ def test_shards_hold_whole_batches_and_whole_samples(tmp_path: Path, cache: Cach
 def test_the_real_models_bytes(zoo: Path, cache: Cache, workers: str) -> None:
     """ResNet-20 on CIFAR images: floating point that depends on the order of sums."""
     model = load_model(zoo / "models" / "resnet20_cifar10.onnx")
-    preprocess = {"input": {"from": "images", "scale": "1/255", "layout": "NCHW"}}
+    options = {"from": "images", "scale": "1/255", "layout": "NCHW"}
+    preprocess = {"input": Preprocess.parse("input", options)}
     rows = load_samples(str(zoo / "cifar10" / "calib.npz"), model.inputs, preprocess).subset(range(40))
     tensors = [node.outputs[0].name for node in model.graph.nodes if node.op in ("Conv", "Relu", "Gemm")]
-    work = Work(key_of(rows), cache, SILENT, "statistics", workers)
+    work = Work(key_of(rows), cache, SILENT, "statistics", parse_parallel(workers))
     sharded = collect_sharded(model.graph, tensors, rows, work)
     assert sharded.to_bytes() == collect(model.graph, tensors, rows).to_bytes()
     assert outputs(model.path, rows, cache, workers).to_bytes() == run_model(model.path, rows).to_bytes()
@@ -333,21 +336,23 @@ def test_a_single_shard_is_not_kept_apart(graph: gs.Graph, cache: Cache, tmp_pat
 @pytest.mark.parametrize(
     ("text", "pool"),
     [
-        (None, None),
         ("", None),
         ("loky", Pool("loky")),
         ("loky:4", Pool("loky", processes=4)),
         ("dask://host:8786", Pool("dask", "host:8786")),
     ],
 )
-def test_backends(text: str | None, pool: Pool | None) -> None:
+def test_backends(text: str, pool: Pool | None) -> None:
     assert parse_parallel(text) == pool
+    assert str(pool or "") == text
 
 
 @pytest.mark.parametrize("text", ["loky:0", "loky:x", "loky:", "dask", "dask://", "ray", "spark", "threads"])
 def test_what_is_no_backend(text: str) -> None:
-    with pytest.raises(InputError, match="--parallel is") as caught:
+    with pytest.raises(ValueError, match="names no workers"):
         parse_parallel(text)
+    with pytest.raises(InputError, match="parallel is") as caught:
+        Recipe(parallel=text)
     assert caught.value.remedy == "use loky, loky:4 or dask://host:8786"
 
 

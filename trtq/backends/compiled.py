@@ -28,6 +28,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from trtq.files import decode
+
 HEADER = "Layers:\n"
 """How the builder's message begins."""
 
@@ -208,24 +210,9 @@ class Compiled:
         """The inverse of `to_json`.
 
         Raises:
-            KeyError, TypeError, ValueError: it is not what `to_json` made.
+            ValueError: it is not what `to_json` made.
         """
-
-        def tensors(values: list[dict[str, Any]]) -> tuple[CompiledTensor, ...]:
-            return tuple(CompiledTensor(**{**t, "dims": tuple(t["dims"])}) for t in values)
-
-        layers = tuple(
-            CompiledLayer(
-                name=layer["name"],
-                kind=layer["kind"],
-                inputs=tensors(layer["inputs"]),
-                constants=tensors(layer["constants"]),
-                outputs=tensors(layer["outputs"]),
-                onnx_nodes=tuple(layer["onnx_nodes"]),
-            )
-            for layer in value["layers"]
-        )
-        return cls(layers, value["batch"], tuple(value["unread"]))
+        return decode(value, cls)
 
 
 def int8_nodes(layers: Iterable[CompiledLayer], nodes: Iterable[str]) -> frozenset[str]:

@@ -211,6 +211,12 @@ def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
     return profile
 
 
+def profile_text(name: str, sizes: Range) -> str:
+    """The inverse of `parse_profile`, for one input."""
+    shapes = sizes[:1] if sizes.min == sizes.opt == sizes.max else sizes
+    return f"{name}:" + ",".join("x".join(map(str, shape)) for shape in shapes)
+
+
 def check_profile(profile: Profile, inputs: Mapping[str, Sequence[int | str | None]], model: Path) -> None:
     """Make sure that a profile fits a model.
 

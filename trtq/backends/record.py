@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from trtq.backends.compiled import Compiled
 from trtq.backends.interface import Build, BuildOptions, Profile
 from trtq.errors import InputError
-from trtq.files import PathLike, read_json, sha256_file, write_json
+from trtq.files import PathLike, decode, read_json, sha256_file, write_json
+
+
+class Record(TypedDict):
+    """What of a record is read: see `write_record`."""
+
+    engine_sha256: str
+    builder: str
+    version: str
+    model: str
+    model_sha256: str
+    targets: list[str]
+    profile: dict[str, list[list[int]]]
+    compiled: Compiled
 
 
 def sidecar(engine: PathLike) -> Path:
@@ -49,14 +62,15 @@ def read_record(engine: PathLike, digest: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = read_json(path, "record of the engine")
+    if isinstance(record, dict) and record.get("engine_sha256", digest) != digest:
+        return None
     try:
-        if record["engine_sha256"] != digest:
-            return None
-        return {**record, "compiled": Compiled.from_json(record["compiled"])}
-    except (KeyError, TypeError, ValueError) as error:
+        compiled = decode(record, Record, closed=False)["compiled"]
+    except ValueError as error:
         raise InputError(
             "the record of the engine is damaged",
             file=path,
-            cause=repr(error),
+            cause=error,
             remedy="delete it, or build the engine again",
         ) from error
+    return {**record, "compiled": compiled}

@@ -107,12 +107,12 @@ def _calibrated(job: Job, plan: Plan, source: FloatGraph) -> Quantization:
         job.console.say("calibration", f"{notes['method']}, from the cache; nothing was run")
         return replace(bare, scales=Table.from_bytes(content).scales, notes=notes)
     requested = job.recipe.method
-    method = None if requested == AUTO else parse_method(requested)
+    method = requested if isinstance(requested, Method) else None
     fitting, whole = _both_statistics(job, plan, source)
     reasons = rangeless(whole, method)
     bare = _ranged(job, bare, reasons)
     notes = {"model": job.model.sha256, "data": job.data.hash, "rows": len(job.data)}
-    notes |= {"trtq": trtq.__version__, "requested": requested}
+    notes |= {"trtq": trtq.__version__, "requested": str(requested)}
     notes |= {NEVER_SEEN: reasons} if reasons else {}
     if method is None:
         made = _search(job, bare, fitting, whole)
@@ -192,7 +192,7 @@ def _table_key(job: Job, plan: Plan, source: FloatGraph) -> Key:
         model=source.sha256,
         data=job.data.hash,
         opset=source.graph.opset,
-        method=method,
+        method=str(method),
         tensors=plan.tensors,
         quantized=plan.int8_nodes,
         executor=simulation_fingerprint(),

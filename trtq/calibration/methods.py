@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ LEVELS = 128
 """Magnitudes an INT8 code can hold: 0 ... 127."""
 
 
-AUTO = "auto"
+AUTO: Final = "auto"
 """What stands for a measured choice among methods."""
 
 
@@ -37,15 +38,6 @@ class Method:
 
     def __str__(self) -> str:
         return self.name
-
-
-def method_name(text: str) -> str:
-    """The one spelling of what `--method` may be: a method's name, or `auto`.
-
-    Raises:
-        InputError: as `parse_method`.
-    """
-    return AUTO if text.strip().lower() == AUTO else parse_method(text).name
 
 
 def parse_method(text: str) -> Method:

@@ -14,11 +14,10 @@ def _calibrate(given: argparse.Namespace) -> int:
     from trtq.pipeline import quantize
 
     recipe = recipe_of(given)
-    recipe.need("data", "output")
-    assert recipe.output is not None
+    output = recipe.require("model", "data", "output").output
     table = Table.of(quantize(recipe, None, console_of(given)))
-    table.save(recipe.output)
-    print(f"{recipe.output}: {len(table.scales)} tensors, method {table.metadata['method']}")
+    table.save(output)
+    print(f"{output}: {len(table.scales)} tensors, method {table.metadata['method']}")
     return ExitCode.PASS
 
 

@@ -29,20 +29,19 @@ def run(given: argparse.Namespace) -> int:
     recipe, console = recipe_of(given), console_of(given)
     if given.source is None:
         raise InputError("nothing to convert", remedy="trtq cache convert SOURCE -o OUT")
-    recipe.need("output")
-    assert recipe.output is not None
+    output = recipe.require("output").output
     version = None if given.tensorrt is None else version_number(given.tensorrt)
     if Path(given.source).suffix == ".onnx":
         if recipe.model is not None:
             raise InputError("--model belongs to a table, and SOURCE is a model", remedy="leave --model out")
-        return _write(_from_model(given.source), recipe.output, version, given.algorithm)
+        return _write(_from_model(given.source), output, version, given.algorithm)
     from trtq.calibration.foreign import read_table
 
     table = read_table(given.source, given.encoding)
     if "caution" in table.metadata:
         console.warn(table.metadata["caution"])
     if recipe.model is None:
-        return _write(table, recipe.output, version, given.algorithm)
+        return _write(table, output, version, given.algorithm)
     if version is not None or given.algorithm is not None:
         raise InputError("--for and --algorithm belong to a table, and the result is a model")
     return _to_model(table, recipe, given, console)
@@ -72,14 +71,13 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     from trtq.migration.source import load_source
     from trtq.migration.to_qdq import converted
 
-    assert recipe.model is not None
-    assert recipe.output is not None
-    source = load_source(recipe.model, rest=recipe.rest)
+    required = recipe.require("model", "output")
+    source = load_source(required.model, rest=recipe.rest)
     samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess) if recipe.data else None
     strict = given.source if given.strict else None
     quantization, _ = converted(source, table, recipe, samples, console, strict=strict)
     if samples is None:
         console.say("table", "its magnitudes were not checked against data: give --data")
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), recipe.output)
-    print(f"{recipe.output}: {quantization.plan.text()}")
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), required.output)
+    print(f"{required.output}: {quantization.plan.text()}")
     return ExitCode.PASS

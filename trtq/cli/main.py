@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn
 
 import trtq
@@ -28,7 +28,7 @@ from trtq.cli.report import REPORT
 from trtq.cli.sensitivity import SENSITIVITY
 from trtq.cli.study import STUDY
 from trtq.errors import ExitCode, InputError, TrtqError
-from trtq.recipe import flag, options
+from trtq.recipe import FLAG, flag, from_command_line, options
 
 COMMANDS: tuple[Command, ...] = (
     DEMO,
@@ -139,16 +139,17 @@ def _add_option(sub: argparse.ArgumentParser, name: str, *, positional: bool) ->
         sub.add_argument(name, nargs="?", metavar=metadata["metavar"], help=metadata["help"])
         return
     names = (*metadata["flags"], flag(name))
-    if metadata["kind"] is bool:
+    kind, value = metadata["kind"], partial(from_command_line, name)
+    if kind is FLAG:
         sub.add_argument(*names, action="store_const", const=True, help=metadata["help"])
-    elif metadata["kind"] is list:
-        sub.add_argument(*names, action="append", metavar="X", help=metadata["help"])
+    elif kind.many is not None:
+        sub.add_argument(*names, action="append", type=value, metavar="X", help=metadata["help"])
     else:
-        default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
+        default = "" if field.default is None else f" (default: {kind.write(field.default)})"
         sub.add_argument(
             *names,
-            type=metadata["kind"],
-            choices=metadata["choices"],
+            type=value,
+            choices=kind.choices,
             metavar=metadata["metavar"],
             help=(metadata["help"] + default).replace("%", "%%"),
         )

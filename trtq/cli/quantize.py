@@ -14,13 +14,12 @@ def _quantize(given: argparse.Namespace) -> int:
     from trtq.pipeline import quantize
 
     recipe = recipe_of(given)
-    recipe.need("output")
-    assert recipe.output is not None
+    output = recipe.require("model", "output").output
     if given.table is not None and given.data is not None:
         raise InputError("give either --table or --data", remedy="a table has the scales, data make them")
     quantization = quantize(recipe, given.table, console_of(given))
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), recipe.output)
-    print(f"{recipe.output}: {quantization.plan.text()}")
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), output)
+    print(f"{output}: {quantization.plan.text()}")
     return ExitCode.PASS
 
 

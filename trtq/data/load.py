@@ -30,7 +30,7 @@ EXAMPLE = '[preprocess.{name}] with scale = "1/255", mean = [...], std = [...], 
 
 
 def load_samples(
-    spec: str, inputs: Sequence[InputSpec], preprocess: Mapping[str, Mapping[str, Any]] | None = None
+    spec: str, inputs: Sequence[InputSpec], preprocess: Mapping[str, Preprocess] | None = None
 ) -> Samples:
     """The samples that `spec` names, for a model with the given inputs.
 
@@ -45,7 +45,7 @@ def load_samples(
             - `SCRIPT.py:FUNCTION`: returns an iterable of dicts with the batch axis first (Polygraphy's
               data-loader convention); entries that are not model inputs are targets. It is read whole;
             - a URL of one of the first three (see `trtq.data.remote`).
-        preprocess: input name -> how its rows are made (see `Preprocess`).
+        preprocess: input name -> how its rows are made.
 
     Raises:
         InputError: nothing is there, it cannot be read, or it does not fit the model.
@@ -59,7 +59,7 @@ def load_samples(
             raise
         file = error.file and error.file.replace(os.path.dirname(copy), os.path.dirname(spec), 1)
         raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
-    origin = Origin(spec, copy, tuple(inputs), json.dumps(preprocess or {}), samples.hash)
+    origin = Origin(spec, copy, tuple(inputs), dict(preprocess or {}), samples.hash)
     return replace(samples, source=spec, origin=origin)
 
 
@@ -74,7 +74,7 @@ def reload(origin: Origin) -> Samples:
         MissingBackendError: as `load_samples`.
     """
     spec = origin.copy if os.path.exists(origin.copy) else origin.source
-    samples = load_samples(spec, origin.specs, json.loads(origin.preprocess))
+    samples = load_samples(spec, origin.specs, origin.preprocess)
     if samples.hash != origin.hash:
         raise InputError(
             "a worker reads other data than the process that started the work",
@@ -84,8 +84,7 @@ def reload(origin: Origin) -> Samples:
     return replace(samples, source=origin.source)
 
 
-def _load(spec: str, inputs: Sequence[InputSpec], preprocess: Mapping[str, Mapping[str, Any]]) -> Samples:
-    recipes = {name: Preprocess.parse(name, options) for name, options in preprocess.items()}
+def _load(spec: str, inputs: Sequence[InputSpec], recipes: Mapping[str, Preprocess]) -> Samples:
     known = [i.name for i in inputs]
     if unknown := [name for name in recipes if name not in known]:
         raise InputError(

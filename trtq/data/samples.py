@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays, Batch, batches
+from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError
 from trtq.files import sha256_json
 from trtq.graph.inputs import InputSpec, fixed_batch
@@ -61,14 +62,14 @@ class Origin:
     Attributes:
         source: what the user named; `copy`: the same on this machine, where that is a URL.
         specs: the model's inputs.
-        preprocess: input name -> options, as in the recipe, in JSON.
+        preprocess: input name -> how its rows are made; the hash stands for it, too.
         hash: SHA-256 of all samples of the source.
     """
 
     source: str
     copy: str
     specs: tuple[InputSpec, ...]
-    preprocess: str
+    preprocess: Mapping[str, Preprocess] = field(compare=False)
     hash: str
 
 

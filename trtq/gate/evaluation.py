@@ -23,7 +23,6 @@ from trtq.gate.verdict import (
     Verdict,
     check_decides,
     decide,
-    parse_margin,
     score_reference,
 )
 from trtq.graph.inputs import InputSpec
@@ -85,17 +84,15 @@ def candidate_of(quantization: Quantization, rest: str = "fp32") -> Iterator[Pat
         yield path
 
 
-def gate_of(recipe: Recipe) -> tuple[float, Metric]:
-    """The recipe's allowed drop and metric: all that is known of the gate before data are read.
+def metric_of(recipe: Recipe) -> Metric:
+    """The metric that the recipe's gate decides by.
 
     Raises:
-        InputError: an option is missing or wrong, or the metric cannot decide.
+        InputError: none is named, there is no such metric, or it cannot decide.
     """
-    recipe.need("eval", "metric")
-    assert recipe.metric is not None
-    max_drop, metric = parse_margin(recipe.max_drop), load_metric(recipe.metric)
+    metric = load_metric(recipe.require("metric").metric)
     check_decides(metric)
-    return max_drop, metric
+    return metric
 
 
 @dataclass(frozen=True)
@@ -103,14 +100,12 @@ class Evaluation:
     """The gate of a recipe: its evaluation rows, and the reference's outputs on them.
 
     Attributes:
-        max_drop: the allowed relative drop.
         value: the reference's value of the metric.
     """
 
     recipe: Recipe
     samples: Samples
     metric: Metric
-    max_drop: float
     reference: Outputs
     value: float
     cache: Cache
@@ -129,12 +124,13 @@ class Evaluation:
         margin is found before anything takes long.
 
         Raises:
-            InputError: an option is missing or wrong, the data have no targets for the metric, the reference
-                does not run on them, or its outputs cannot be scored or score less than the recipe wants.
+            InputError: an option is missing, the metric cannot decide, the data have no targets for it,
+                the reference does not run on them, or its outputs cannot be scored or score less than the
+                recipe wants.
         """
-        max_drop, metric = gate_of(recipe)
-        assert recipe.eval is not None
-        samples = load_samples(recipe.eval, tuple(inputs), recipe.preprocess)
+        given = recipe.require("eval", "metric")
+        metric = metric_of(recipe)
+        samples = load_samples(given.eval, tuple(inputs), recipe.preprocess)
         if metric.needs_targets and not samples.targets:
             raise InputError(
                 f"the metric '{metric.name}' needs targets, and the evaluation data has none",
@@ -156,7 +152,7 @@ class Evaluation:
             )
         if doubtful:
             console.warn(doubtful)
-        return cls(recipe, samples, metric, max_drop, outputs, value, cache, console)
+        return cls(recipe, samples, metric, outputs, value, cache, console)
 
     def verdict(self, candidate: Path, against: Outputs | None = None) -> Verdict:
         """What the gate says of a candidate (ONNX model or engine), with the SQNR that the recipe asks for as
@@ -172,7 +168,7 @@ class Evaluation:
                 outputs.arrays,
                 dict(self.samples.targets),
                 self.metric,
-                max_drop=self.max_drop,
+                max_drop=self.recipe.max_drop,
                 confidence=self.recipe.confidence,
                 executor=outputs.executor,
                 ignore_nonfinite=self.recipe.ignore_nonfinite,

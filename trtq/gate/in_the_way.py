@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,20 +58,9 @@ class InTheWay:
         return [f"in the way: {self.what}", *ranked, *([way] if way else [])]
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; `from_json` gives it back."""
+        """JSON values; each obstacle with its rank."""
         ranked = [
             {"rank": rank, **asdict(obstacle), "nodes": list(obstacle.nodes)}
             for rank, obstacle in enumerate(self.obstacles, 1)
         ]
         return {**asdict(self), "obstacles": ranked}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> InTheWay:
-        """The inverse of `to_json`.
-
-        Raises:
-            AttributeError, KeyError, TypeError: the values are something else.
-        """
-        obstacles = [{k: v for k, v in item.items() if k != "rank"} for item in value["obstacles"]]
-        ranked = tuple(Obstacle(**{**item, "nodes": tuple(item["nodes"])}) for item in obstacles)
-        return cls(**{**value, "obstacles": ranked})

@@ -7,13 +7,14 @@ import enum
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.errors import ExitCode, InputError
+from trtq.files import decode
 from trtq.gate import intervals
 from trtq.gate.in_the_way import InTheWay
 from trtq.gate.metrics import Metric, rows_per_sample
@@ -52,7 +53,8 @@ def overall(outcomes: Iterable[Outcome]) -> Outcome:
     return max(outcomes, key=_WORST_LAST.index, default=Outcome.PASS)
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True)
+class Check:
     """One more thing that was asked for beside the gate.
 
     Attributes:
@@ -70,7 +72,7 @@ class Check(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """The check as JSON values."""
-        return {**self._asdict(), "outcome": self.outcome.value, "ok": self.ok}
+        return {**dataclasses.asdict(self), "outcome": self.outcome.value, "ok": self.ok}
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Verdict:
             self,
             gate=_without_fail(self.gate),
             checks=(
-                *(check._replace(outcome=_without_fail(check.outcome)) for check in self.checks),
+                *(dataclasses.replace(check, outcome=_without_fail(check.outcome)) for check in self.checks),
                 Check("an engine ran", Outcome.INCONCLUSIVE, message),
             ),
         )
@@ -207,29 +209,15 @@ class Verdict:
         """
         try:
             fields = {"gate": value["outcome"], **value}
-            outcome = Outcome(fields.pop("outcome"))
-            pair = value["relative_interval"], value["absolute_interval"]
-            checks = [
-                Check(item["name"], Outcome(item["outcome"]), item["message"])
-                for item in value.get("checks", ())
-            ]
-            in_the_way = value.get("in_the_way")
-            verdict = cls(
-                **fields
-                | {
-                    "gate": Outcome(fields["gate"]),
-                    "relative_interval": pair[0] and (float(pair[0][0]), float(pair[0][1])),
-                    "absolute_interval": pair[1] and (float(pair[1][0]), float(pair[1][1])),
-                    "outputs": {name: _similarity(item) for name, item in value["outputs"].items()},
-                    "worst_samples": tuple(value["worst_samples"]),
-                    "notes": tuple(value["notes"]),
-                    "warnings": tuple(value.get("warnings", ())),
-                    "checks": tuple(checks),
-                    "in_the_way": in_the_way and InTheWay.from_json(in_the_way),
-                }
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError("this is not a verdict", cause=f"{type(error).__name__}: {error}") from error
+            outcome = decode(fields.pop("outcome"), Outcome)
+            fields["checks"] = [_without(item, "ok") for item in value.get("checks", ())]
+            if found := value.get("in_the_way"):
+                obstacles = [_without(item, "rank") for item in found["obstacles"]]
+                fields["in_the_way"] = {**found, "obstacles": obstacles}
+            verdict = decode(fields, cls)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            cause = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            raise InputError("this is not a verdict", cause=cause) from error
         if verdict.outcome is not outcome:
             raise InputError(
                 "the verdict has two answers",
@@ -307,7 +295,7 @@ def decide(
     Args:
         reference, candidate: output name -> array, rows first, in the same order.
         targets: target name -> array, samples first; empty for a label-free metric.
-        max_drop: the allowed relative drop, 0 to 1 (see `parse_margin`).
+        max_drop: the allowed relative drop, 0 to 1.
         confidence: 0.5 to 1, exclusive, or None.
         ignore_nonfinite: compare only where the reference is finite; the candidate has to be finite there.
 
@@ -423,27 +411,6 @@ def check_decides(metric: Metric) -> None:
         )
 
 
-def parse_fraction(text: str) -> float:
-    """The number that "1%" or "0.01" means (0.01 both); NaN where it is none."""
-    number = text.strip()
-    try:
-        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
-    except ValueError:
-        return math.nan
-
-
-def parse_margin(text: str) -> float:
-    """The fraction that "1%" or "0.01" means (0.01 both).
-
-    Raises:
-        InputError: not a number, or not between 0 and 100 %.
-    """
-    margin = parse_fraction(text)
-    if not 0 <= margin < 1:
-        raise InputError(f"{text!r} is not an allowed drop", remedy="write it as 1% or 0.01")
-    return margin
-
-
 def _evidence(
     reference: Arrays,
     candidate: Arrays,
@@ -500,9 +467,9 @@ def _without_fail(outcome: Outcome) -> Outcome:
     return Outcome.INCONCLUSIVE if outcome is Outcome.FAIL else outcome
 
 
-def _similarity(value: dict[str, Any]) -> Similarity:
-    """Out of JSON; older files have no parts."""
-    return Similarity(**value | {"parts": tuple(Part(**part) for part in value.get("parts", ()))})
+def _without(value: dict[str, Any], key: str) -> dict[str, Any]:
+    """A JSON object without what `to_json` says beside the fields."""
+    return {name: item for name, item in value.items() if name != key}
 
 
 def _similarity_text(item: Similarity | Part) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, TypeVar, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from trtq.files import PathLike, read_own_json, write_json
+from trtq.files import PathLike, decode, read_own_json, write_json
 
 FORMAT = "trtq-plan-1"
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -133,18 +131,11 @@ class Plan:
         """The plan in JSON values.
 
         Raises:
-            KeyError, TypeError, ValueError: they are not a plan of this format.
+            ValueError: they are not a plan of this format.
         """
-        if value["format"] != FORMAT:
-            raise ValueError(f"the format is {value['format']}, not {FORMAT}")
-        rest = {name: item for name, item in value.items() if name != "format"}
-        kinds = {"nodes": NodePlan, "edges": Edge, "weights": Weight, "float32": Float32Node}
-        for name, kind in kinds.items():
-            if isinstance(value.get(name), list):
-                rest[name] = [_read(kind, item, f"{name}[{i}]") for i, item in enumerate(value[name])]
-        plan = _read(cls, rest, "the plan")
+        plan = decode(value, cls, format=FORMAT)
         if plan.batch < 1:
-            raise ValueError(f"'batch' is {plan.batch}")
+            raise ValueError(f"`batch`: expected a number from 1, got {plan.batch}")
         return plan
 
     def save(self, path: PathLike) -> None:
@@ -165,22 +156,3 @@ class Plan:
 def percent(share: float) -> str:
     """A share as text, to a tenth of a percent; only the whole is 100.0%."""
     return f"{share if share >= 1 else min(share, 0.999):.1%}"
-
-
-def _read(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
-    """A dataclass from JSON values: its fields and no others, of their types; those with a default may
-    be missing."""
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} is {values!r}, not a JSON object")
-    known = get_type_hints(kind)
-    if unknown := [name for name in values if name not in known]:
-        raise ValueError(f"{where} has the unknown key '{unknown[0]}'; it may have {', '.join(known)}")
-    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
-    if missing := [name for name in needed if name not in values]:
-        raise ValueError(f"{where} lacks the key '{missing[0]}'")
-    for name, value in values.items():
-        wanted = known[name]
-        number = isinstance(value, bool) and wanted is not bool
-        if number or not isinstance(value, get_origin(wanted) if get_origin(wanted) is list else wanted):
-            raise ValueError(f"'{name}' is {value!r} in {where}")
-    return kind(**values)

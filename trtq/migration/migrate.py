@@ -21,7 +21,7 @@ from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, sha256_file, staged_folder, write_json
 from trtq.gate.evaluation import Evaluation, outputs_of
-from trtq.gate.verdict import Check, Outcome, Verdict, overall, parse_margin
+from trtq.gate.verdict import Check, Outcome, Verdict, overall
 from trtq.graph.model import save_model
 from trtq.graph.quantization import Quantization
 from trtq.job import open_cache, opt_shapes, profile_for
@@ -30,7 +30,7 @@ from trtq.migration.implied import implied_model
 from trtq.migration.source import Source, load_source
 from trtq.migration.to_qdq import converted
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import engine_runs_here, parse_share, share_check
+from trtq.recovery.attempt import engine_runs_here, share_check
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import hashes_of, versions
@@ -136,15 +136,11 @@ def migrate(
         InputError: an option, the model, the table or the data cannot be used.
         MissingBackendError: the builder is not installed.
     """
-    recipe.need("model", "output")
-    assert recipe.output is not None
+    output = recipe.require("model", "output").output
     if (recipe.eval is None) != (recipe.metric is None):
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
     console = console.fresh()
     builder(recipe.backend).check_targets(recipe.target)
-    parse_margin(recipe.max_drop)
-    if recipe.min_int8 is not None:
-        parse_share(recipe.min_int8)
     given = _Given.open(recipe, table, encoding, console)
     quantization, fit = converted(
         given.source,
@@ -156,7 +152,7 @@ def migrate(
         strict=table if strict else None,
     )
     console.say("plan", quantization.plan.text())
-    with staged_folder(recipe.output) as folder:
+    with staged_folder(output) as folder:
         migration = _built(given, quantization, fit, folder)
         here = engine_runs_here(recipe, console)
         migration = _compared(given, migration, folder / ("model.plan" if here else "model.int8.onnx"))
@@ -194,8 +190,8 @@ class _Given:
     @classmethod
     def open(cls, recipe: Recipe, file: PathLike, encoding: str, console: Console) -> _Given:
         """Read the model, the table and the data, and score the reference where there is a metric."""
-        assert recipe.model is not None
-        source, table = load_source(recipe.model, rest=recipe.rest), read_table(file, encoding)
+        source = load_source(recipe.require("model").model, rest=recipe.rest)
+        table = read_table(file, encoding)
         model = source.model
         if "caution" in table.metadata:
             console.warn(table.metadata["caution"])
@@ -236,7 +232,7 @@ class _Given:
 def _built(given: _Given, quantization: Quantization, fit: Fit, folder: Path) -> Migration:
     """Write the model, its plan and table into a folder, and build the engine there."""
     recipe = given.recipe
-    assert recipe.output is not None
+    output = Path(recipe.require("output").output)
     int8 = folder / "model.int8.onnx"
     save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
     quantization.plan.save(folder / "plan.json")
@@ -252,12 +248,12 @@ def _built(given: _Given, quantization: Quantization, fit: Fit, folder: Path) ->
         options=recipe.build_options(),
     )
     covered = coverage(quantization.plan, build.compiled)
-    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
+    least = recipe.min_int8
     return Migration(
-        folder=Path(recipe.output),
+        folder=output,
         quantization=quantization,
         fit=fit,
-        build=replace(build, engine=Path(recipe.output) / "model.plan"),
+        build=replace(build, engine=output / "model.plan"),
         coverage=covered,
         checks=() if least is None else (share_check(covered, least),),
     )

@@ -12,9 +12,8 @@ from trtq.backends.coverage import Coverage, coverage
 from trtq.backends.interface import Build, find_gpu
 from trtq.calibration.table import Table
 from trtq.console import Console
-from trtq.errors import InputError
 from trtq.gate.evaluation import Evaluation
-from trtq.gate.verdict import Check, Outcome, Verdict, parse_fraction
+from trtq.gate.verdict import Check, Outcome, Verdict
 from trtq.graph.model import save_model
 from trtq.graph.plan import percent
 from trtq.graph.quantization import Quantization
@@ -124,8 +123,7 @@ def attempt(
     size = build.engine.stat().st_size / 1e6
     console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
     accuracy = evaluation.verdict(build.engine if engine_runs_here(recipe, console) else int8)
-    least = None if recipe.min_int8 is None else parse_share(recipe.min_int8)
-    on_engine = () if least is None else (share_check(covered, least),)
+    on_engine = () if recipe.min_int8 is None else (share_check(covered, recipe.min_int8),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
     console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
@@ -139,18 +137,6 @@ def share_check(covered: Coverage, least: float) -> Check:
     )
     outcome = Outcome.PASS if covered.share >= least else Outcome.FAIL
     return Check(f"int8 share at least {least:.1%}", outcome, message)
-
-
-def parse_share(text: str) -> float:
-    """The fraction that "90%" or "0.9" means.
-
-    Raises:
-        InputError: not a number from 0 to 100 %.
-    """
-    share = parse_fraction(text)
-    if not 0 <= share <= 1:
-        raise InputError(f"{text!r} is no share", remedy="write it as 90% or 0.9")
-    return share
 
 
 def engine_runs_here(recipe: Recipe, console: Console) -> bool:

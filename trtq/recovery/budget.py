@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
-
-from trtq.errors import InputError
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @dataclass(frozen=True)
@@ -18,22 +13,9 @@ class Budget:
     deadline: float | None = None
 
     @classmethod
-    def parse(cls, text: str | None) -> Budget:
-        """The budget that `90`, `90s`, `10m` or `1.5h` means, running from now.
-
-        Raises:
-            InputError: not a positive time.
-        """
-        if text is None:
-            return cls()
-        number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
-        try:
-            seconds = float(number) * _UNITS[unit]
-        except ValueError:
-            seconds = math.nan
-        if not 0 < seconds < math.inf:
-            raise InputError(f"{text!r} is no time", remedy="write it as 90s, 10m or 1h")
-        return cls(time.perf_counter() + seconds)
+    def of(cls, seconds: float | None) -> Budget:
+        """So many seconds from now; None: there is no deadline."""
+        return cls() if seconds is None else cls(time.perf_counter() + seconds)
 
     @property
     def left(self) -> float | None:

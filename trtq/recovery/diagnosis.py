@@ -23,10 +23,9 @@ from trtq.graph.place import leave_out, pattern_of
 from trtq.graph.plan import NodePlan, Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job, planned
-from trtq.recovery.attempt import Attempt, parse_share
+from trtq.recovery.attempt import Attempt
 from trtq.recovery.budget import Budget
 from trtq.recovery.sensitivity import fast_rows, known, measured
-from trtq.recovery.workflow import parse_steps
 from trtq.simulation.simulator import Effect, Simulator
 
 MOST_LISTED, LEAST_SHARE = 10, 0.005
@@ -169,8 +168,9 @@ class _Diagnosis:
         reason = "no set of layers is known that would pass in floating point"
         if self.over:
             reason += ": the time was up before one was found"
-        if "partial" not in parse_steps(self.job.recipe.recover):
-            reason += f"; run without --recover {self.job.recipe.recover} to search for one"
+        steps = self.job.recipe.recover
+        if "partial" not in steps:
+            reason += f"; run without --recover {','.join(steps) or 'none'} to search for one"
         return None, reason
 
     def _fewest(self, ranked: Sequence[Effect]) -> int | None:
@@ -214,7 +214,7 @@ class _Diagnosis:
             f"--exclude {shlex.quote(p)}" if p[0] != "-" else f"--exclude={shlex.quote(p)}" for p in patterns
         ]
         least, share = self.job.recipe.min_int8, plan.mac_share()
-        if least is not None and share is not None and share < parse_share(least):
+        if least is not None and share is not None and share < least:
             given.append(f"--min-int8 {math.floor(1000 * share) / 10:g}%")
         return " ".join(given)
 

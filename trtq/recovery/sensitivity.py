@@ -15,7 +15,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from trtq.cache import Cache, Key
 from trtq.console import Advance, Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.files import PathLike, read_own_json, sha256_json, write_bytes, write_json
+from trtq.files import PathLike, decode, read_own_json, sha256_json, write_bytes, write_json
 from trtq.gate.metrics import Metric, load_metric
-from trtq.graph.groups import Group, groups
+from trtq.graph.groups import groups
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
+from trtq.simulation.pool import Pool
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.simulator import Effect, Mode, Score, Simulator
-from trtq.simulation.workers import Pool, Shard, parse_parallel, results
+from trtq.simulation.workers import Shard, results
 
 FORMAT = "trtq-sensitivity-1"
 
@@ -96,21 +97,16 @@ class Sensitivity:
 
     def to_json(self) -> dict[str, Any]:
         """The analysis as JSON values."""
-        return {"format": FORMAT, **asdict(self), "int8": self.int8._asdict()}
+        return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Sensitivity:
         """The analysis in JSON values.
 
         Raises:
-            KeyError, TypeError, ValueError: they are not an analysis of this format.
+            ValueError: they are not an analysis of this format.
         """
-        if value["format"] != FORMAT:
-            raise ValueError(f"the format is {value['format']}, not {FORMAT}")
-        fields = {name: item for name, item in value.items() if name != "format"}
-        return cls(
-            **fields | {"int8": Score(**value["int8"]), "effects": [_effect(e) for e in value["effects"]]}
-        )
+        return decode(value, cls, format=FORMAT)
 
     def save(self, path: PathLike) -> None:
         """Write the analysis as JSON in one move."""
@@ -152,7 +148,7 @@ def analyse(
         MissingBackendError: the parallel backend's package is not installed.
     """
     recipe = recipe or Recipe()
-    pool = parse_parallel(recipe.parallel)
+    pool = recipe.parallel
     count = len(groups(quantization.graph, quantization.plan))
     available = min(len(samples), MOST_ROWS)
     samples = samples.spread(fast_rows(available, count) if fast else available)
@@ -224,7 +220,7 @@ def measured(
 
 def known(quantization: Quantization, cache: Cache, key: Key) -> list[Effect]:
     """The effects that the cache has under `key`, in the order of the plan; nothing is measured."""
-    stored = {name: Score(*score) for name, score in json.loads(cache.fetch(key) or b"{}").items()}
+    stored = json.loads(cache.fetch(key) or b"{}")
     every = groups(quantization.graph, quantization.plan)
     return [Effect(group, *stored[group.name]) for group in every if group.name in stored]
 
@@ -270,12 +266,15 @@ class _Found:
 
     def add(self, scores: Mapping[str, Score]) -> None:
         self._scores |= scores
-        self._cache.store(self._key, json.dumps(self._scores).encode())
+        stored = {name: astuple(score) for name, score in self._scores.items()}
+        self._cache.store(self._key, json.dumps(stored).encode())
 
     def effects(self) -> list[Effect]:
         """Those of the groups measured, in the order of the plan."""
         return [
-            Effect(group, *self._scores[group.name]) for group in self._every if group.name in self._scores
+            Effect(group, *astuple(self._scores[group.name]))
+            for group in self._every
+            if group.name in self._scores
         ]
 
 
@@ -301,7 +300,7 @@ def _scores(
     simulator = _simulator(sent, threads, _Rows(samples.hash, samples))
     every = groups(simulator.quantization.graph, simulator.quantization.plan)
     effects = simulator.effects(mode, [group for group in every if group.name in names])
-    return json.dumps({e.group.name: Score(e.sqnr_db, e.noise, e.metric) for e in effects}).encode()
+    return json.dumps({e.group.name: (e.sqnr_db, e.noise, e.metric) for e in effects}).encode()
 
 
 @dataclass(frozen=True)
@@ -333,8 +332,3 @@ def fast_rows(rows: int, count: int) -> int:
 
 def _value(metric: float | None) -> str:
     return "not finite" if metric is None else f"{metric:.4g}"
-
-
-def _effect(value: Mapping[str, Any]) -> Effect:
-    group = {**value["group"], "nodes": tuple(value["group"]["nodes"])}
-    return Effect(**{**value, "group": Group(**group)})

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,11 @@ from trtq.graph.place import SPARING
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
-from trtq.recovery.attempt import Attempt, Fruitless, attempt, parse_share
+from trtq.recovery.attempt import Attempt, Fruitless, attempt
 from trtq.recovery.budget import Budget
 from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
-
-STEPS = ("fix", "partial", "learn")
-"""What may follow calibration, in this order."""
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
@@ -48,26 +45,13 @@ MOST_GATES, CLOSE = 8, 1.25
 """How often partial quantization asks the gate how much noise is little enough, and how near is near."""
 
 
-def parse_steps(text: str) -> frozenset[str]:
-    """The steps that "fix,partial,learn" or "none" names.
-
-    Raises:
-        InputError: an unknown step.
-    """
-    names = [] if text.strip() == "none" else [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in STEPS:
-            raise InputError(f"unknown step '{name}'", remedy=f"use some of {', '.join(STEPS)}, or none")
-    return frozenset(names)
-
-
 def recover(
-    job: Job, plan: Plan, evaluation: Evaluation, steps: frozenset[str], budget: Budget, folder: Path
+    job: Job, plan: Plan, evaluation: Evaluation, steps: Collection[str], budget: Budget, folder: Path
 ) -> list[Attempt | Fruitless]:
     """Every step that was tried, in order; the workflow stops at the first that passes the gate and checks.
 
     Args:
-        steps: those of `STEPS` that may be taken.
+        steps: those of `recipe.STEPS` that may be taken.
         folder: each attempt's files go into a folder of their own in it.
 
     Raises:
@@ -164,13 +148,13 @@ class _Workflow:
 
     job: Job
     evaluation: Evaluation
-    steps: frozenset[str]
+    steps: Collection[str]
     budget: Budget
     folder: Path
     done: list[Attempt | Fruitless] = field(default_factory=list)
 
     def wants(self, step: str, name: str | None = None) -> bool:
-        """Whether a step of `STEPS` is to be taken now; one that there is no time for is on record.
+        """Whether a step of `recipe.STEPS` is to be taken now; one that there is no time for is on record.
 
         Args:
             name: what this round of it is called, if not like the step.
@@ -220,7 +204,7 @@ class _Workflow:
 
     def fix(self, start: Attempt) -> Made:
         """The start with the label-free fixes that help."""
-        method = self.job.recipe.method
+        method = str(self.job.recipe.method)
         return self.cached("fix", start, lambda first: fix(self.job, first), method=method)
 
     def learn(self, start: Attempt) -> Made:
@@ -241,7 +225,7 @@ class _Workflow:
         """The start with the cheapest groups in floating point that let the gate pass; where none do, with
         those that come nearest."""
         recipe, evaluation = self.job.recipe, self.evaluation
-        least = 0.0 if recipe.min_int8 is None else parse_share(recipe.min_int8)
+        least = 0.0 if recipe.min_int8 is None else recipe.min_int8
         if start.coverage.share < least or not can_leave_out(start.quantization, least):
             return Made(None, True, f"no layer can be left out with {least:.1%} in INT8")
         return self.cached(
@@ -251,7 +235,7 @@ class _Workflow:
             evaluation=evaluation.samples.hash,
             metric=evaluation.metric.fingerprint,
             measured=sha256_json(start.measured.to_json()),
-            gate=[evaluation.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.rest],
+            gate=[recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.rest],
         )
 
     def _searched(self, start: Attempt, least: float) -> Made:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import onnx
@@ -68,7 +68,8 @@ class Scorer(Protocol):
         """One number for all rows, higher is better; `reference` holds the fp32 model's outputs."""
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """How far outputs are from those of the fp32 model.
 
     Attributes:
@@ -184,7 +185,8 @@ class Simulator:
         def effect(group: Group) -> Effect:
             left_out = [g for g in every if (g == group) == (mode == "all-but")]
             nodes = dict.fromkeys((name for g in left_out for name in g.nodes), "left out to measure")
-            return Effect(group, *self.score(leave_out(graph, plan, nodes)))
+            found = self.score(leave_out(graph, plan, nodes))
+            return Effect(group, found.sqnr_db, found.noise, found.metric)
 
         yield from Workers(self.workers.count).map(effect, every if among is None else among)
 

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -37,6 +37,7 @@ from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
 from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import model_files, model_sha256, save_model
+from trtq.simulation.pool import Pool
 from trtq.simulation.processors import processors
 from trtq.simulation.session import simulation_fingerprint
 
@@ -54,47 +55,6 @@ _SECONDS_TO_CONNECT = 10
 Task = functools.partial[bytes]
 """What is done with a shard: a module's function with its first arguments, so that it can be sent. It takes
 the shard's samples, an `Advance` or None, and the shard's arguments."""
-
-
-class Pool(NamedTuple):
-    """The workers that `--parallel` names.
-
-    Attributes:
-        backend: loky or dask.
-        address: host:port of the Dask scheduler.
-        processes: of loky; None: one for each processor.
-    """
-
-    backend: str
-    address: str = ""
-    processes: int | None = None
-
-    @property
-    def on_this_machine(self) -> bool:
-        """Whether the workers see this machine's files for certain."""
-        return self.backend == "loky"
-
-    def threads(self, wanted: int | None) -> int:
-        """CPU threads of one worker: as wanted, or an equal part of this machine, or 1 in a cluster."""
-        available = processors()
-        share = available // (self.processes or available) if self.on_this_machine else 1
-        return wanted or max(share, 1)
-
-
-def parse_parallel(text: str | None) -> Pool | None:
-    """The workers that `--parallel` names; None: this process.
-
-    Raises:
-        InputError: no such backend, no address, or no number of processes.
-    """
-    if not text:
-        return None
-    if text.startswith("dask://") and (address := text.removeprefix("dask://")):
-        return Pool("dask", address)
-    name, _, count = text.partition(":")
-    if name == "loky" and (text == name or (count.isdecimal() and int(count) > 0)):
-        return Pool(name, processes=int(count) if count else None)
-    raise InputError(f"--parallel is {text!r}", remedy="use loky, loky:4 or dask://host:8786")
 
 
 @dataclass(frozen=True)
@@ -221,19 +181,14 @@ class Work:
 
     Attributes:
         label: what the progress is called.
-        parallel: see `parse_parallel`.
+        pool: the workers; None: this process.
     """
 
     key: Key
     cache: Cache
     console: Console
     label: str
-    parallel: str | None = None
-
-    @property
-    def pool(self) -> Pool | None:
-        """The workers; None: this process."""
-        return parse_parallel(self.parallel)
+    pool: Pool | None = None
 
     def results(self, task: Task, shards: Sequence[Shard]) -> Iterator[tuple[int, bytes]]:
         """As `results`."""

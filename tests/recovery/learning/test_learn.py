@@ -137,7 +137,7 @@ def test_the_teacher_is_the_model_and_not_the_corrected_graph(start: tuple[Case,
     graph.nodes[-1].inputs[2].values = graph.nodes[-1].inputs[2].values + np.float32(5)
     fitting, held_back = case.samples.split()
     wrong = replace(quantization, graph=graph)
-    learned = learn(wrong, case.graph, fitting, held_back, SILENT, recipe=ONE, budget=Budget.parse("0.001s"))
+    learned = learn(wrong, case.graph, fitting, held_back, SILENT, recipe=ONE, budget=Budget.of(0.001))
     assert learned.before_db == pytest.approx(sqnr(case, wrong, held_back), abs=0.02)
 
 
