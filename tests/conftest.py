@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jobs import Case, Deployed, Run, conv_case, trtq_command
 
-SLOW_FIXTURES = {"zoo", "workers"}
+SLOW_FIXTURES = {"zoo", "pool"}
 """Trained models, and processes that import everything anew."""
 
 

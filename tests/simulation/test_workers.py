@@ -89,7 +89,7 @@ def dask() -> Iterator[str]:
 
 
 @pytest.fixture(params=["loky:2", "dask"])
-def workers(request: pytest.FixtureRequest) -> str:
+def pool(request: pytest.FixtureRequest) -> str:
     return request.getfixturevalue("dask") if request.param == "dask" else request.param
 
 
@@ -121,7 +121,7 @@ def kept(cache: Cache) -> list[str]:
 # -- the result
 
 
-def test_sensitivity_from_workers(tmp_path: Path, cache: Cache, workers: str) -> None:
+def test_sensitivity_from_workers(tmp_path: Path, cache: Cache, pool: str) -> None:
     """Groups are shared out, a few to a worker at a time; a second run finds all in the cache."""
     demo = Path(trtq.__file__).parent / "demo"
     model = load_model(demo / "digits.onnx")
@@ -132,7 +132,7 @@ def test_sensitivity_from_workers(tmp_path: Path, cache: Cache, workers: str) ->
     quantization = Quantization(model.graph, plan, scales)
     here = analyse(quantization, rows, Cache(tmp_path / "other", pytest.fail), SILENT)
     assert len(here.effects) > 2 * SHARD_GROUPS
-    assert analyse(quantization, rows, cache, SILENT, recipe=Recipe(parallel=workers)) == here
+    assert analyse(quantization, rows, cache, SILENT, recipe=Recipe(parallel=pool)) == here
     assert analyse(quantization, rows, cache, SILENT, recipe=Recipe(parallel="dask://no.such.host:1")) == here
 
 
@@ -144,19 +144,19 @@ def test_statistics_do_not_depend_on_the_shards(
     assert statistics(graph, samples, cache, None).to_bytes() == collect(graph, TENSORS, samples).to_bytes()
 
 
-def test_statistics_from_workers(graph: gs.Graph, samples: Samples, cache: Cache, workers: str) -> None:
+def test_statistics_from_workers(graph: gs.Graph, samples: Samples, cache: Cache, pool: str) -> None:
     """Those of two parts of the data, too: their rows are not in a row."""
     whole = collect(graph, TENSORS, samples).to_bytes()
     total = Statistics.empty(TENSORS)
     for part in samples.split():
-        total.merge(statistics(graph, part, cache, workers))
+        total.merge(statistics(graph, part, cache, pool))
     assert total.to_bytes() == whole
-    assert statistics(graph, samples, cache, workers).to_bytes() == whole
+    assert statistics(graph, samples, cache, pool).to_bytes() == whole
 
 
-def test_outputs_from_workers(model: Path, samples: Samples, cache: Cache, workers: str) -> None:
+def test_outputs_from_workers(model: Path, samples: Samples, cache: Cache, pool: str) -> None:
     whole = run_model(model, samples, batch_size=4)
-    sharded = outputs(model, samples, cache, workers, batch_size=4)
+    sharded = outputs(model, samples, cache, pool, batch_size=4)
     assert sharded.to_bytes() == whole.to_bytes()
     assert cache.fetch(key_of(samples, "outputs")) == whole.to_bytes()
 
@@ -173,17 +173,17 @@ def test_shards_hold_whole_batches_and_whole_samples(tmp_path: Path, cache: Cach
     )
 
 
-def test_the_real_models_bytes(zoo: Path, cache: Cache, workers: str) -> None:
+def test_the_real_models_bytes(zoo: Path, cache: Cache, pool: str) -> None:
     """ResNet-20 on CIFAR images: floating point that depends on the order of sums."""
     model = load_model(zoo / "models" / "resnet20_cifar10.onnx")
     options = {"from": "images", "scale": "1/255", "layout": "NCHW"}
     preprocess = {"input": Preprocess.parse("input", options)}
     rows = load_samples(str(zoo / "cifar10" / "calib.npz"), model.inputs, preprocess).subset(range(40))
     tensors = [node.outputs[0].name for node in model.graph.nodes if node.op in ("Conv", "Relu", "Gemm")]
-    work = Work(key_of(rows), cache, SILENT, "statistics", parse_parallel(workers))
+    work = Work(key_of(rows), cache, SILENT, "statistics", parse_parallel(pool))
     sharded = collect_sharded(model.graph, tensors, rows, work)
     assert sharded.to_bytes() == collect(model.graph, tensors, rows).to_bytes()
-    assert outputs(model.path, rows, cache, workers).to_bytes() == run_model(model.path, rows).to_bytes()
+    assert outputs(model.path, rows, cache, pool).to_bytes() == run_model(model.path, rows).to_bytes()
 
 
 def test_a_model_with_external_data_reaches_a_cluster(
@@ -230,9 +230,9 @@ DIE_ONCE = """
 """
 
 
-def test_a_worker_that_dies_is_replaced(graph: gs.Graph, cache: Cache, workers: str, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_replaced(graph: gs.Graph, cache: Cache, pool: str, tmp_path: Path) -> None:
     samples = load_samples(script(tmp_path, DIE_ONCE), SPECS)
-    result = statistics(graph, samples, cache, workers)
+    result = statistics(graph, samples, cache, pool)
     assert (tmp_path / "died").exists()
     assert result.to_bytes() == collect(graph, TENSORS, samples).to_bytes()
 
@@ -247,14 +247,12 @@ def test_workers_that_always_die(graph: gs.Graph, cache: Cache, tmp_path: Path) 
     assert "memory" in str(caught.value.remedy)
 
 
-def test_a_shard_that_fails_names_its_rows(
-    graph: gs.Graph, cache: Cache, tmp_path: Path, workers: str
-) -> None:
+def test_a_shard_that_fails_names_its_rows(graph: gs.Graph, cache: Cache, tmp_path: Path, pool: str) -> None:
     x = ROWS.copy()
     x[21] = 1e4  # exp overflows
     samples = saved(tmp_path / "rows.npz", x)
     with pytest.raises(InputError) as caught:
-        statistics(graph, samples, cache, workers)
+        statistics(graph, samples, cache, pool)
     assert caught.value.problem == (
         f"rows 16 to 23 of {samples.source} failed: tensor 'y' is not finite for row 21 of the data"
     )
@@ -264,10 +262,10 @@ def test_a_shard_that_fails_names_its_rows(
         statistics(graph, fitting, cache, None)
 
 
-def test_a_worker_that_reads_other_data(graph: gs.Graph, cache: Cache, tmp_path: Path, workers: str) -> None:
+def test_a_worker_that_reads_other_data(graph: gs.Graph, cache: Cache, tmp_path: Path, pool: str) -> None:
     samples = load_samples(script(tmp_path, "yield {'x': np.ones((50, 6), np.float32)}; return"), SPECS)
     with pytest.raises(InputError, match="a worker reads other data"):
-        statistics(graph, samples, cache, workers)
+        statistics(graph, samples, cache, pool)
 
 
 def test_rows_made_in_memory_do_not_travel(graph: gs.Graph, cache: Cache) -> None:
