@@ -45,12 +45,12 @@ def code_of(copy: Path, kind: str) -> str:
         ("statistics", "calibration/kernels.py", True),  # imported within a function
         ("statistics", "data/preprocess.py", True),
         ("statistics", "gate/metrics.py", False),
-        ("outputs", "backends/onnxruntime.py", True),
+        ("outputs", "simulation/session.py", True),
         ("table", "calibration/methods.py", True),
-        ("table", "gate/similarity.py", True),  # what `auto` measures by
+        ("table", "simulation/similarity.py", True),  # what `auto` measures by
         ("table", "report/html.py", False),
-        ("quantization", "recovery/smooth.py", True),
-        ("checkpoint", "recovery/pupil.py", True),
+        ("quantization", "recovery/fixes/smooth.py", True),
+        ("checkpoint", "recovery/learning/pupil.py", True),
     ],
 )
 def test_a_changed_line_counts_where_it_computes(copy: Path, kind: str, file: str, counts: bool) -> None:

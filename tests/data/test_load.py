@@ -290,7 +290,7 @@ def test_a_script_and_an_npz_of_the_same_arrays_are_the_same_data(tmp_path: Path
         ),
         (
             "def feeds():\n    for n in (6, 2):\n        yield {'x': np.zeros((n, 3)), 't': np.zeros(2)}",
-            "do not keep step",
+            "do not match",
         ),
     ],
 )
