@@ -142,7 +142,7 @@ def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
 
 def test_other_things_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
-    assert "not known" in message_of(tmp_path / "a.txt", [vector()])
+    assert "not supported" in message_of(tmp_path / "a.txt", [vector()])
     assert "does not exist" in message_of(tmp_path / "nothing", [vector()])
     assert "no .npz and no images" in message_of(tmp_path, [vector()])
 
