@@ -1,6 +1,6 @@
 """What calibration, thresholds, sensitivity and big models cost, measured in one run.
 
-    TRTQ_ZOO=<models and data> python tools/bench.py --markdown tools/RESULTS.md
+    TRTQ_ZOO=<models and data> python tools/bench.py --markdown bench.md      for RESULTS.md, its first part
     python tools/bench.py --sections speed thresholds        a part of it
 
 speed        Statistics for all methods against the plain pass: ONNX Runtime's default session on all cores,

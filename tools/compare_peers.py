@@ -6,6 +6,8 @@ timed and whose peak memory is taken. All resulting int8 models are then measure
     metric, drop, SQNR    ONNX Runtime on the CPU, Q/DQ executed as written, against the fp32 model
     kernels, MB moved,    the engine that TensorRT-RTX builds from it without a GPU: kernels, megabytes
     int8 MACs             they read and write for 8 rows, int8 share of the multiply-accumulates
+    fp16 ...              metric and SQNR of the same with `--rest fp16`, simulated as float16, and how many
+                          nodes stay float32; of the fp32 model, its conversion by the range rules
 
 One table per model goes to stdout, everything to WORK/comparison.json. Results are kept in WORK: a
 rerun only does what is missing or whose model, data or tool has changed; failures are tried again.
@@ -65,6 +67,9 @@ RUNS = (
     "trtq deploy",
     "qdq everywhere",
 )
+HALF = ("trtq max", "trtq mse", "trtq deploy")
+"""Runs that are repeated, untimed, with what is not quantized in float16."""
+
 HEAVY = ("ort percentile-99.99",)
 """Tools and methods that only run on request: this one keeps every activation of every sample in memory."""
 
@@ -211,13 +216,14 @@ def quantize(run: str, place: Workplace, peers_python: Path) -> dict[str, Any]:
 
 
 def quantize_command(run: str, place: Workplace, peers_python: Path) -> tuple[Path, list[object]]:
-    """The model that a run writes, and its command line."""
-    tool, method = run.split()
+    """The model that a run writes, and its command line; a third word of the run is what `--rest` says."""
+    tool, method, *rest = run.split()
+    precision = ["--rest", *rest] if rest else []
     output = place.file(run, ".onnx")
-    if run == "trtq deploy":
+    if (tool, method) == ("trtq", "deploy"):
         folder = place.file(run, "")
         evaluation = ["--eval", place.eval, "--metric", place.metric]
-        deploy = ["trtq", "deploy", place.fp32, "--data", place.calib, *evaluation, "-o", folder]
+        deploy = ["trtq", "deploy", place.fp32, "--data", place.calib, *evaluation, *precision, "-o", folder]
         return folder / "model.int8.onnx", deploy
     if tool == "qdq":
         script = ROOT / "tools" / "qdq_everywhere.py"
@@ -228,7 +234,7 @@ def quantize_command(run: str, place: Workplace, peers_python: Path) -> tuple[Pa
         )
         method = "mse" if run == "trtq modelopts-layers" else method
         options = ["--data", place.calib, "--method", method, *(f"--exclude={name}" for name in left)]
-        return output, ["trtq", "quantize", place.fp32, *options, "-o", output]
+        return output, ["trtq", "quantize", place.fp32, *options, *precision, "-o", output]
     worker = [peers_python, ROOT / "tools" / "peer_worker.py"]
     return output, [*worker, place.fp32, place.calib, tool, method, output, "--batch", CPU_BATCH]
 
@@ -284,17 +290,18 @@ def write_record(path: Path, key: str, value: dict[str, Any]) -> dict[str, Any]:
 
 def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
     """Metric and SQNR of an ONNX model on the evaluation data, and what TensorRT-RTX makes of it."""
+    from trtq.backends.engine import fingerprint
+    from trtq.code_hash import code_sha256
     from trtq.data.load import load_samples
     from trtq.gate.metrics import load_metric
     from trtq.graph.model import load_model
-    from trtq.simulation import outputs as execute
     from trtq.simulation import similarity
 
     metric = load_metric(place.metric)
     identity = [files.sha256_file(path) for path in (place.fp32, model, place.eval)]
     builder = [importlib.metadata.version("tensorrt_rtx"), TARGET, ENGINE_BATCH]
-    reading = files.sha256_file(ROOT / "trtq" / "backends" / "compiled.py")
-    settings = [metric.fingerprint, execute.fingerprint(model), *builder, reading]
+    code = code_sha256("trtq.simulation.outputs", "trtq.simulation.similarity", "trtq.backends.compiled")
+    settings = [metric.fingerprint, fingerprint(model), *builder, code]
     key = files.sha256_json([*identity, *settings])
     record = place.file(run, ".measured.json")
     if kept := read_record(record, key):
@@ -309,6 +316,39 @@ def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
         "engine": describe_engine(model, samples.row_shapes(), place.file(run, ".plan")),
     }
     return write_record(record, key, value)
+
+
+def measure_half(run: str, place: Workplace, peers_python: Path) -> dict[str, Any]:
+    """`measure` of a run with its floating-point part in float16, and `float32_nodes`; or the `error`."""
+    from trtq.data.load import load_samples
+    from trtq.graph.model import load_model
+    from trtq.pipeline import in_precision
+
+    half = f"{run} fp16"
+    if run == "fp32":
+        fp32 = load_model(place.fp32)
+        with in_precision(fp32, "fp16", load_samples(str(place.calib), fp32.inputs)) as model:
+            return {**measure(half, model, place), "float32_nodes": count_float32(model)}
+    row = quantize(half, place, peers_python)
+    if "error" in row:
+        return row
+    model = Path(row["model"])
+    return {**measure(half, model, place), "float32_nodes": count_float32(model)}
+
+
+def count_float32(model: Path) -> int:
+    """How many nodes of a float16 model write a float32 tensor: casts and Q/DQ around them do not count."""
+    from trtq.graph.fold import fold
+    from trtq.graph.model import load_model
+
+    graph = load_model(model).graph
+    fold(graph)
+    around = ("Cast", "QuantizeLinear", "DequantizeLinear")
+    return sum(
+        any(tensor.dtype == np.float32 for tensor in node.outputs)
+        for node in graph.nodes
+        if node.op not in around
+    )
 
 
 @functools.lru_cache(maxsize=2)  # the fp32 model and the one compared with it
@@ -358,6 +398,7 @@ def table(case: Case, rows: list[dict[str, Any]]) -> str:
     """The results of one model, aligned; `rows` begin with fp32, and errors follow below."""
     metric = case.metric.rpartition(":")[2]
     header = ["", metric, "drop", "SQNR dB", "s", "CPU s", "GB", "kernels", "MB", "int8 MACs"]
+    header += [f"fp16 {metric}", "fp16 SQNR dB", "float32 nodes"]
     lines = [header, *(table_row(row, rows[0]["metric"]) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [case.name]
@@ -365,13 +406,15 @@ def table(case: Case, rows: list[dict[str, Any]]) -> str:
         cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
         text.append("  ".join(cells).rstrip())
     for row in rows:
-        error = row.get("error") or row.get("engine", {}).get("error")
-        text += [f"{row['run']}: {' '.join(error.split())[:200]}"] if error else []
+        half = row.get("half", {})
+        errors = {row["run"]: row.get("error") or row.get("engine", {}).get("error")}
+        errors |= {f"{row['run']} fp16": half.get("error") or half.get("engine", {}).get("error")}
+        text += [f"{run}: {' '.join(error.split())[:200]}" for run, error in errors.items() if error]
     return "\n".join(text)
 
 
 def table_row(row: dict[str, Any], fp32: float) -> list[str]:
-    quality = cost = engine = ["-", "-", "-"]
+    quality = cost = engine = half = ["-", "-", "-"]
     if "metric" in row:
         drop = (fp32 - row["metric"]) / abs(fp32)
         quality = [f"{row['metric']:.4f}", f"{drop:.2%}", f"{row['sqnr_db']:.1f}"]
@@ -380,7 +423,9 @@ def table_row(row: dict[str, Any], fp32: float) -> list[str]:
     if "kernels" in row.get("engine", {}):
         built = row["engine"]
         engine = [str(built["kernels"]), f"{built['bytes_moved'] / 1e6:.1f}", f"{built['int8_macs']:.1%}"]
-    return [row["run"], *quality, *cost, *engine]
+    if "metric" in (found := row.get("half", {})):
+        half = [f"{found['metric']:.4f}", f"{found['sqnr_db']:.1f}", str(found["float32_nodes"])]
+    return [row["run"], *quality, *cost, *engine, *half]
 
 
 def say(message: str) -> None:
@@ -399,6 +444,9 @@ def compare(arguments: argparse.Namespace) -> None:
         for run in runs:
             row = {"run": run, **quantize(run, place, python)}
             rows.append(row if "error" in row else {**row, **measure(run, Path(row["model"]), place)})
+        for row in rows:
+            if row["run"] in ("fp32", *HALF):
+                row["half"] = measure_half(row["run"], place, python)
         results[name] = rows
         print(table(CASES[name], rows), end="\n\n", flush=True)
     files.write_json(arguments.work / "comparison.json", results)

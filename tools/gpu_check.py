@@ -31,6 +31,7 @@ from trtq.backends.builders import BUILDERS, builder
 from trtq.backends.calibrators import data_calibrator, table_calibrator
 from trtq.backends.device import clocks
 from trtq.backends.dialect import dialect_of
+from trtq.backends.engine import run_engine
 from trtq.backends.interface import Build, Profile, find_gpu
 from trtq.calibration.calibrate import calibrate
 from trtq.calibration.table import Table
@@ -153,7 +154,7 @@ class Check:
 
     def engine_against_simulation(self) -> Step:
         """How far the INT8 engine's outputs are from the simulation's, per output."""
-        engine = run_model(self.engines[-1], self.samples).arrays
+        engine = run_engine(self.engines[-1], self.samples).arrays
         simulation = run_model(self.int8, self.samples).arrays
         mismatch: Step = {}
         for name, similarity in compare(simulation, engine).items():
@@ -171,8 +172,7 @@ class Check:
         assert self.recipe.metric is not None
         metric, verdicts = load_metric(self.recipe.metric), {}
         reference = run_model(self.folded, self.samples).arrays
-        for name, candidate in {"engine": self.engines[-1], "simulation": self.int8}.items():
-            outputs = run_model(candidate, self.samples)
+        for outputs in (run_engine(self.engines[-1], self.samples), run_model(self.int8, self.samples)):
             verdict = decide(
                 reference,
                 outputs.arrays,
@@ -182,7 +182,7 @@ class Check:
                 confidence=None,
                 executor=outputs.executor,
             )
-            verdicts[name] = verdict.to_json()
+            verdicts[outputs.executor] = verdict.to_json()
         return verdicts
 
     def three_way(self) -> Step:

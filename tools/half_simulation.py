@@ -1,7 +1,7 @@
 """The float16 simulation: what it costs, and how far it is from ONNX's reference implementation.
 
-For each model of a zoo, in one run on one thread: the time of a plain float32 pass and of the same model in
-float16 (by the range rules), simulated; and for the first rows the distance of that simulation, and of
+For each model of a zoo, in one run on one thread: the CPU time of a plain float32 pass and of the same model
+in float16 (by the range rules), simulated; and for the first rows the distance of that simulation, and of
 ONNX Runtime's own float16 session, from `onnx.reference`, which rounds every float16 tensor. The distance of
 float16 from float32 stands beside it: what is to be seen.
 
@@ -54,14 +54,14 @@ def first_rows(name: str, zoo: Path, count: int) -> Samples:
 
 
 def seconds_per_row(run: Run, feeds: list[Arrays]) -> float:
-    """Least time of three passes over the feeds, divided by their number."""
+    """Least CPU time of three passes over the feeds, divided by their number; other jobs do not add to it."""
     run(feeds[0])
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         for feed in feeds:
             run(feed)
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     return min(times) / len(feeds)
 
 

@@ -58,19 +58,21 @@ class Kind:
 
 _READING = ("trtq.data.load", "trtq.graph.model", "trtq.graph.fold")
 _SENSITIVITY = ("trtq.recovery.sensitivity", "trtq.recovery.partial")
+_RUNNING = ("trtq.simulation.outputs", "trtq.backends.engine")
+_SHARDED = ("trtq.calibration.collect", "trtq.simulation.outputs")
 _PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "pillow")
 
 KINDS: Mapping[str, Kind] = {
     "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
     "table": Kind("cache", 2, ("trtq.calibration.calibrate", *_READING), (*_PACKAGES, "numba")),
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
-    "outputs": Kind("npz", 2, ("trtq.simulation.outputs", "trtq.data.load"), _PACKAGES),
+    "outputs": Kind("npz", 2, (*_RUNNING, "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
     "sensitivity": Kind(
         "bin", 2, ("trtq.recovery.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES
     ),
     "checkpoint": Kind("bin", 2, ("trtq.recovery.learning.learn", *_READING), (*_PACKAGES, "torch")),
-    "shard": Kind("npz", 2, ("trtq.simulation.workers", *_READING), (*_PACKAGES, "numba")),
+    "shard": Kind("npz", 2, (*_SHARDED, *_READING), (*_PACKAGES, "numba")),
 }
 """Every kind of content that is cached."""
 

@@ -21,6 +21,7 @@ from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
+from trtq.simulation.rows import runs_on_several
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.workers import parse_parallel
 
@@ -214,7 +215,8 @@ def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
         check_profile(profile, dimensions, model.path)
         return profile
     shapes = data.row_shapes() if data is not None else {}
-    return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH)
+    only_one = recipe.batch is None and data is not None and not runs_on_several(model.graph, data)
+    return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH, only_one=only_one)
 
 
 def opt_shapes(model: Model, profile: Profile) -> Mapping[str, tuple[int, ...]]:

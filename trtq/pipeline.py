@@ -11,6 +11,7 @@ from pathlib import Path
 
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage
+from trtq.backends.engine import input_specs
 from trtq.backends.interface import Build
 from trtq.calibration.calibrate import calibrate
 from trtq.calibration.foreign import read_table
@@ -38,7 +39,6 @@ from trtq.recovery.workflow import parse_steps, recover
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import manifest
-from trtq.simulation.outputs import input_specs
 from trtq.simulation.simulator import Mode
 
 

@@ -151,7 +151,7 @@ class Recipe:
         "batch size that the engine is tuned for and that the gate evaluates with", int, metavar="N"
     )
     parallel: str | None = _option(
-        "spread collecting, evaluating, sensitivity: loky, loky:4, dask://host:8786, ray or spark",
+        "spread collecting, evaluating, sensitivity: loky, loky:4 or dask://host:8786",
         metavar="WHERE",
     )
     threads: int | None = _option("CPU threads; default: all", int, metavar="N")

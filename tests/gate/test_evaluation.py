@@ -12,6 +12,8 @@ import pytest
 from jobs import Run
 from onnx import TensorProto, helper
 
+from trtq.backends import engine as engines
+from trtq.backends.engine import fingerprint
 from trtq.backends.interface import Gpu, find_gpu
 from trtq.cache import Cache, Key
 from trtq.console import SILENT
@@ -23,9 +25,8 @@ from trtq.gate import evaluation
 from trtq.gate.evaluation import outputs_of
 from trtq.graph.inputs import InputSpec
 from trtq.recipe import Recipe
-from trtq.simulation import outputs as execute
-from trtq.simulation import workers as parallel
-from trtq.simulation.outputs import Outputs, fingerprint
+from trtq.simulation import outputs as simulated
+from trtq.simulation.outputs import Outputs
 
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 SAMPLES = Samples("rows.npz", (InputSpec("x", np.dtype(np.float32), ("N", 3)),), {"x": ROWS}, {}, "d" * 64)
@@ -63,7 +64,7 @@ def test_another_model_is_run(tmp_path: Path) -> None:
 
 
 def test_large_outputs_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "KEPT_BYTES", ROWS.nbytes - 1)
+    monkeypatch.setattr(simulated, "KEPT_BYTES", ROWS.nbytes - 1)
     model, cache = doubling(tmp_path / "m.onnx", "y"), Cache(tmp_path / "cache")
     for _ in range(2):
         assert not outputs_of(model, SAMPLES, PLAIN, cache, SILENT, label="fp32")[1]
@@ -90,7 +91,7 @@ def engine(tmp_path: Path) -> Path:
 
 def on(gpu: Gpu | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the driver answer so; nothing runs there."""
-    monkeypatch.setattr(execute, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(engines, "find_gpu", lambda: gpu)
 
 
 def planted(engine: Path, cache: Cache, **others: str) -> None:
@@ -118,10 +119,10 @@ class _Ran(Exception):
 def _runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Say so where the engine would be run."""
 
-    def run_model(*arguments: object, **options: object) -> Outputs:
+    def run_engine(*arguments: object, **options: object) -> Outputs:
         raise _Ran
 
-    monkeypatch.setattr(evaluation, "run_model", run_model)
+    monkeypatch.setattr(evaluation, "run_engine", run_engine)
 
 
 @pytest.mark.usefixtures("_runs")

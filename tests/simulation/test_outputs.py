@@ -1,17 +1,12 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from trtq.backends.interface import Gpu, find_gpu
-from trtq.errors import InputError, MissingBackendError
-from trtq.simulation import outputs as execute
-from trtq.simulation.outputs import fingerprint, run_model
+from trtq.errors import InputError
+from trtq.simulation.outputs import run_model
 
 
 class Rows:
@@ -19,6 +14,7 @@ class Rows:
 
     def __init__(self, rows):
         self._rows = rows
+        self.source = "rows"
         self.length = len(rows)
 
     def __len__(self):
@@ -26,6 +22,9 @@ class Rows:
 
     def rows(self):
         return iter(self._rows)
+
+    def where(self, batch):
+        return f"rows {batch.start} to {batch.start + batch.rows - 1}"
 
 
 def rows_of(array, name="x"):
@@ -108,8 +107,9 @@ def test_inputs_that_do_not_fit(tmp_path, capfd):
     with pytest.raises(InputError, match="no array for input 'x'"):
         run_model(model, rows_of(np.ones((4, 3), np.float32), "z"))
     for wrong in (np.ones((4, 3)), np.ones((4, 5), np.float32)):
-        with pytest.raises(InputError, match="cannot run on these inputs"):
+        with pytest.raises(InputError, match="does not run on rows 0 to 3 of the data") as caught:
             run_model(model, rows_of(wrong))
+        assert caught.value.file == "rows"
     with pytest.raises(InputError, match="no rows"):
         run_model(model, Rows([]))
     for length in (3, 5):
@@ -126,53 +126,3 @@ def test_extra_arrays_are_left_alone(tmp_path):
     model = save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], ["n", 3], ["n", 3])
     row = {"x": np.ones((1, 3), np.float32), "unused": np.ones((1, 9))}
     assert run_model(model, Rows([row])).arrays["y"].shape == (1, 3)
-
-
-def build_engine(path, model):
-    pytest.importorskip("tensorrt_rtx")
-    code = (
-        "import sys, tensorrt_rtx as trt\n"
-        "logger = trt.Logger(trt.Logger.ERROR); builder = trt.Builder(logger)\n"
-        "network = builder.create_network(0); parser = trt.OnnxParser(network, logger)\n"
-        "assert parser.parse_from_file(sys.argv[1])\n"
-        "config = builder.create_builder_config(); profile = builder.create_optimization_profile()\n"
-        "profile.set_shape('x', (2, 3), (4, 3), (8, 3)); config.add_optimization_profile(profile)\n"
-        "open(sys.argv[2], 'wb').write(builder.build_serialized_network(network, config))\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(model), str(path)], check=True)
-    return path
-
-
-def test_an_engine_runs_on_a_gpu_or_says_what_is_missing(tmp_path):
-    model = save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], ["n", 3], ["n", 3])
-    plan = build_engine(tmp_path / "m.plan", model)
-    x = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
-    if find_gpu():
-        found = run_model(plan, rows_of(x))
-        assert found.executor == "engine"
-        np.testing.assert_array_equal(found.arrays["y"], -x)
-    else:
-        with pytest.raises(MissingBackendError, match="gate the quantized ONNX model"):
-            run_model(plan, rows_of(x))
-    with pytest.raises(InputError, match="cannot read the engine"):
-        run_model(tmp_path / "none.plan", rows_of(x))
-
-
-def test_fingerprint(tmp_path, monkeypatch):
-    import onnxruntime
-
-    assert onnxruntime.__version__ in fingerprint("m.onnx")["executor"]
-    trt = pytest.importorskip("tensorrt_rtx")
-    model = save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], ["n", 3], ["n", 3])
-    plan = build_engine(tmp_path / "m.plan", model)
-    monkeypatch.setattr(execute, "find_gpu", lambda: Gpu("Some GPU", "8.9", "570.86.15"))
-    assert fingerprint(plan) == {
-        "executor": "engine",
-        "gpu": "Some GPU",
-        "compute_capability": "8.9",
-        "driver": "570.86.15",
-        "tensorrt": f"tensorrt_rtx-{trt.__version__}",
-    }
-    monkeypatch.setattr(execute, "find_gpu", lambda: None)
-    with pytest.raises(MissingBackendError, match="only on an NVIDIA GPU"):
-        fingerprint(plan)

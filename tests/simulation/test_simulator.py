@@ -242,7 +242,7 @@ def test_a_model_that_does_not_run_on_the_data_is_an_input_error(tmp_path: Path)
         w=normal(8, 4, seed=1),
     )
     quantization = _quantization(model, {"x": np.arange(5)}, tmp_path)
-    with pytest.raises(InputError, match="does not run on the data"):
+    with pytest.raises(InputError, match="does not run on row 0 of the data"):
         Simulator(quantization, _samples({"x": np.array([7])}, model, tmp_path))
 
 

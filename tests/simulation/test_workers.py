@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +19,14 @@ from numpy.typing import NDArray
 
 import trtq
 from trtq.cache import Cache, Key
-from trtq.calibration.collect import collect
+from trtq.calibration import collect as collecting
+from trtq.calibration.collect import collect, collect_sharded
 from trtq.calibration.methods import parse_method, scales_from
 from trtq.calibration.statistics import Statistics
 from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
-from trtq.errors import InputError, MissingBackendError
+from trtq.errors import InputError
 from trtq.graph.fold import fold
 from trtq.graph.inputs import InputSpec
 from trtq.graph.model import load_model
@@ -35,8 +35,9 @@ from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.recovery.sensitivity import SHARD_GROUPS, analyse
 from trtq.simulation import workers as parallel
-from trtq.simulation.outputs import Outputs, run_model
-from trtq.simulation.workers import Pool, collect_sharded, parse_parallel, run_sharded
+from trtq.simulation.outputs import Outputs, run_model, run_sharded
+from trtq.simulation.processors import processors
+from trtq.simulation.workers import Pool, Work, parse_parallel
 
 TENSORS = ["x", "h", "y"]
 ROWS = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
@@ -100,24 +101,15 @@ def key_of(samples: Samples, kind: str = "statistics") -> Key:
 
 
 def statistics(graph: gs.Graph, samples: Samples, cache: Cache, where: str | None, console: Console = SILENT):
-    return collect_sharded(
-        graph, TENSORS, samples, parallel=where, cache=cache, key=key_of(samples), console=console
-    )
+    work = Work(key_of(samples), cache, console, "statistics", where)
+    return collect_sharded(graph, TENSORS, samples, work)
 
 
 def outputs(
     model: Path, samples: Samples, cache: Cache, where: str | None, batch_size: int | None = None
 ) -> Outputs:
-    return run_sharded(
-        model,
-        samples,
-        parallel=where,
-        cache=cache,
-        key=key_of(samples, "outputs"),
-        console=SILENT,
-        label="gate",
-        batch_size=batch_size,
-    )
+    work = Work(key_of(samples, "outputs"), cache, SILENT, "gate", where)
+    return run_sharded(model, samples, work, batch_size=batch_size)
 
 
 def kept(cache: Cache) -> list[str]:
@@ -185,9 +177,8 @@ def test_the_real_models_bytes(zoo: Path, cache: Cache, workers: str) -> None:
     preprocess = {"input": {"from": "images", "scale": "1/255", "layout": "NCHW"}}
     rows = load_samples(str(zoo / "cifar10" / "calib.npz"), model.inputs, preprocess).subset(range(40))
     tensors = [node.outputs[0].name for node in model.graph.nodes if node.op in ("Conv", "Relu", "Gemm")]
-    sharded = collect_sharded(
-        model.graph, tensors, rows, parallel=workers, cache=cache, key=key_of(rows), console=SILENT
-    )
+    work = Work(key_of(rows), cache, SILENT, "statistics", workers)
+    sharded = collect_sharded(model.graph, tensors, rows, work)
     assert sharded.to_bytes() == collect(model.graph, tensors, rows).to_bytes()
     assert outputs(model.path, rows, cache, workers).to_bytes() == run_model(model.path, rows).to_bytes()
 
@@ -314,13 +305,13 @@ def test_an_interrupted_job_goes_on_where_it_stopped(
         statistics(graph, samples, cache, where, Interrupted(rows=25))
     assert kept(cache) == ["shard"] * 3
     run: list[int] = []
-    real = parallel._statistics
+    real = collecting._statistics
 
     def counted(*arguments: Any) -> bytes:
         run.append(len(arguments[3]))
         return real(*arguments)
 
-    monkeypatch.setattr(parallel, "_statistics", counted)
+    monkeypatch.setattr(collecting, "_statistics", counted)
     console = Interrupted()
     result = statistics(graph, samples, cache, None, console)
     assert sum(run) == 50 - 24
@@ -347,38 +338,25 @@ def test_a_single_shard_is_not_kept_apart(graph: gs.Graph, cache: Cache, tmp_pat
         ("loky", Pool("loky")),
         ("loky:4", Pool("loky", processes=4)),
         ("dask://host:8786", Pool("dask", "host:8786")),
-        ("ray", Pool("ray")),
-        ("spark", Pool("spark")),
     ],
 )
 def test_backends(text: str | None, pool: Pool | None) -> None:
     assert parse_parallel(text) == pool
 
 
-@pytest.mark.parametrize("text", ["loky:0", "loky:x", "loky:", "dask", "dask://", "ray:4", "threads"])
+@pytest.mark.parametrize("text", ["loky:0", "loky:x", "loky:", "dask", "dask://", "ray", "spark", "threads"])
 def test_what_is_no_backend(text: str) -> None:
-    with pytest.raises(InputError, match="--parallel is"):
+    with pytest.raises(InputError, match="--parallel is") as caught:
         parse_parallel(text)
+    assert caught.value.remedy == "use loky, loky:4 or dask://host:8786"
 
 
 def test_threads_are_shared_out() -> None:
-    processors = os.cpu_count() or 1
     assert Pool("loky").threads(None) == 1
-    assert Pool("loky", processes=1).threads(None) == processors
-    assert Pool("loky", processes=10 * processors).threads(None) == 1
+    assert Pool("loky", processes=1).threads(None) == processors()
+    assert Pool("loky", processes=10 * processors()).threads(None) == 1
     assert Pool("dask", "host:1").threads(None) == 1
     assert Pool("dask", "host:1").threads(3) == 3
-
-
-@pytest.mark.parametrize("name", ["ray", "spark"])
-def test_a_backend_that_is_not_installed(
-    name: str, graph: gs.Graph, samples: Samples, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = {"ray": "ray", "spark": "joblibspark"}[name]
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingBackendError) as caught:
-        statistics(graph, samples, cache, name)
-    assert caught.value.remedy == f"pip install {package}"
 
 
 def test_no_scheduler(

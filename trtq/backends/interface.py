@@ -128,6 +128,8 @@ def profiles_from(
     model_inputs: Mapping[str, Sequence[int | str | None]],
     row_shapes: Mapping[str, Iterable[Shape]],
     batch: int = OPT_BATCH,
+    *,
+    only_one: bool = False,
 ) -> dict[str, Range]:
     """The default optimization profile: any batch up to 4 x `batch`, other axes as the data has them.
 
@@ -142,6 +144,7 @@ def profiles_from(
         row_shapes: input name -> shapes of the data's rows, that is without the batch axis; one per row, or
             each distinct one once. Inputs whose only dynamic axis is the batch may be missing.
         batch: opt of the batch axis, > 0.
+        only_one: the model runs on one row at a time, so all three are 1.
 
     Raises:
         InputError: a dynamic axis without data to take its size from, or data of another rank.
@@ -170,7 +173,7 @@ def profiles_from(
             if size is not None:
                 ranges.append((size, size, size))
             elif axis == 0:
-                ranges.append((1, batch, MAX_OVER_OPT * batch))
+                ranges.append((1, 1, 1) if only_one else (1, batch, MAX_OVER_OPT * batch))
             else:
                 seen = Counter(shape[axis - 1] for shape in rows)
                 frequent = max((count, size) for size, count in seen.items())[1]

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 import trtq
 from trtq.cache import Key
+from trtq.calibration.collect import collect_sharded
 from trtq.calibration.extents import measure_extents
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.search import CANDIDATES, Choice, Rows, choose_method, refine_ranges
@@ -28,7 +29,7 @@ from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.numerics import has_scale
 from trtq.simulation.session import simulation_fingerprint
-from trtq.simulation.workers import collect_sharded
+from trtq.simulation.workers import Work
 
 NEVER_SEEN = "never-seen"
 """Rule of the plan for nodes that stay in floating point because calibration gives an input no range."""
@@ -231,16 +232,8 @@ def statistics_of(job: Job, plan: Plan, samples: Samples, source: FloatGraph) ->
         return Statistics.from_bytes(content)
     started = time.perf_counter()
     with about(samples.source):
-        statistics = collect_sharded(
-            source.graph,
-            plan.tensors,
-            samples,
-            parallel=job.recipe.parallel,
-            cache=job.cache,
-            key=key,
-            console=job.console,
-            threads=job.recipe.threads,
-        )
+        work = Work(key, job.cache, job.console, "statistics", job.recipe.parallel)
+        statistics = collect_sharded(source.graph, plan.tensors, samples, work, threads=job.recipe.threads)
     seconds = time.perf_counter() - started
     job.console.say("statistics", f"{len(samples)} rows, {len(plan.tensors)} tensors in {seconds:.1f} s")
     return statistics

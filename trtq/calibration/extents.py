@@ -6,9 +6,7 @@ scalars leaves it and memory stays that of a plain run.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +14,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtq.data.batches import Batch
+from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
-from trtq.errors import InputError
 from trtq.graph.half_rules import Extent, reads_singular
-from trtq.graph.model import serialized
 from trtq.graph.names import Names
-from trtq.simulation.session import simulation_session
+from trtq.simulation.rows import Runner
 
 MOST_ROWS = 32
 """Rows that are looked at, evenly spread over the data; the rules leave headroom for all others."""
@@ -53,19 +49,12 @@ def measure_extents(graph: gs.Graph, samples: Samples, *, workers: int | None = 
     """
     probed, figures = _probed(graph)
     names = [name for of_tensor in figures.values() for name in of_tensor]
-    with serialized(probed) as source:
-        session = simulation_session(source, threads=1)
 
-    def look(batch: Batch) -> NDArray[np.float64]:
-        try:
-            found = session.run(names, batch.feed)
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class
-            source = samples.source
-            raise InputError("the model does not run on the data", file=source, cause=error) from error
-        return np.array(found, np.float64).reshape(len(figures), -1)
+    def look(_: Batch, found: Arrays) -> NDArray[np.float64]:
+        return np.array([found[name] for name in names], np.float64).reshape(len(figures), -1)
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        rows = np.stack(list(pool.map(look, samples.spread(MOST_ROWS).batches())))
+    part = samples.spread(MOST_ROWS)
+    rows = np.stack(list(Runner(probed).over(part, part.batches(), look, workers=workers)))
     return {name: _joined(rows[:, index]) for index, name in enumerate(figures)}
 
 

@@ -12,7 +12,6 @@ data and methods compared on the part held back; the evaluation data are never l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,14 +26,13 @@ from trtq.calibration.statistics import Statistics
 from trtq.console import Advance, Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
-from trtq.errors import InputError
-from trtq.graph.model import serialized
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs
 from trtq.numerics import scale_from_amax
 from trtq.simulation.finite import check_reference
-from trtq.simulation.session import simulation_session
+from trtq.simulation.processors import processors
+from trtq.simulation.rows import Runner
 from trtq.simulation.similarity import Reference
 
 CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "percentile:99.999")
@@ -86,14 +84,18 @@ class Rows:
         advance: Advance | None = None,
     ) -> None:
         self.samples, self.threads = samples, threads
-        self._batch = batch
-        self._kept = list(samples.batches(batch)) if kept else None
-        runs = _Session(model, threads).runs(self.batches(), advance=advance)
-        pairs = [(replace(batch, feed={}, padding=0), outputs) for batch, outputs in runs]
+        runner, pairs = Runner(model, threads=threads), []
+        taken = list(runner.batches(samples, batch)) if kept else runner.batches(samples, batch)
+        self._kept = taken if isinstance(taken, list) else None
+        for part in taken:
+            pairs.append((replace(part, feed={}, padding=0), _own_rows(part, runner.on(part, samples))))
+            if advance is not None:
+                advance(part.rows)
+        self._batch = batch if any(part.rows > 1 for part, _ in pairs) else 1
         outputs = list(self._parts([outputs for _, outputs in pairs]))
-        parts = [part for part, _ in pairs] if len(outputs) == len(pairs) else [None]
-        for part, arrays in zip(parts, outputs, strict=True):
-            check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=part)
+        origins = [part for part, _ in pairs] if len(outputs) == len(pairs) else [None]
+        for origin, arrays in zip(origins, outputs, strict=True):
+            check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=origin)
         self._reference = Reference(outputs)
 
     def sqnr_db(self, quantization: Quantization, console: Console, label: str) -> float:
@@ -135,7 +137,9 @@ class Trials:
         self._rows = rows
         plan = quantization.plan
         graph = replace(quantization, scales=dict.fromkeys(plan.tensors, np.float32(1))).rewritten()
-        self._session = _Session(graph, rows.threads, scales_as_inputs(graph, plan))
+        self._inputs = scales_as_inputs(graph, plan)
+        self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
+        self._runner = Runner(graph, threads=rows.threads)
 
     def sqnr_db(self, scales: Scales, first: int | None = None, advance: Advance | None = None) -> float:
         """SQNR of the outputs together.
@@ -144,59 +148,22 @@ class Trials:
             first: how many batches are run; None: all.
             advance: called with the number of rows just done.
         """
-        batches = islice(self._rows.batches(), first)
-        return self._rows.score(outputs for _, outputs in self._session.runs(batches, scales, advance))
+        given = {name: np.array(scales[t], self._dtypes[name]) for name, t in self._inputs.items()}
+
+        def outputs() -> Iterator[Arrays]:
+            for batch in islice(self._rows.batches(), first):
+                fed = replace(batch, feed=batch.feed | given)
+                yield _own_rows(batch, self._runner.on(fed, self._rows.samples))
+                if advance is not None:
+                    advance(batch.rows)
+
+        return self._rows.score(outputs())
 
 
-class _Session:
-    """The session of a model's file or of a graph.
-
-    Args:
-        scales: input -> tensor of the plan whose scale goes in there.
-    """
-
-    def __init__(
-        self, model: Path | gs.Graph, threads: int | None, scales: Mapping[str, str] | None = None
-    ) -> None:
-        self._file = model if isinstance(model, Path) else None
-        self._dtypes: dict[str, np.dtype] = {}
-        if isinstance(model, Path):
-            self._session = simulation_session(model, threads)
-        else:
-            self._dtypes = {tensor.name: tensor.dtype for tensor in model.inputs}
-            with serialized(model) as source:
-                self._session = simulation_session(source, threads)
-        self._names = [item.name for item in self._session.get_outputs()]
-        self._scales = scales or {}
-
-    def runs(
-        self, batches: Iterable[Batch], scales: Scales | None = None, advance: Advance | None = None
-    ) -> Iterator[tuple[Batch, Arrays]]:
-        """Every batch with its outputs, but for those of rows that only fill it up.
-
-        Raises:
-            InputError: the model does not run on a batch.
-        """
-        given = {name: np.array((scales or {})[t], self._dtypes[name]) for name, t in self._scales.items()}
-        for batch in batches:
-            try:
-                outputs = self._session.run(self._names, {**batch.feed, **given})
-            except Exception as error:  # ONNX Runtime's exceptions have no common base class
-                if type(error).__module__.partition(".")[0] != "onnxruntime":
-                    raise
-                raise InputError(
-                    "the model cannot run on these inputs", file=self._file, cause=error
-                ) from error
-            size = batch.rows + batch.padding
-            yield (
-                batch,
-                {
-                    name: array[: batch.rows] if array.shape[:1] == (size,) else array
-                    for name, array in zip(self._names, outputs, strict=True)
-                },
-            )
-            if advance is not None:
-                advance(batch.rows)
+def _own_rows(batch: Batch, outputs: Arrays) -> Arrays:
+    """A batch's outputs without those of rows that only fill it up."""
+    size = batch.rows + batch.padding
+    return {name: a[: batch.rows] if a.shape[:1] == (size,) else a for name, a in outputs.items()}
 
 
 @dataclass(frozen=True)
@@ -292,7 +259,7 @@ def refine_ranges(
     glance, best = trials.sqnr_db(current, few), trials.sqnr_db(current)
     exceptions: dict[str, Method] = {}
     with (
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+        ThreadPoolExecutor(workers or processors()) as pool,
         console.progress("ranges", runs, "run") as advance,
     ):
         for tensor, tried in options.items():

@@ -47,6 +47,29 @@ def batches(rows: Iterable[Mapping[str, NDArray]], highest: int, lowest: int = 1
         yield _batch(waiting, start, lowest)
 
 
+def single_rows(batch: Batch, *, filled: bool = False) -> Iterator[Batch]:
+    """The rows that count of a batch, each as a batch of its own; the padding is left out.
+
+    An array with several entries for each row, as activations may have, is cut accordingly; one whose first
+    axis is not that of the rows stays whole.
+
+    Args:
+        filled: each is as large as the batch, filled up with copies of its row.
+    """
+    size = batch.rows + batch.padding
+    times = size if filled else 1
+
+    def own(array: NDArray, row: int) -> NDArray:
+        if array.ndim == 0 or len(array) % size:
+            return array
+        each = len(array) // size
+        return np.concatenate([array[row * each : (row + 1) * each]] * times)
+
+    for row in range(batch.rows):
+        feed = {name: own(array, row) for name, array in batch.feed.items()}
+        yield Batch(feed, batch.start + row, 1, times - 1)
+
+
 def _shapes(row: Mapping[str, NDArray]) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in row.items()}
 

@@ -164,6 +164,11 @@ class Samples:
             return index
         return self.group * self.positions[index // self.group] + index % self.group
 
+    def where(self, batch: Batch) -> str:
+        """A batch's rows as the source numbers them: what a message calls them."""
+        first, last = (self.row_number(i) for i in (batch.start, batch.start + batch.rows - 1))
+        return f"row {last}" if batch.rows == 1 else f"rows {first} to {last}"
+
     def spread(self, rows: int) -> Samples:
         """About `rows` of the rows, as whole samples evenly spread over the data; all if there are fewer."""
         groups = len(self) // self.group

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from trtq.backends.engine import fingerprint, is_engine, run_engine
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
@@ -30,8 +31,8 @@ from trtq.graph.model import model_sha256, save_model
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.finite import check_reference
-from trtq.simulation.outputs import Outputs, fingerprint, is_engine, run_model
-from trtq.simulation.workers import KEPT_BYTES, run_sharded
+from trtq.simulation.outputs import Outputs, run_sharded
+from trtq.simulation.workers import KEPT_BYTES, Work
 
 
 def outputs_of(
@@ -66,20 +67,11 @@ def outputs_of(
             return outputs, True
         cache.report(f"cache entry {cache.path(key)} is damaged (another executor); it is computed again")
     if not engine:
-        outputs = run_sharded(
-            model,
-            samples,
-            parallel=recipe.parallel,
-            cache=cache,
-            key=key,
-            console=console,
-            label=label,
-            batch_size=recipe.batch,
-            threads=recipe.threads,
-        )
+        work = Work(key, cache, console, label, recipe.parallel)
+        outputs = run_sharded(model, samples, work, batch_size=recipe.batch, threads=recipe.threads)
         return outputs, False
     with console.progress(label, len(samples)) as advance:
-        outputs = run_model(model, samples, batch_size=recipe.batch, progress=advance)
+        outputs = run_engine(model, samples, batch_size=recipe.batch, progress=advance)
     if outputs.nbytes <= KEPT_BYTES:
         cache.store(key, outputs.to_bytes())
     return outputs, False

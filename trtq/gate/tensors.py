@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,18 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import builder
+from trtq.backends.engine import engine_runner
 from trtq.backends.interface import Profile, find_gpu, profiles_from
-from trtq.data.batches import Arrays, batches
+from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.graph.fold import fold
 from trtq.graph.inputs import fixed_batch
-from trtq.graph.model import QDQ_OPS, Model, load_model, save_model, serialized
+from trtq.graph.model import QDQ_OPS, Model, load_model, save_model
 from trtq.graph.products import product
 from trtq.simulation.finite import compared
-from trtq.simulation.outputs import engine_runner
-from trtq.simulation.session import simulation_session
+from trtq.simulation.rows import Run, Runner, naming_rows, runs_on_several, taken
 from trtq.simulation.similarity import decibels
 
 PART_DB = 30.0
@@ -44,9 +44,6 @@ BATCH = 8
 
 SAMPLES = 16
 """Samples that are enough to compare on."""
-
-Run = Callable[[Arrays], Mapping[str, Any]]
-"""A feed -> tensor name -> array."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,14 +146,18 @@ def compare_three(
         )
     names = [tensor for tensor, _ in compared]
     gpu = find_gpu()
-    if profile is None:
+    if gpu is not None and profile is None:
         dimensions = {spec.name: spec.shape for spec in quantized.inputs}
-        profile = profiles_from(dimensions, samples.row_shapes(), BATCH)
+        only_one = not runs_on_several(fp32.graph, samples)
+        profile = profiles_from(dimensions, samples.row_shapes(), BATCH, only_one=only_one)
     with contextlib.ExitStack() as stack:
-        runs = [stack.enter_context(_simulation(model, names, threads)) for model in (fp32, quantized)]
+        simulations = [Runner(model.graph, names, threads=threads) for model in (fp32, quantized)]
+        runs: list[Run] = [simulation.run for simulation in simulations]
         if gpu is not None:
-            runs.append(stack.enter_context(_engine(quantized, names, profile, backend)))
-        sqnr = _sqnr(runs, names, samples, fixed_batch(quantized.inputs))
+            runs.append(stack.enter_context(_engine(quantized, names, profile or {}, backend)))
+        fixed = fixed_batch(quantized.inputs)
+        parts = taken(simulations[0].run, batches(samples.rows(), fixed or BATCH, fixed or 1))
+        sqnr = _sqnr(runs, names, samples, parts)
     return ThreeWay(
         tensors=tuple(
             Compared(tensor, node.name, node.op, sqnr[0][tensor], sqnr[1][tensor] if gpu else None)
@@ -182,13 +183,6 @@ def _tensors(model: Model, known: set[str]) -> list[tuple[str, gs.Node]]:
 
 
 @contextlib.contextmanager
-def _simulation(model: Model, names: list[str], threads: int | None) -> Iterator[Run]:
-    with serialized(model.graph) as proto:
-        session = simulation_session(proto, threads, outputs=names)
-        yield lambda feed: dict(zip(names, session.run(names, feed), strict=True))
-
-
-@contextlib.contextmanager
 def _engine(model: Model, names: list[str], profile: Profile, backend: str | None) -> Iterator[Run]:
     """The engine of the model with `names` as its outputs, on the GPU."""
     graph = model.graph.copy()
@@ -202,14 +196,21 @@ def _engine(model: Model, names: list[str], profile: Profile, backend: str | Non
             yield runner.infer
 
 
-def _sqnr(runs: list[Run], names: list[str], samples: Samples, fixed: int | None) -> list[dict[str, float]]:
+def _sqnr(
+    runs: list[Run], names: list[str], samples: Samples, parts: Iterable[Batch]
+) -> list[dict[str, float]]:
     """SQNR in dB of each run against the one before it, per tensor, summed over all rows."""
     signal = [dict.fromkeys(names, 0.0) for _ in runs[1:]]
     noise = [dict.fromkeys(names, 0.0) for _ in runs[1:]]
-    for batch in batches(samples.rows(), fixed or BATCH, fixed or 1):
-        before = runs[0](batch.feed)
+
+    def on(run: Run, batch: Batch) -> Arrays:
+        with naming_rows(run, batch, samples):
+            return dict(run(batch.feed))
+
+    for batch in parts:
+        before = on(runs[0], batch)
         for index, run in enumerate(runs[1:]):
-            after = run(batch.feed)
+            after = on(run, batch)
             for name in names:
                 r, c = compared(np.asarray(before[name], np.float64), np.asarray(after[name], np.float64))
                 signal[index][name] += float(np.sum(r * r))

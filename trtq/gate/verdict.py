@@ -7,7 +7,7 @@ import enum
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,8 @@ from trtq.gate import intervals
 from trtq.gate.in_the_way import InTheWay
 from trtq.gate.metrics import Metric, rows_per_sample
 from trtq.simulation import finite, similarity
+from trtq.simulation.outputs import Executor
 from trtq.simulation.similarity import Part, Similarity
-
-Executor = Literal["engine", "simulation"]
 
 REPORTED_CONFIDENCE = 0.95
 """Level of the reported intervals and sample sizes where no confidence was asked for."""

@@ -90,6 +90,11 @@ class Plan:
         """Names of the nodes meant to run in INT8."""
         return [node.name for node in self.nodes if node.int8]
 
+    @property
+    def inputs(self) -> set[tuple[str, int]]:
+        """The quantized inputs: node, and index of the input."""
+        return {(edge.node, edge.index) for edge in self.edges} | {(w.node, w.index) for w in self.weights}
+
     def float32_lines(self) -> list[str]:
         """What stays float32, one line for all nodes of a rule: the first of them, and how many more."""
         lines = []

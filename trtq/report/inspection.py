@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq.backends.builders import describe_engine
+from trtq.backends.engine import ENGINE_SUFFIXES
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table, tensorrt_version
 from trtq.errors import InputError
@@ -20,7 +21,6 @@ from trtq.graph.products import is_quantizer
 from trtq.numerics import INT8_MAX
 from trtq.recovery.sensitivity import FORMAT as SENSITIVITY_FORMAT
 from trtq.recovery.sensitivity import Sensitivity
-from trtq.simulation.outputs import ENGINE_SUFFIXES
 from trtq.study import FORMAT as STUDY_FORMAT
 from trtq.study import Study
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,15 +12,12 @@ from typing import Any
 
 import onnx
 import onnxruntime
-from numpy.typing import NDArray
-from polygraphy.backend.base import BaseRunner
-from polygraphy.common import TensorMetadata
-from polygraphy.datatype import DataType
 
 from trtq.errors import InputError
 from trtq.graph.model import model_files
 from trtq.graph.weights import IN_MEMORY, Light, read_light
 from trtq.simulation.narrow import holds_narrow, in_float32
+from trtq.simulation.processors import processors
 
 _SESSION_CONFIG = {
     "session.disable_quant_qdq": "1",
@@ -55,7 +53,7 @@ def simulation_session(
 
     Args:
         model: an ONNX file, or a serialized model (see `trtq.graph.model.serialized`).
-        threads: threads within an operator; None: all cores.
+        threads: threads within an operator; None: one for each processor.
         outputs: names of any tensors of the graph to make its outputs; None: the model's own. Tensors
             inside that are float16 or bfloat16 come as float32.
         weights: values of the initializers that the model says are external, shared and not copied.
@@ -65,7 +63,7 @@ def simulation_session(
     """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or _every_thread()
     options.enable_mem_pattern = False  # it keeps one more buffer for every shape, and saves no time
     options.log_severity_level = _FATAL
     for key, value in _SESSION_CONFIG.items():
@@ -85,6 +83,11 @@ def simulation_session(
         )
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise InputError("ONNX Runtime cannot load the model", file=file, cause=error) from error
+
+
+def _every_thread() -> int:
+    """ONNX Runtime's own choice (0), all of the machine's cores, unless this process may not use them all."""
+    return processors() if processors() < (os.cpu_count() or 1) else 0
 
 
 def _is_large(model: str | Path | bytes | Light) -> bool:
@@ -122,37 +125,6 @@ def execution_providers() -> list[Any]:
         stacklevel=2,
     )
     return [_CPU]
-
-
-class SimulationRunner(BaseRunner):
-    """A runner of Polygraphy's for `simulation_session`.
-
-    Polygraphy's own `OnnxrtRunner` imports torch where that is installed: it takes seconds, and Ctrl-C in
-    the meantime is swallowed and ends in a crash.
-
-    Args:
-        model, threads: as for `simulation_session`.
-    """
-
-    def __init__(self, model: str | Path | bytes, threads: int | None = None) -> None:
-        super().__init__(prefix="trtq-simulation")
-        self._model, self._threads = model, threads
-
-    def activate_impl(self) -> None:
-        self._session = simulation_session(self._model, self._threads)
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        metadata = TensorMetadata()
-        for item in self._session.get_inputs():
-            metadata.add(item.name, DataType.from_dtype(item.type, "onnxruntime"), item.shape)
-        return metadata
-
-    def infer_impl(self, feed_dict: dict[str, NDArray]) -> dict[str, NDArray]:
-        names = [item.name for item in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, feed_dict), strict=True))
-
-    def deactivate_impl(self) -> None:
-        del self._session
 
 
 def simulation_fingerprint() -> str:

@@ -12,13 +12,11 @@ A plan costs little more than the layers behind its first change:
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import onnx
@@ -29,15 +27,14 @@ from numpy.typing import NDArray
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.gate.metrics import Metric
 from trtq.graph.groups import Group, groups
-from trtq.graph.model import export, serialized
+from trtq.graph.model import QDQ_OPS, export
 from trtq.graph.place import leave_out
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.numerics import dequantize
 from trtq.simulation.finite import check_reference, first_not_finite, with_references
-from trtq.simulation.session import simulation_session
+from trtq.simulation.rows import Runner, Workers, taken
 from trtq.simulation.similarity import Reference, noise_db, scored
 
 BATCH = 4
@@ -54,6 +51,21 @@ Mode = Literal["only", "all-but"]
 
 Switches = frozenset[tuple[str, int]]
 """The quantized inputs of a plan: node, and index of the input."""
+
+
+class Scorer(Protocol):
+    """What may score the outputs beside their noise; a metric of the gate is one."""
+
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for those that compute the same."""
+
+    def value(self, outputs: Arrays, targets: Arrays, reference: Arrays | None = None) -> float:
+        """One number for all rows, higher is better; `reference` holds the fp32 model's outputs."""
 
 
 class Score(NamedTuple):
@@ -104,17 +116,16 @@ class Simulator:
         quantization: Quantization,
         samples: Samples,
         *,
-        metric: Metric | None = None,
+        metric: Scorer | None = None,
         teacher: gs.Graph | None = None,
         workers: int | None = None,
         ignore_nonfinite: bool = False,
     ) -> None:
         self.quantization, self.samples, self.metric = quantization, samples, metric
-        self.workers = workers or os.cpu_count() or 1
-        self._batches = list(samples.batches(BATCH))
-        self._pool = ThreadPoolExecutor(self.workers)
+        self.workers = Workers(workers)
         self._lock = threading.Lock()
         self._program = _Program(quantization)
+        self._batches = list(taken(self._plain, samples.batches(BATCH)))
         self._cuts = self._affordable_cuts()
         self._float = self._pass(frozenset())
         self._expected = self._float.outputs if teacher is None else self._taught(teacher)
@@ -175,8 +186,7 @@ class Simulator:
             nodes = dict.fromkeys((name for g in left_out for name in g.nodes), "left out to measure")
             return Effect(group, *self.score(leave_out(graph, plan, nodes)))
 
-        with ThreadPoolExecutor(self.workers) as pool:
-            yield from pool.map(effect, every if among is None else among)
+        yield from Workers(self.workers.count).map(effect, every if among is None else among)
 
     def _run(self, plan: Plan) -> list[Arrays]:
         """The outputs of every batch."""
@@ -192,27 +202,33 @@ class Simulator:
         change = self._program.first_change(switches ^ base.switches)
         start = max(cut for cut in self._cuts if cut <= change)
         names = self._batches[0].feed.keys() | self._program.alive(start)
-        feeds = [{name: arrays[name] for name in names} for arrays in base.kept]
-        return self._simulate(switches, start, feeds, self._program.outputs)
+        batches = [
+            replace(batch, feed={name: arrays[name] for name in names})
+            for batch, arrays in zip(self._batches, base.kept, strict=True)
+        ]
+        return self._simulate(switches, start, batches, self._program.outputs)
 
     def _taught(self, teacher: gs.Graph) -> list[Arrays]:
         """Another model's outputs of every batch."""
         names = self._program.outputs
-        with serialized(teacher) as source:
-            session = simulation_session(source, threads=1)
-        found = self._pool.map(lambda batch: session.run(names, batch.feed), self._batches)
-        return [dict(zip(names, outputs, strict=True)) for outputs in found]
+        return list(Runner(teacher, names).over(self.samples, self._batches, workers=self.workers))
+
+    def _plain(self, feed: Arrays) -> Arrays:
+        """The fp32 model's outputs for a feed."""
+        return self._simulate(frozenset(), 0, [Batch(feed, 0, 1, 0)], self._program.outputs)[0]
 
     def _pass(self, switches: Switches) -> _Pass:
         """A pass over all rows that keeps the model's inputs and the activations at the cuts."""
         kept = sorted(set().union(*(self._program.alive(cut) for cut in self._cuts)))
-        feeds = [batch.feed for batch in self._batches]
         outputs = self._program.outputs
-        found = self._simulate(switches, 0, feeds, list(dict.fromkeys([*outputs, *kept])))
+        found = self._simulate(switches, 0, self._batches, list(dict.fromkeys([*outputs, *kept])))
         return _Pass(
             switches,
             [{name: arrays[name] for name in outputs} for arrays in found],
-            [feed | {name: arrays[name] for name in kept} for feed, arrays in zip(feeds, found, strict=True)],
+            [
+                batch.feed | {name: arrays[name] for name in kept}
+                for batch, arrays in zip(self._batches, found, strict=True)
+            ],
         )
 
     def _affordable_cuts(self) -> list[int]:
@@ -220,7 +236,7 @@ class Simulator:
         program, first = self._program, self._batches[0]
         positions = [position for position in program.changing if program.alive(position)]
         names = sorted(set().union(*(program.alive(position) for position in positions)))
-        found = self._simulate(frozenset(), 0, [first.feed], names)[0] if names else {}
+        found = self._simulate(frozenset(), 0, [first], names)[0] if names else {}
         batch_bytes = {name: array.nbytes for name, array in found.items()}
         count = len(self.samples) / (first.rows + first.padding)
 
@@ -237,28 +253,22 @@ class Simulator:
         return cuts
 
     def _simulate(
-        self, switches: Switches, start: int, feeds: Sequence[Arrays], names: Sequence[str]
+        self, switches: Switches, start: int, batches: Sequence[Batch], names: Sequence[str]
     ) -> list[Arrays]:
         """Named tensors of every batch, computed from the activations at the cut `start`.
 
         Args:
-            feeds: the model's inputs, and the activations at that cut, of every batch.
+            batches: they feed the model's inputs, and the activations at that cut.
         """
-        computed = [name for name in names if name not in feeds[0]]
-        model, weights = self._program.part(switches, start, feeds, computed)
-        session = simulation_session(model, threads=1, weights=weights)
-        inputs = [item.name for item in session.get_inputs()]
+        computed = [name for name in names if name not in batches[0].feed]
+        model, weights = self._program.part(switches, start, [batch.feed for batch in batches], computed)
 
-        def run(feed: Arrays) -> Arrays:
-            try:
-                outputs = session.run(computed, {name: feed[name] for name in inputs})
-            except Exception as error:  # ONNX Runtime's exceptions have no common base class
-                source = self.samples.source
-                raise InputError("the model does not run on the data", file=source, cause=error) from error
-            arrays = feed | dict(zip(computed, outputs, strict=True))
+        def named(batch: Batch, outputs: Arrays) -> Arrays:
+            arrays = batch.feed | outputs
             return {name: arrays[name] for name in names}
 
-        return list(self._pool.map(run, feeds))
+        runner = Runner(model, weights=weights)
+        return list(runner.over(self.samples, batches, named, workers=self.workers))
 
     def _own_rows(self, found: Sequence[Arrays]) -> Iterator[Arrays]:
         """The scored outputs of every batch, without the rows that only fill up a fixed batch.
@@ -326,18 +336,14 @@ class _Program:
         self._header = {"opset_imports": opsets, "ir_version": plain.ir_version}
         self._position = {node.name: position for position, node in enumerate(self.nodes)}
         after = {node.name: node for node in full.graph.node}
-        self.quantized = {
-            (node.name, index): after[node.name].input[index]
-            for node in self.nodes
-            if node.name in after
-            for index, name in enumerate(node.input)
-            if after[node.name].input[index] != name
-        }
         self._corrections_of = quantization.corrections_of
-        self.changing = sorted({self._position[name] for name, _ in self.quantized})
-        self._made_by = {
-            node.output[0]: _copy(node) for node in full.graph.node if node.name not in self._position
+        self.quantized = {
+            (node, index): after[node].input[index]
+            for node, index in self._inputs(quantization.plan)
+            if node in after
         }
+        self.changing = sorted({self._position[name] for name, _ in self.quantized})
+        self._made_by = {node.output[0]: _copy(node) for node in full.graph.node if node.op_type in QDQ_OPS}
         self._values: dict[str, NDArray] = {}
         for tensor in [*graph.tensors().values(), *rewritten.tensors().values()]:
             if isinstance(tensor, gs.Constant) and not _codes(tensor):
@@ -359,12 +365,14 @@ class _Program:
         Raises:
             InputError: one of them is not quantized with all of the quantization's plan.
         """
-        inputs = {(edge.node, edge.index) for edge in plan.edges}
-        inputs |= {(weight.node, weight.index) for weight in plan.weights}
-        inputs |= {(correction.node, correction.index) for correction in self._corrections_of(plan)}
+        inputs = self._inputs(plan)
         if strange := sorted(inputs - self.quantized.keys()):
             raise InputError(f"the plan is no part of the one that was given: '{strange[0][0]}'")
         return frozenset(inputs)
+
+    def _inputs(self, plan: Plan) -> set[tuple[str, int]]:
+        """The inputs that a plan gives other tensors: quantized ones, and corrected biases."""
+        return plan.inputs | {(each.node, each.index) for each in self._corrections_of(plan)}
 
     def first_change(self, switches: Switches) -> int:
         """Position of the first node that has one of these inputs; behind the last if there are none."""

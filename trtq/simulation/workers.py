@@ -5,8 +5,8 @@ is the same to the byte wherever they run (floating point itself may differ betw
 What was computed of a shard is kept in the cache until the whole is: a job that was interrupted goes on
 where it stopped.
 
-Workers are joblib's: its own processes (loky), or a Dask, Ray or Spark cluster. What travels to them is where
-the data are, never the rows. The model travels as a path to processes on this machine, and as bytes to a
+Workers are joblib's: its own processes (loky), or a Dask cluster. What travels to them is where the data are,
+never the rows. The model travels as a path to processes on this machine, and as bytes to a
 cluster (Dask: once per worker), whose machines need no disk in common with this one.
 """
 
@@ -17,11 +17,10 @@ import contextlib
 import functools
 import importlib
 import math
-import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +29,6 @@ import onnx_graphsurgeon as gs
 
 import trtq
 from trtq.cache import Cache, Key, remove
-from trtq.calibration.collect import Collector
-from trtq.calibration.statistics import Statistics
 from trtq.code_hash import code_sha256
 from trtq.console import Advance, Console
 from trtq.data.load import reload
@@ -39,9 +36,9 @@ from trtq.data.samples import Origin, Samples
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
 from trtq.graph.inputs import fixed_batch
-from trtq.graph.model import load_model, model_files, model_sha256, save_model
-from trtq.simulation.outputs import DEFAULT_BATCH_SIZE, Outputs, run_model
-from trtq.simulation.session import SimulationRunner, simulation_fingerprint
+from trtq.graph.model import model_files, model_sha256, save_model
+from trtq.simulation.processors import processors
+from trtq.simulation.session import simulation_fingerprint
 
 SHARD_ROWS = 128
 """Rows of a shard; more where that is needed for whole samples and whole batches."""
@@ -52,16 +49,10 @@ KEPT_BYTES = 1 << 28
 ATTEMPTS = 3
 """How often in a row workers may die without finishing a shard."""
 
-_REGISTERED = {
-    "ray": ("ray.util.joblib", "register_ray", "ray"),
-    "spark": ("joblibspark", "register_spark", "joblibspark"),
-}
-"""Backends that are joblib's once their own package has registered them: module, function, PyPI name."""
-
 _SECONDS_TO_CONNECT = 10
 
-Task = Callable[..., bytes]
-"""What is done with a shard: a `functools.partial` of a module's function, so that it can be sent. It takes
+Task = functools.partial[bytes]
+"""What is done with a shard: a module's function with its first arguments, so that it can be sent. It takes
 the shard's samples, an `Advance` or None, and the shard's arguments."""
 
 
@@ -69,7 +60,7 @@ class Pool(NamedTuple):
     """The workers that `--parallel` names.
 
     Attributes:
-        backend: loky, dask, ray or spark.
+        backend: loky or dask.
         address: host:port of the Dask scheduler.
         processes: of loky; None: one for each processor.
     """
@@ -85,8 +76,8 @@ class Pool(NamedTuple):
 
     def threads(self, wanted: int | None) -> int:
         """CPU threads of one worker: as wanted, or an equal part of this machine, or 1 in a cluster."""
-        processors = os.cpu_count() or 1
-        share = processors // (self.processes or processors) if self.on_this_machine else 1
+        available = processors()
+        share = available // (self.processes or available) if self.on_this_machine else 1
         return wanted or max(share, 1)
 
 
@@ -103,89 +94,7 @@ def parse_parallel(text: str | None) -> Pool | None:
     name, _, count = text.partition(":")
     if name == "loky" and (text == name or (count.isdecimal() and int(count) > 0)):
         return Pool(name, processes=int(count) if count else None)
-    if text in ("ray", "spark"):
-        return Pool(text)
-    raise InputError(f"--parallel is {text!r}", remedy="use loky, loky:4, dask://host:8786, ray or spark")
-
-
-def collect_sharded(
-    graph: gs.Graph,
-    tensors: Sequence[str],
-    samples: Samples,
-    *,
-    parallel: str | None,
-    cache: Cache,
-    key: Key,
-    console: Console,
-    threads: int | None = None,
-) -> Statistics:
-    """Collect in shards; the result is stored in the cache under `key`, and the shards are removed.
-
-    Args:
-        parallel: see `parse_parallel`.
-        threads: rows that each worker runs at once; default: a fair share of the processors.
-
-    Raises:
-        InputError: as `collect`, with the shard's rows and source where a worker failed; workers die.
-        MissingBackendError: the backend's package is not installed.
-    """
-    pool = parse_parallel(parallel)
-    shards = cut(samples, key, batch=1)
-    total = Statistics.empty(tensors)
-    with contextlib.ExitStack() as stack:
-        collector: Collector | Shipped
-        if pool is None:
-            collector = Collector(graph, tensors)
-        else:
-            collector, threads = stack.enter_context(_shipped_graph(graph, pool)), pool.threads(threads)
-        task = functools.partial(_statistics, collector, tuple(tensors), threads)
-        for _, content in results(task, shards, pool, cache, console, "statistics"):
-            total.merge(Statistics.from_bytes(content))
-    cache.store(key, total.to_bytes())
-    discard(shards, cache)
-    return total
-
-
-def run_sharded(
-    model: Path,
-    samples: Samples,
-    *,
-    parallel: str | None,
-    cache: Cache,
-    key: Key,
-    console: Console,
-    label: str,
-    batch_size: int | None = None,
-    threads: int | None = None,
-) -> Outputs:
-    """`run_model` of an ONNX model in shards; the result is stored in the cache under `key`.
-
-    Args:
-        parallel: see `parse_parallel`.
-        label: what the progress is called.
-        batch_size, threads: as for `run_model`, for each worker.
-
-    Raises:
-        InputError: as `run_model`, with the shard's rows and source where a worker failed; workers die.
-        MissingBackendError: the backend's package is not installed.
-    """
-    pool = parse_parallel(parallel)
-    shards = cut(samples, key, batch_size or DEFAULT_BATCH_SIZE)
-    parts: dict[int, Outputs] = {}
-    with contextlib.ExitStack() as stack:
-        if pool is None:
-            runner = stack.enter_context(SimulationRunner(model, threads))
-            task: Task = functools.partial(_outputs, model, runner, batch_size)
-        else:
-            shipped = Shipped.of(model, pool)
-            task = functools.partial(_outputs_of_shipped, shipped, pool.threads(threads), batch_size)
-        for index, content in results(task, shards, pool, cache, console, label):
-            parts[index] = Outputs.from_bytes(content)
-    outputs = Outputs.concatenated([parts[index] for index in range(len(shards))], model)
-    if outputs.nbytes <= KEPT_BYTES:
-        cache.store(key, outputs.to_bytes())
-    discard(shards, cache)
-    return outputs
+    raise InputError(f"--parallel is {text!r}", remedy="use loky, loky:4 or dask://host:8786")
 
 
 @dataclass(frozen=True)
@@ -222,7 +131,7 @@ class Shipped:
 
 
 @contextlib.contextmanager
-def _shipped_graph(graph: gs.Graph, pool: Pool) -> Iterator[Shipped]:
+def shipped_graph(graph: gs.Graph, pool: Pool) -> Iterator[Shipped]:
     """A graph as a file for the workers, while the context lasts."""
     with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
         save_model(graph, path := Path(folder) / "model.onnx")
@@ -305,11 +214,38 @@ def results(
             yield index, content
 
 
-def discard(shards: Sequence[Shard], cache: Cache) -> None:
-    """Remove what was kept of shards, when the whole is stored."""
-    for shard in shards:
-        if shard.key is not None:
-            remove(cache.path(shard.key))
+@dataclass(frozen=True)
+class Work:
+    """How shards are worked on, and where the result goes: to the cache under `key`, and until it is complete
+    the results of the shards.
+
+    Attributes:
+        label: what the progress is called.
+        parallel: see `parse_parallel`.
+    """
+
+    key: Key
+    cache: Cache
+    console: Console
+    label: str
+    parallel: str | None = None
+
+    @property
+    def pool(self) -> Pool | None:
+        """The workers; None: this process."""
+        return parse_parallel(self.parallel)
+
+    def results(self, task: Task, shards: Sequence[Shard]) -> Iterator[tuple[int, bytes]]:
+        """As `results`."""
+        return results(task, shards, self.pool, self.cache, self.console, self.label)
+
+    def store(self, content: bytes | None, shards: Sequence[Shard]) -> None:
+        """Keep the whole, unless it is too large (None), and nothing of its shards."""
+        if content is not None:
+            self.cache.store(self.key, content)
+        for shard in shards:
+            if shard.key is not None:
+                remove(self.cache.path(shard.key))
 
 
 def _run_here(
@@ -328,7 +264,7 @@ def _run_in(
     waiting = {index: (index, *shards[index].sent()) for index in wanted}
     left = ATTEMPTS
     while waiting:
-        calls = [work(task, _versions(), *arguments) for arguments in waiting.values()]
+        calls = [work(task, _versions(task), *arguments) for arguments in waiting.values()]
         try:
             with _backend(pool, joblib, task) as return_as, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "[0-9]+ tasks", UserWarning)  # Ctrl-C cancels them
@@ -360,9 +296,9 @@ def _run_in(
 def _backend(pool: Pool, joblib: Any, task: Task) -> Iterator[str]:
     """Make the pool joblib's backend; gives the `return_as` that it can do."""
     if pool.backend == "loky":
-        with joblib.parallel_config("loky", n_jobs=pool.processes or os.cpu_count()):
+        with joblib.parallel_config("loky", n_jobs=pool.processes or processors()):
             yield "generator_unordered"
-    elif pool.backend == "dask":
+    else:
         distributed = _required("distributed", "pip install 'trtq[dask]'")
         try:
             client = distributed.Client(pool.address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
@@ -370,11 +306,6 @@ def _backend(pool: Pool, joblib: Any, task: Task) -> Iterator[str]:
             raise InputError(f"no Dask scheduler answers at {pool.address}", cause=error) from error
         with client, joblib.parallel_config("dask", client=client, scatter=[task]):
             yield "generator_unordered"
-    else:
-        module, register, package = _REGISTERED[pool.backend]
-        getattr(_required(module, f"pip install {package}"), register)()
-        with joblib.parallel_config(pool.backend, n_jobs=-1):
-            yield "list"
 
 
 def _required(module: str, remedy: str) -> Any:
@@ -412,10 +343,10 @@ def _work(
         InputError: it failed; the problem names the rows.
     """
     try:
-        if versions != _versions():
+        if versions != _versions(task):
             raise InputError(
                 "a worker has other software than the process that started the work",
-                cause=f"{versions}; the worker: {_versions()}",
+                cause=f"{versions}; the worker: {_versions(task)}",
                 remedy="install the same versions on all machines",
             )
         return index, task(reload(origin).subset(positions), None, *arguments)
@@ -428,46 +359,7 @@ def _work(
         ) from error
 
 
-def _versions() -> str:
-    code = code_sha256("trtq.simulation.workers", "trtq.recovery.sensitivity")
+def _versions(task: Task) -> str:
+    """The software that a task's result depends on."""
+    code = code_sha256(__name__, task.func.__module__)
     return f"trtq {trtq.__version__} ({code[:12]}), {simulation_fingerprint()}"
-
-
-def _statistics(
-    collector: Collector | Shipped,
-    tensors: Sequence[str],
-    threads: int | None,
-    samples: Samples,
-    advance: Advance | None,
-) -> bytes:
-    if isinstance(collector, Shipped):
-        collector = _collector(collector, tensors)
-    return collector.collect(samples, workers=threads, progress=advance).to_bytes()
-
-
-def _outputs(
-    model: Path, runner: SimulationRunner, batch_size: int | None, samples: Samples, advance: Advance | None
-) -> bytes:
-    return run_model(model, samples, batch_size=batch_size, progress=advance, runner=runner).to_bytes()
-
-
-def _outputs_of_shipped(
-    model: Shipped, threads: int, batch_size: int | None, samples: Samples, advance: Advance | None
-) -> bytes:
-    return _outputs(model.path, _runner(model, threads), batch_size, samples, advance)
-
-
-@functools.lru_cache(maxsize=1)
-def _runner(model: Shipped, threads: int) -> SimulationRunner:
-    """The active runner of this worker, which serves all of its shards."""
-    with model.open() as path:
-        runner = SimulationRunner(path, threads)
-        runner.activate()
-    return runner
-
-
-@functools.lru_cache(maxsize=1)
-def _collector(model: Shipped, tensors: Sequence[str]) -> Collector:
-    """The collector of this worker, whose session serves all of its shards."""
-    with model.open() as path:
-        return Collector(load_model(path).graph, tensors)

@@ -16,9 +16,7 @@ on networks with many of them the noise of few rows adds up.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +25,12 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.console import Console
-from trtq.data.batches import Batch
+from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
-from trtq.graph.model import serialized
 from trtq.graph.names import Names
 from trtq.graph.quantization import Correction, Quantization
 from trtq.recovery.fixes.channels import Bias, bias_of, is_linear
-from trtq.simulation.session import simulation_session
+from trtq.simulation.rows import Runner
 
 MOST_ROWS = 256
 """Rows that means are taken over, evenly spread over the samples."""
@@ -88,24 +85,22 @@ def _mean_errors(
 ) -> dict[str, NDArray[np.float64]]:
     """Node -> mean over rows and positions of its twin's output minus its own, shape (channels,)."""
     graph = _with_twins(quantization, biases)
-    names = [tensor.name for tensor in graph.outputs]
-    with serialized(graph) as source:
-        session = simulation_session(source, threads=1)
-    part = list(samples.spread(MOST_ROWS).batches())
+    runner = Runner(graph)
+    samples = samples.spread(MOST_ROWS)
+    part = list(samples.batches())
     part = [batch for batch in part if not batch.padding] or part  # rows that only fill up would count
     rows = sum(batch.rows for batch in part)
 
-    with (
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
-        console.progress("bias", rows) as advance,
-    ):
+    def share(batch: Batch, means: Arrays) -> tuple[int, list[NDArray[np.float64]]]:
+        own = [means[tensor.name].astype(np.float64) * (batch.rows / rows) for tensor in graph.outputs]
+        return batch.rows, own
 
-        def run(batch: Batch) -> list[NDArray[np.float64]]:
-            means = session.run(names, batch.feed)
-            advance(batch.rows)
-            return [mean.astype(np.float64) * (batch.rows / rows) for mean in means]
-
-        means = [np.sum(parts, axis=0) for parts in zip(*pool.map(run, part), strict=True)]
+    shares = []
+    with console.progress("bias", rows) as advance:
+        for done, own in runner.over(samples, part, share, workers=workers):
+            advance(done)
+            shares.append(own)
+    means = [np.sum(parts, axis=0) for parts in zip(*shares, strict=True)]
     return dict(zip(biases, means, strict=True))
 
 
@@ -114,6 +109,7 @@ def _with_twins(quantization: Quantization, biases: Mapping[str, Bias]) -> gs.Gr
     graph = quantization.rewritten()
     names = Names(quantization.graph, graph)
     nodes, tensors = {node.name: node for node in graph.nodes}, graph.tensors()
+    quantized = quantization.plan.inputs
     graph.outputs = []
     for original in quantization.graph.nodes:
         node = nodes[original.name]
@@ -124,7 +120,7 @@ def _with_twins(quantization: Quantization, biases: Mapping[str, Bias]) -> gs.Gr
             others = [i for i in range(rank) if i != axis % rank]
             graph.outputs.append(_mean(graph, names, error, others))
         for index, tensor in enumerate(original.inputs):
-            if node.inputs[index].name != tensor.name:  # it is quantized
+            if (node.name, index) in quantized:
                 if tensor.name not in tensors:
                     tensors[tensor.name] = tensor.copy()
                 node.inputs[index] = tensors[tensor.name]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from trtq.data.batches import Batch
+from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
-from trtq.graph.model import serialized
 from trtq.graph.names import Names
-from trtq.simulation.session import simulation_session
+from trtq.simulation.rows import Runner
 
 MOST_ROWS = 64
 """Rows whose channels are looked at, evenly spread over the data."""
@@ -53,17 +50,15 @@ def collect_channels(
         axes: tensor -> axis of its channels; a tensor that the graph computes.
         workers: rows run at once; default: one for each processor.
     """
-    part = list(samples.spread(MOST_ROWS).batches())
-    with serialized(graph) as source:
-        session = simulation_session(source, threads=1, outputs=list(axes))
+    samples = samples.spread(MOST_ROWS)
+    part = list(samples.batches())
     each = max(MOST_POSITIONS // len(part), 1)
 
-    def look(batch: Batch) -> list[Channels]:
-        found = session.run(list(axes), batch.feed)
-        return [_channels(values, axis, each) for values, axis in zip(found, axes.values(), strict=True)]
+    def look(_: Batch, found: Arrays) -> list[Channels]:
+        return [_channels(found[name], axis, each) for name, axis in axes.items()]
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        parts = list(zip(*pool.map(look, part), strict=True))
+    looked = Runner(graph, list(axes)).over(samples, part, look, workers=workers)
+    parts = list(zip(*looked, strict=True))
     return {name: _joined(parts_of) for name, parts_of in zip(axes, parts, strict=True)}
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -28,7 +27,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.console import Console
-from trtq.data.batches import Batch
+from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.plan import Plan
@@ -36,6 +35,8 @@ from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.recovery.budget import NO_BUDGET, Budget
 from trtq.simulation.finite import check_reference
+from trtq.simulation.processors import processors
+from trtq.simulation.rows import taken
 from trtq.simulation.similarity import Reference, noise_db
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def learn(
         ) from error
     recipe = recipe or Recipe()
     before = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
+    torch.set_num_threads(recipe.threads or processors())
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run = _Run(quantization, teacher, fitting, held_back, recipe, device)
@@ -262,16 +263,23 @@ class _Run:
     def _lessons(self, samples: Samples, labels: NDArray[np.int64] | None) -> Iterator[_Lesson]:
         import torch
 
-        for batch in samples.batches(BATCH):
-            feed = {name: torch.from_numpy(values).to(self.device) for name, values in batch.feed.items()}
+        def taught(feed: Arrays) -> dict[str, Tensor]:
             with torch.no_grad():
-                outputs = self.teacher(feed)
+                return self.teacher(self._tensors(feed))
+
+        for batch in taken(taught, samples.batches(BATCH)):
+            feed, outputs = self._tensors(batch.feed), taught(batch.feed)
             expected = {name: value for name, value in outputs.items() if value.is_floating_point()}
             if not expected:
                 raise InputError("none of the model's outputs is a float, so there is nothing to learn from")
             arrays = {name: value.cpu().numpy() for name, value in expected.items()}
             check_reference(arrays, ignore_nonfinite=self.ignore_nonfinite, samples=samples, batch=batch)
             yield _Lesson(feed, expected, None if labels is None else self._batch_of(labels, batch))
+
+    def _tensors(self, feed: Arrays) -> dict[str, Tensor]:
+        import torch
+
+        return {name: torch.from_numpy(values).to(self.device) for name, values in feed.items()}
 
     def _batch_of(self, labels: NDArray[np.int64], batch: Batch) -> Tensor:
         import torch

@@ -624,7 +624,9 @@ def _space_to_depth(a: Attributes, x: Tensor) -> Tensor:
 
 @_register("Trilu")
 def _trilu(a: Attributes, x: Tensor, k: Tensor | None = None) -> Tensor:
-    return (torch.triu if a.get("upper", 1) else torch.tril)(x, 0 if k is None else int(k.item()))
+    triangle: Any = torch.triu if a.get("upper", 1) else torch.tril
+    part: Tensor = triangle(x, 0 if k is None else int(k.item()))
+    return part
 
 
 @_register("Upsample")

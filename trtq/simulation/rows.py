@@ -1,0 +1,330 @@
+"""A model over rows: the one place where a batch of rows meets ONNX Runtime.
+
+A session runs each batch on one thread, and several batches run at once: a batch that stays in the
+processor's cache costs no more than a large one, and results depend neither on the number of workers nor on
+the order in which batches finish. What is run is a batch's feed, so rows of different shapes stay in batches
+of their own, and other inputs beside the rows' own (scales, activations, states) go into the feed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime
+
+from trtq.data.batches import Arrays, Batch, single_rows
+from trtq.data.samples import Samples
+from trtq.errors import InputError, TrtqError
+from trtq.graph.inputs import fixed_batch
+from trtq.graph.model import serialized
+from trtq.simulation.processors import processors
+from trtq.simulation.session import simulation_session
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Run = Callable[[Arrays], Mapping[str, Any]]
+"""A feed -> output name -> array."""
+
+
+class Workers:
+    """Threads that work on several things at once.
+
+    A function that is being mapped must not map over the same workers: it would wait for itself.
+
+    Args:
+        count: default: one for each processor that this process may use.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = count or processors()
+        self._pool = ThreadPoolExecutor(self.count)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """The function's result for every item, in order.
+
+        Items are taken as they are needed: at most two for each worker are in memory at a time. When the
+        caller stops early, or something fails, nothing is left running.
+        """
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._pool.submit(function, item))
+                if len(waiting) == 2 * self.count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            wait([future for future in waiting if not future.cancel()])
+
+
+class Runner:
+    """A model's session: it serves any number of threads.
+
+    Attributes:
+        inputs: name -> shape as the model says; dynamic dimensions are not integers.
+        outputs: names of what is computed.
+
+    Args:
+        model: a graph, which is not changed; an ONNX file; or a serialized model.
+        outputs: names of any tensors to compute; default: the model's outputs.
+        threads: within an operator; None: all processors. More than 1 only where one batch runs at a time.
+        weights: see `simulation_session`.
+        reuse: a thread's outputs lie in memory that its next run overwrites, which saves the time that the
+            system takes to hand out new memory for every row.
+
+    Raises:
+        InputError: ONNX Runtime cannot load the model.
+    """
+
+    def __init__(
+        self,
+        model: gs.Graph | str | Path | bytes,
+        outputs: Sequence[str] | None = None,
+        *,
+        threads: int | None = 1,
+        weights: Mapping[str, onnxruntime.OrtValue] | None = None,
+        reuse: bool = False,
+    ) -> None:
+        self._name = str(model) if isinstance(model, str | Path) else "the model"
+        if isinstance(model, gs.Graph):
+            with serialized(model) as source:
+                self._session = simulation_session(source, threads, outputs, weights)
+            _trim()
+        else:
+            self._session = simulation_session(model, threads, outputs, weights)
+        self.inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
+        self.outputs = tuple(outputs or (item.name for item in self._session.get_outputs()))
+        self._buffers = threading.local() if reuse else None
+        self._tried: tuple[Arrays, Arrays] | None = None
+
+    def run(self, feed: Arrays) -> Arrays:
+        """The outputs for a feed, which may hold more than the model takes.
+
+        Raises:
+            KeyError: an input is missing.
+            Exception: ONNX Runtime's, which have no common base class; `on` says more.
+        """
+        feed = {name: feed[name] for name in self.inputs}
+        if self._buffers is None:
+            return dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
+        if not hasattr(self._buffers, "run"):
+            self._buffers.run = _Buffered(self._session, self.outputs)
+        found: Arrays = self._buffers.run(feed)
+        return found
+
+    def on(self, batch: Batch, samples: Samples) -> Arrays:
+        """The outputs for a batch of the samples.
+
+        Raises:
+            InputError: the model does not run on it; the message names the row and the source.
+        """
+        tried, self._tried = self._tried, None
+        if tried is not None and tried[0] is batch.feed:
+            return tried[1]
+        with naming_rows(self.run, batch, samples, self._name):
+            return self.run(batch.feed)
+
+    @overload
+    def over(
+        self, samples: Samples, batches: Iterable[Batch], *, workers: Workers | int | None = None
+    ) -> Iterator[Arrays]: ...
+
+    @overload
+    def over(
+        self,
+        samples: Samples,
+        batches: Iterable[Batch],
+        function: Callable[[Batch, Arrays], Result],
+        *,
+        workers: Workers | int | None = None,
+    ) -> Iterator[Result]: ...
+
+    def over(
+        self,
+        samples: Samples,
+        batches: Iterable[Batch],
+        function: Callable[[Batch, Arrays], Any] = lambda batch, outputs: outputs,
+        *,
+        workers: Workers | int | None = None,
+    ) -> Iterator[Any]:
+        """What a function makes of every batch's outputs, in the order of the batches; several run at once.
+
+        Args:
+            batches: of the samples; their feeds may hold other arrays, too.
+            function: runs in the workers; default: the outputs themselves.
+            workers: or their number; default: one for each processor.
+
+        Raises:
+            InputError: as `on`.
+        """
+        threads = workers if isinstance(workers, Workers) else Workers(workers)
+        return threads.map(lambda batch: function(batch, self.on(batch, samples)), batches)
+
+    def batches(self, samples: Samples, highest: int) -> Iterator[Batch]:
+        """The samples in batches of the size that the model takes: its fixed one, else up to `highest`, or 1
+        where it does not run on more rows at once."""
+        return self.taken(samples.batches(highest))
+
+    def taken(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """`taken` by this model; what is computed to find out is not computed again."""
+
+        def run(feed: Arrays) -> Arrays:
+            found = self.run(feed)
+            if self._buffers is None:
+                self._tried = (feed, found)
+            return found
+
+        return taken(run, batches)
+
+
+def taken(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, or their rows one by one where the model runs on those only.
+
+    That is so where the first batch of several rows fails and its first row alone does not, or where an
+    output that has one entry for a row alone does not have as many as the batch has rows: a model that was
+    exported with a batch of 1 may have that inside although its input's first axis is dynamic.
+    """
+    several: bool | None = None
+    for batch in batches:
+        if several is None and batch.rows > 1:
+            several = _takes(run, batch)
+        if several is False:
+            yield from single_rows(batch)
+        else:
+            yield batch
+
+
+def runs_on_several(model: gs.Graph, samples: Samples) -> bool:
+    """Whether a model whose first axis is dynamic runs on more than one row at once; see `taken`.
+
+    Only one row of the samples is read. Of a model that does not run at all it says yes, and leaves the error
+    to whoever runs it.
+    """
+    if fixed_batch(samples.specs) is not None:
+        return True
+    row = next(samples.rows())
+    feed = {name: np.concatenate([array, array]) for name, array in row.items()}
+    try:
+        return _takes(Runner(model).run, Batch(feed, 0, 2, 0))
+    except InputError:
+        return True
+
+
+def _takes(run: Run, batch: Batch) -> bool:
+    size = batch.rows + batch.padding
+    try:
+        together = run(batch.feed)
+    except Exception:  # if rows alone fail, too, it is not for the batch's size: whoever runs it will say why
+        together = None
+    if together is not None and all(_length(array) == size for array in together.values()):
+        return True
+    try:
+        alone = run(next(single_rows(batch)).feed)
+    except Exception:
+        return True
+    return together is not None and all(
+        _length(array) != 1 or _length(together[name]) == size for name, array in alone.items()
+    )
+
+
+def _length(array: Any) -> int | None:
+    return len(array) if array.ndim else None
+
+
+@contextlib.contextmanager
+def naming_rows(run: Run, batch: Batch, samples: Samples, name: str = "the model") -> Iterator[None]:
+    """Turns what fails within into an error that names the rows and their source.
+
+    Args:
+        run: runs the model; looks for the row that fails.
+
+    Raises:
+        InputError: something failed that was not this already.
+    """
+    try:
+        yield
+    except TrtqError:
+        raise
+    except Exception as error:
+        culprit = _culprit(run, batch)
+        remedy = None
+        if culprit is batch and batch.rows > 1 and all(_runs(run, row) for row in single_rows(batch)):
+            remedy = "the model runs on each of these rows alone: leave the batch size out, or use 1"
+        raise InputError(
+            f"{name} does not run on {samples.where(culprit)} of the data",
+            file=samples.source,
+            cause=error,
+            remedy=remedy,
+        ) from error
+
+
+def _culprit(run: Run, batch: Batch) -> Batch:
+    """The first row that fails in place of every row, if other rows do not; else the batch itself."""
+    failing = [row for row in single_rows(batch, filled=True) if not _runs(run, row)]
+    return failing[0] if 0 < len(failing) < batch.rows else batch
+
+
+def _runs(run: Run, batch: Batch) -> bool:
+    try:
+        run(batch.feed)
+    except Exception:
+        return False
+    return True
+
+
+class _Buffered:
+    """The tensors that a session computes, in buffers that feeds of the same shapes share."""
+
+    def __init__(self, session: Any, names: Sequence[str]) -> None:
+        self._session, self._names = session, names
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._values: Arrays = {}
+        self._binding: Any = None
+
+    def __call__(self, feed: Arrays) -> Arrays:
+        """The tensors' values for a feed; valid until the next call."""
+        shapes = {name: array.shape for name, array in feed.items()}
+        if self._binding is None or shapes != self._shapes:
+            self._values, self._shapes = self._fresh(feed), shapes
+            self._binding = self._bound()
+            return self._values
+        for name, array in feed.items():
+            self._binding.bind_cpu_input(name, array)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception:  # a shape that depends on the values; other errors come again without buffers
+            self._binding = None
+            return self._fresh(feed)
+        return self._values
+
+    def _fresh(self, feed: Arrays) -> Arrays:
+        return dict(zip(self._names, self._session.run(self._names, feed), strict=True))
+
+    def _bound(self) -> Any:
+        """A binding of the outputs to the values' memory; None where they are not all plain arrays."""
+        if any(not array.flags.c_contiguous or array.size == 0 for array in self._values.values()):
+            return None
+        binding = self._session.io_binding()
+        for name, array in self._values.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return binding
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can.
+
+    What loading, folding and serializing a model leave behind is too scattered for the activations, which
+    would come on top of it.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
