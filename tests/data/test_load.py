@@ -153,7 +153,7 @@ def test_parts_that_do_not_fit_together(tmp_path: Path) -> None:
 
 def test_other_things_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
-    assert "not known" in message_of(tmp_path / "a.txt", [vector()])
+    assert "not supported" in message_of(tmp_path / "a.txt", [vector()])
     assert "does not exist" in message_of(tmp_path / "nothing", [vector()])
     assert "no .npz and no images" in message_of(tmp_path, [vector()])
 
@@ -301,7 +301,7 @@ def test_a_script_and_an_npz_of_the_same_arrays_are_the_same_data(tmp_path: Path
         ),
         (
             "def feeds():\n    for n in (6, 2):\n        yield {'x': np.zeros((n, 3)), 't': np.zeros(2)}",
-            "do not keep step",
+            "do not match",
         ),
     ],
 )

@@ -630,7 +630,7 @@ def _trilu(a: Attributes, x: Tensor, k: Tensor | None = None) -> Tensor:
 
 
 @_register("Upsample")
-def _upsample(a: Attributes, x: Tensor, scales: Tensor) -> Tensor:
+def _upsample(a: Attributes, x: Tensor, scales: Tensor) -> Tensor | Sequence[Tensor]:
     """Resize of opsets below 10."""
     positions = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     return _resize({**a, **positions}, x, None, scales)
