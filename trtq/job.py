@@ -67,23 +67,24 @@ class Job:
             self.console.warn(
                 f"{shared.found} of {shared.total} evaluation {what} are also calibration {what} (first: row"
                 f" {theirs} = calibration row {mine}): what was fitted on a row looks better on it than on"
-                " others; evaluate on rows of their own"
+                " others; evaluate on different rows"
             )
 
     def _warn_of_few(self) -> None:
         """Warn of calibration data that are too few to hold some back, or few because they repeat."""
         samples = len(self.data) // self.data.group
         if not self.enough:
+            few = "sample is" if samples == 1 else "samples are"
             self.console.warn(
-                f"{samples} calibration samples are too few to hold some back ({FEWEST_TO_SPLIT} are enough):"
-                " what is fitted on them is measured on the same ones; a few hundred would be better"
+                f"{samples} calibration {few} too few to hold some back ({FEWEST_TO_SPLIT} are enough): what is"
+                " fitted on the data is measured on the same data; a few hundred would be better"
             )
         distinct = distinct_rows(self.data, FEWEST_TO_SPLIT)
         if distinct < min(len(self.data), FEWEST_TO_SPLIT):
             are = "is" if distinct == 1 else "are"
             self.console.warn(
-                f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others copies:"
-                " ranges and choices rest on these alone; look at how the data were made"
+                f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others are"
+                " copies: ranges and choices rest on these alone; check how the data were made"
             )
 
     @cached_property
@@ -155,7 +156,7 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
             raise InputError("the plan has no node in INT8", remedy="set 'int8' to true where it was")
     plan = _completed(plan, model, profile)
     edited = {
-        node.name: "the plan given says so"
+        node.name: "the given plan has it in floating point"
         for node in plan.nodes
         if node.rule == "weighted" and not node.int8
     }
@@ -164,13 +165,13 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
 
 
 def _completed(plan: Plan, model: Model, profile: Profile | None) -> Plan:
-    """A plan that was given, with the weighted nodes that it does not list in floating point: they count.
+    """The given plan, with the weighted nodes that it does not list added in floating point.
 
     Multiply-accumulates are the model's own where there is a profile to count them for.
     """
     counted = place(model, input_shapes=None if profile is None else opt_shapes(model, profile))
     listed = {node.name for node in plan.nodes}
-    reason = "the plan given does not list it"
+    reason = "the given plan does not list it"
     nodes = [
         *plan.nodes,
         *(

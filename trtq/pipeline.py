@@ -91,7 +91,7 @@ class Deployment:
 
     @property
     def checks(self) -> tuple[Check, ...]:
-        """What was asked for beside the gate."""
+        """What was required besides the gate."""
         return self.verdict.checks
 
     @property
@@ -169,7 +169,7 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quanti
     if recipe.data is not None:
         job = Job.open(recipe, console)
         return calibrate(job, job.place())
-    raise InputError("there is nothing to take the scales from", remedy="give --table or --data")
+    raise InputError("nothing gives the scales", remedy="give --table or --data")
 
 
 def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantization:
@@ -192,8 +192,8 @@ def _read_table(path: PathLike, console: Console) -> Table:
     table = read_table(path)
     if changed := [step for step in ("fixes", "learned") if step in table.metadata]:
         console.warn(
-            f"{path} belongs to weights that recovery changed ({', '.join(changed)}), and those of the model"
-            " given here are not: take the model.int8.onnx that was written with it, or calibrate again"
+            f"{path} belongs to weights that recovery changed ({', '.join(changed)}), and this model's are"
+            " unchanged: take the model.int8.onnx that was written with it, or calibrate again"
         )
     return table
 

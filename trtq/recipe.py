@@ -46,7 +46,7 @@ class Kind:
 
     Attributes:
         read: from what is given (TOML's values, or the value itself) to the value; raises ValueError, or an
-            InputError that knows better what is wrong.
+            InputError that says more.
         allowed: what may be given, for the message.
         write: from the value to TOML's.
         from_text: from the command line's text to what `read` takes; raises ValueError.
@@ -77,7 +77,7 @@ class Kind:
 
 
 def _instance(kind: type) -> Callable[[Any], Any]:
-    """Read what is of a type already."""
+    """Accept values of a type as they are."""
 
     def read(value: Any) -> Any:
         if type(value) is not kind:
@@ -272,9 +272,9 @@ class Recipe:
         "a verdict that was simulated on the CPU is inconclusive", FLAG, default=False
     )
     min_reference: float | None = _option(
-        "smallest value of the fp32 model's metric; below it the labels or the preprocessing are taken to be"
-        " wrong, and the job ends with exit code 2 before anything is quantized",
-        _number(float, math.isfinite, "of the metric"),
+        "smallest value of the fp32 model's metric; below it the labels or the preprocessing are assumed to"
+        " be wrong, and the job ends with exit code 2 before anything is quantized",
+        _number(float, math.isfinite, "such as 0.7"),
         metavar="V",
     )
     ignore_nonfinite: bool = _option(
@@ -400,7 +400,7 @@ class Recipe:
         return self._with({n: read(n, v, flag(n)) for n, v in named.items()}, Path())
 
     def require(self, *names: str) -> Required:
-        """Those of the options that a job cannot do without.
+        """The options that a job cannot do without.
 
         Raises:
             InputError: some are missing; the message names all of them.
@@ -441,7 +441,7 @@ BUILD_OPTIONS = tuple(f.name for f in dataclasses.fields(BuildOptions))
 
 
 class Required:
-    """Options that are there for certain: those that `Recipe.require` was asked for, and no others."""
+    """Options that are certainly set: those that `Recipe.require` was asked for, and no others."""
 
     model: str
     data: str
@@ -510,7 +510,7 @@ def _absolute(value: str, base: Path, is_metric: bool) -> str:
 
 
 def _check_known(name: str) -> None:
-    """Refuse an option that there is not, with the one that may be meant."""
+    """Refuse an unknown option, suggesting the one that may be meant."""
     if name not in KINDS:
         close = difflib.get_close_matches(name, KINDS, 1)
         raise InputError(

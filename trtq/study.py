@@ -211,9 +211,9 @@ class _Study:
                 placed = place(model, include=recipe.include, exclude=recipe.exclude, input_shapes=shapes)
                 forms.append(("not folded", model.graph, placed))
             else:
-                notes.append("weights are compared with BatchNormalization folded only, as in the plan given")
+                notes.append("weights are compared with BatchNormalization folded only, as in the given plan")
         else:
-            notes.append("the model has no BatchNormalization: it never had one, or it is folded already")
+            notes.append("the model has no BatchNormalization: it never had any, or it is already folded")
         for folding, graph, placed in forms:
             quantization = Quantization(graph, replace(placed, edges=[]), {})
             per_tensor = replace(quantization, weight_scales=_per_tensor(quantization))

@@ -40,8 +40,8 @@ class Int8OnnxFromPath(BaseLoader):
         Args:
             path: the fp32 ONNX model.
             data: calibration data (see `trtq.data.load`); a table is made of it, or found in trtq's cache.
-            table: calibration table to take the scales from; goes before the data of a recipe.
-            recipe: recipe file of trtq with these and all other options. What is given here goes before it.
+            table: calibration table to take the scales from; takes precedence over the data of a recipe.
+            recipe: recipe file of trtq with these and all other options. What is given here takes precedence.
             method, exclude, rest: see `trtq.recipe.Recipe`.
 
         Raises:
@@ -49,14 +49,12 @@ class Int8OnnxFromPath(BaseLoader):
         """
         with _polygraphy_errors():
             if data is not None and table is not None:
-                raise InputError(
-                    "data and a table are given", remedy="a table has the scales, data make them"
-                )
+                raise InputError("data and a table are given", remedy="a table already holds the scales")
             given = {"model": path, "data": data, "method": method, "exclude": exclude, "rest": rest}
             self._recipe = (Recipe.load(recipe) if recipe else Recipe()).merged(given)
             if self._recipe.data is None and table is None:
                 raise InputError(
-                    "there is nothing to take the scales of the INT8 model from",
+                    "nothing gives the scales of the INT8 model",
                     remedy="give data (--trtq-data), a table (--trtq-table), or a recipe with data",
                 )
         self._table = table

@@ -160,7 +160,7 @@ def test_measured_on_the_gpu(three: dict[str, Path]) -> None:
 
 
 def test_three_needs_scales_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing to take the scales from"):
+    with pytest.raises(InputError, match="nothing gives the scales"):
         command(str(DEMO / "digits.onnx"), "--three", "-o", str(tmp_path))
     with pytest.raises(InputError, match="one fp32 ONNX model and a folder"):
         command(str(DEMO / "digits.onnx"), "--three")

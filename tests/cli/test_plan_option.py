@@ -60,7 +60,7 @@ def test_a_node_set_to_floating_point_by_hand_loses_its_quantizers(
         *("-o", tmp_path / "model.onnx"),
     )
     assert run.code == 0, run.err
-    assert "in floating point: classes (MatMul): the plan given says so" in run.out
+    assert "in floating point: classes (MatMul): the given plan has it in floating point" in run.out
     nodes = {node.name: node for node in onnx.load(tmp_path / "model.onnx").graph.node}
     quantized = [node.output[0] for node in nodes.values() if node.op_type == "DequantizeLinear"]
     assert set(nodes["conv"].input[:2]) <= set(quantized)
@@ -82,7 +82,7 @@ def test_a_node_that_the_plan_does_not_name_counts_as_floating_point(
     )
     assert run.code == 0, run.err
     assert "1 of 2 weighted nodes to INT8" in run.out
-    assert "in floating point: classes (MatMul): the plan given does not list it" in run.out
+    assert "in floating point: classes (MatMul): the given plan does not list it" in run.out
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     quantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     (classes,) = (node for node in nodes if node.name == "classes")
@@ -229,7 +229,7 @@ def test_a_node_that_the_plan_does_not_list_counts_as_floating_point(
     plan = _edited(written, edit, tmp_path / "plan.json")
     run = trtq_run(*deploy_arguments(small, tmp_path / "out", "--plan", plan, "--method", "max"))
     assert run.code == 0, run.err
-    assert "in floating point: classes (MatMul): the plan given does not list it" in run.err
+    assert "in floating point: classes (MatMul): the given plan does not list it" in run.err
     assert "1 of 2 weighted nodes in INT8" in run.err
 
 

@@ -108,9 +108,7 @@ def test_a_reference_near_chance(small: Case, guessed: Path, tmp_path: Path, trt
 
     refused = gated(guessed, "--min-reference", 0.9)
     assert refused.code == ExitCode.BAD_INPUT
-    assert (
-        f"the reference scores {verdict['reference']:.4g} in top1, at least 0.9 was asked for" in refused.err
-    )
+    assert f"the reference scores {verdict['reference']:.4g} in top1, at least 0.9 is required" in refused.err
     assert "with the labels of other samples" in refused.err
     assert gated(small.data, "--min-reference", 0.9).code == ExitCode.PASS
 

@@ -1,4 +1,4 @@
-"""Calibration data that do not look like the evaluation's are told by the figures; those that do are not."""
+"""The figures tell calibration data that do not look like the evaluation data from those that do."""
 
 from __future__ import annotations
 
@@ -106,5 +106,5 @@ def test_deploy_says_it_in_the_verdict_and_the_report(tmp_path: Path) -> None:
     assert text.splitlines()[1].startswith("input 'x': ")
     report = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert "<h2>Warnings</h2>" in report
-    assert "do not look like the evaluation's<br>" in report
+    assert "do not look like the evaluation data<br>" in report
     assert not console.warnings  # those of a job are its own

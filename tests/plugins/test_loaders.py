@@ -107,7 +107,7 @@ def test_shared_outputs_are_marked(net: str, data: str) -> None:
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({}, "nothing to take the scales"),
+        ({}, "nothing gives the scales"),
         ({"data": "data.npz", "table": "t.cache"}, "data and a table"),
         ({"recipe": "missing.toml"}, "cannot read the recipe"),
         ({"data": "missing.npz"}, "the data does not exist"),

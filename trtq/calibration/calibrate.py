@@ -169,7 +169,7 @@ def _ranged(job: Job, bare: Quantization, reasons: Mapping[str, str]) -> Quantiz
     for tensor, reason in reasons.items():
         nodes = dict.fromkeys(edge.node for edge in bare.plan.edges if edge.range == tensor)
         job.console.warn(
-            f"{reason}: {', '.join(nodes)} read it in floating point; give data that reach it,"
+            f"{reason}: {', '.join(nodes)} read it in floating point; use data that reach it,"
             " or a table that has its range"
         )
     return ranged

@@ -1,7 +1,7 @@
 """How far the values of every tensor of a model reach: what float16 can hold of them.
 
-One pass over a few rows. The figures are computed inside the model, next to what they are of, so nothing but
-scalars leaves it and memory stays that of a plain run.
+One pass over a few rows. The figures are computed inside the model, next to the tensors themselves, so
+nothing but scalars leaves it and memory stays that of a plain run.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ data and methods compared on the part held back; the evaluation data are never l
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice, repeat
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,7 @@ from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs
 from trtq.numerics import scale_from_amax
 from trtq.simulation.finite import check_reference
-from trtq.simulation.processors import processors
-from trtq.simulation.rows import Runner
+from trtq.simulation.rows import Runner, Workers
 from trtq.simulation.similarity import Reference
 
 CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "percentile:99.999")
@@ -258,13 +257,12 @@ def refine_ranges(
     current: Scales = scales_from(statistics, start)
     glance, best = trials.sqnr_db(current, few), trials.sqnr_db(current)
     exceptions: dict[str, Method] = {}
-    with (
-        ThreadPoolExecutor(workers or processors()) as pool,
-        console.progress("ranges", runs, "run") as advance,
-    ):
+    pool = Workers(workers)
+    with console.progress("ranges", runs, "run") as advance:
         for tensor, tried in options.items():
             ranges = {method: {**current, tensor: scale} for method, scale in tried.items()}
-            glances = dict(zip(ranges, pool.map(trials.sqnr_db, ranges.values(), repeat(few)), strict=True))
+            found = pool.map(partial(trials.sqnr_db, first=few), ranges.values())
+            glances = dict(zip(ranges, found, strict=True))
             promising = [method for method in ranges if glances[method] > glance]
             measured = pool.map(trials.sqnr_db, [ranges[method] for method in promising])
             scores = dict(zip(promising, measured, strict=True))

@@ -16,7 +16,7 @@ def _quantize(given: argparse.Namespace) -> int:
     recipe = recipe_of(given)
     output = recipe.require("model", "output").output
     if given.table is not None and given.data is not None:
-        raise InputError("give either --table or --data", remedy="a table has the scales, data make them")
+        raise InputError("give either --table or --data", remedy="a table already holds the scales")
     quantization = quantize(recipe, given.table, console_of(given))
     save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), output)
     print(f"{output}: {quantization.plan.text()}")

@@ -1,1 +1,1 @@
-"""The accuracy gate: candidate against fp32, as statistics."""
+"""The accuracy gate: candidate against fp32, with statistics."""

@@ -1,8 +1,8 @@
-"""Whether the calibration data look like the evaluation's: if so, a quantization does as well on both.
+"""Whether the calibration data look like the evaluation data: if so, a quantization does as well on both.
 
 It is run on the calibration rows held back, by whatever the gate ran it with, and the SQNR of its outputs
 compared with the verdict's. Ranges fit the data they were made from: where the evaluation's inputs are scaled
-otherwise, or show something else, the figures part by tens of decibels.
+otherwise, or show something else, the figures differ by tens of decibels.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ class Spread(NamedTuple):
 
 
 def gap(job: Job, evaluation: Evaluation, verdict: Verdict, candidate: Path) -> str | None:
-    """What to warn of where a candidate does otherwise on the evaluation data than on calibration rows.
+    """What to warn of where a candidate does differently on the evaluation data than on calibration rows.
 
-    The figures part if they are `LEAST_GAP_DB` apart, and so do those of single rows by their ranks: one
-    strange row among many, or an unlucky draw, does not make two kinds of data.
+    There is a gap if the figures are `LEAST_GAP_DB` apart and those of single rows differ by their ranks,
+    too: one strange row among many, or an unlucky draw, does not make two kinds of data.
 
     Args:
         verdict: the gate's on the candidate.
         candidate: the file that the gate ran.
 
     Returns:
-        None where they do not part, or the candidate's outputs are not finite.
+        None where there is no gap, or the candidate's outputs are not finite.
     """
     if not verdict.outputs:
         return None
@@ -80,7 +80,7 @@ def gap(job: Job, evaluation: Evaluation, verdict: Verdict, candidate: Path) -> 
         [
             f"the outputs have {here:.1f} dB on {len(held_back)} calibration rows, but {there:.1f} dB on the"
             f" evaluation data (the median row {np.median(rows_here):.1f} dB, but {np.median(rows_there):.1f}"
-            " dB): the calibration data do not look like the evaluation's",
+            " dB): the calibration data do not look like the evaluation data",
             *inputs_apart(job.data, evaluation.samples),
         ]
     )

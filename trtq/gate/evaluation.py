@@ -55,7 +55,7 @@ def outputs_of(
 
     Raises:
         InputError, MissingBackendError: as `run_model`, also where the cache has the outputs of an engine:
-            they are those of one GPU and its driver, and nobody can tell which without it.
+            they belong to one GPU and its driver, and without it there is no telling which.
     """
     engine = is_engine(model)
     sha256 = sha256 or (sha256_file(model) if engine else model_sha256(model))
@@ -144,11 +144,11 @@ class Evaluation:
         doubtful = doubt(metric, outputs.arrays, dict(samples.targets), value)
         if recipe.min_reference is not None and value < recipe.min_reference:
             raise InputError(
-                f"the reference scores {value:.4g} in {metric.name}, at least {recipe.min_reference:g} was"
-                " asked for",
+                f"the reference scores {value:.4g} in {metric.name}, at least {recipe.min_reference:g} is"
+                " required",
                 file=samples.source,
                 cause=doubtful,
-                remedy="check labels, preprocessing and model: such a reference is none to judge by",
+                remedy="check labels, preprocessing and model: nothing can be judged by such a reference",
             )
         if doubtful:
             console.warn(doubtful)
@@ -159,7 +159,7 @@ class Evaluation:
         a check; see `published`.
 
         Args:
-            against: other outputs to compare with than the reference's; their SQNR is not checked.
+            against: outputs to compare with instead of the reference's; their SQNR is not checked.
         """
         outputs = self.outputs(candidate, "candidate")
         with about(candidate):
@@ -199,7 +199,7 @@ def _sqnr_check(verdict: Verdict, least: float) -> Check:
     return Check(
         f"SQNR at least {least:g} dB",
         Outcome.PASS if lowest >= least else Outcome.FAIL,
-        f"--min-sqnr: {found}, at least {least:g} dB were asked for",
+        f"--min-sqnr: {found}, at least {least:g} dB is required",
     )
 
 

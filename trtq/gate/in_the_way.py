@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Obstacle:
-    """INT8 nodes that go into floating point together, or nodes that are there and should not be.
+    """INT8 nodes that go into floating point together, or nodes that are already there and should not be.
 
     Attributes:
         nodes: their names.

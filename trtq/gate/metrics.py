@@ -162,7 +162,7 @@ class _Selection:
         if len(scores) != len(labels):
             raise InputError(
                 f"output {names[0]!r} has {len(scores)} rows for {len(labels)} labels",
-                remedy="a built-in metric wants one row per label; use FILE.py:FUNCTION for groups of rows",
+                remedy="a built-in metric needs one row per label; use FILE.py:FUNCTION for groups of rows",
             )
         if labels.ndim > 1 and labels.shape[1:] == (1,) and scores.shape != labels.shape:
             labels = labels[:, 0]
@@ -213,7 +213,7 @@ class _Labelled:
         return scores.argmax(axis=axis), scores.shape[axis]
 
     def check_labels(self, classes: int, ignored: NDArray[np.bool_]) -> None:
-        """Refuse labels that are no class, unless they are `ignored`."""
+        """Refuse labels that are not classes, unless they are `ignored`."""
         highest = int(self.labels.max(where=~ignored, initial=-1))
         if highest >= classes or np.all(ignored):
             raise InputError(
@@ -228,7 +228,7 @@ def _top(k: int, spec: str, selection: _Selection) -> Metric:
         scores, labels = data.scores, data.labels
         if scores.ndim != 2 or labels.ndim != 1 or scores.shape[1] < k:
             raise InputError(
-                f"{spec} wants an output (rows, {k} or more classes) and one label per row,"
+                f"{spec} needs an output (rows, {k} or more classes) and one label per row,"
                 f" not {scores.shape} and {labels.shape}"
             )
         data.check_labels(scores.shape[1], ignored=np.zeros(labels.shape, dtype=bool))

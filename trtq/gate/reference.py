@@ -15,10 +15,10 @@ from trtq.data.batches import Arrays
 from trtq.gate.metrics import Metric
 
 TRIALS = 16
-"""How often the labels are dealt out anew."""
+"""How often the labels are shuffled."""
 
 MOST_VALUES = 1 << 24
-"""Of the outputs, that are scored in one trial: of larger ones an evenly spread part of the samples."""
+"""Bytes of outputs scored in one trial: of larger ones, an evenly spread part of the samples."""
 
 LEAST_ABOVE = 0.05
 """A score is near chance below this part of the way from chance to 1 ..."""
@@ -28,7 +28,7 @@ LEAST_DEVIATIONS = 3.0
 
 
 def doubt(metric: Metric, outputs: Arrays, targets: Arrays, value: float) -> str | None:
-    """What is doubtful about the reference's value of a metric; None where nothing is, or nobody can tell.
+    """What is doubtful about the reference's value of a metric; None if nothing is, or it cannot be told.
 
     Only the built-in metrics with labels can be judged so.
 
@@ -70,7 +70,7 @@ def _by_chance(metric: Metric, outputs: Arrays, targets: Arrays, samples: int) -
 
 
 def _derangement(count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """A random order of `count` >= 2 in which none is where it was."""
+    """A random order of `count` >= 2 in which none keeps its place."""
     order = random.permutation(count)
     found = np.empty(count, np.int64)
     found[order] = np.roll(order, random.integers(1, count))

@@ -1,8 +1,8 @@
 """Where an INT8 deployment departs: every tensor in fp32, in the simulation, and in the engine.
 
-fp32 against simulation is what quantization costs; simulation against engine is what TensorRT does otherwise
-than the Q/DQ model says. Tensors are compared in the order in which the model computes them, so the first
-one that departs is where to look.
+fp32 against simulation is what quantization costs; simulation against engine is where TensorRT departs
+from the Q/DQ model. Tensors are compared in the order in which the model computes them, so the first one that
+departs is where to look.
 
 The engine is built from the same Q/DQ model with the compared tensors marked as outputs. That keeps TensorRT
 from fusing across them: it is a probe of the arithmetic, not the engine that is deployed.
@@ -120,7 +120,7 @@ def compare_three(
     profile: Profile | None = None,
     threads: int | None = None,
 ) -> ThreeWay:
-    """Run fp32, the simulation and, where a GPU is, the engine; compare tensor by tensor.
+    """Run fp32, the simulation and, if there is a GPU, the engine; compare tensor by tensor.
 
     Compared are the outputs of weighted nodes and of the activations right behind them, and the model's
     outputs, as far as both models have a tensor of that name. Memory holds one batch of them.

@@ -55,10 +55,10 @@ def overall(outcomes: Iterable[Outcome]) -> Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """One more thing that was asked for beside the gate.
+    """One more requirement besides the gate.
 
     Attributes:
-        message: the option that asked for it, what was found and what was asked for.
+        message: the option that asked for it, what was found and what is required.
     """
 
     name: str
@@ -160,7 +160,7 @@ class Verdict:
         return dataclasses.replace(self, checks=(*self.checks, *checks))
 
     def require_engine(self) -> Verdict:
-        """This verdict if an engine ran; a simulated one becomes inconclusive, be it a pass or a fail.
+        """This verdict if an engine ran; a simulated one becomes inconclusive, pass or fail.
 
         Checks that are not measured on the outputs are to be added after this.
         """
@@ -202,7 +202,7 @@ class Verdict:
 
     @classmethod
     def from_json(cls, value: Any) -> Verdict:
-        """The inverse of `to_json`; a file of the time when there was the gate alone has no `gate`.
+        """The inverse of `to_json`; files from before there were checks have no `gate`.
 
         Raises:
             InputError: the value is not a verdict, or its outcome is not that of its gate and checks.
@@ -220,7 +220,7 @@ class Verdict:
             raise InputError("this is not a verdict", cause=cause) from error
         if verdict.outcome is not outcome:
             raise InputError(
-                "the verdict has two answers",
+                "the verdict contradicts itself",
                 cause=f"its outcome is {outcome.value}, its gate and checks make {verdict.outcome.value}",
             )
         return verdict
@@ -244,7 +244,7 @@ class Verdict:
         return f"{self.metric} on {self.samples} samples: {self._drop()}"
 
     def details(self) -> list[str]:
-        """What there is to know beside the headline, line by line."""
+        """What there is to know besides the headline, line by line."""
         level = _percent(self.confidence or REPORTED_CONFIDENCE)
         lines = []
         if self.checks:
@@ -345,7 +345,7 @@ def _unmeasured(
     samples: int,
     executor: Executor,
 ) -> Verdict:
-    """The verdict on a candidate that nothing can be measured of: a fail."""
+    """The verdict on a candidate whose outputs cannot be measured: a fail."""
     return Verdict(
         gate=Outcome.FAIL,
         metric=metric.name,
@@ -468,7 +468,7 @@ def _without_fail(outcome: Outcome) -> Outcome:
 
 
 def _without(value: dict[str, Any], key: str) -> dict[str, Any]:
-    """A JSON object without what `to_json` says beside the fields."""
+    """A JSON object without what `to_json` adds to the fields."""
     return {name: item for name, item in value.items() if name != key}
 
 

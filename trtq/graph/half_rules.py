@@ -2,8 +2,8 @@
 
 float16 ends at 65504, holds 11 bits down to 6e-5 and nothing below 6e-8. A node stays float32 where what it
 reads, writes or sums up leaves that range, or drowns at its lower end. The ranges are of a few rows, so every
-rule leaves headroom for rows that were not seen. `RULES` are asked in order; the first that speaks is the
-reason that the plan gives.
+rule leaves headroom for rows that were not seen. `RULES` are tried in order; the first that applies gives the
+reason in the plan.
 
 A mask is the one exception: -1e9 or -3.4e38, added in front of a softmax, means "not this one", and the most
 negative float16 says the same. Such tensors become float16 and saturate (see `half.SATURATED`).
@@ -49,7 +49,7 @@ MOST_SUMMED = 2048
 
 @dataclass(frozen=True)
 class Extent:
-    """How far the values of a tensor reach, over all rows that were looked at.
+    """How far the values of a tensor reach, over all rows that were run.
 
     Attributes:
         low, high: the smallest and largest value; +inf and -inf where the tensor was empty.
@@ -98,7 +98,7 @@ class Scene:
 
     @cached_property
     def masks(self) -> frozenset[str]:
-        """Tensors that reach nothing but softmaxes, over operators that leave a mask one."""
+        """Tensors that reach nothing but softmaxes, through operators that keep a mask a mask."""
         outputs = {tensor.name for tensor in self.graph.outputs}
         found: set[str] = set()
 
@@ -138,11 +138,11 @@ class Scene:
         return made & used
 
     def extent(self, tensor: gs.Tensor) -> Extent | None:
-        """What was measured of a tensor."""
+        """What was measured for a tensor."""
         return self.extents.get(tensor.name)
 
     def constant(self, tensor: gs.Constant) -> _Constant:
-        """What the rules ask of a constant, read once."""
+        """What the rules need to know of a constant, read once."""
         if tensor.name not in self._constants:
             self._constants[tensor.name] = _Constant.of(values_of(tensor))
         return self._constants[tensor.name]
@@ -251,7 +251,7 @@ def _scale(node: gs.Node, scene: Scene) -> str | None:
             with np.errstate(over="ignore"):
                 half = float(np.float16(scale))
             if not abs(half / scale - 1) <= 2**-7:
-                return f"the scale of its quantizer, {scale:.3g}, is no float16"
+                return f"the scale of its quantizer, {scale:.3g}, does not fit float16"
     return None
 
 
@@ -262,7 +262,7 @@ def _grows(node: gs.Node, scene: Scene) -> str | None:
         return None
     extent = scene.extent(node.outputs[0])
     if extent is None:
-        return "its result may leave float16's range; calibrate with data to know"
+        return "its result may leave float16's range; calibrate with data to find out"
     if node.op == "Exp":
         limit, reached = math.sqrt(LIMIT), extent.high
     elif node.op == "ReduceL2":  # the square of the result is the sum of the squares
@@ -285,14 +285,14 @@ def _power(node: gs.Node) -> float | None:
 
 
 def _inside(node: gs.Node, scene: Scene) -> str | None:
-    """Operators that inside square what they read, or take its exponential; the result is of another size."""
+    """Operators that square their input, or take its exponential, inside; the result shows nothing of it."""
     if node.op not in _SQUARE_INSIDE | _EXPONENTIALS_INSIDE:
         return None
     if node.op == "MeanVarianceNormalization":
-        return "it adds 1e-9 to a variance, which is no float16"
+        return "it adds 1e-9 to a variance, which float16 cannot hold"
     extent = scene.extent(node.inputs[0])
     if extent is None:
-        return "what it computes inside may leave float16's range; calibrate with data to know"
+        return "what it computes inside may leave float16's range; calibrate with data to find out"
     if node.op in _EXPONENTIALS_INSIDE:
         if HEADROOM * extent.high <= math.log(LIMIT):
             return None
@@ -306,7 +306,7 @@ def _inside(node: gs.Node, scene: Scene) -> str | None:
 
 
 def _squares(node: gs.Node, scene: Scene) -> float:
-    """How many squares are summed up inside where it is their sum that counts, not their mean; else 0."""
+    """How many squares are summed inside, where their sum counts and not their mean; else 0."""
     read, made = scene.extent(node.inputs[0]), scene.extent(node.outputs[0])
     if node.op == "LpPool":
         return float(np.prod(node.attrs["kernel_shape"]))
@@ -329,7 +329,7 @@ def _singular(node: gs.Node, scene: Scene) -> str | None:
 
 
 def reads_singular(node: gs.Node, tensor: gs.Tensor) -> bool:
-    """Whether a node's result is infinite where this input of it is 0."""
+    """Whether a node's result is infinite where this input is 0."""
     if node.op == "Pow":
         exponent = node.inputs[1]
         negative = isinstance(exponent, gs.Constant) and bool(np.min(exponent.values) < 0)
@@ -346,17 +346,17 @@ def _sums(node: gs.Node, scene: Scene) -> str | None:
         return None
     extent, made = scene.extent(node.inputs[0]), scene.extent(node.outputs[0])
     if extent is None or made is None:
-        return "its sum may leave float16's range; calibrate with data to know"
+        return "its sum may leave float16's range; calibrate with data to find out"
     terms = _terms(node, extent, made)
     if terms > MOST_SUMMED:
-        return f"it sums up {terms:.0f} values; a float16 sum stops growing at {MOST_SUMMED}"
+        return f"it sums {terms:.0f} values; a float16 sum stops growing at {MOST_SUMMED}"
     if terms * extent.rms * HEADROOM > LIMIT:
         return f"its sum reaches about {terms * extent.rms:.3g}, and float16 ends at {LIMIT:.0f}"
     return None
 
 
 def _variadic_sum(node: gs.Node, scene: Scene) -> str | None:
-    """Sums of tensors, of which the mean may be small and so may the last of the partial sums."""
+    """Sums of tensors: the mean and the last partial sum may be small where the others are not."""
     found = [scene.constant(t) if isinstance(t, gs.Constant) else scene.extent(t) for t in node.inputs]
     reach = sum(each.amax for each in found if each)
     if reach * HEADROOM > LIMIT:
@@ -365,7 +365,7 @@ def _variadic_sum(node: gs.Node, scene: Scene) -> str | None:
 
 
 def _terms(node: gs.Node, read: Extent, made: Extent) -> float:
-    """How many values are summed up for each that a node gives."""
+    """How many values are summed for each value of the result."""
     if node.op == "AveragePool":
         return float(np.prod(node.attrs["kernel_shape"]))
     if node.op == "CumSum":

@@ -1,4 +1,4 @@
-"""How well a calibration table suits a model, told before anything is written."""
+"""How well a calibration table suits a model, known before anything is written."""
 
 from __future__ import annotations
 

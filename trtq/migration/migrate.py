@@ -46,7 +46,7 @@ class Migration:
     Attributes:
         quantization: the plan and the scales of the Q/DQ model.
         fit: how the table fits the model.
-        checks: what else was asked for; those that there is a verdict for are its checks, too.
+        checks: what else is required; with a verdict, they are its checks, too.
         agreement: "migrated to fp32", "migrated to table" and "table to fp32" -> output -> similarity; the
             pairs that were measured.
         verdict: the gate against fp32, with all checks; None without evaluation data.
@@ -260,7 +260,7 @@ def _built(given: _Given, quantization: Quantization, fit: Fit, folder: Path) ->
 
 
 def _compared(given: _Given, migration: Migration, candidate: Path) -> Migration:
-    """The migration with how far its model is from fp32 and from the table, as far as there are data."""
+    """The migration with how far its model is from fp32 and from the table, where there are data to tell."""
     if given.samples is None:
         return migration
     outputs = _outputs_of_all(given, candidate, given.samples)

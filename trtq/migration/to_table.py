@@ -1,4 +1,4 @@
-"""The calibration table of a Q/DQ model, whoever made it; its float32 scales keep their bits."""
+"""The calibration table of a Q/DQ model of any origin; its float32 scales keep their bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trtq.graph.place import FLOATS
 
 
 def table_of(model: Model) -> Table:
-    """The table of a Q/DQ model, whoever made it: one row for each activation that is quantized.
+    """The table of a Q/DQ model of any origin: one row for each activation that is quantized.
 
     A row is named like the fp32 model's tensor: the one in front of QuantizeLinear and of a cast, as trtq
     puts it into models in half, or the model output behind Q/DQ. Scales keep their bits; float16 is widened.
@@ -55,7 +55,7 @@ def _original_name(quantizer: gs.Node, graph: gs.Graph) -> str:
     outputs = {tensor.name for tensor in graph.outputs}
     for consumer in quantizer.outputs[0].outputs:
         if consumer.op == "DequantizeLinear" and consumer.outputs[0].name in outputs:
-            return consumer.outputs[0].name  # who quantizes a model output renames what was in front of it
+            return consumer.outputs[0].name  # the tensor in front of an output's Q/DQ is renamed
     tensor = quantizer.inputs[0]
     while tensor.inputs:
         node = tensor.inputs[0]

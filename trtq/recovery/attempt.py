@@ -133,18 +133,18 @@ def attempt(
 def share_check(covered: Coverage, least: float) -> Check:
     """Whether the engine runs at least the share `least` in INT8."""
     message = (
-        f"--min-int8: the engine runs {percent(covered.share)} in INT8, at least {least:.1%} were asked for"
+        f"--min-int8: the engine runs {percent(covered.share)} in INT8, at least {least:.1%} is required"
     )
     outcome = Outcome.PASS if covered.share >= least else Outcome.FAIL
     return Check(f"int8 share at least {least:.1%}", outcome, message)
 
 
 def engine_runs_here(recipe: Recipe, console: Console) -> bool:
-    """Whether the engine can be gated itself; otherwise its ONNX model is simulated, and says so."""
+    """Whether the engine itself can be gated, not only its ONNX model; warns if the GPU here is of another kind."""
     gpu = find_gpu()
     if gpu is None:
         return False
     if gpu.compute_capability in builder(recipe.backend).check_targets(recipe.target):
         return True
-    console.warn(f"{gpu.name} ({gpu.compute_capability}) is no target of the engine; the gate simulates it")
+    console.warn(f"the engine is not built for {gpu.name} ({gpu.compute_capability}); the gate simulates it")
     return False

@@ -35,7 +35,7 @@ LEAST_SECONDS = 30.0
 """Looking for what is in the way may take as long as the workflow did, or this long where that was less."""
 
 MOST_CHECKED = 3
-"""How often a set that passes with the old ranges is calibrated anew to see whether it still does."""
+"""How often a set that passes with the old ranges is recalibrated to see whether it still does."""
 
 
 def diagnose(
@@ -59,7 +59,7 @@ def diagnose(
         return None
     floating = tuple(_in_floating_point(kept))
     if kept.accuracy.passed:
-        return InTheWay("accuracy is not, but the nodes that run in floating point", floating)
+        return InTheWay("not accuracy, but the nodes that run in floating point", floating)
     limit = Budget(time.perf_counter() + max(seconds, LEAST_SECONDS))
     whole = max(
         (a for a in attempts if "left_out" not in a.quantization.notes), key=lambda a: a.accuracy.rank
@@ -68,7 +68,7 @@ def diagnose(
     without = diagnosis.without_int8()
     if without is not None and not without.passed:
         return InTheWay(
-            f"INT8 is not the cause: with no layer in INT8 it is {without.outcome.value}, too",
+            f"INT8 is not the cause: with no layer in INT8 the outcome is {without.outcome.value}, too",
             advice=without.gate_line(),
         )
     found = diagnosis.run()
@@ -147,7 +147,7 @@ class _Diagnosis:
     def _way_round(self, ranked: Sequence[Effect]) -> tuple[str | None, str]:
         """Options with which the job would pass, and how they were tried; or why there are none."""
         if self.job.recipe.plan is not None:
-            return None, "the plan given says what is INT8: set 'int8' of these nodes to false in it"
+            return None, "the given plan decides what is INT8: set 'int8' to false for these nodes there"
         if len(ranked) < 2:
             return None, "it is the only layer in INT8: nothing can be left out"
         count, checked = self._fewest(ranked), 0
@@ -165,9 +165,9 @@ class _Diagnosis:
                 break
         if after is not None and self.whole.step != "calibrate":
             return after, f"would pass, simulated, after the step '{self.whole.step}'"
-        reason = "no set of layers is known that would pass in floating point"
+        reason = "no set of layers is known that would pass if left in floating point"
         if self.over:
-            reason += ": the time was up before one was found"
+            reason += ": time ran out before one was found"
         steps = self.job.recipe.recover
         if "partial" not in steps:
             reason += f"; run without --recover {','.join(steps) or 'none'} to search for one"

@@ -11,9 +11,9 @@ class Made(NamedTuple):
     """What a step made.
 
     Attributes:
-        quantization: None where there is none that is better than before.
-        whole: whether the step was done whole; what is not is not kept in the cache.
-        reason: why there is none, with the figures.
+        quantization: None where nothing is better than before.
+        whole: whether the step was completed; if not, the result is not kept in the cache.
+        reason: why there is no quantization, with the figures.
     """
 
     quantization: Quantization | None
@@ -26,7 +26,7 @@ class Made(NamedTuple):
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Made:
-        """The inverse of `to_bytes`, for what was done whole."""
+        """The inverse of `to_bytes`, for a completed step."""
         if content.startswith(_ZIP):
             return cls(Quantization.from_bytes(content), True)
         return cls(None, True, content.decode())

@@ -1,6 +1,6 @@
 """Partial quantization: the cheapest groups of nodes to leave in floating point (paper section 5.1).
 
-The quantity that is searched on is the noise of the outputs, the mean over them of
+The search goes by the noise of the outputs, the mean over them of
 sum (r - c)² / sum r². It needs no labels, and where quantizers do not interact it is the sum of what each
 group adds alone, so that a ranking is a good start. What counts as cheap is multiply-accumulates in floating
 point, not layers.

@@ -135,7 +135,7 @@ def analyse(
 ) -> Sensitivity:
     """Measure every group of a quantization, on `MOST_ROWS` rows at most.
 
-    What is measured is kept in the cache at once: an interrupted analysis goes on where it was.
+    What is measured is kept in the cache at once: an interrupted analysis goes on where it stopped.
 
     Args:
         recipe: its `threads`, `parallel` and `ignore_nonfinite` say how rows are run and compared.
@@ -320,7 +320,7 @@ def _simulator(sent: _Sent, threads: int, rows: _Rows) -> Simulator:
             raise InputError(f"a worker has another version of the metric {name}")
     content = sent.quantization if isinstance(sent.quantization, bytes) else sent.quantization.read_bytes()
     quantization = Quantization.from_bytes(content)
-    return Simulator(  # that the reference may be compared with, who sent the work has made sure
+    return Simulator(  # whoever sent the work has made sure that the reference can be compared with
         quantization, rows.samples, metric=metric, workers=threads, ignore_nonfinite=True
     )
 

@@ -42,7 +42,7 @@ LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
 
 MOST_GATES, CLOSE = 8, 1.25
-"""How often partial quantization asks the gate how much noise is little enough, and how near is near."""
+"""How often partial quantization asks the gate how much noise is little enough, and how close is enough."""
 
 
 def recover(
@@ -154,7 +154,7 @@ class _Workflow:
     done: list[Attempt | Fruitless] = field(default_factory=list)
 
     def wants(self, step: str, name: str | None = None) -> bool:
-        """Whether a step of `recipe.STEPS` is to be taken now; one that there is no time for is on record.
+        """Whether a step of `recipe.STEPS` is to be taken now; a step that there is no time for is recorded.
 
         Args:
             name: what this round of it is called, if not like the step.
@@ -169,7 +169,7 @@ class _Workflow:
         return True
 
     def warn_of_gap(self, done: Attempt) -> None:
-        """Warn where an attempt does otherwise on the evaluation data than on calibration rows held back."""
+        """Warn where an attempt does differently on the evaluation data and on calibration rows held back."""
         ran = done.build.engine if done.measured.executor == "engine" else done.folder / "model.int8.onnx"
         if (text := gap(self.job, self.evaluation, done.measured, ran)) is not None:
             self.job.console.warn(text)

@@ -244,7 +244,7 @@ class Report:
             raise InputError(
                 "the folder holds no results",
                 file=folder,
-                remedy="give one that 'trtq deploy -o' or 'demo' wrote",
+                remedy="give one that 'trtq deploy -o' or 'trtq demo' wrote",
             )
         with about(folder / "verdict.json"):
             verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))

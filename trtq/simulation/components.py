@@ -14,14 +14,14 @@ root mean squares of the two sides are as far apart.
 - Peaks up to 1 stay together, however small some are: probabilities of classes that hardly occur are no
   component of their own. So an output within -1...1 is whole, and so is one whose values along the axis are
   a distribution: not negative, with one sum everywhere.
-- A cut has to follow a layout that somebody made, such as 4 boxes before 80 scores, or x, y, visibility over
+- A cut has to follow a deliberate layout, such as 4 boxes before 80 scores, or x, y, visibility over
   and over: along the axis, almost all runs of one side are of a few lengths. Channels that are weak or strong
   because training made them so are scattered.
 - A minority of small values has to reach `LEAST`: scores that say something do, channels that died do not.
 - A side with fewer than 1 of `HANDFUL` indices is an outlier, as embeddings have them, unless it is one
   block: of 3 or more indices, of 2 at an end of the axis, or of 1 where the small side are scores (within
   0...1): a large one at an end, or a lone score among large values that are alike.
-- An index tells no scale that is zero everywhere, or as far below the largest as rounding in float32 is
+- An index says nothing of scale if it is zero everywhere, or as far below the largest as float32 rounding
   (`RESIDUE`); nor does a small one that is constant. Such indices belong to the smallest group.
 - An axis whose indices have fewer than `FEWEST_VALUES` values each is never split: peaks of that few say
   nothing. Where several axes could be split, the one with the widest gap is.
@@ -100,7 +100,7 @@ class Components:
         return [array.take(indices, self.axis) for indices in self.indices]
 
     def labels(self) -> list[str]:
-        """Which indices each group has and how large its values are; nothing where the output is whole."""
+        """The indices of each group and how large its values are; nothing where the output is whole."""
         return [
             f"{_ranges(indices)} of axis {self.axis} (up to {peak:.4g})"
             for indices, peak in zip(self.indices, self.peaks, strict=True)
@@ -111,7 +111,7 @@ WHOLE = Components()
 
 
 def components(batches: Sequence[NDArray]) -> Components:
-    """The components of one output of the reference; the module says by which rule.
+    """The components of one output of the reference; see the module for the rule.
 
     Args:
         batches: the output's batches, samples first, of equal rank; an axis whose length changes from batch
@@ -164,7 +164,7 @@ def _gaps(peaks: Vector, lowest: Vector, highest: Vector) -> Iterator[Mask]:
 
 
 def _scores(peaks: Vector, lowest: Vector, highest: Vector) -> Iterator[Mask]:
-    """The indices that are no scores, where there are scores and all others can be told from them."""
+    """The indices that are not scores, where there are scores that can be told from all others."""
     scores = (lowest >= 0) & (peaks <= BOUND)
     doubtful = (lowest >= 0) & ~scores & (peaks < 2 * BOUND)
     if (scores & _vary(peaks, lowest, highest) & (peaks >= LEAST)).any() and not (
@@ -199,7 +199,7 @@ def _energy(batch: NDArray, axis: int) -> Vector:
 
 
 def _is_made(values: _Values, large: Mask) -> bool:
-    """Whether a cut between the indices of large values and the others is a layout that somebody made."""
+    """Whether a cut between the indices of large values and the others is a deliberate layout."""
     if values.energy[large].mean() < GAP**2 * values.energy[~large].mean():
         return False
     runs = [(bool(side), len(list(run))) for side, run in groupby(large)]

@@ -1,4 +1,4 @@
-"""Outputs that hold NaN or infinities: where they are, and what is compared in spite of them.
+"""Outputs that hold NaN or infinities: where they are, and what can still be compared.
 
 Nothing can be compared with a reference that is not finite, so it is refused. Where the user asks for it
 (`--ignore-nonfinite`), those values alone are left out, and a candidate that is not finite anywhere else
@@ -27,8 +27,8 @@ def check_reference(
     Args:
         outputs: output name -> array, rows first.
         ignore_nonfinite: refuse only rows of an output that have no finite value at all.
-        samples: the rows that the outputs are of; a message numbers rows as their source does.
-        batch: the part of the samples that the outputs are of; None: all of them.
+        samples: the rows that the outputs belong to; messages number rows as their source does.
+        batch: the part of the samples that the outputs belong to; None: all of them.
 
     Raises:
         InputError: it names the output and the row.
@@ -58,7 +58,7 @@ def first_not_finite(outputs: Arrays, reference: Arrays | None = None) -> tuple[
     """Name and row of the first NaN or infinity in the outputs, or None.
 
     Args:
-        reference: values count only where its are finite.
+        reference: values count only where the reference's are finite.
     """
     for name, array in outputs.items():
         if array.dtype.kind == "f":

@@ -1,4 +1,4 @@
-"""float16 and bfloat16 simulated for what they are: a float32 model that rounds where theirs rounds.
+"""float16 and bfloat16, simulated: a float32 model that rounds wherever the narrow types round.
 
 ONNX Runtime's CPU provider runs float16 operators in float32 and drops the casts between them, so neither
 overflow nor rounding shows. Here every tensor of a narrow type becomes float32, and behind each operator
@@ -6,8 +6,9 @@ that computes one stand two casts, to the narrow type and back, which ONNX Runti
 range becomes infinite, and what lies between two values is rounded to one of them.
 
 One operator is one kernel: sums inside it run in float32, as they do in TensorRT's kernels, and its result is
-rounded once. Operators that only move or choose values are not rounded behind. Nor is a DequantizeLinear in
-front of a product between Q/DQ: that runs on the integers, and what is dequantized is never written.
+rounded once. The results of operators that only move or choose values are not rounded. Nor is a
+DequantizeLinear in front of a product between Q/DQ: that runs on the integers, and the dequantized values are
+never written.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def holds_narrow(model: ModelProto) -> bool:
 
 
 def in_float32(model: ModelProto) -> ModelProto:
-    """The model in float32, rounded wherever an operator of it writes a narrow type.
+    """The model in float32, rounded wherever one of its operators writes a narrow type.
 
     Inputs and outputs keep their names and dtypes. Tensors inside keep their names and become float32 that
     holds only values of the narrow type, which is what a session fetches. A sequence of narrow tensors is

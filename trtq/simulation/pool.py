@@ -22,7 +22,7 @@ class Pool(NamedTuple):
 
     @property
     def on_this_machine(self) -> bool:
-        """Whether the workers see this machine's files for certain."""
+        """Whether the workers certainly see this machine's files."""
         return self.backend == "loky"
 
     def threads(self, wanted: int | None) -> int:

@@ -207,8 +207,8 @@ def taken(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
 def runs_on_several(model: gs.Graph, samples: Samples) -> bool:
     """Whether a model whose first axis is dynamic runs on more than one row at once; see `taken`.
 
-    Only one row of the samples is read. Of a model that does not run at all it says yes, and leaves the error
-    to whoever runs it.
+    Only one row of the samples is read. True for a model that does not run at all: the caller's own run
+    reports the error.
     """
     if fixed_batch(samples.specs) is not None:
         return True
@@ -224,7 +224,7 @@ def _takes(run: Run, batch: Batch) -> bool:
     size = batch.rows + batch.padding
     try:
         together = run(batch.feed)
-    except Exception:  # if rows alone fail, too, it is not for the batch's size: whoever runs it will say why
+    except Exception:  # the size is not to blame if single rows fail, too: the run itself reports it
         together = None
     if together is not None and all(_length(array) == size for array in together.values()):
         return True

@@ -37,7 +37,7 @@ _HOLDS_WEIGHTS = 1 << 25
 """A file above this size holds its weights itself; it is not parsed to look for external data."""
 
 _FATAL = 4
-"""ONNX Runtime's log level: what goes wrong is raised, and said once."""
+"""ONNX Runtime's log level: errors are raised, so they are not logged as well."""
 
 
 def simulation_session(

@@ -103,7 +103,7 @@ class Simulator:
         quantization: parts of its plan come from `place.leave_out`.
         samples: the rows; they are kept in memory.
         metric: scores the outputs, too.
-        teacher: the model whose outputs are the reference, where the quantization's graph is no longer it.
+        teacher: the model whose outputs are the reference, where that is not the quantization's graph.
         workers: batches run at once; default: one for each processor.
         ignore_nonfinite: compare only where the reference is finite.
 
@@ -149,7 +149,7 @@ class Simulator:
         """The outputs with a plan, all rows of each.
 
         Raises:
-            InputError: the plan is no part of the quantization's, or an output changes its shape from row to
+            InputError: the plan is not part of the quantization's, or an output changes its shape from row to
                 row.
         """
         return self._joined(self._run(plan))
@@ -158,7 +158,7 @@ class Simulator:
         """How far the outputs with a plan are from the reference's.
 
         Raises:
-            InputError: the plan is no part of the quantization's, or the metric does not suit the outputs.
+            InputError: the plan is not part of the quantization's, or the metric does not suit the outputs.
         """
         found = self._run(plan)
         noise = self._measured_against.noise(self._own_rows(found))
@@ -284,7 +284,7 @@ class Simulator:
                     raise InputError(
                         f"output '{name}' changes its shape with its values",
                         cause=f"it is {expected[name].shape} in fp32 and {arrays[name].shape} in INT8",
-                        remedy="cut the model in front of what selects, such as NonZero or NonMaxSuppression",
+                        remedy="end the model before what selects, such as NonZero or NonMaxSuppression",
                     )
             yield {name: _without_padding(arrays[name], batch) for name in self._scored}
 
@@ -369,7 +369,7 @@ class _Program:
         """
         inputs = self._inputs(plan)
         if strange := sorted(inputs - self.quantized.keys()):
-            raise InputError(f"the plan is no part of the one that was given: '{strange[0][0]}'")
+            raise InputError(f"the plan is not part of the quantization's: '{strange[0][0]}'")
         return frozenset(inputs)
 
     def _inputs(self, plan: Plan) -> set[tuple[str, int]]:

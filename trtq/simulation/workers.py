@@ -7,7 +7,7 @@ where it stopped.
 
 Workers are joblib's: its own processes (loky), or a Dask cluster. What travels to them is where the data are,
 never the rows. The model travels as a path to processes on this machine, and as bytes to a
-cluster (Dask: once per worker), whose machines need no disk in common with this one.
+cluster (Dask: once per worker), whose machines need not share a disk with this one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ KEPT_BYTES = 1 << 28
 """Results above this size are not cached."""
 
 ATTEMPTS = 3
-"""How often in a row workers may die without finishing a shard."""
+"""How often workers may die in a row without finishing a shard."""
 
 _SECONDS_TO_CONNECT = 10
 
@@ -62,7 +62,7 @@ class Shipped:
     """An ONNX model as workers get it; equal where the content is.
 
     Attributes:
-        path: where the file is here, and what it is called.
+        path: where the file is on this machine.
         contents: file -> bytes of the model and its external data; empty: workers read `path`.
     """
 
@@ -300,7 +300,7 @@ def _work(
     try:
         if versions != _versions(task):
             raise InputError(
-                "a worker has other software than the process that started the work",
+                "a worker runs different software from the process that started the work",
                 cause=f"{versions}; the worker: {_versions(task)}",
                 remedy="install the same versions on all machines",
             )

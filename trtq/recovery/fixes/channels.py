@@ -173,7 +173,7 @@ def private(graph: gs.Graph, tensor: gs.Tensor) -> bool:
 def set_constant(node: gs.Node, index: int, values: NDArray, names: Names) -> None:
     """Give input `index` of a node other values; other nodes that read the same constant keep theirs.
 
-    A constant of this node alone keeps its name, which a plan may know it by.
+    A constant of this node alone keeps its name, as a plan may refer to it.
     """
     old = node.inputs[index]
     values = np.asarray(values, old.values.dtype)

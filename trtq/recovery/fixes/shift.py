@@ -2,8 +2,8 @@
 Suppression+").
 
 INT8 activations have zero-point 0, so a channel that lies to one side of zero wastes half of the codes, and
-if it is the largest, half of everybody's. A constant per channel can leave an activation through the bias (or
-LayerNorm's beta) that makes it and come back through the biases of what reads it:
+if it is the largest, half of every channel's. A constant per channel can leave an activation through the bias
+(or LayerNorm's beta) that makes it and come back through the biases of what reads it:
 
     y = x + b          y' = x + (b - d)
     z = W·y + c        z  = W·y' + (c + W·d)

@@ -7,7 +7,7 @@ cross-entropy. An output that mixes scales counts with the mean over its compone
 all of them; what is kept is judged by the worst, as everywhere.
 
 A few hundred rows are enough because little has to change: all steps start from the best calibration, weights
-are learned in units of their scale, with a learning rate that moves them by less than one code altogether,
+are learned in units of their scale, with a learning rate that moves them by less than one code in total,
 and half-cosine decay. Of all epochs the one with the least noise on rows held back is kept.
 
 First come ranges, biases and norms alone, then weights with them. The INT8 codes that come out are those
@@ -117,7 +117,7 @@ def learn(
 ) -> Learned:
     """Learn from `fitting`, keep what is best on `held_back`.
 
-    On a GPU where PyTorch finds one (the authors had none to run it on), else on the CPU.
+    Runs on a GPU where PyTorch finds one (not tested on one), else on the CPU.
 
     Args:
         teacher: the fp32 model, folded; a fix may have changed the biases of the quantization's own graph.
