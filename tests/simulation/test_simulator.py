@@ -21,7 +21,7 @@ from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Edge
 from trtq.graph.quantization import Quantization
 from trtq.numerics import fake_quantize, scale_from_amax
-from trtq.simulation.simulator import Effect, Simulator
+from trtq.simulation.simulator import Effect, Score, Simulator
 
 _ROWS = 6
 
@@ -155,7 +155,7 @@ def _nothing(quantization: Quantization):
 def test_no_node_in_int8_is_the_reference(tmp_path: Path) -> None:
     quantization, samples = _open("residual", tmp_path)
     simulator = Simulator(quantization, samples)
-    assert simulator.score(_nothing(quantization)) == (200.0, 0.0, None)
+    assert simulator.score(_nothing(quantization)) == Score(200.0, 0.0, None)
 
 
 def test_the_noise_of_one_product_is_that_of_its_rounded_operands(tmp_path: Path) -> None:

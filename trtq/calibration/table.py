@@ -15,14 +15,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trtq.errors import InputError
 from trtq.files import PathLike, read_json, sha256_bytes, write_bytes, write_json
-from trtq.graph.quantization import Quantization
 from trtq.numerics import INT8_MAX
+
+if TYPE_CHECKING:
+    from trtq.graph.quantization import Quantization
 
 ALGORITHMS = ("EntropyCalibration2", "MinMaxCalibration", "EntropyCalibration", "LegacyCalibration")
 

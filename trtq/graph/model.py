@@ -15,6 +15,7 @@ import onnx.external_data_helper
 import onnx.inliner
 import onnx.version_converter
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
@@ -35,6 +36,8 @@ from trtq.graph.weights import (
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # its messages are not for users; what is fatal is raised, too
 
 LOWEST_OPSET = 13
 """Per-channel DequantizeLinear starts here."""
