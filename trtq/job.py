@@ -76,8 +76,8 @@ class Job:
         if not self.enough:
             few = "sample is" if samples == 1 else "samples are"
             self.console.warn(
-                f"{samples} calibration {few} too few to hold some back ({FEWEST_TO_SPLIT} are enough): what is"
-                " fitted on the data is measured on the same data; a few hundred would be better"
+                f"{samples} calibration {few} too few to hold some back ({FEWEST_TO_SPLIT} are enough):"
+                " what is fitted on the data is measured on the same data; a few hundred would be better"
             )
         distinct = distinct_rows(self.data, FEWEST_TO_SPLIT)
         if distinct < min(len(self.data), FEWEST_TO_SPLIT):

@@ -144,10 +144,8 @@ def _collector(model: Shipped, tensors: Sequence[str]) -> Collector:
 
 def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch, samples: Samples) -> None:
     """Count a tensor's values, without those of the rows that only fill up a fixed batch."""
-    if batch.padding and values.ndim and values.shape[0] % (batch.rows + batch.padding) == 0:
-        values = values[: values.shape[0] * batch.rows // (batch.rows + batch.padding)]
     try:
-        statistics.histograms[name].add(values)
+        statistics.histograms[name].add(batch.own(values))
     except NonFiniteError as error:
         raise InputError(
             f"tensor '{name}' is not finite for {samples.where(batch)} of the data",

@@ -161,8 +161,7 @@ class Trials:
 
 def _own_rows(batch: Batch, outputs: Arrays) -> Arrays:
     """A batch's outputs without those of rows that only fill it up."""
-    size = batch.rows + batch.padding
-    return {name: a[: batch.rows] if a.shape[:1] == (size,) else a for name, a in outputs.items()}
+    return {name: batch.own(array) for name, array in outputs.items()}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,16 @@ class Batch:
     rows: int
     padding: int
 
+    def own(self, array: NDArray) -> NDArray:
+        """What a tensor of this batch holds for the rows that count.
+
+        Each row may have several entries; an array whose first axis is not that of the rows stays whole.
+        """
+        size = self.rows + self.padding
+        if not self.padding or array.ndim == 0 or len(array) % size:
+            return array
+        return array[: len(array) // size * self.rows]
+
 
 def batches(rows: Iterable[Mapping[str, NDArray]], highest: int, lowest: int = 1) -> Iterator[Batch]:
     """Batches of up to `highest` rows in order; rows of different shapes never share one.

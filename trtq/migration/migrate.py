@@ -30,7 +30,7 @@ from trtq.migration.implied import implied_model
 from trtq.migration.source import Source, load_source
 from trtq.migration.to_qdq import converted
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import engine_runs_here, share_check
+from trtq.recovery.attempt import engine_runs_here, share_check, write_and_build
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import hashes_of, versions
@@ -233,20 +233,8 @@ def _built(given: _Given, quantization: Quantization, fit: Fit, folder: Path) ->
     """Write the model, its plan and table into a folder, and build the engine there."""
     recipe = given.recipe
     output = Path(recipe.require("output").output)
-    int8 = folder / "model.int8.onnx"
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
-    quantization.plan.save(folder / "plan.json")
-    scales = Table.of(quantization)
-    replace(scales, version=given.table.version, algorithm=given.table.algorithm).save(
-        folder / "calibration.cache"
-    )
-    build = builder(recipe.backend).build(
-        int8,
-        folder / "model.plan",
-        profile=given.profile,
-        targets=recipe.target,
-        options=recipe.build_options(),
-    )
+    table = replace(Table.of(quantization), version=given.table.version, algorithm=given.table.algorithm)
+    build = write_and_build(quantization, table, recipe, given.profile, folder)
     covered = coverage(quantization.plan, build.compiled)
     least = recipe.min_int8
     return Migration(

@@ -9,7 +9,7 @@ from typing import Any
 
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage, coverage
-from trtq.backends.interface import Build, find_gpu
+from trtq.backends.interface import Build, Profile, find_gpu
 from trtq.calibration.table import Table
 from trtq.console import Console
 from trtq.gate.evaluation import Evaluation
@@ -108,26 +108,38 @@ def attempt(
     """
     recipe, console = job.recipe, job.console
     folder.mkdir()
-    int8 = folder / "model.int8.onnx"
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
-    quantization.plan.save(folder / "plan.json")
-    Table.of(quantization).save(folder / "calibration.cache")
-    build = builder(recipe.backend).build(
-        int8,
-        folder / "model.plan",
-        profile=job.profile,
-        targets=recipe.target,
-        options=recipe.build_options(),
-    )
+    build = write_and_build(quantization, Table.of(quantization), recipe, job.profile, folder)
     covered = coverage(quantization.plan, build.compiled)
     size = build.engine.stat().st_size / 1e6
     console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
-    accuracy = evaluation.verdict(build.engine if engine_runs_here(recipe, console) else int8)
+    runs_here = engine_runs_here(recipe, console)
+    accuracy = evaluation.verdict(build.engine if runs_here else folder / "model.int8.onnx")
     on_engine = () if recipe.min_int8 is None else (share_check(covered, recipe.min_int8),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
     console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
     return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
+
+
+def write_and_build(
+    quantization: Quantization, table: Table, recipe: Recipe, profile: Profile, folder: Path
+) -> Build:
+    """Write a quantization's model, plan and table into a folder, and build the engine there.
+
+    Raises:
+        InputError, MissingBackendError: as the builder.
+    """
+    int8 = folder / "model.int8.onnx"
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
+    quantization.plan.save(folder / "plan.json")
+    table.save(folder / "calibration.cache")
+    return builder(recipe.backend).build(
+        int8,
+        folder / "model.plan",
+        profile=profile,
+        targets=recipe.target,
+        options=recipe.build_options(),
+    )
 
 
 def share_check(covered: Coverage, least: float) -> Check:
@@ -140,7 +152,7 @@ def share_check(covered: Coverage, least: float) -> Check:
 
 
 def engine_runs_here(recipe: Recipe, console: Console) -> bool:
-    """Whether the engine itself can be gated, not only its ONNX model; warns if the GPU here is of another kind."""
+    """Whether the engine itself can be gated here; warns if it is built for other GPUs than the one here."""
     gpu = find_gpu()
     if gpu is None:
         return False

@@ -286,13 +286,13 @@ class Simulator:
                         cause=f"it is {expected[name].shape} in fp32 and {arrays[name].shape} in INT8",
                         remedy="end the model before what selects, such as NonZero or NonMaxSuppression",
                     )
-            yield {name: _without_padding(arrays[name], batch) for name in self._scored}
+            yield {name: batch.own(arrays[name]) for name in self._scored}
 
     def _joined(self, found: Sequence[Arrays]) -> Arrays:
         """All rows of every output."""
         joined = {}
         for name in self._program.outputs:
-            parts = [_without_padding(a[name], b) for b, a in zip(self._batches, found, strict=True)]
+            parts = [b.own(a[name]) for b, a in zip(self._batches, found, strict=True)]
             if len({part.shape[1:] for part in parts}) > 1:
                 raise InputError(
                     f"output '{name}' changes its shape from sample to sample",
@@ -301,12 +301,6 @@ class Simulator:
                 )
             joined[name] = np.concatenate(parts)
         return joined
-
-
-def _without_padding(array: NDArray, batch: Batch) -> NDArray:
-    """An output's rows, without those that only fill up a fixed batch."""
-    rows = batch.rows + batch.padding
-    return array[: len(array) * batch.rows // rows] if batch.padding else array
 
 
 @dataclass(frozen=True)
