@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trtq.backends import bench
+from trtq.backends import bench, calibrators, tensorrt
 from trtq.backends.builders import builder, chosen
 from trtq.backends.coverage import Coverage, coverage
 from trtq.backends.interface import Build
@@ -107,8 +107,6 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             f"{chosen(recipe.backend)} has no implicit quantization",
             remedy="use --backend tensorrt (8.6 to 10.16), or quantize explicitly: trtq quantize --table",
         )
-    from trtq.backends import calibrators, tensorrt
-
     model = prepare(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)

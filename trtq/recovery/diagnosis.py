@@ -25,6 +25,7 @@ from trtq.graph.quantization import Quantization
 from trtq.job import Job, planned
 from trtq.recovery.attempt import Attempt
 from trtq.recovery.budget import Budget
+from trtq.recovery.partial import MOST_ROWS
 from trtq.recovery.sensitivity import fast_rows, known, measured
 from trtq.simulation.simulator import Effect, Simulator
 
@@ -108,9 +109,8 @@ class _Diagnosis:
         count = len(groups(start.graph, start.plan))
         effects, rows = self._effects(count)
         ranked = sorted(effects, key=lambda effect: -effect.noise)
-        shared = (
-            ranked[-1].noise if "learned" in start.notes else 0.0
-        )  # learned weights are not the teacher's
+        # Learned weights are not the teacher's: their own noise is in every figure.
+        shared = ranked[-1].noise if "learned" in start.notes else 0.0
         total = sum(effect.noise - shared for effect in effects) or 1.0
         shares = {effect.group.name: (effect.noise - shared) / total for effect in ranked}
         named = [e for i, e in enumerate(ranked) if not i or shares[e.group.name] >= LEAST_SHARE]
@@ -132,8 +132,6 @@ class _Diagnosis:
     def _effects(self, count: int) -> tuple[list[Effect], int]:
         """The effect of each group alone, and on how many rows it was measured: on few, unless the workflow
         did already."""
-        from trtq.recovery.partial import MOST_ROWS
-
         job, start = self.job, self.whole.quantization
         rows = job.parts[0].spread(MOST_ROWS)
         effects = known(start, job.cache, job.key("sensitivity", start))

@@ -37,6 +37,7 @@ from trtq.recovery.budget import Budget
 from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
+from trtq.recovery.partial import Search
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
@@ -246,8 +247,6 @@ class _Workflow:
         multiply-accumulates are all left out; and where that does not pass either, the best of all tried is
         taken, if it is better than the start.
         """
-        from trtq.recovery.partial import Search
-
         job, recipe = self.job, self.job.recipe
         search = Search(job, start.quantization, self.budget, job.key("sensitivity", start.quantization))
         if not search.whole:
