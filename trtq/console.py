@@ -29,7 +29,7 @@ class Console:
         self.warnings: list[str] = []
 
     def fresh(self) -> Console:
-        """The same console for a job of its own: `warnings` holds what is warned of from now on."""
+        """The same console for another job: `warnings` starts empty."""
         console = copy.copy(self)
         console.warnings = []
         return console

@@ -59,7 +59,7 @@ def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantiz
     With `auto` every fourth sample is held back to measure on; the ranges are then made from all samples,
     which costs no further pass: the statistics of both parts add up.
 
-    What calibration gives no range is not quantized: the plan of the result says so, and a warning does.
+    What calibration gives no range is not quantized: the plan of the result records it, with a warning.
     Where the rest is to be float16, the plan also says what stays float32.
 
     Args:

@@ -65,7 +65,7 @@ def parse_method(text: str) -> Method:
 
 def amax_of(method: Method, histogram: Histogram) -> float:
     """A method's amax; the largest |x| where the method keeps nothing but zeros, as a percentile of a tensor
-    that is nearly always zero does. Only a tensor that never was anything else has no range then."""
+    that is nearly always zero does. Then only a tensor that is always zero has no range."""
     amax = method.amax(histogram)
     return amax if has_scale(amax) else histogram.amax
 

@@ -126,7 +126,7 @@ class Evaluation:
         Raises:
             InputError: an option is missing, the metric cannot decide, the data have no targets for it,
                 the reference does not run on them, or its outputs cannot be scored or score less than the
-                recipe wants.
+                recipe requires.
         """
         given = recipe.require("eval", "metric")
         metric = metric_of(recipe)

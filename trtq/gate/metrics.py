@@ -296,7 +296,7 @@ def _iou_of_counts(counts: Float) -> Float:
 def _label_free(
     score: Callable[[NDArray, NDArray, int], Float], fill: float, spec: str, selection: _Selection
 ) -> Metric:
-    """A metric of alikeness; `fill` stands in both outputs where the reference is not finite."""
+    """A similarity metric; `fill` stands in both outputs where the reference is not finite."""
 
     def rows(outputs: Arrays, targets: Arrays, reference: Arrays) -> Float:
         samples, _ = rows_per_sample(outputs, targets)

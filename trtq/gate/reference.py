@@ -18,7 +18,7 @@ TRIALS = 16
 """How often the labels are shuffled."""
 
 MOST_VALUES = 1 << 24
-"""Bytes of outputs scored in one trial: of larger ones, an evenly spread part of the samples."""
+"""Most output values scored in one trial: of larger outputs, an evenly spread part of the samples."""
 
 LEAST_ABOVE = 0.05
 """A score is near chance below this part of the way from chance to 1 ..."""

@@ -52,7 +52,7 @@ def quantize_with_table(
         extents: float32 tensor -> its extent on data: decides what stays float32 with `rest` "fp16".
 
     Raises:
-        InputError: the table was made for another model or gives no node all of its ranges; or as `place`.
+        InputError: the table was made for another model or lacks a range for every node; or as `place`.
     """
     model = source.model
     table.check_made_for(model.sha256, model.path)
@@ -99,7 +99,7 @@ def _plan_for(
             break
         if nodes >= set(plan.int8_nodes):
             raise InputError(
-                "the table gives no node of the model all of its ranges",
+                "the table lacks a range for every node of the model",
                 file=source.model.path,
                 cause=f"it has no row for {', '.join(list(lacking)[:5])}; its rows are {_some(table.scales)}",
                 remedy="give the fp32 model that the table was made for",

@@ -1,9 +1,8 @@
 """Partial quantization: the cheapest groups of nodes to leave in floating point (paper section 5.1).
 
-The search goes by the noise of the outputs, the mean over them of
-sum (r - c)² / sum r². It needs no labels, and where quantizers do not interact it is the sum of what each
-group adds alone, so that a ranking is a good start. What counts as cheap is multiply-accumulates in floating
-point, not layers.
+The search goes by the noise of the outputs, the mean over them of sum (r - c)² / sum r². It needs no labels,
+and where quantizers do not interact it is the sum of what each group adds alone, so that a ranking is a good
+start. What counts as cheap is multiply-accumulates in floating point, not layers.
 
 Of an output that mixes scales the noise is that of its worst component, not the mean of them: layers are left
 in floating point for what stands in the way, not for components that are good already.
@@ -43,7 +42,7 @@ def cheapest_set(
     1. Rank the groups by the noise they make alone, and by that per cost; bisect how many of the first to
        leave out. More left out is not always less noise, so
     2. put groups back, the dearest first, while the target still holds.
-    3. Rank all groups anew by what they change now, with the others as they are (interactions show only
+    3. Rank all groups again by what they change now, with the others as they are (interactions show only
        there), and bisect and put back again; of all sets found the cheapest is taken.
 
     Args:

@@ -200,7 +200,7 @@ def measured(
     console: Console,
     over: Callable[[], bool] = lambda: False,
 ) -> list[Effect]:
-    """The effect of each group, in the order of the plan; those that the cache has under `key` from there.
+    """The effect of each group, in the order of the plan; those in the cache under `key` are read from it.
 
     Args:
         over: groups that are left once this is true are not measured and not among the effects.
@@ -320,7 +320,7 @@ def _simulator(sent: _Sent, threads: int, rows: _Rows) -> Simulator:
             raise InputError(f"a worker has another version of the metric {name}")
     content = sent.quantization if isinstance(sent.quantization, bytes) else sent.quantization.read_bytes()
     quantization = Quantization.from_bytes(content)
-    return Simulator(  # whoever sent the work has made sure that the reference can be compared with
+    return Simulator(  # the sender has checked that the reference is finite enough
         quantization, rows.samples, metric=metric, workers=threads, ignore_nonfinite=True
     )
 

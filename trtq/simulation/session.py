@@ -91,7 +91,7 @@ def _every_thread() -> int:
 
 
 def _is_large(model: str | Path | bytes | Light) -> bool:
-    """Whether a second copy of the weights, laid out for the processor, is more than memory should bear."""
+    """Whether a second copy of the weights, laid out for the processor, would take too much memory."""
     if isinstance(model, Light):
         return True
     if isinstance(model, bytes):

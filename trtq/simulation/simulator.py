@@ -62,7 +62,7 @@ class Scorer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for those that compute the same."""
+        """Equal for scorers that compute the same."""
 
     def value(self, outputs: Arrays, targets: Arrays, reference: Arrays | None = None) -> float:
         """One number for all rows, higher is better; `reference` holds the fp32 model's outputs."""

@@ -47,7 +47,7 @@ def correct_biases(
     layer has a bias.
 
     Args:
-        quantization: its graph computes the float model's function; corrections that it has are made anew.
+        quantization: its graph computes the float model's function; corrections that it has are replaced.
         samples: an evenly spread part of them is used.
         workers: rows run at once; default: one for each processor.
     """

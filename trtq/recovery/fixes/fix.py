@@ -1,7 +1,7 @@
 """Label-free fixes that cost nothing at run time: what helps on the rows held back is kept.
 
 `shift` and `smooth` change the float graph without changing its function, so that its activations quantize
-better; it is then calibrated anew. `bias` makes up for the mean error that is left, and comes last: it
+better; it is then calibrated again. `bias` makes up for the mean error that is left, and comes last: it
 belongs to the ranges it was measured with. What helps one network harms another, and `shift` may pay only
 together with `bias`, so every combination is measured.
 """
@@ -42,7 +42,7 @@ LEAST_GAIN_DB = 0.05
 def fix(job: Job, start: Quantization) -> Made:
     """The quantization with the combination of fixes that does best on the rows held back.
 
-    The rows to fit on decide how the graph is changed; what is kept is calibrated anew, by the recipe's
+    The rows to fit on decide how the graph is changed; what is kept is calibrated again, by the recipe's
     method and from all rows.
 
     Returns:

@@ -65,7 +65,7 @@ def shift(graph: gs.Graph, plan: Plan, samples: Samples, *, workers: int | None 
     """A copy of the graph whose quantized activations are centred channel by channel, where that is free.
 
     It computes the same outputs up to rounding, and names are unchanged; the ranges of the plan's tensors
-    must be measured anew. None where nothing can be shifted.
+    must be measured again. None where nothing can be shifted.
 
     Args:
         graph: folded, float32; is not changed.

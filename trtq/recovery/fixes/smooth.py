@@ -88,7 +88,7 @@ def smooth(graph: gs.Graph, plan: Plan, samples: Samples, *, workers: int | None
     """A copy of the graph whose streams are scaled, each as is best for its quantizers.
 
     It computes the same outputs up to rounding, and names are unchanged; the ranges of the plan's tensors
-    must be measured anew. None where nothing can be scaled to advantage.
+    must be measured again. None where nothing can be scaled to advantage.
 
     Args:
         graph: folded, float32; is not changed.

@@ -61,7 +61,7 @@ RATE_SCALES, RATE_BIASES, RATE_CODES = 1e-3, 5e-4, 5e-3
 weights in units of their scale."""
 
 LABEL_WEIGHT = 0.05
-"""Of the cross-entropy with labels, beside the noise against the teacher."""
+"""Of the cross-entropy with labels, added to the noise against the teacher."""
 
 LEAST_GAIN_DB = 0.05
 

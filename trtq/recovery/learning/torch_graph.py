@@ -1,7 +1,7 @@
 """ONNX semantics over PyTorch: a float32 graph as a differentiable module.
 
-Each operator is a small function of its attributes and inputs, in the registry `OPERATORS`. They follow
-the ONNX specification for opsets from 13 on; a form of an operator that is not supported raises.
+Each operator is a small function of its attributes and inputs, in the registry `OPERATORS`. They follow the
+ONNX specification for opsets from 13 on; a form of an operator that is not supported raises.
 """
 
 from __future__ import annotations
