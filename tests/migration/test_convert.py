@@ -184,7 +184,7 @@ def test_coverage_report(tmp_path: Path) -> None:
 
 def test_a_table_of_another_model_is_refused(tmp_path: Path) -> None:
     source = convs(tmp_path)
-    with pytest.raises(InputError, match="no node of the model all of its ranges"):
+    with pytest.raises(InputError, match="every node of the model lacks a range"):
         quantize_with_table(source, Table({"x": np.float32(1)}))
     table = Table({"image": np.float32(0.1), "relu": np.float32(0.1)}, metadata={"model": "0" * 64})
     with pytest.raises(InputError, match="made for another model") as caught:

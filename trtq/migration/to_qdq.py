@@ -99,7 +99,7 @@ def _plan_for(
             break
         if nodes >= set(plan.int8_nodes):
             raise InputError(
-                "the table lacks a range for every node of the model",
+                "every node of the model lacks a range in the table",
                 file=source.model.path,
                 cause=f"it has no row for {', '.join(list(lacking)[:5])}; its rows are {_some(table.scales)}",
                 remedy="give the fp32 model that the table was made for",
