@@ -373,5 +373,7 @@ def test_what_is_missing_is_asked_for() -> None:
         found.output  # noqa: B018  it was not asked for
     with pytest.raises(InputError, match="--eval is missing"):
         Recipe(model="m").require("model", "eval")
+    with pytest.raises(InputError, match="--eval and --table are missing"):
+        Recipe(model="m").require("model", "eval", table=None, encoding="scale")
     with pytest.raises(InputError, match="MODEL, --data and --output are missing"):
         Recipe(eval="e").require("model", "data", "eval", "output")

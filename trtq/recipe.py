@@ -182,7 +182,7 @@ def _read_target(value: Any) -> str:
 
 def _read_profile(value: Any) -> tuple[str, Range]:
     """An input and its range, from text such as "x:1x3x8x8,4x3x8x8,8x3x8x8"."""
-    if isinstance(value, tuple) and isinstance(value[1], Range):
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Range):
         return value
     ((name, sizes),) = parse_profile([_instance(str)(value)]).items()
     return name, sizes
@@ -264,7 +264,7 @@ class Recipe:
         "evaluation data, with targets where the metric needs them", metavar="EVAL", path=True
     )
     metric: str | None = _option(
-        "top1, top5, accuracy, f1, miou, cosine, kl, or file.py:function (higher is better)",
+        "top1, top5, accuracy, f1, miou, cosine, sqnr, kl, or file.py:function (higher is better)",
         metavar="M",
         path=True,
     )
@@ -411,14 +411,18 @@ class Recipe:
         named = {n: v for n, v in given.items() if n in KINDS and v is not None and v != []}
         return self._with({n: read(n, v, flag(n)) for n, v in named.items()}, Path())
 
-    def require(self, *names: str) -> Required:
+    def require(self, *names: str, **beside: str | None) -> Required:
         """Those of the options that a job cannot do without.
+
+        Args:
+            beside: arguments of the command that are no options of recipes, but needed as well.
 
         Raises:
             InputError: some are missing; the message names all of them.
         """
         values = {name: getattr(self, name) for name in names}
-        missing = [flag(n) if n != "model" else "MODEL" for n, value in values.items() if value is None]
+        needed = values | beside
+        missing = [flag(n) if n != "model" else "MODEL" for n, value in needed.items() if value is None]
         if missing:
             *others, last = missing
             which = f"{', '.join(others)} and {last} are" if others else f"{last} is"
