@@ -207,6 +207,9 @@ def test_keys_may_be_written_as_on_the_command_line(file: Path) -> None:
         ("[preprocess.x]\nstd = [1, 0, 1]", ["std"]),
         ("confidence = 2.0", ["'confidence' is 2.0", "between 0.5 and 1"]),
         ("model = ", ["cannot read the recipe"]),
+        ("output = ''", ["'output' is ''", "not empty"]),
+        ("[profile]\nx = 1", ["'profile' is", "NAME:MIN,OPT,MAX"]),
+        ("[profile]\nx = '1x3'", ["'profile' is", "NAME:MIN,OPT,MAX"]),
     ],
 )
 def test_what_is_wrong_is_named_with_the_file(content: str, words: list[str], file: Path) -> None:
@@ -281,6 +284,9 @@ def test_text_becomes_the_value_it_stands_for(name: str, text: str, value: objec
         ("parallel", ["loky:0", "loky:x", "dask://", "threads"]),
         ("batch", ["0", "4.0", "four", ""]),
         ("confidence", ["0.5", "95%", "nan"]),
+        ("output", [""]),
+        ("exclude", [""]),
+        ("target", [""]),
     ],
 )
 def test_text_without_a_value_is_refused_with_the_option(name: str, texts: list[str]) -> None:
@@ -339,6 +345,10 @@ def test_no_method_is_refused_before_anything_is_read() -> None:
         {"min_reference": float("inf")},
         {"batch": 0},
         {"threads": -1},
+        {"threads": 2**31},
+        {"batch": 2**29},
+        {"workspace": 2**63},
+        {"dla_core": 10**23},
     ],
 )
 def test_numbers_out_of_range_are_refused_at_once(given_options: dict[str, float]) -> None:
@@ -363,5 +373,7 @@ def test_what_is_missing_is_asked_for() -> None:
         found.output  # noqa: B018  it was not asked for
     with pytest.raises(InputError, match="--eval is missing"):
         Recipe(model="m").require("model", "eval")
+    with pytest.raises(InputError, match="--eval and --table are missing"):
+        Recipe(model="m").require("model", "eval", table=None, encoding="scale")
     with pytest.raises(InputError, match="MODEL, --data and --output are missing"):
         Recipe(eval="e").require("model", "data", "eval", "output")

@@ -177,12 +177,12 @@ def _read_target(value: Any) -> str:
     """A compute capability; TOML may have it as a number."""
     if type(value) in (int, float) and 0 <= value <= sys.float_info.max:
         return str(value)
-    return _instance(str)(value)
+    return _read_text(value)
 
 
 def _read_profile(value: Any) -> tuple[str, Range]:
     """An input and its range, from text such as "x:1x3x8x8,4x3x8x8,8x3x8x8"."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Range):
         return value
     ((name, sizes),) = parse_profile([_instance(str)(value)]).items()
     return name, sizes
@@ -197,9 +197,16 @@ def _read_preprocess(value: Any) -> dict[str, Preprocess]:
     }
 
 
-TEXT = Kind(_instance(str), "use text")
+def _read_text(value: Any) -> str:
+    """Text that says something: an empty path would be the folder at hand."""
+    if not _instance(str)(value):
+        raise ValueError
+    return value
+
+
+TEXT = Kind(_read_text, "use text that is not empty")
 FLAG = Kind(_instance(bool), "use true or false")
-PATTERNS = Kind(_instance(str), "write text, or a list of strings", many=tuple)
+PATTERNS = Kind(_read_text, "write text, or a list of strings, none of them empty", many=tuple)
 MARGIN = _fraction(lambda part: 0 <= part < 1, "1% or 0.01, below 100%")
 SHARE = _fraction(lambda part: 0 <= part <= 1, "90% or 0.9, up to 100%")
 DURATION = Kind(_read_duration, "write it as 90s, 10m or 1h", _write_duration)
@@ -219,7 +226,12 @@ PREPROCESS = Kind(
     "write tables [preprocess.<input>]",
     lambda tables: {name: dict(table.options) for name, table in tables.items()},
 )
-COUNT = _number(int, lambda n: n >= 1, "from 1")
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+"""What the builders' sizes and bytes go up to."""
+
+COUNT = _number(int, lambda n: 1 <= n <= INT32_MAX, "from 1")
+BATCH = _number(int, lambda n: 1 <= 4 * n <= INT32_MAX, "from 1, of which TensorRT can take 4 times as many")
+BYTES = _number(int, lambda n: 1 <= n <= INT64_MAX, "from 1")
 
 
 def _option(
@@ -252,7 +264,7 @@ class Recipe:
         "evaluation data, with targets where the metric needs them", metavar="EVAL", path=True
     )
     metric: str | None = _option(
-        "top1, top5, accuracy, f1, miou, cosine, kl, or file.py:function (higher is better)",
+        "top1, top5, accuracy, f1, miou, cosine, sqnr, kl, or file.py:function (higher is better)",
         metavar="M",
         path=True,
     )
@@ -323,7 +335,7 @@ class Recipe:
         PROFILE,
     )
     batch: int | None = _option(
-        "batch size that the engine is tuned for and that the gate evaluates with", COUNT, metavar="N"
+        "batch size that the engine is tuned for and that the gate evaluates with", BATCH, metavar="N"
     )
     parallel: Pool | None = _option(  # noqa: RUF009
         "spread collecting, evaluating, sensitivity: loky, loky:4 or dask://host:8786",
@@ -339,7 +351,7 @@ class Recipe:
     timing_cache: str | None = _option(
         "file of kernel timings, read and written by the build (TensorRT)", metavar="F", path=True
     )
-    workspace: int | None = _option("largest scratch memory of a kernel, in bytes", COUNT, metavar="N")
+    workspace: int | None = _option("largest scratch memory of a kernel, in bytes", BYTES, metavar="N")
     optimization_level: int | None = _option(
         "0 (fast build) to 5 (fast engine) (TensorRT)",
         _number(int, lambda n: n in range(6), "from 0 to 5"),
@@ -351,7 +363,7 @@ class Recipe:
     hardware_compatible: bool = _option("the engine also runs on later GPUs (TensorRT)", FLAG, default=False)
     dla_core: int | None = _option(
         "run on this DLA core what runs there (TensorRT)",
-        _number(int, lambda n: n >= 0, "from 0"),
+        _number(int, lambda n: 0 <= n <= INT32_MAX, "from 0"),
         metavar="N",
     )
     refit: bool = _option("the engine's weights may be replaced later", FLAG, default=False)
@@ -399,14 +411,18 @@ class Recipe:
         named = {n: v for n, v in given.items() if n in KINDS and v is not None and v != []}
         return self._with({n: read(n, v, flag(n)) for n, v in named.items()}, Path())
 
-    def require(self, *names: str) -> Required:
+    def require(self, *names: str, **beside: str | None) -> Required:
         """The options that a job cannot do without.
+
+        Args:
+            beside: arguments of the command that are no options of recipes, but needed as well.
 
         Raises:
             InputError: some are missing; the message names all of them.
         """
         values = {name: getattr(self, name) for name in names}
-        missing = [flag(n) if n != "model" else "MODEL" for n, value in values.items() if value is None]
+        needed = values | beside
+        missing = [flag(n) if n != "model" else "MODEL" for n, value in needed.items() if value is None]
         if missing:
             *others, last = missing
             which = f"{', '.join(others)} and {last} are" if others else f"{last} is"

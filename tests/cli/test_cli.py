@@ -214,6 +214,7 @@ def test_exit_4_for_an_engine_without_a_gpu(demo: Deployed, small: Case, trtq_ru
         ((), "required: COMMAND"),
         (("deploy",), "MODEL, --data, --eval, --metric and --output are missing"),
         (("deploy", "{model}"), "--data, --eval, --metric and --output are missing"),
+        (("migrate",), "MODEL, --output and --table are missing"),
         (("deploy", "nowhere.onnx", "{all}"), "the model does not exist"),
         (("deploy", "{folder}", "{all}"), "the model is a folder"),
         (("deploy", "{data}", "{all}"), "not an ONNX model"),
@@ -244,7 +245,7 @@ def test_exit_4_for_an_engine_without_a_gpu(demo: Deployed, small: Case, trtq_ru
         (("quantize", "{model}", "-o", "{folder}/q.onnx"), "nothing gives the scales"),
         (("cache", "prune", "--days", "nan"), "--days is nan"),
         (("report", "{folder}"), "the folder holds no results"),
-        (("inspect", "{folder}"), "the file does not exist"),
+        (("inspect", "{folder}"), "it is a folder"),
     ],
 )
 def test_exit_2_for_bad_input(

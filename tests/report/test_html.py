@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jobs import Deployed
@@ -156,7 +158,8 @@ def test_hostile_text_is_text_wherever_it_comes_from(demo: Deployed, tmp_path: P
     in_the_way = {"what": text(), "obstacles": [obstacle], "options": text(), "advice": text()}
     change(folder / "verdict.json", metric=text(), notes=[text()], warnings=[text()], in_the_way=in_the_way)
     (step, *_) = json.loads((folder / "workflow.json").read_text())
-    gated = {"step": text(), "note": text(), "checks": [{"message": text(), "ok": False}]}
+    check = {"name": "SQNR", "outcome": "fail", "message": text(), "ok": False}
+    gated = {"step": text(), "note": text(), "checks": [check]}
     fruitless = {"step": text(), "note": text(), "outcome": None, "kept": False}
     (folder / "workflow.json").write_text(json.dumps([step | gated, step | fruitless]))
     change(
@@ -203,3 +206,55 @@ def test_a_damaged_file_is_named(name: str, demo: Deployed, tmp_path: Path) -> N
     with pytest.raises(InputError) as raised:
         write_report(tmp_path)
     assert Path(raised.value.file or "").name == name
+
+
+def put(value: Any, path: Sequence[str | int], new: object) -> None:
+    """Set what is at a path in JSON values."""
+    *inside, last = path
+    for key in inside:
+        value = value[key]
+    value[last] = new
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "new", "word"),
+    [
+        ("workflow.json", [0], "text", "[0]"),
+        ("workflow.json", [0, "kept"], "yes", "kept"),
+        ("workflow.json", [0, "colour"], "red", "colour"),
+        ("workflow.json", [0, "outcome"], "maybe", "outcome"),
+        ("workflow.json", [0, "relative_drop"], "1%", "relative_drop"),
+        ("workflow.json", [0, "int8_share"], [1], "int8_share"),
+        ("workflow.json", [0, "checks"], None, "checks"),
+        ("workflow.json", [0, "checks"], [{"ok": True}], "name"),
+        ("workflow.json", [0, "sqnr_db", "logits"], None, "sqnr_db"),
+        ("calibration.cache.json", ["sqnr_db"], "text", "sqnr_db"),
+        ("calibration.cache.json", ["sqnr_db"], {"max": "30"}, "sqnr_db"),
+        ("calibration.cache.json", ["held_back"], None, "held_back"),
+        ("calibration.cache.json", ["exceptions"], ["conv"], "exceptions"),
+        ("calibration.cache.json", ["sqnr_db_with_exceptions"], None, "sqnr_db_with_exceptions"),
+        ("calibration.cache.json", ["learned"], {"sqnr_db": [1.0], "steps": 3}, "learned.sqnr_db"),
+        ("verdict.json", ["outcome"], None, "outcome"),
+        ("verdict.json", ["checks"], "all", "checks"),
+        ("verdict.json", ["checks"], [1], "checks[0]"),
+        ("verdict.json", ["in_the_way"], 3, "in_the_way"),
+        ("verdict.json", ["in_the_way"], {"obstacles": 3}, "in_the_way"),
+        ("verdict.json", ["reference"], float("nan"), "NaN"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(
+    name: str, path: Sequence[str | int], new: object, word: str, demo: Deployed, tmp_path: Path
+) -> None:
+    """Methods are compared, and a tensor takes one of its own, as with --method auto."""
+    change(
+        copied(demo, tmp_path) / "calibration.cache.json",
+        sqnr_db={"max": 30.0}, held_back=64, exceptions={"conv": "max"}, sqnr_db_with_exceptions=30.5,
+    )  # fmt: skip
+    write_report(tmp_path)
+    value = json.loads((tmp_path / name).read_text())
+    put(value, path, new)
+    (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(InputError) as raised:
+        write_report(tmp_path)
+    assert raised.value.file == str(tmp_path / name)
+    assert word in str(raised.value.cause)

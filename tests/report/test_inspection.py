@@ -137,3 +137,15 @@ def test_what_is_none_of_these_is_refused(name: str, tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         inspect(tmp_path / "nowhere")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        inspect(tmp_path)
+
+
+def test_arrays_that_are_no_statistics(tmp_path: Path) -> None:
+    np.savez(tmp_path / "calib.npz", image=np.zeros(3, np.float32))
+    with pytest.raises(InputError) as raised:
+        inspect(tmp_path / "calib.npz")
+    assert raised.value.cause == "not statistics of trtq: they name no format"

@@ -222,12 +222,14 @@ class Statistics:
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as npz:
                 arrays = dict(npz)
-            known = str(arrays["format"]) == FORMAT
-            statistics = cls._from_arrays(arrays) if known else None
+            found = str(arrays["format"]) if "format" in arrays else None
+            statistics = cls._from_arrays(arrays) if found == FORMAT else None
         except Exception as error:  # zipfile, zlib and numpy each raise their own
             raise ValueError(f"not statistics of trtq: {error!r}") from error
+        if found is None:
+            raise ValueError("not statistics of trtq: they name no format")
         if statistics is None:
-            raise ValueError(f"the format is {arrays['format']}, not {FORMAT}: collect them again")
+            raise ValueError(f"the format is {found}, not {FORMAT}: collect them again")
         return statistics
 
     @classmethod

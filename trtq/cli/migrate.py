@@ -12,8 +12,10 @@ from trtq.recipe import BUILD_OPTIONS
 def _migrate(given: argparse.Namespace) -> int:
     from trtq.migration.migrate import migrate
 
+    recipe = recipe_of(given)
+    recipe.require("model", "output", table=given.table)
     result = migrate(
-        recipe_of(given),
+        recipe,
         given.table,
         encoding=given.encoding,
         strict=given.strict,
@@ -37,7 +39,7 @@ MIGRATE = Command(
         *BUILD_OPTIONS,
     ),
     (
-        argument("--table", metavar="TABLE", required=True, help="calibration table of that model"),
+        argument("--table", metavar="TABLE", help="calibration table of that model"),
         *TABLE_FORMAT,
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,16 +208,15 @@ class Verdict:
             InputError: the value is not a verdict, or its outcome is not that of its gate and checks.
         """
         try:
-            fields = {"gate": value["outcome"], **value}
-            outcome = decode(fields.pop("outcome"), Outcome)
-            fields["checks"] = [_without(item, "ok") for item in value.get("checks", ())]
-            if found := value.get("in_the_way"):
-                obstacles = [_without(item, "rank") for item in found["obstacles"]]
-                fields["in_the_way"] = {**found, "obstacles": obstacles}
+            outcome = decode(value, _Answer, closed=False).outcome
+            fields = {"gate": value["outcome"], **_without(value, "outcome")}
+            fields["checks"] = _each_without(value.get("checks", []), "ok")
+            found = value.get("in_the_way")
+            if isinstance(found, Mapping) and "obstacles" in found:
+                fields["in_the_way"] = {**found, "obstacles": _each_without(found["obstacles"], "rank")}
             verdict = decode(fields, cls)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            cause = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            raise InputError("this is not a verdict", cause=cause) from error
+        except ValueError as error:
+            raise InputError("this is not a verdict", cause=error) from error
         if verdict.outcome is not outcome:
             raise InputError(
                 "the verdict contradicts itself",
@@ -467,9 +466,23 @@ def _without_fail(outcome: Outcome) -> Outcome:
     return Outcome.INCONCLUSIVE if outcome is Outcome.FAIL else outcome
 
 
-def _without(value: dict[str, Any], key: str) -> dict[str, Any]:
-    """A JSON object without what `to_json` adds to the fields."""
+@dataclass(frozen=True)
+class _Answer:
+    """What `to_json` says beside the fields of a verdict."""
+
+    outcome: Outcome
+
+
+def _without(value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A JSON object without what `to_json` says beside the fields."""
     return {name: item for name, item in value.items() if name != key}
+
+
+def _each_without(value: Any, key: str) -> Any:
+    """The objects in a JSON list without a key; what is something else stays, for `decode` to refuse."""
+    if not isinstance(value, list):
+        return value
+    return [_without(item, key) if isinstance(item, Mapping) else item for item in value]
 
 
 def _similarity_text(item: Similarity | Part) -> str:

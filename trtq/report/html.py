@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import jinja2
 from trtq.backends.builders import describe_engine
 from trtq.backends.compiled import Compiled
 from trtq.backends.coverage import Coverage, coverage
-from trtq.calibration.table import Table
+from trtq.calibration.table import Table, metadata_path
 from trtq.errors import InputError, about
-from trtq.files import PathLike, read_json, write_text
+from trtq.files import PathLike, decode, read_json, read_own_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Float32Node, Plan, percent
 from trtq.numerics import INT8_MAX
@@ -90,6 +90,35 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class RecordedCheck:
+    """A check in `workflow.json`."""
+
+    name: str
+    outcome: Outcome
+    ok: bool
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A step in `workflow.json`; everything measured is None where there was nothing to gate."""
+
+    step: str
+    outcome: Outcome | None
+    relative_drop: float | None
+    sqnr_db: dict[str, float]
+    int8_share: float | None
+    kept: bool
+    checks: tuple[RecordedCheck, ...]
+    gate: Outcome | None = None
+    metric: float | None = None
+    int8_nodes: int | None = None
+    note: str = ""
+    seconds: float = 0.0
+    in_the_way: Any = None
+
+
+@dataclass(frozen=True)
 class Step:
     """A step of the workflow: its figures, or why it gave nothing to measure.
 
@@ -108,21 +137,42 @@ class Step:
     note: str
 
     @classmethod
-    def of(cls, step: Mapping[str, Any]) -> Step:
+    def of(cls, step: RecordedStep) -> Step:
         """A step of `workflow.json`."""
-        name, note = step["step"], step.get("note", "")
-        if step["outcome"] is None:
-            return cls(name, False, None, "", "", "", "", note)
+        if step.outcome is None:
+            return cls(step.step, False, None, "", "", "", "", step.note)
         return cls(
-            name,
-            kept=step["kept"],
-            outcome=step["outcome"],
-            missed="; ".join(check["message"] for check in step["checks"] if not check["ok"]),
-            drop="not finite" if step["relative_drop"] is None else f"{step['relative_drop']:.2%}",
-            noise=", ".join(f"{value:.1f}" for value in step["sqnr_db"].values()),
-            share=percent(step["int8_share"]),
-            note=note,
+            step.step,
+            kept=step.kept,
+            outcome=step.outcome.value,
+            missed="; ".join(check.message for check in step.checks if not check.ok),
+            drop="not finite" if step.relative_drop is None else f"{step.relative_drop:.2%}",
+            noise=", ".join(f"{value:.1f}" for value in step.sqnr_db.values()),
+            share="" if step.int8_share is None else percent(step.int8_share),
+            note=step.note,
         )
+
+
+@dataclass(frozen=True)
+class RecordedLearning:
+    """What the metadata of a table say of learning: dB before and after."""
+
+    sqnr_db: tuple[float, float]
+    steps: int
+
+
+@dataclass(frozen=True)
+class RecordedChoice:
+    """What the metadata of a table say of the choice among methods and fixes, in dB."""
+
+    held_back: int
+    sqnr_db: dict[str, float]
+    fixes: str | None = None
+    fixes_sqnr_db: dict[str, float] = field(default_factory=dict)
+    learned: RecordedLearning | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    exceptions: dict[str, str] = field(default_factory=dict)
+    sqnr_db_with_exceptions: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,23 +198,29 @@ class Choice:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Choice | None:
-        """What the metadata of a table say; None where methods were not compared."""
+        """What the metadata of a table say; None where methods were not compared.
+
+        Raises:
+            ValueError: one of them is not what it should be; the message names it.
+        """
         if not metadata.get("sqnr_db"):
             return None
+        found = decode(metadata, RecordedChoice, closed=False)
+        if found.exceptions and found.sqnr_db_with_exceptions is None:
+            raise ValueError("the key 'sqnr_db_with_exceptions' is missing")
         learned = None
-        if "learned" in metadata:
-            before, after = metadata["learned"]["sqnr_db"]
-            steps = metadata["learned"]["steps"]
-            learned = f"Learned in {steps} steps: {before:.2f} dB before, {after:.2f} dB after."
+        if found.learned is not None:
+            before, after = found.learned.sqnr_db
+            learned = f"Learned in {found.learned.steps} steps: {before:.2f} dB before, {after:.2f} dB after."
         return cls(
-            held_back=metadata["held_back"],
-            methods=_best_first(metadata["sqnr_db"]),
-            fixes=metadata.get("fixes"),
-            fixes_tried=_best_first(metadata["fixes_sqnr_db"]) if "fixes" in metadata else (),
+            held_back=found.held_back,
+            methods=_best_first(found.sqnr_db),
+            fixes=found.fixes,
+            fixes_tried=_best_first(found.fixes_sqnr_db),
             learned=learned,
-            left_out=metadata.get("left_out", {}),
-            exceptions=metadata.get("exceptions", {}),
-            with_exceptions=metadata.get("sqnr_db_with_exceptions"),
+            left_out=found.left_out,
+            exceptions=found.exceptions,
+            with_exceptions=found.sqnr_db_with_exceptions,
         )
 
     def bar(self, value: float) -> str:
@@ -180,6 +236,20 @@ class Calibration:
     method: str
     rows: str
     choice: Choice | None
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any], table: Path) -> Calibration:
+        """What the metadata beside a table say.
+
+        Raises:
+            InputError: they are not what they should be.
+        """
+        try:
+            choice = Choice.of(metadata)
+        except ValueError as error:
+            file = metadata_path(table)
+            raise InputError("not a calibration table's metadata of trtq", file=file, cause=error) from error
+        return cls(str(metadata.get("method", "unknown")), str(metadata.get("rows", "?")), choice)
 
 
 @dataclass(frozen=True)
@@ -261,9 +331,7 @@ class Report:
             measured=replace(verdict, in_the_way=None).details(),
             interval=Interval.of(verdict),
             steps=_steps(folder / "workflow.json"),
-            calibration=Calibration(
-                str(metadata.get("method", "unknown")), str(metadata.get("rows", "?")), Choice.of(metadata)
-            ),
+            calibration=Calibration.of(metadata, folder / "calibration.cache"),
             engine=_engine_lines(engine, compiled, covered),
             nodes=_nodes(plan, covered),
             float32=plan.float32,
@@ -278,8 +346,8 @@ def _steps(path: Path) -> list[Step] | None:
     """Every step that the workflow took, where `deploy` left a record of them."""
     if not path.is_file():
         return None
-    with about(path):
-        return [Step.of(step) for step in read_json(path, "record of the steps")]
+    recorded = read_own_json(path, "record of the steps", lambda value: decode(value, list[RecordedStep]))
+    return [Step.of(step) for step in recorded]
 
 
 def _engine_lines(engine: Mapping[str, Any], compiled: Compiled, covered: Coverage) -> list[str]:

@@ -51,6 +51,8 @@ def inspect(path: PathLike) -> Inspection:
         InputError: missing, or none of these.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError("it is a folder", file=path, remedy="give one of its files")
     if not path.is_file():
         raise InputError("the file does not exist", file=path, remedy="check the path")
     if path.suffix == ".onnx":
