@@ -11,6 +11,7 @@ import pytest
 from small_graphs import Case, outputs, range_of, relative_error, small_case
 
 from trtq.data.load import load_samples
+from trtq.data.preprocess import Preprocess
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.place import place
@@ -122,7 +123,7 @@ def test_an_outlier_channel_is_moved_into_the_weights(tmp_path: Path) -> None:
 def test_resnet_keeps_its_function(zoo: Path) -> None:
     model = load_model(zoo / "models" / "resnet20_cifar10.onnx")
     fold(model.graph)
-    steps = {"input": {"from": "images", "scale": "1/255", "layout": "NCHW"}}
+    steps = {"input": Preprocess.parse("input", {"from": "images", "scale": "1/255", "layout": "NCHW"})}
     samples = load_samples(str(zoo / "cifar10" / "calib.npz"), model.inputs, steps).subset(range(8))
     changed = smooth(model.graph, place(model), samples)
     assert changed is not None
