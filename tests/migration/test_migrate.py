@@ -232,6 +232,7 @@ def test_without_data_there_is_an_engine_and_no_verdict(
     assert (result.verdict, result.against_table, result.agreement) == (None, None, {})
     assert result.exit_code is ExitCode.PASS
     assert "not gated" in result.text()
+    assert result.headline() == "NOT GATED  give --eval and --metric for a verdict"
     assert not (result.folder / "verdict.json").exists()
 
 

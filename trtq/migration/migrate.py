@@ -76,11 +76,12 @@ class Migration:
         return overall(check.outcome for check in self.checks)
 
     def headline(self) -> str:
-        """The outcome in one line."""
+        """The outcome in one line; without a verdict nothing passes, whatever the checks say."""
         if self.verdict is not None:
             return self.verdict.headline()
         found = [check.message for check in self.checks if check.outcome is self.outcome]
-        return "  ".join([self.outcome.value.upper(), "; ".join([*found, "not gated"])])
+        label = "NOT GATED" if self.outcome is Outcome.PASS else self.outcome.value.upper()
+        return "  ".join([label, "; ".join([*found, "give --eval and --metric for a verdict"])])
 
     def text(self) -> str:
         """What came of it, for a person."""
