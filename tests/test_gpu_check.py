@@ -15,6 +15,7 @@ from trtq.backends.interface import find_gpu
 SCRIPT = Path(__file__).parents[1] / "tools" / "gpu_check.py"
 
 
+@pytest.mark.slow
 def test_the_demo_is_checked(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     output = tmp_path / "check.json"

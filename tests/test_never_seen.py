@@ -215,6 +215,7 @@ def test_where_nothing_is_left_in_int8_it_is_an_error(command: str, tmp_path: Pa
     assert "calibration saw only zeros in 'x'" in run.err
 
 
+@pytest.mark.slow
 def test_sensitivity_and_study_leave_it_out(tmp_path: Path, trtq_run: _Trtq) -> None:
     model, data = written(dead_relu(), tmp_path)
     run = trtq_run("sensitivity", model, "--data", data, "--method", "max", "-o", tmp_path / "s.json")

@@ -320,9 +320,9 @@ def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
 
 def measure_half(run: str, place: Workplace, peers_python: Path) -> dict[str, Any]:
     """`measure` of a run with its floating-point part in float16, and `float32_nodes`; or the `error`."""
+    from trtq.build import in_precision
     from trtq.data.load import load_samples
     from trtq.graph.model import load_model
-    from trtq.build import in_precision
 
     half = f"{run} fp16"
     if run == "fp32":

@@ -11,11 +11,13 @@ from trtq.backends.calibrators import CudaDevice
 from trtq.errors import MissingBackendError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["8.6.1", "10.16.1"])
 def test_calibrators(version: str, downloads: Path, tmp_path: Path) -> None:
     run_checks("check_calibrators.py", version, downloads, tmp_path)
 
 
+@pytest.mark.slow
 def test_tensorrt_11(downloads: Path, tmp_path: Path) -> None:
     run_checks("check_without_calibrators.py", "11.4.0", downloads, tmp_path)
 

@@ -127,6 +127,7 @@ def reference_divergences(x: NDArray) -> tuple[NDArray, float]:
     return divergences, width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTINUOUS + DISCRETE)
 def test_entropy_is_the_brute_force_minimum(kind: str) -> None:
     for seed, factor in enumerate((1.0, 1.37, 1.9)):  # amax anywhere between two powers of two
@@ -214,6 +215,7 @@ def reference_mse(made: Histogram) -> float:
     return best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTINUOUS + DISCRETE)
 def test_mse_is_the_minimum_of_explicit_integrals(kind: str) -> None:
     made = histogram(draw(kind, 20000))

@@ -136,6 +136,7 @@ def test_a_second_run_repeats_every_byte_and_runs_no_inference(
         assert (tmp_path / "again" / name).read_bytes() == (demo.folder / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_run_without_the_cache_repeats_every_byte(
     demo: Deployed, tmp_path: Path, trtq_run: Command
 ) -> None:
@@ -347,6 +348,7 @@ def test_other_files_of_the_output_folder_stay(small: Case, tmp_path: Path, trtq
     assert (output / "model.plan").read_bytes()[:4] == b"vtrt"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT of POSIX")
 @pytest.mark.parametrize("line", ["data", "plan", "statistics", "method"])
 def test_ctrl_c_leaves_nothing(line: str, tmp_path: Path) -> None:
@@ -366,6 +368,7 @@ def test_ctrl_c_leaves_nothing(line: str, tmp_path: Path) -> None:
     assert [path for path in tmp_path.iterdir() if path.name != "cache"] == []
 
 
+@pytest.mark.slow
 def test_two_at_once_share_cache_and_output(small: Case, tmp_path: Path, trtq_run: Command) -> None:
     code = "import sys; from trtq.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *map(str, deploy_arguments(small, tmp_path / "out", "-q"))]
@@ -625,6 +628,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_simulated_job_does_not_load_torch(small: Case) -> None:
     arguments = ("gate", small.model, small.model, "--eval", small.data, "--metric", "top1", "-q")
     check = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))"

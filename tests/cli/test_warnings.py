@@ -38,6 +38,7 @@ def parts(small: Case, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "calib.npz", tmp_path / "eval.npz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sensitivity", "study", "deploy"])
 def test_rows_that_both_data_have_are_counted(
     command: str, small: Case, parts: tuple[Path, Path], tmp_path: Path, trtq_run: Command

@@ -334,6 +334,7 @@ def test_what_a_body_reads_stays_float32() -> None:
         np.testing.assert_allclose(actual, expected, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_in_half_are_finite_and_close(family: str) -> None:
     """Few nodes stay float32, and the simulation of all others in float16 is near the float32 outputs."""

@@ -145,6 +145,7 @@ class Made:
         return tensors - old_tensors, nodes - old_nodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", range(0, 60, 12))
 def test_a_model_that_has_all_the_names_already(turn: int, tmp_path: Path) -> None:
     """Its tensors and nodes get the names that were made up for it with others; nothing else changes."""
@@ -229,7 +230,7 @@ def test_no_two_tensors_share_a_name(
 
 def test_graphsurgeon_says_nothing() -> None:
     code = """
-import trtq.graph.plan
+import trtq.graph.model
 import numpy as np, onnx_graphsurgeon as gs
 x = gs.Variable("x", np.float32, [1])
 nodes = [gs.Node("Abs", "n", {}, [x], [gs.Variable("y")]), gs.Node("Neg", "n", {}, [x], [gs.Variable("y")])]

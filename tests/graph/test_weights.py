@@ -232,6 +232,7 @@ def test_external_data_outside_the_models_folder(location: str, tmp_path: Path) 
         load_model(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "apart"])
 def test_memory(kind: str, tmp_path: Path) -> None:
     """Loading, rewriting and saving a model of 400 MB takes the memory of its INT8 weights."""

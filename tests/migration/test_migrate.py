@@ -197,6 +197,7 @@ def test_demo_from_table_to_gated_engine(recipe: Recipe, old_table: Table, tmp_p
     assert cases == {"accuracy gate top1", "against the table"}
 
 
+@pytest.mark.slow
 def test_a_bad_table_fails_the_gate(recipe: Recipe, old_table: Table, tmp_path: Path) -> None:
     scales = {name: np.float32(scale * 60) for name, scale in old_table.scales.items()}
     result = migrated(with_eval(recipe), Table(scales), tmp_path)
@@ -205,6 +206,7 @@ def test_a_bad_table_fails_the_gate(recipe: Recipe, old_table: Table, tmp_path: 
     assert (result.folder / "verdict.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_implied_model_that_scores_nothing_is_no_reference(
     recipe: Recipe, old_table: Table, tmp_path: Path
 ) -> None:
@@ -236,6 +238,7 @@ def test_without_data_there_is_an_engine_and_no_verdict(
     assert not (result.folder / "verdict.json").exists()
 
 
+@pytest.mark.slow
 def test_calibration_data_alone_show_the_agreement(recipe: Recipe, old_table: Table, tmp_path: Path) -> None:
     result = migrated(recipe.merged({"data": str(DEMO / "calib.npz")}), old_table, tmp_path)
     assert set(result.agreement) == {"migrated to fp32", "migrated to table", "table to fp32"}

@@ -48,6 +48,7 @@ PLANTED = (["first", "second", "bad", "fourth"], "bad")
 AWKWARD = (["first", "a*d", "acd", "-op:x?"], "a*d")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "bad"), [PLANTED, AWKWARD])
 @pytest.mark.parametrize("recover", [("--recover", "none"), ("--recover", "partial", "--min-int8", "100%")])
 def test_the_planted_layer_is_first_and_the_line_passes(

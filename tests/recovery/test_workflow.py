@@ -136,6 +136,7 @@ def test_nothing_follows_where_nothing_may(hard: Case, tmp_path: Path) -> None:
     assert done.exit_code is ExitCode.FAIL
 
 
+@pytest.mark.slow
 def test_partial_leaves_out_what_makes_the_noise(hard: Case, tmp_path: Path) -> None:
     plain = run(hard, tmp_path / "plain", min_sqnr=60.0, recover="none")
     wanted = sqnr_db(plain) + 10
@@ -164,6 +165,7 @@ def test_partial_does_not_go_below_the_share(hard: Case, tmp_path: Path) -> None
     assert steps[1]["note"] in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_set_that_does_not_pass_is_kept_where_it_is_better(hard: Case, tmp_path: Path) -> None:
     for output in ("out", "again"):  # the second from the cache
         done = run(hard, tmp_path / output, min_sqnr=120.0, recover="partial")
@@ -236,6 +238,7 @@ def test_labels_are_not_ignored_after_learning_without(hard: Case, tmp_path: Pat
     assert labelled.attempts[1].quantization.sha256 != without.attempts[1].quantization.sha256
 
 
+@pytest.mark.slow
 def test_a_search_is_not_made_twice(hard: Case, tmp_path: Path) -> None:
     run(hard, tmp_path / "out", min_sqnr=45.0, recover="partial")
     log = Log()

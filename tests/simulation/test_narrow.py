@@ -170,6 +170,7 @@ def test_a_model_without_narrow_types_is_left_alone() -> None:
     assert not holds_narrow(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_are_as_onnx_reference_has_them(name: str) -> None:
     model = folded(name)
@@ -179,6 +180,7 @@ def test_families_are_as_onnx_reference_has_them(name: str) -> None:
         assert distance_db(expected, found) > ACCURATE_DB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_node_is_as_onnx_reference_has_it(name: str) -> None:
     """With Q/DQ a flipped code changes all that follows: each node alone, on the reference's values."""

@@ -330,6 +330,7 @@ def test_a_model_for_one_row_is_deployed(batch: int | str, tmp_path: Path) -> No
     assert gated.code == 0, gated.err
 
 
+@pytest.mark.slow
 def test_learning_from_a_model_for_one_row(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed (extra qat)")
     from trtq.data.load import load_samples

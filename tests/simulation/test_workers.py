@@ -186,6 +186,7 @@ def test_the_real_models_bytes(zoo: Path, cache: Cache, pool: str) -> None:
     assert outputs(model.path, rows, cache, pool).to_bytes() == run_model(model.path, rows).to_bytes()
 
 
+@pytest.mark.slow
 def test_a_model_with_external_data_reaches_a_cluster(
     model: Path, samples: Samples, cache: Cache, dask: str, tmp_path: Path
 ) -> None:
@@ -237,6 +238,7 @@ def test_a_worker_that_dies_is_replaced(graph: gs.Graph, cache: Cache, pool: str
     assert result.to_bytes() == collect(graph, TENSORS, samples).to_bytes()
 
 
+@pytest.mark.slow
 def test_workers_that_always_die(graph: gs.Graph, cache: Cache, tmp_path: Path) -> None:
     samples = load_samples(script(tmp_path, "os._exit(1)"), SPECS)
     with pytest.raises(InputError) as caught:
@@ -298,6 +300,7 @@ class Interrupted(Console):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [None, "loky:2"])
 def test_an_interrupted_job_goes_on_where_it_stopped(
     where: str | None, graph: gs.Graph, samples: Samples, cache: Cache, monkeypatch: pytest.MonkeyPatch
@@ -362,6 +365,7 @@ def test_threads_are_shared_out() -> None:
     assert Pool("dask", "host:1").threads(3) == 3
 
 
+@pytest.mark.slow
 def test_no_scheduler(
     graph: gs.Graph, samples: Samples, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

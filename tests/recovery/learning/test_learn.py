@@ -130,6 +130,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(start: tuple[Case, Quantizatio
     assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_model_and_not_the_corrected_graph(start: tuple[Case, Quantization]) -> None:
     """A quantization whose biases are wrong is measured against the model."""
     case, quantization = start
