@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnx.parser
 import onnx.reference
 import onnx_graphsurgeon as gs
 import pytest
+from nets import graph_of, net, normal
 from numpy.typing import NDArray
 
 from trtq.calibration.extents import measure_extents
@@ -18,17 +18,8 @@ from trtq.graph.half_rules import Extent
 from trtq.graph.inputs import InputSpec
 
 
-def model_of(text: str, **constants: NDArray) -> onnx.ModelProto:
-    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}')
-    for name, values in constants.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(values), name))
-    for node in model.graph.node:
-        node.name = node.output[0]
-    return model
-
-
 def folded(model: onnx.ModelProto) -> gs.Graph:
-    graph = gs.import_onnx(model)
+    graph = graph_of(model)
     fold(graph)
     return graph
 
@@ -38,10 +29,6 @@ def values_of(model: onnx.ModelProto, feed: dict[str, NDArray]) -> dict[str, NDA
     names = [node.output[0] for node in model.graph.node]
     found = onnx.reference.ReferenceEvaluator(model).run(names, feed)
     return dict(zip(names, found, strict=True)) | feed
-
-
-def normal(*shape: int, seed: int = 0) -> NDArray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 TEXT = """g (float[N,16] x, bool[N,16] seen) => (float[N,16] y) {
@@ -60,7 +47,7 @@ def samples_of(**columns: np.ndarray) -> Samples:
 
 
 def test_figures_are_those_of_the_tensors() -> None:
-    model = model_of(TEXT, w=normal(16, 16) / 2, lowest=np.float32(-np.inf))
+    model = net(TEXT, w=normal(16, 16) / 2, lowest=np.float32(-np.inf))
     feed = {"x": normal(24, 16, seed=1), "seen": np.ones((24, 16), bool)}
     feed["seen"][5, 3:] = False
     feed["x"][3] = 0
@@ -80,7 +67,7 @@ def test_figures_are_those_of_the_tensors() -> None:
 
 def test_an_empty_tensor_reaches_nowhere() -> None:
     graph = folded(
-        model_of(
+        net(
             "g (float[N,4] x) => (float[N,?] y) { y = Slice(x, start, end, axes) }",
             start=np.int64([4]),
             end=np.int64([9]),
@@ -92,7 +79,7 @@ def test_an_empty_tensor_reaches_nowhere() -> None:
 
 
 def test_data_that_the_model_refuses() -> None:
-    graph = folded(model_of("g (float[N,4] x) => (float[N,4] y) { y = MatMul(x, w) }", w=normal(4, 4)))
+    graph = folded(net("g (float[N,4] x) => (float[N,4] y) { y = MatMul(x, w) }", w=normal(4, 4)))
     with pytest.raises(InputError, match="does not run"):
         measure_extents(graph, samples_of(x=normal(3, 5)))
 
