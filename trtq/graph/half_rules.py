@@ -129,6 +129,15 @@ class Scene:
         return frozenset(self.plan.int8_nodes)
 
     @cached_property
+    def ranges(self) -> Mapping[str, list[str]]:
+        """Node -> the tensors with a scale whose ranges its quantizers have."""
+        found: dict[str, list[str]] = {}
+        for edge in self.plan.edges:
+            if edge.range in self.scales:
+                found.setdefault(edge.node, []).append(edge.range)
+        return found
+
+    @cached_property
     def between_integers(self) -> frozenset[str]:
         """Names of nodes that compute an index or a shape in floating point: they lie between a Cast from
         integers and a Cast to integers, with nothing but `_INDEX_OPS` around."""
@@ -245,13 +254,12 @@ def _of_values(tensor: gs.Tensor, scene: Scene) -> str | None:
 
 
 def _scale(node: gs.Node, scene: Scene) -> str | None:
-    for edge in scene.plan.edges:
-        if edge.node == node.name and edge.range in scene.scales:
-            scale = float(scene.scales[edge.range])
-            with np.errstate(over="ignore"):
-                half = float(np.float16(scale))
-            if not abs(half / scale - 1) <= 2**-7:
-                return f"the scale of its quantizer, {scale:.3g}, does not fit float16"
+    for tensor in scene.ranges.get(node.name, ()):
+        scale = float(scene.scales[tensor])
+        with np.errstate(over="ignore"):
+            half = float(np.float16(scale))
+        if not abs(half / scale - 1) <= 2**-7:
+            return f"the scale of its quantizer, {scale:.3g}, does not fit float16"
     return None
 
 
