@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trtq.backends.compiled import Compiled, CompiledLayer, int8_nodes, onnx_layers, parse_inspection
+from trtq.backends.compiled import UNKNOWN, Compiled, CompiledLayer, int8_nodes, onnx_layers, parse_inspection
+
+REAL = Path(__file__).parent / "data" / "engine_explorer"
 
 INT8_TEN = "Thirty-two wide channel vectorized row major Int8 format"
 
@@ -89,12 +93,72 @@ def test_tensorrt_11_names_datatype_and_format_apart() -> None:
 def test_what_cannot_be_read_is_said() -> None:
     strange = [
         "a name only",  # of an engine that was not built DETAILED
-        layer("z", "Shuffle", [tensor("x", [1], "N/A due to dynamic shapes")], []),
+        layer("z", "Shuffle", [tensor("x", [1], "a word of the future")], []),
         {"Name": "no type"},
     ]
     compiled = parse_inspection(json.dumps({"Layers": [*strange, ENGINE["Layers"][1]]}))
     assert len(compiled.layers) == 1
     assert [json.loads(text) for text in compiled.unread] == strange
+
+
+@pytest.mark.parametrize(
+    ("engine", "layers", "convolutions", "int8"),
+    [("fp16", 36, 21, 0), ("qat", 37, 21, 21), ("qat-residual-qgap", 24, 21, 21)],
+)
+def test_engines_of_a_real_gpu(engine: str, layers: int, convolutions: int, int8: int) -> None:
+    """ResNet-18 has 20 convolutions and a fully connected layer."""
+    text = (REAL / f"resnet-a100-{engine}.json").read_text()
+    compiled = parse_inspection(text, batch=32)
+    assert (len(compiled.layers), compiled.unread) == (layers, ())
+    assert sum(layer.computes for layer in compiled.layers) == convolutions
+    assert sum(layer.int8 for layer in compiled.layers) == int8
+    for raw, found in zip(json.loads(text)["Layers"], compiled.layers, strict=True):
+        if tactic := raw.get("TacticName"):  # which names the types of its operands: another witness
+            assert found.int8 == (re.search("_i8(i8|f16|f32)_|int8", tactic) is not None), tactic
+        if raw.get("Origin"):
+            assert found.converts
+
+
+def test_bytes_of_a_real_engine_by_hand() -> None:
+    compiled = parse_inspection((REAL / "resnet-a100-qat-residual-qgap.json").read_text(), batch=32)
+    quantize, stem = compiled.layers[:2]
+    image, pooled = 32 * 3 * 224 * 224, 32 * 64 * 56 * 56
+    assert quantize.bytes_moved(32) == 4 * image + image
+    assert stem.bytes_moved(32) == image + 64 * 3 * 7 * 7 + 4 * 64 + pooled  # convolution and pooling in one
+
+
+@pytest.mark.parametrize(
+    ("phrase", "datatype"),
+    [
+        ("Row major linear BOOL", "Bool"),
+        ("Row major Int8 format", "Int8"),
+        ("Row major linear INT32", "Int32"),
+        ("Row major linear Int64", "Int64"),
+        ("Channel major BF16 format where channel % 8 == 0", "BFloat16"),
+        ("Channel major FP32 format with 3 spatial dimensions", "Float"),
+        ("N/A due to dynamic shapes", UNKNOWN),
+        ("Unknown format", UNKNOWN),
+    ],
+)
+def test_phrases(phrase: str, datatype: str) -> None:
+    read = parse_inspection(json.dumps({"Layers": [layer("z", "Shuffle", [], [tensor("x", [3], phrase)])]}))
+    assert not read.unread
+    (written,) = read.layers[0].outputs
+    assert written.datatype == datatype
+
+
+@pytest.mark.parametrize(("kind", "int8"), [("Int8", True), ("Half", False)])
+def test_dynamic_shapes_leave_the_weights_to_tell(kind: str, int8: bool) -> None:
+    x, y = (tensor(name, [-1, 8], "N/A due to dynamic shapes") for name in "xy")
+    weighted = layer(
+        "fc", "CaskGemmConvolution", [x], [y], Weights={"Type": kind, "Count": 64},
+        Metadata="[ONNX Layer: fc]",
+    )  # fmt: skip
+    product = layer("scores", "MatrixMultiply", [x, x], [y], Metadata="[ONNX Layer: scores]")
+    compiled = parse_inspection(json.dumps({"Layers": [weighted, product]}), batch=4)
+    assert not compiled.unread
+    assert int8_nodes(compiled.layers, ["fc", "scores"]) == ({"fc"} if int8 else set())
+    assert compiled.layers[1].bytes_moved(4) == 3 * 4 * (4 * 8)  # at most: as if of 32 bits
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"Layers": 3}'])

@@ -47,11 +47,17 @@ _BITS = {
     "FP4": 4,
 }
 
+UNKNOWN = "Unknown"
+"""The datatype that the engine inspector does not tell: of tensors with dynamic shapes, and some formats."""
+
 _INSPECTED = {
-    **{name: name for name in _BITS},
-    **{"FP32": "Float", "FP16": "Half", "BF16": "BFloat16", "INT8": "Int8"},
+    **{name.lower(): name for name in _BITS},
+    **{"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"},
 }
-"""Datatypes in the engine inspector's words, of all versions -> ours."""
+"""Datatypes in the engine inspector's words, of all versions and in lower case -> ours."""
+
+_UNTOLD = ("N/A", "Unknown")
+"""How the phrases begin that stand where the engine inspector tells neither format nor datatype."""
 
 _REGION_KINDS = ("correlation", "gemm", "deconv", "runtime_fusion")
 _CONVERSION = re.compile("(MulMinMaxRounCast|CastMul|Cast|Move|Resh|Tran|Repl|Conc)+")
@@ -68,7 +74,7 @@ class CompiledTensor:
         name: TensorRT's name for it; network inputs and outputs keep their ONNX names.
         dims: its dimensions, -1 where dynamic. An axis that TensorRT made by merging the dynamic one
             with others (batch x heads) shows as -1 too.
-        datatype: TensorRT's word: Float, Half, BFloat16, Int8, Int32, Int64, Bool, ...
+        datatype: TensorRT's word: Float, Half, BFloat16, Int8, Int32, Int64, Bool, ...; or `UNKNOWN`.
         format: memory layout in TensorRT's words, such as "(NHWC) Channel major format".
     """
 
@@ -86,8 +92,8 @@ class CompiledTensor:
         return math.prod(dynamic if d < 0 else d for d in self.dims)
 
     def bytes_of(self, elements: int) -> int:
-        """Size in bytes of some of its elements."""
-        return math.ceil(elements * _BITS[self.datatype] / 8)
+        """Size in bytes of some of its elements; of an unknown datatype at most, as if of 32 bits."""
+        return math.ceil(elements * _BITS.get(self.datatype, 32) / 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +156,15 @@ class CompiledLayer:
           attention only when the softmax is quantized as well, so this stands for both matmuls.
         - `deconv`, `runtime_fusion`: never. A fusion may read Int8 on both sides, but it casts to
           floating point before it multiplies (`CastMulFc`).
-        - layers of TensorRT proper: both operands are Int8, as above.
+        - layers of TensorRT proper: both operands are Int8, as above. Where the types of the inputs are
+          not told, Int8 weights say so: weights of a floating-point kernel are dequantized when it is built.
         """
-        int8 = sum(t.datatype == "Int8" for t in self.inputs + self.constants)
+        operands = [tensor.datatype for tensor in self.inputs + self.constants]
         if not self.computes or self.kind in ("deconv", "runtime_fusion"):
             return False
-        return int8 >= (3 if self.kind == "kgen" else 2)
+        if UNKNOWN in operands:
+            return any(constant.datatype == "Int8" for constant in self.constants)
+        return operands.count("Int8") >= (3 if self.kind == "kgen" else 2)
 
     @property
     def converts(self) -> bool:
@@ -257,8 +266,9 @@ def parse_layers(message: str, batch: int = 1) -> Compiled:
 def parse_inspection(text: str, batch: int = 1) -> Compiled:
     """Read the engine inspector's JSON (`LayerInformationFormat.JSON`) of an engine built DETAILED.
 
-    Up to TensorRT 10 a tensor has `Format/Datatype`, a phrase that names both; from 11 on it has `Datatype`
-    and `Format`. Weights and biases become the layer's constants, with their count as dimensions.
+    Up to TensorRT 10 a tensor has `Format/Datatype`, a phrase that names both ("Row major linear FP32"), or
+    says that they depend on the shapes ("N/A due to dynamic shapes"); from 11 on it has `Datatype` and
+    `Format`. Weights and biases become the layer's constants, with their count as dimensions.
 
     Args:
         batch: recorded in the result.
@@ -286,8 +296,8 @@ def _inspected_layer(layer: Any) -> CompiledLayer | None:
     """A layer of the engine inspector, or None if it is not as expected."""
     try:
         constants = [
-            CompiledTensor(key.lower(), (int(layer[key]["Count"]),), _INSPECTED[layer[key]["Type"]], "")
-            for key in ("Weights", "Bias")
+            CompiledTensor(key.lower(), (int(layer[key]["Count"]),), _datatype(layer[key]["Type"]), "")
+            for key in ("Weights", "Bias", "ConvWeights", "ConvBias")
             if layer.get(key, {}).get("Count")
         ]
         return CompiledLayer(
@@ -304,11 +314,22 @@ def _inspected_layer(layer: Any) -> CompiledLayer | None:
 
 def _inspected_tensor(tensor: dict[str, Any]) -> CompiledTensor:
     phrase = tensor.get("Format/Datatype") or tensor.get("Datatype") or tensor["DataType"]
-    known = [_INSPECTED[word] for word in re.findall(r"\w+", phrase) if word in _INSPECTED]
+    dims = tuple(int(d) for d in tensor["Dimensions"])
+    return CompiledTensor(tensor["Name"], dims, _datatype(phrase), tensor.get("Format", phrase))
+
+
+def _datatype(phrase: str) -> str:
+    """The datatype that a phrase of the engine inspector names, or `UNKNOWN` where it says that it cannot.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if phrase.startswith(_UNTOLD):
+        return UNKNOWN
+    known = [_INSPECTED[word] for word in re.findall(r"\w+", phrase.lower()) if word in _INSPECTED]
     if not known:
         raise ValueError(f"no datatype in {phrase!r}")
-    dims = tuple(int(d) for d in tensor["Dimensions"])
-    return CompiledTensor(tensor["Name"], dims, known[0], tensor.get("Format", phrase))
+    return known[0]
 
 
 class _Reader:
