@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from jobs import Case
+from small_nets import Net
 
 from trtq import Recipe, deploy
 from trtq.backends.interface import Range, parse_profile
@@ -109,3 +111,16 @@ def test_the_profile_is_the_recipes_or_the_datas(small: Case, tmp_path: Path) ->
     assert profile_for(model, recipe, None) == {"x": Range((1, 3, 8, 8), (2, 3, 8, 8), (8, 3, 8, 8))}
     own = dataclasses.replace(recipe, profile=parse_profile(["x:5x3x8x8"]))
     assert profile_for(model, own, None) == {"x": Range(*[(5, 3, 8, 8)] * 3)}
+    unknown = dataclasses.replace(own, profile=(*own.profile, ("x", Range(*[(5, 3, 9, 9)] * 3))))
+    with pytest.raises(InputError, match="shape 5x3x9x9 does not fit input 'x'"):
+        profile_for(model, unknown, None)
+
+
+def test_the_engine_takes_the_evaluations_rows(tmp_path: Path) -> None:
+    net = Net()
+    onnx.save(net.model(net.op("MatMul", net.input("N", "L", 16), net.weight(16, 8))), tmp_path / "m.onnx")
+    np.savez(tmp_path / "data.npz", x=np.ones((20, 4, 16), np.float32))
+    job = Job.open(Recipe(model=str(tmp_path / "m.onnx"), data=str(tmp_path / "data.npz")), SILENT)
+    assert job.profile == {"x": Range((1, 4, 16), (8, 4, 16), (32, 4, 16))}
+    longer = dataclasses.replace(job, evaluated={"x": [(9, 16), (3, 16), (9, 16)]})
+    assert longer.profile == {"x": Range((1, 3, 16), (8, 4, 16), (32, 9, 16))}

@@ -59,7 +59,7 @@ drawn: dict[str, st.SearchStrategy] = {
     "weights": st.sampled_from(["int8", "qdq"]),
     "rest": st.sampled_from(["fp32", "fp16"]),
     "target": texts,
-    "profile": st.dictionaries(text, ranges, max_size=2),
+    "profile": st.lists(st.tuples(text, ranges), max_size=3),
     "batch": maybe(st.integers(1, 64)),
     "threads": maybe(st.integers(1, 64)),
     "cache": maybe(path),
@@ -304,7 +304,7 @@ def test_text_without_a_value_is_refused_with_the_option(name: str, texts: list[
         'max_drop = "1%"', 'max_drop = "0.5%"', 'max_drop = "12.345%"', 'min_int8 = "90%"', 'budget = "90s"',
         'budget = "10m"', 'budget = "1h"', 'recover = "fix,learn"', 'recover = "none"', 'method = "auto"',
         'method = "percentile:99.99"', 'parallel = "dask://host:8786"', 'parallel = "loky:4"',
-        'profile = [\n    "x:1x3,4x3,8x3",\n    "y:5",\n]',
+        'profile = [\n    "x:1x3,4x3,8x3",\n    "y:5",\n]', 'profile = [\n    "x:1x3",\n    "x:1x9",\n]',
     ],
 )  # fmt: skip
 def test_values_are_written_as_people_write_them(line: str, file: Path) -> None:

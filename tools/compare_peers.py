@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -362,11 +362,11 @@ def simulate(model: Path, data: Path) -> Arrays:
     return run_model(model, samples, batch_size=CPU_BATCH).arrays
 
 
-def describe_engine(model: Path, rows: Mapping[str, set[tuple[int, ...]]], plan: Path) -> dict[str, Any]:
+def describe_engine(model: Path, rows: Mapping[str, Sequence[tuple[int, ...]]], plan: Path) -> dict[str, Any]:
     """The engine TensorRT-RTX builds at a fixed batch: kernels, bytes, int8 MACs; or the `error`.
 
     Args:
-        rows: input name -> the one shape of its rows.
+        rows: input name -> the shape of each of its rows, all equal.
     """
     from trtq.backends import tensorrt_rtx
     from trtq.backends.compiled import int8_nodes
@@ -376,7 +376,7 @@ def describe_engine(model: Path, rows: Mapping[str, set[tuple[int, ...]]], plan:
     from trtq.graph.shapes import concrete_shapes
 
     graph = load_model(model).graph
-    shapes = {name: (ENGINE_BATCH, *shape) for name, (shape,) in rows.items()}
+    shapes = {name: (ENGINE_BATCH, *of_rows[0]) for name, of_rows in rows.items()}
     named = plan.with_suffix(".named.onnx")  # the engine's kernels are matched to nodes by name
     save_model(graph, named)
     profile = {name: Range(shape, shape, shape) for name, shape in shapes.items()}

@@ -83,6 +83,7 @@ def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
             source,
             required.output,
             profile=profile,
+            further=recipe.profiles[1:],
             targets=recipe.target,
             options=recipe.build_options(),
         )
@@ -136,6 +137,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             folded,
             output,
             profile=profile,
+            further=recipe.profiles[1:],
             targets=recipe.target,
             options=recipe.build_options(),
             implicit=tensorrt.Implicit(make, floating_point),
@@ -183,6 +185,8 @@ def build_three(
         InputError, MissingBackendError: as `quantize` and the builder.
     """
     folder = Path(recipe.require("model", "output").output)
+    if len(recipe.profiles) > 1:
+        raise InputError("engines are compared at one optimization profile", remedy="give one --profile each")
     model = prepare(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)

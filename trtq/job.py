@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from trtq.backends.interface import OPT_BATCH, Profile, check_profile, profiles_from
+from trtq.backends.interface import OPT_BATCH, Profile, Shape, check_profile, profiles_from
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
@@ -35,6 +35,7 @@ class Job:
     Attributes:
         model: folded, not quantized.
         data: the calibration rows; the evaluation data are no part of a job, so nothing is fitted on them.
+        evaluated: input name -> shapes of the evaluation's rows, which the engine must take as well.
     """
 
     recipe: Recipe
@@ -42,6 +43,7 @@ class Job:
     data: Samples
     cache: Cache
     console: Console
+    evaluated: Mapping[str, Sequence[Shape]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, recipe: Recipe, console: Console) -> Job:
@@ -90,7 +92,7 @@ class Job:
     @cached_property
     def profile(self) -> Profile:
         """The optimization profile of the engine."""
-        return profile_for(self.model, self.recipe, self.data)
+        return profile_for(self.model, self.recipe, self.data, self.evaluated)
 
     def place(self) -> Plan:
         """The plan that the recipe names, or what the placement rules say (see `planned`)."""
@@ -204,15 +206,29 @@ def open_cache(recipe: Recipe, console: Console) -> Cache:
     return Cache.at(recipe.cache, console.warn)
 
 
-def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
-    """The recipe's optimization profile, or one from the model's dynamic axes and the data's shapes."""
+def profile_for(
+    model: Model,
+    recipe: Recipe,
+    data: Samples | None,
+    evaluated: Mapping[str, Sequence[Shape]] | None = None,
+) -> Profile:
+    """The recipe's first optimization profile, or one from the model's dynamic axes and the data's shapes.
+
+    Args:
+        evaluated: input name -> shapes of other rows that the engine must take.
+
+    Raises:
+        InputError: a profile of the recipe does not fit the model, or nothing tells an axis's size.
+    """
     dimensions = {spec.name: spec.shape for spec in model.inputs}
-    if recipe.profile:
-        check_profile(recipe.profile, dimensions, model.path)
-        return recipe.profile
+    if recipe.profiles:
+        for profile in recipe.profiles:
+            check_profile(profile, dimensions, model.path)
+        return recipe.profiles[0]
     shapes = data.row_shapes() if data is not None else {}
     only_one = recipe.batch is None and data is not None and not runs_on_several(model.graph, data)
-    return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH, only_one=only_one)
+    batch = recipe.batch or OPT_BATCH
+    return profiles_from(dimensions, shapes, batch, also=evaluated, only_one=only_one)
 
 
 def opt_shapes(model: Model, profile: Profile) -> Mapping[str, tuple[int, ...]]:

@@ -132,6 +132,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     plan = job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
+    job = dataclasses.replace(job, evaluated=evaluation.samples.row_shapes())
     job.warn_of_shared(evaluation.samples)
     console.say("plan", plan.text())
     started = time.perf_counter()

@@ -21,7 +21,14 @@ from typing import Any, Literal
 import tomli_w
 
 from trtq.backends.builders import BUILDERS
-from trtq.backends.interface import BuildOptions, Range, parse_profile, profile_text
+from trtq.backends.interface import (
+    BuildOptions,
+    Profile,
+    Range,
+    parse_profile,
+    profile_text,
+    several_profiles,
+)
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError, about
@@ -215,7 +222,7 @@ RECOVERY = Kind(
     _read_steps, f"use some of {', '.join(STEPS)}, or none", lambda steps: ",".join(steps) or "none"
 )
 TARGETS = Kind(_read_target, "write it as 8.6", many=tuple)
-PROFILE = Kind(_read_profile, "write NAME:MIN,OPT,MAX", lambda item: profile_text(*item), many=dict)
+PROFILE = Kind(_read_profile, "write NAME:MIN,OPT,MAX", lambda item: profile_text(*item), many=tuple)
 PARALLEL = Kind(
     lambda given: given if isinstance(given, Pool) else parse_parallel(_instance(str)(given)),
     "use loky, loky:4 or dask://host:8786",
@@ -330,8 +337,9 @@ class Recipe:
         _choice(*BUILDERS),
     )
     target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", TARGETS)
-    profile: Mapping[str, Range] = _option(
-        "optimization profile NAME:MIN,OPT,MAX: input:1x3x224x224,8x3x224x224,32x3x224x224 (repeatable)",
+    profile: tuple[tuple[str, Range], ...] = _option(
+        "optimization profile NAME:MIN,OPT,MAX: input:1x3x224x224,8x3x224x224,32x3x224x224 (repeatable: an"
+        " input's second is in the engine's second profile)",
         PROFILE,
     )
     batch: int | None = _option(
@@ -429,6 +437,15 @@ class Recipe:
             them = "them" if others else "it"
             raise InputError(f"{which} missing", remedy=f"give {them} on the command line or in the recipe")
         return Required(values)
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The optimization profiles that `profile` gives.
+
+        Raises:
+            InputError: as `several_profiles`.
+        """
+        return several_profiles(self.profile)
 
     def build_options(self) -> BuildOptions:
         """The options of the builder."""

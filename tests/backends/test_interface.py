@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtq.backends.interface import Range, find_gpu, parse_profile, profiles_from
+from trtq.backends.interface import Range, find_gpu, parse_profile, profiles_from, several_profiles
 from trtq.errors import InputError
 
 
@@ -29,8 +29,54 @@ def test_other_axes_follow_the_data() -> None:
     rows = [(20,), (64,), (64,), (100,)]
     assert profiles_from({"x": ("N", "L")}, {"x": rows}) == {"x": Range((1, 20), (8, 64), (32, 100))}
     assert profiles_from({"x": (4, "L")}, {"x": rows}) == {"x": Range((4, 20), (4, 64), (4, 100))}
-    tied = {"x": [(20,), (64,)]}
-    assert profiles_from({"x": ("N", "L")}, tied)["x"].opt == (8, 64)
+
+
+def test_the_most_frequent_row_is_tuned_for() -> None:
+    def opt(rows: list[tuple[int, ...]]) -> tuple[int, ...]:
+        return profiles_from({"x": ("N", *"LM"[: len(rows[0])])}, {"x": rows})["x"].opt[1:]
+
+    assert opt([(20,), (64,), (64,), (100,)]) == (64,)
+    assert opt([(20,), (20,), (64,), (100,)]) == (20,)
+    assert opt([(5,), (7,), (900,)]) == (7,)  # none is frequent: the middle one
+    assert opt([(2, 9), (2, 9), (4, 8), (4, 3), (4, 2)]) == (2, 9)  # (4, 9) was never seen
+
+
+def test_all_inputs_are_tuned_for_one_row() -> None:
+    inputs = {"ids": ("N", "L"), "pairs": ("N", "L", "K"), "flag": ("N", 1)}
+    rows = {
+        "ids": [(8,), (8,), (8,), (6,), (6,)],
+        "pairs": [(8, 1), (8, 2), (8, 3), (6, 4), (6, 4)],
+        "flag": [(1,)] * 5,
+    }
+    found = profiles_from(inputs, rows)
+    assert {name: sizes.opt for name, sizes in found.items()} == {
+        "ids": (8, 6),
+        "pairs": (8, 6, 4),
+        "flag": (8, 1),
+    }
+    assert (found["pairs"].min, found["pairs"].max) == ((1, 6, 1), (32, 8, 4))
+
+
+def test_other_rows_widen_the_profile_only() -> None:
+    rows, others = {"x": [(20,), (30,), (30,)]}, {"x": [(10,), (99,), (99,), (99,)]}
+    assert profiles_from({"x": ("N", "L")}, rows, also=others) == {"x": Range((1, 10), (8, 30), (32, 99))}
+    assert profiles_from({"x": ("N", "L")}, {}, also=others) == {"x": Range((1, 10), (8, 99), (32, 99))}
+    with pytest.raises(InputError, match="2 axes"):
+        profiles_from({"x": ("N", "L")}, rows, also={"x": [(3, 4)]})
+
+
+def test_several_profiles() -> None:
+    small, large, mask = (Range(*[shape] * 3) for shape in [(1, 8), (1, 64), (1, 1)])
+    assert several_profiles([]) == ()
+    assert several_profiles([("x", small), ("m", mask)]) == ({"x": small, "m": mask},)
+    assert several_profiles([("x", small), ("m", mask), ("x", large)]) == (
+        {"x": small, "m": mask},
+        {"x": large, "m": mask},
+    )
+    with pytest.raises(InputError, match="'x' has 2, 'm' has 3"):
+        several_profiles([("x", small), ("x", large), ("m", mask), ("m", mask), ("m", mask)])
+    with pytest.raises(InputError, match="two ranges for 'x'"):
+        parse_profile(["x:1x8", "x:1x64"])
 
 
 def test_profile_problems_are_said() -> None:

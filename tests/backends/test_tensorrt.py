@@ -17,12 +17,15 @@ from small_nets import Net
 
 from trtq.backends import tensorrt, tensorrt_rtx
 from trtq.backends.builders import builder, describe_engine, engine_package
+from trtq.backends.calibrators import DataCalibrator, TableCalibrator
 from trtq.backends.dialect import dialect_of
-from trtq.backends.interface import BuildOptions, find_gpu
-from trtq.backends.network import compile_plan, logger
+from trtq.backends.interface import BuildOptions, Range, find_gpu
+from trtq.backends.network import compile_plan, logger, optimization_profile
 from trtq.backends.record import sidecar
+from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_file
+from trtq.graph.inputs import InputSpec
 
 NO_GPU = find_gpu() is None
 
@@ -128,7 +131,7 @@ def test_a_version_11_network_builds_with_the_real_parser_and_builder(tmp_path: 
         trt,
         dialect_of(module("11.4.0")),
         tmp_path / "m.onnx",
-        {},
+        (),
         BuildOptions(),
         strongly_typed=True,
         prepare=prepare,
@@ -161,6 +164,33 @@ def test_layers_of_onnx_nodes_in_a_parsed_network(tmp_path: Path) -> None:
     assert found() == set()
     with pytest.raises(InputError, match="no layer of node 'absent'"):
         found("first/conv", "absent")
+
+
+def test_calibration_runs_at_the_shapes_of_the_batches(tmp_path: Path) -> None:
+    """Not at the profile's optimum: TensorRT reads as much of each buffer as the calibration profile says."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    profile = {"x": Range((1, 4, 16), (8, 32, 16), (32, 64, 16))}
+    rows = np.ones((5, 12, 16), np.float32)
+    samples = Samples(
+        "here.npz", (InputSpec("x", np.dtype(np.float32), ("N", "L", 16)),), {"x": rows}, {}, "0" * 64
+    )
+    fed = DataCalibrator(samples, {"x": (8, 12, 16)}, 8, None, object(), True, None)
+    given = TableCalibrator(b"TRT-101601-EntropyCalibration2\n")
+    assert tensorrt.calibration_profile(fed, profile) == {"x": Range(*[(8, 12, 16)] * 3)}
+    assert tensorrt.calibration_profile(given, profile) == {"x": Range(*[(8, 32, 16)] * 3)}
+
+    net = Net()
+    onnx.save(net.model(net.op("MatMul", net.input("N", "L", 16), net.weight(16, 8))), tmp_path / "m.onnx")
+    log = logger(trt)
+    built = trt.Builder(log)
+    network = built.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse_from_file(str(tmp_path / "m.onnx"))
+    made = optimization_profile(built, network, tensorrt.calibration_profile(fed, profile), tmp_path)
+    assert [tuple(shape) for shape in made.get_shape("x")] == [(8, 12, 16)] * 3
+    fed.shapes = {"x": (8, 12, 15)}
+    with pytest.raises(InputError, match="shape 8x12x15 does not fit input 'x'"):
+        optimization_profile(built, network, tensorrt.calibration_profile(fed, profile), tmp_path)
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")

@@ -243,3 +243,20 @@ print("done")
     command = [sys.executable, "-c", code, str(tmp_path / "odd.onnx"), str(tmp_path / "odd.plan")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert run.stdout == "done\n"
+
+
+def test_several_profiles(quantized: onnx.ModelProto, tmp_path: Path) -> None:
+    onnx.save(quantized, tmp_path / "m.onnx")
+    large = {"x": Range((64, 64), (128, 64), (256, 64))}
+
+    def build(*further: dict[str, Range]) -> Build:
+        return tensorrt_rtx.build(
+            tmp_path / "m.onnx", tmp_path / "m.plan", profile=PROFILE, further=further, targets=["8.6"]
+        )
+
+    with pytest.raises(InputError, match="names 'z', which is no input"):
+        build(large, {**large, "z": large["x"]})
+    record = tensorrt_rtx.describe_plan(build(large).engine)["build"]
+    assert record["profile"] == {"x": [[1, 64], [8, 64], [32, 64]]}
+    assert record["further_profiles"] == [{"x": [[64, 64], [128, 64], [256, 64]]}]
+    assert record["compiled"].batch == 8

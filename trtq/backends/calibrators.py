@@ -440,7 +440,7 @@ def _batch_shapes(samples: Samples, batch_size: int) -> dict[str, Shape]:
         )
     if batch_size < 1:
         raise InputError(f"the batch size must be at least 1, not {batch_size}")
-    seen = samples.row_shapes()
+    seen = {name: set(shapes) for name, shapes in samples.row_shapes().items()}
     for name, _, dims in samples.specs:
         if isinstance(dims[0], int) and dims[0] != batch_size:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import os
 import re
 from collections import Counter
@@ -104,10 +105,15 @@ class Builder(Protocol):
         engine: PathLike,
         *,
         profile: Profile | None = None,
+        further: Sequence[Profile] = (),
         targets: Sequence[str] = (),
         options: BuildOptions = DEFAULT_OPTIONS,
     ) -> Build:
-        """Compile an ONNX model into a plan file and record beside it what it runs."""
+        """Compile an ONNX model into a plan file and record beside it what it runs.
+
+        Args:
+            further: more optimization profiles; what is recorded as run is the first one's.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,24 +132,27 @@ class Gpu:
 
 def profiles_from(
     model_inputs: Mapping[str, Sequence[int | str | None]],
-    row_shapes: Mapping[str, Iterable[Shape]],
+    row_shapes: Mapping[str, Sequence[Shape]],
     batch: int = OPT_BATCH,
     *,
+    also: Mapping[str, Sequence[Shape]] | None = None,
     only_one: bool = False,
 ) -> dict[str, Range]:
     """The default optimization profile: any batch up to 4 x `batch`, other axes as the data has them.
 
     - A dynamic first axis is the batch: min 1, opt `batch`, max 4 x `batch`. TensorRT tunes for opt; max
       only reserves memory.
-    - Every other dynamic axis runs from the smallest to the largest size seen in the data, tuned for the
-      most frequent one (the larger of two equally frequent).
+    - Every other dynamic axis runs from the smallest to the largest size seen, tuned for the most frequent
+      row (`_typical`).
     - Inputs without dynamic axes need no range, so a static model gives an empty profile.
 
     Args:
         model_inputs: input name -> dimensions; a dimension that is not a positive integer is dynamic.
-        row_shapes: input name -> shapes of the data's rows, that is without the batch axis; one per row, or
-            each distinct one once. Inputs whose only dynamic axis is the batch may be missing.
+        row_shapes: input name -> the shape of each of the data's rows, that is without the batch axis, in the
+            same order for all inputs. Inputs whose only dynamic axis is the batch may be missing.
         batch: opt of the batch axis, > 0.
+        also: input name -> shapes of other rows that the engine must take; it is not tuned for them unless
+            there are no others.
         only_one: the model runs on one row at a time, so all three are 1.
 
     Raises:
@@ -151,35 +160,61 @@ def profiles_from(
     """
     if batch < 1:
         raise InputError(f"the batch size must be at least 1, not {batch}")
-    profile = {}
+    dynamic = {}
     for name, dims in model_inputs.items():
         sizes = [d if isinstance(d, int) and d > 0 else None for d in dims]
-        if None not in sizes:
-            continue
-        rows = list(row_shapes.get(name, ()))
-        if None in sizes[1:] and not rows:
-            raise InputError(
-                f"input '{name}' has dynamic axes and there is no data to take their sizes from",
-                remedy=f"give data, or its shapes with --profile, such as {name}:1x64,8x64,32x64",
-            )
-        if wrong := [shape for shape in rows if len(shape) != len(dims) - 1]:
-            raise InputError(
-                f"input '{name}' has {len(dims)} axes, one of them the batch, but rows of the data are "
-                f"shaped {'x'.join(map(str, wrong[0])) or 'scalar'}",
-                remedy="make the data's arrays (rows, ...) with the model's other axes",
-            )
-        ranges: list[tuple[int, int, int]] = []
-        for axis, size in enumerate(sizes):
+        if None in sizes:
+            dynamic[name] = sizes
+    others = also or {}
+    taken = {name: {*row_shapes.get(name, ()), *others.get(name, ())} for name in dynamic}
+    for name, sizes in dynamic.items():
+        _check_rows(name, sizes, taken[name])
+    typical = _typical({n: row_shapes.get(n) or others[n] for n in dynamic if taken[n]})
+    batches = (1, 1, 1) if only_one else (1, batch, MAX_OVER_OPT * batch)
+    profile = {}
+    for name, sizes in dynamic.items():
+        ranges = [batches if sizes[0] is None else (sizes[0],) * 3]
+        for axis, size in enumerate(sizes[1:]):
             if size is not None:
                 ranges.append((size, size, size))
-            elif axis == 0:
-                ranges.append((1, 1, 1) if only_one else (1, batch, MAX_OVER_OPT * batch))
-            else:
-                seen = Counter(shape[axis - 1] for shape in rows)
-                frequent = max((count, size) for size, count in seen.items())[1]
-                ranges.append((min(seen), frequent, max(seen)))
+                continue
+            seen = [shape[axis] for shape in taken[name]]
+            ranges.append((min(seen), typical[name][axis], max(seen)))
         profile[name] = Range(*(tuple(sizes) for sizes in zip(*ranges, strict=True)))
     return profile
+
+
+def _check_rows(name: str, sizes: Sequence[int | None], rows: Iterable[Shape]) -> None:
+    """Make sure that the shapes of an input's rows say how large its dynamic axes (None) are.
+
+    Raises:
+        InputError: there are none, or they are of another rank.
+    """
+    if None in sizes[1:] and not rows:
+        raise InputError(
+            f"input '{name}' has dynamic axes and there is no data to take their sizes from",
+            remedy=f"give data, or its shapes with --profile, such as {name}:1x64,8x64,32x64",
+        )
+    if wrong := [shape for shape in rows if len(shape) != len(sizes) - 1]:
+        raise InputError(
+            f"input '{name}' has {len(sizes)} axes, one of them the batch, but rows of the data are "
+            f"shaped {'x'.join(map(str, wrong[0])) or 'scalar'}",
+            remedy="make the data's arrays (rows, ...) with the model's other axes",
+        )
+
+
+def _typical(rows: Mapping[str, Sequence[Shape]]) -> dict[str, Shape]:
+    """The most frequent shapes of a row, all inputs together so that they belong to one row.
+
+    Of several equally frequent ones it is the one in the middle by size, so that lengths that hardly repeat
+    do not end at the longest.
+    """
+    seen = Counter(zip(*rows.values(), strict=True))
+    most = max(seen.values(), default=0)
+    tied = sorted(
+        (sum(math.prod(shape) for shape in shapes), shapes) for shapes, count in seen.items() if count == most
+    )
+    return dict(zip(rows, tied[len(tied) // 2][1], strict=True)) if tied else {}
 
 
 def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
@@ -188,9 +223,10 @@ def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
     One shape alone stands for all three. Input names may hold colons: the last one divides.
 
     Raises:
-        InputError: a text that is not of this form, or min <= opt <= max not holding on every axis.
+        InputError: a text that is not of this form, min <= opt <= max not holding on every axis, or an input
+            that has two.
     """
-    profile = {}
+    profile: dict[str, Range] = {}
     for text in texts:
         name, _, shapes = text.rpartition(":")
         if not name or not re.fullmatch(rf"{_SHAPE}(,{_SHAPE}){{0,2}}", shapes) or shapes.count(",") == 1:
@@ -207,8 +243,35 @@ def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
                 f"'{text}' is not an optimization profile",
                 cause="its shapes differ in rank, or an axis is not min <= opt <= max",
             )
+        if name in profile:
+            raise InputError(f"the optimization profile has two ranges for '{name}'")
         profile[name] = Range(low, opt, high)
     return profile
+
+
+def several_profiles(ranges: Iterable[tuple[str, Range]]) -> tuple[Profile, ...]:
+    """The optimization profiles of ranges by input: an input's n-th range is in the n-th profile.
+
+    An input with one range has it in all of them. No ranges give no profile.
+
+    Raises:
+        InputError: two inputs have different numbers of ranges, both more than one.
+    """
+    of_input: dict[str, list[Range]] = {}
+    for name, sizes in ranges:
+        of_input.setdefault(name, []).append(sizes)
+    counts = {name: len(found) for name, found in of_input.items() if len(found) > 1}
+    if len(set(counts.values())) > 1:
+        raise InputError(
+            "the inputs have different numbers of optimization profiles",
+            cause=", ".join(f"'{name}' has {count}" for name, count in counts.items()),
+            remedy="give each input one --profile for all, or one for each optimization profile",
+        )
+    number = max(counts.values(), default=min(len(of_input), 1))
+    return tuple(
+        {name: found[index if len(found) > 1 else 0] for name, found in of_input.items()}
+        for index in range(number)
+    )
 
 
 def profile_text(name: str, sizes: Range) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def compile_plan(
     trt: Any,
     dialect: Dialect,
     model: Path,
-    profile: Profile,
+    profiles: Sequence[Profile],
     options: BuildOptions,
     *,
     strongly_typed: bool,
@@ -94,6 +94,7 @@ def compile_plan(
     """Parse and build.
 
     Args:
+        profiles: the engine's optimization profiles; none, or empty ones, for a model without dynamic axes.
         strongly_typed: the ONNX model's types are the engine's.
 
     Raises:
@@ -104,14 +105,16 @@ def compile_plan(
     if not model.is_file():
         raise InputError("the model does not exist", file=model, remedy="check the path")
     log = logger(trt)
+    trt.init_libnvinfer_plugins(log, "")  # NVIDIA's own: up to 8.6 the parser did it
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt, dialect, strongly_typed))
     _parse(trt, dialect, network, log, model)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    ranges = _optimization_profile(builder, network, profile, model)
-    if profile:
-        config.add_optimization_profile(ranges)
+    for profile in profiles or [{}]:  # the check is for what lacks one, too
+        ranges = optimization_profile(builder, network, profile, model)
+        if profile:
+            config.add_optimization_profile(ranges)
     _apply(trt, builder, config, options)
     prepare(builder, network, config)
     with _interrupt_afterwards():
@@ -157,6 +160,20 @@ def logger(trt: Any) -> Any:
 def opt_batch(profile: Profile) -> int:
     """The batch size that the engine is tuned for; 1 for a static model."""
     return next((shapes.opt[0] for shapes in profile.values() if shapes.opt), 1)
+
+
+def optimization_profile(builder: Any, network: Any, profile: Profile, model: Path) -> Any:
+    """A profile as TensorRT's object.
+
+    Raises:
+        InputError: it does not fit the network's inputs.
+    """
+    inputs = (network.get_input(i) for i in range(network.num_inputs))
+    check_profile(profile, {tensor.name: tuple(tensor.shape) for tensor in inputs}, model)
+    result = builder.create_optimization_profile()
+    for name, shapes in profile.items():
+        result.set_shape(name, *shapes)
+    return result
 
 
 @contextlib.contextmanager
@@ -254,15 +271,6 @@ def _use_dla(trt: Any, builder: Any, config: Any, core: int) -> None:
     config.default_device_type = trt.DeviceType.DLA
     config.DLA_core = core
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
-
-
-def _optimization_profile(builder: Any, network: Any, profile: Profile, model: Path) -> Any:
-    inputs = (network.get_input(i) for i in range(network.num_inputs))
-    check_profile(profile, {tensor.name: tuple(tensor.shape) for tensor in inputs}, model)
-    result = builder.create_optimization_profile()
-    for name, shapes in profile.items():
-        result.set_shape(name, *shapes)
-    return result
 
 
 def _remedy(message: str, otherwise: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -30,9 +31,20 @@ def sidecar(engine: PathLike) -> Path:
 
 
 def write_record(
-    build: Build, *, builder: str, version: str, model: Path, profile: Profile, options: BuildOptions
+    build: Build,
+    *,
+    builder: str,
+    version: str,
+    model: Path,
+    profiles: Sequence[Profile],
+    options: BuildOptions,
 ) -> None:
-    """Write `<engine>.json`: builder, versions, hashes, targets, profile, options, warnings and kernels."""
+    """Write `<engine>.json`: builder, versions, hashes, targets, profiles, options, warnings and kernels.
+
+    Args:
+        profiles: the engine's optimization profiles, at least one.
+    """
+    first, *further = [{n: [list(shape) for shape in sizes] for n, sizes in p.items()} for p in profiles]
     write_json(
         sidecar(build.engine),
         {
@@ -42,7 +54,8 @@ def write_record(
             "model": model.name,
             "model_sha256": sha256_file(model),
             "targets": list(build.targets),
-            "profile": {name: [list(shape) for shape in shapes] for name, shapes in profile.items()},
+            "profile": first,
+            "further_profiles": further,
             "options": {name: str(getattr(options, name)) for name in options.given()},
             "warnings": list(build.warnings),
             "compiled": build.compiled.to_json(),

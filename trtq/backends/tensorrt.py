@@ -17,11 +17,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from trtq.backends.calibrators import Calibrator, stop_on_error
+from trtq.backends.calibrators import Calibrator, DataCalibrator, stop_on_error
 from trtq.backends.compiled import Compiled, onnx_layers, parse_inspection
 from trtq.backends.dialect import Dialect, dialect_of
-from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Gpu, Profile, find_gpu
-from trtq.backends.network import compile_plan, logger, opt_batch
+from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Gpu, Profile, Range, find_gpu
+from trtq.backends.network import compile_plan, logger, opt_batch, optimization_profile
 from trtq.backends.record import write_record
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import PathLike, write_bytes
@@ -48,6 +48,7 @@ def build(
     engine: PathLike,
     *,
     profile: Profile | None = None,
+    further: Sequence[Profile] = (),
     targets: Sequence[str] = (),
     options: BuildOptions = DEFAULT_OPTIONS,
     implicit: Implicit | None = None,
@@ -58,7 +59,8 @@ def build(
         model: ONNX file: with Q/DQ, or without for a floating-point engine or `implicit` quantization. For
             the latter it must be the folded model as `trtq` saves it: tensor and node names are looked up.
         engine: where to write the plan; written in one move.
-        profile: ranges of the dynamic inputs; calibration runs at its optimum.
+        profile: ranges of the dynamic inputs.
+        further: more optimization profiles.
         targets: empty, or this GPU's compute capability: TensorRT builds where the engine runs.
 
     Raises:
@@ -69,7 +71,7 @@ def build(
     trt = _tensorrt()
     dialect = dialect_of(trt)
     model, engine, profile = Path(model), Path(engine), profile or {}
-    targets = check_targets(targets)
+    targets, profiles = check_targets(targets), (profile, *further)
     if implicit is not None and not dialect.weak_typing:
         raise InputError(
             f"{dialect.name} has no implicit quantization: calibrators were removed in TensorRT 11",
@@ -86,13 +88,17 @@ def build(
             config.int8_calibrator = calibrator
             if (monitor := stop_on_error(trt, calibrator)) is not None:
                 config.progress_monitor = monitor
+            shapes = calibration_profile(calibrator, profile)
+            measured_at = optimization_profile(builder, network, shapes, model)
             if profile:
-                config.set_calibration_profile(_calibration_profile(builder, profile))
+                config.set_calibration_profile(measured_at)
             kind = _floating_point_type(trt, options)
             keep_floating_point(trt, network, config, implicit.floating_point, kind, model)
 
     try:
-        made = compile_plan(trt, dialect, model, profile, options, strongly_typed=not weakly, prepare=prepare)
+        made = compile_plan(
+            trt, dialect, model, profiles, options, strongly_typed=not weakly, prepare=prepare
+        )
     finally:
         if calibrator is not None and calibrator.error is not None:
             raise calibrator.error
@@ -100,7 +106,9 @@ def build(
     compiled = inspect_plan(trt, dialect, plan, profile, options)
     write_bytes(engine, plan)
     built = Build(engine, targets, compiled, made.warnings)
-    write_record(built, builder=NAME, version=trt.__version__, model=model, profile=profile, options=options)
+    write_record(
+        built, builder=NAME, version=trt.__version__, model=model, profiles=profiles, options=options
+    )
     return built
 
 
@@ -169,6 +177,16 @@ def layers_of(trt: Any, network: Any, nodes: Collection[str], model: Path) -> li
     return layers
 
 
+def calibration_profile(calibrator: Calibrator, profile: Profile) -> Profile:
+    """The shapes at which TensorRT calibrates: those of the calibrator's batches, whose buffers it reads.
+
+    A calibrator that only hands over a table reads none; any shapes will do, such as the profile's optimum.
+    """
+    if isinstance(calibrator, DataCalibrator):
+        return {name: Range(shape, shape, shape) for name, shape in calibrator.shapes.items()}
+    return {name: Range(shapes.opt, shapes.opt, shapes.opt) for name, shapes in profile.items()}
+
+
 def inspect_plan(
     trt: Any, dialect: Dialect, plan: bytes, profile: Profile, options: BuildOptions
 ) -> Compiled:
@@ -205,13 +223,6 @@ def _allow_precisions(trt: Any, network: Any, config: Any, options: BuildOptions
 def _floating_point_type(trt: Any, options: BuildOptions) -> Any:
     names = {None: "float32", "fp16": "float16", "bf16": "bfloat16"}
     return getattr(trt, names[options.lower_precision])
-
-
-def _calibration_profile(builder: Any, profile: Profile) -> Any:
-    result = builder.create_optimization_profile()
-    for name, shapes in profile.items():
-        result.set_shape(name, shapes.opt, shapes.opt, shapes.opt)
-    return result
 
 
 def _require_gpu() -> Gpu:

@@ -37,6 +37,7 @@ def build(
     engine: PathLike,
     *,
     profile: Profile | None = None,
+    further: Sequence[Profile] = (),
     targets: Sequence[str] = (),
     options: BuildOptions = DEFAULT_OPTIONS,
 ) -> Build:
@@ -56,6 +57,7 @@ def build(
         engine: where to write the plan; written in one move.
         profile: ranges of the dynamic inputs (`profiles_from`, `parse_profile`); None or empty for a
             model without dynamic axes. With min = opt = max the kernels' sizes are known exactly.
+        further: more optimization profiles.
         targets: compute capabilities such as "8.6". Default: that of the GPU in this machine if
             TensorRT for RTX supports it, else the builder's own set (Ampere and newer).
 
@@ -85,11 +87,14 @@ def build(
         for index, code in enumerate(codes):
             config.set_compute_capability(code, index)
 
-    made = compile_plan(trt, RTX, model, profile, options, strongly_typed=True, prepare=choose_targets)
+    profiles = (profile, *further)
+    made = compile_plan(trt, RTX, model, profiles, options, strongly_typed=True, prepare=choose_targets)
     with atomic_path(engine) as temporary:
         temporary.write_bytes(made.plan)
     built = Build(engine, targets, parse_layers(made.layers, opt_batch(profile)), made.warnings)
-    write_record(built, builder=NAME, version=trt.__version__, model=model, profile=profile, options=options)
+    write_record(
+        built, builder=NAME, version=trt.__version__, model=model, profiles=profiles, options=options
+    )
     return built
 
 
@@ -194,7 +199,8 @@ def check_targets(targets: Sequence[str]) -> tuple[str, ...]:
     if unknown := [target for target in targets if target not in (*supported, CURRENT)]:
         raise InputError(
             f"TensorRT for RTX does not build for compute capability {', '.join(unknown)}",
-            remedy=f"choose among {', '.join(supported)} (or {CURRENT}: whatever the GPU here is)",
+            remedy=f"choose among {', '.join(supported)} (or {CURRENT}: whatever the GPU here is); TensorRT"
+            " builds for other GPUs, each on a machine that has it: --backend tensorrt",
         )
     return tuple(dict.fromkeys(targets))
 

@@ -121,8 +121,8 @@ class Samples:
         fixed = fixed_batch(self.specs)
         return batches(self.rows(), fixed or highest, fixed or 1)
 
-    def row_shapes(self) -> dict[str, set[tuple[int, ...]]]:
-        """Input name -> shapes of its rows, without the batch axis."""
+    def row_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Input name -> the shape of each of its rows, without the batch axis."""
         return {spec.name: self._shapes(spec) for spec in self.specs}
 
     def subset(self, groups: Sequence[int]) -> Samples:
@@ -182,14 +182,14 @@ class Samples:
         held_back = [g for g in groups if g % every == every - 1]
         return self.subset([g for g in groups if g % every != every - 1]), self.subset(held_back)
 
-    def _shapes(self, spec: InputSpec) -> set[tuple[int, ...]]:
+    def _shapes(self, spec: InputSpec) -> list[tuple[int, ...]]:
         static = tuple(d for d in spec.shape[1:] if isinstance(d, int))
         if len(static) == len(spec.shape) - 1:
-            return {static}
+            return [static] * len(self)
         column = self.columns[spec.name]
         if shape := getattr(column, "shape", None):
-            return {shape[1:]}
-        return {np.shape(column[index]) for index in range(len(column))}
+            return [shape[1:]] * len(self)
+        return [np.shape(column[index]) for index in range(len(column))]
 
     def _row(self, spec: InputSpec, index: int) -> NDArray:
         row = np.asarray(self.columns[spec.name][index])

@@ -210,7 +210,8 @@ class _Given:
     @cached_property
     def profile(self) -> Profile:
         """The optimization profile of the engine."""
-        return profile_for(self.source.model, self.recipe, self.samples)
+        evaluated = {} if self.evaluation is None else self.evaluation.samples.row_shapes()
+        return profile_for(self.source.model, self.recipe, self.data or self.samples, evaluated)
 
     def to_json(self) -> dict[str, Any]:
         """Files and hashes of all of it, as JSON values."""

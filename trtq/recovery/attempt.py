@@ -137,6 +137,7 @@ def write_and_build(
         int8,
         folder / "model.plan",
         profile=profile,
+        further=recipe.profiles[1:],
         targets=recipe.target,
         options=recipe.build_options(),
     )
