@@ -12,7 +12,7 @@ from trtq.errors import MissingBackendError
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["8.6.1", "10.16.1"])
+@pytest.mark.parametrize("version", ["8.6.1", "10.0.1", "10.8.0", "10.16.1"])
 def test_calibrators(version: str, downloads: Path, tmp_path: Path) -> None:
     run_checks("check_calibrators.py", version, downloads, tmp_path)
 

@@ -31,7 +31,7 @@ NO_GPU = find_gpu() is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["8.6.1", "10.16.1", "11.4.0"])
+@pytest.mark.parametrize("version", ["8.6.1", "10.0.1", "10.3.0", "10.8.0", "10.16.1", "11.4.0"])
 def test_every_name_used_is_in_nvidias_bindings(version: str, downloads: Path, tmp_path: Path) -> None:
     run_checks("check_builder.py", version, downloads, tmp_path)
 

@@ -34,6 +34,7 @@ CLASSES = {
 """Name of a variable in those modules -> the class it is of."""
 
 RTX_ONLY = {
+    "ICudaEngine.create_runtime_config",
     "trt.DynamicShapesKernelSpecializationStrategy",
     "trt.DynamicShapesKernelSpecializationStrategy.EAGER",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
@@ -45,7 +46,6 @@ MISSING = {
         "IBuilderConfig.progress_monitor",
         "ParserError.node_name",
         "ParserError.node_operator",
-        "ICudaEngine.create_runtime_config",
     },
     10: set(),
     11: {

@@ -24,7 +24,9 @@ from trtq.errors import InputError
 from trtq.graph.inputs import InputSpec
 
 MAJOR = int(trt.__version__.split(".")[0])
-VERSION = {8: 8601, 10: 101601}[MAJOR]
+VERSION = {"8.6": 8601, "10.0": 100001, "10.8": 100800, "10.16": 101601}[
+    ".".join(trt.__version__.split(".")[:2])
+]
 MODEL = "a" * 64
 ALGORITHMS = {  # NVIDIA's enum CalibrationAlgoType
     "LegacyCalibration": 0,
