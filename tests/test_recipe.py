@@ -145,7 +145,7 @@ def test_the_command_line_wins_where_it_says_something(file: Path) -> None:
 
 def test_an_empty_recipe_has_the_defaults(file: Path) -> None:
     assert load(file, "") == Recipe()
-    assert (Recipe().method, Recipe().max_drop, Recipe().weights) == ("auto", 0.01, "int8")
+    assert (Recipe().method, Recipe().max_drop, Recipe().weights) == ("auto", 0.01, None)
 
 
 def test_choices_are_those_of_what_takes_them() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.gate.verdict import Check
 from trtq.graph.fold import fold
-from trtq.graph.half_rules import half_by_rules
+from trtq.graph.half_rules import half_by_rules, unquantized_float32
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place, placed
 from trtq.graph.plan import Plan
-from trtq.job import opt_shapes, prepare, profile_for
+from trtq.job import for_builder, opt_shapes, prepare, profile_for
 from trtq.pipeline import quantize
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import share_check
@@ -75,10 +75,14 @@ def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
     """
     required = recipe.require("model", "output")
     model = load_model(required.model)
+    if model.is_quantized and recipe.rest is None:
+        recipe = replace(recipe, rest="fp32")  # it stays in its precision
+    recipe = for_builder(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)
     plan = placed(model, opt_shapes(model, profile))
-    with in_precision(model, recipe.rest, data) as source:
+    float32 = _float32(model, data) if recipe.lower_precision == "fp16" else []
+    with in_precision(model, recipe.precision, data) as source:
         built = builder(recipe.backend).build(
             source,
             required.output,
@@ -86,6 +90,7 @@ def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
             further=recipe.profiles[1:],
             targets=recipe.target,
             options=recipe.build_options(),
+            float32=float32,
         )
     return built, plan
 
@@ -108,6 +113,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             f"{chosen(recipe.backend)} has no implicit quantization",
             remedy="use --backend tensorrt (8.6 to 10.16), or quantize explicitly: trtq quantize --table",
         )
+    recipe = for_builder(recipe, implicit=True)
     model = prepare(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)
@@ -140,9 +146,21 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             further=recipe.profiles[1:],
             targets=recipe.target,
             options=recipe.build_options(),
+            float32=_float32(model, data) if recipe.lower_precision == "fp16" else [],
             implicit=tensorrt.Implicit(make, floating_point),
         )
     return build, plan
+
+
+def _float32(model: Model, samples: Samples | None) -> list[str]:
+    """Nodes that float16 cannot hold, where TensorRT chooses by itself what runs in it.
+
+    Args:
+        samples: rows on which to measure ranges; without them it is what the constants say.
+    """
+    graph = model.graph.copy()
+    fold(graph)
+    return unquantized_float32(graph, measure_extents(graph, samples) if samples else {})
 
 
 @contextlib.contextmanager
@@ -187,13 +205,14 @@ def build_three(
     folder = Path(recipe.require("model", "output").output)
     if len(recipe.profiles) > 1:
         raise InputError("engines are compared at one optimization profile", remedy="give one --profile each")
+    recipe = for_builder(recipe)
     model = prepare(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)
     if int8 is None:
         int8 = folder / "model.int8.onnx"
         quantization = quantize(recipe, table, console)
-        save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
+        save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), int8)
     return bench.build_three(
         model.path,
         int8,

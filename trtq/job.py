@@ -7,7 +7,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from trtq.backends.interface import OPT_BATCH, Profile, Shape, check_profile, profiles_from
+from trtq.backends.builders import builder
+from trtq.backends.interface import (
+    OPT_BATCH,
+    Profile,
+    Shape,
+    check_profile,
+    profiles_from,
+)
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
@@ -197,8 +204,32 @@ def prepare(recipe: Recipe) -> Model:
 
 def unfolded(recipe: Recipe) -> Model:
     """The recipe's model as it is."""
-    opset = FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET
+    opset = FP16_SCALE_OPSET if recipe.precision == "fp16" else LOWEST_OPSET
     return load_model(recipe.require("model").model, opset=opset)
+
+
+def for_builder(recipe: Recipe, *, implicit: bool = False) -> Recipe:
+    """The recipe with half and weights said as its builder takes them.
+
+    With strong typing the engine has the model's types. TensorRT 8.6 has none: its parser reads the scales
+    of Q/DQ as float32 and is settled only on weights with Q/DQ, and half comes of a flag, as it does for
+    implicit quantization; so the model, and with it the simulation, stays in float32.
+
+    Args:
+        implicit: TensorRT quantizes the model by itself.
+
+    Raises:
+        MissingBackendError: the builder is not installed.
+    """
+    typed = not implicit and builder(recipe.backend).typed_by_model()
+    if typed and recipe.lower_precision is None:
+        return recipe
+    return replace(
+        recipe,
+        rest="fp32",
+        lower_precision=recipe.lower_precision or ("fp16" if recipe.precision == "fp16" else None),
+        weights=recipe.weights or (None if typed or implicit else "qdq"),
+    )
 
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:

@@ -26,7 +26,7 @@ from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.job import Job, open_cache, planned, prepare
+from trtq.job import Job, for_builder, open_cache, planned, prepare
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
@@ -128,6 +128,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     budget = Budget.of(recipe.budget)
     metric_of(recipe)
     console = console.fresh()
+    given, recipe = recipe, for_builder(recipe)
     job = Job.open(recipe, console)
     plan = job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
@@ -149,7 +150,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         for attempt in attempts:
             shutil.rmtree(attempt.folder)
         write_verdict(folder, best.verdict)
-        write_text(folder / "recipe.toml", recipe.dumps())
+        write_text(folder / "recipe.toml", given.dumps())
         record = [{**step.to_json(), "kept": step is best} for step in tried]
         write_json(folder / "workflow.json", record)
         write_report(folder)
@@ -177,9 +178,9 @@ def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantizati
     """The recipe's model with scales from a table, which must have all that the plan needs."""
     given = _read_table(table, console)
     if recipe.plan is None:
-        source = load_source(recipe.require("model").model, rest=recipe.rest)
+        source = load_source(recipe.require("model").model, rest=recipe.precision)
         quantization, fit = quantize_with_table(
-            source, given, include=recipe.include, exclude=recipe.exclude, rest=recipe.rest
+            source, given, include=recipe.include, exclude=recipe.exclude, rest=recipe.precision
         )
         require_complete(fit, table)
         return quantization

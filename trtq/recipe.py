@@ -41,6 +41,9 @@ else:
     import tomli as tomllib
 
 
+DEFAULT_REST = "fp32"
+"""Precision of what is not quantized."""
+
 STEPS = ("fix", "partial", "learn")
 """What may follow calibration, in this order."""
 
@@ -328,10 +331,13 @@ class Recipe:
         "quantize only nodes that match: name with * and ?, or op:Type (repeatable)", PATTERNS
     )
     exclude: tuple[str, ...] = _option("leave nodes that match in floating point (repeatable)", PATTERNS)
-    weights: str = _option(
-        "form of the weights: int8 initializers, or float + Q/DQ", _choice("int8", "qdq"), default="int8"
+    weights: str | None = _option(
+        "form of the weights: int8 initializers (default), or float + Q/DQ (default for TensorRT 8.6)",
+        _choice("int8", "qdq"),
     )
-    rest: str = _option("precision of what is not quantized", _choice("fp32", "fp16"), default="fp32")
+    rest: str | None = _option(
+        f"precision of what is not quantized (default: {DEFAULT_REST})", _choice("fp32", "fp16")
+    )
     backend: str | None = _option(
         "builder of the engine; default: the one that is installed, TensorRT-RTX first",
         _choice(*BUILDERS),
@@ -377,7 +383,9 @@ class Recipe:
     refit: bool = _option("the engine's weights may be replaced later", FLAG, default=False)
     strip_weights: bool = _option("leave the weights out; refit before running", FLAG, default=False)
     lower_precision: str | None = _option(
-        "type that TensorRT up to 10 may choose for what is not INT8", _choice("fp16", "bf16")
+        "type that TensorRT up to 10 may choose by itself for what is not INT8; the model stays fp32. --rest"
+        " fp16 sets it where TensorRT takes half in no other way: with --table, --calibrator, and 8.6",
+        _choice("fp16", "bf16"),
     )
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict, metadata={"kind": PREPROCESS})
 
@@ -437,6 +445,16 @@ class Recipe:
             them = "them" if others else "it"
             raise InputError(f"{which} missing", remedy=f"give {them} on the command line or in the recipe")
         return Required(values)
+
+    @property
+    def precision(self) -> str:
+        """Precision of what is not quantized, fp32 or fp16."""
+        return self.rest or DEFAULT_REST
+
+    @property
+    def half(self) -> bool:
+        """Whether what is not quantized may compute in float16."""
+        return "fp16" in (self.precision, self.lower_precision)
 
     @property
     def profiles(self) -> tuple[Profile, ...]:

@@ -75,7 +75,7 @@ class Int8OnnxFromPath(BaseLoader):
             recipe = self._recipe
             quantization = quantize(recipe, self._table, _LOG)
             _LOG.say("plan", quantization.plan.text())
-            return export(quantization.rewritten(weights=recipe.weights, rest=recipe.rest))
+            return export(quantization.rewritten(weights=recipe.weights, rest=recipe.precision))
 
 
 class MarkSharedOutputs(BaseLoader):

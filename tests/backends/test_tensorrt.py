@@ -6,6 +6,7 @@ Its builder needs TensorRT's libraries and a GPU. What is shared with TensorRT f
 from __future__ import annotations
 
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
+from trtq.job import for_builder
+from trtq.recipe import Recipe
 
 NO_GPU = find_gpu() is None
 
@@ -164,6 +167,57 @@ def test_layers_of_onnx_nodes_in_a_parsed_network(tmp_path: Path) -> None:
     assert found() == set()
     with pytest.raises(InputError, match="no layer of node 'absent'"):
         found("first/conv", "absent")
+    some = tensorrt.layers_of(trt, network, ["relu", "absent"], tmp_path / "m.onnx", all_of_them=False)
+    assert [layer.type for layer in some] == [trt.LayerType.ACTIVATION]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_dla_is_implicit(quantized: bool, tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    net = Net()
+    x = net.input(8, 64)
+    onnx.save(
+        net.model(net.op("MatMul", net.qdq(x) if quantized else x, net.weight(64, 32))), tmp_path / "m.onnx"
+    )
+    log = logger(trt)
+    built = trt.Builder(log)
+    network = built.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse_from_file(str(tmp_path / "m.onnx"))
+    tensorrt.refuse_dla(trt, network, BuildOptions(), tmp_path / "m.onnx")
+    if not quantized:
+        tensorrt.refuse_dla(trt, network, BuildOptions(dla_core=1), tmp_path / "m.onnx")
+        return
+    with pytest.raises(InputError, match="DLA runs no explicit quantization") as caught:
+        tensorrt.refuse_dla(trt, network, BuildOptions(dla_core=1), tmp_path / "m.onnx")
+    assert "--table calibration.cache --dla-core 1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "implicit", "rest", "lower", "weights"),
+    [
+        ("8.6.1", {"rest": "fp16"}, False, "fp32", "fp16", "qdq"),
+        ("8.6.1", {"rest": "fp32"}, False, "fp32", None, "qdq"),
+        ("8.6.1", {"rest": "fp16", "weights": "int8"}, False, "fp32", "fp16", "int8"),
+        ("10.16.1", {"rest": "fp16"}, False, "fp16", None, None),
+        ("10.16.1", {"rest": "fp16"}, True, "fp32", "fp16", None),
+        ("10.16.1", {"rest": "fp32"}, True, "fp32", None, None),
+        ("10.16.1", {"rest": "fp16", "lower_precision": "bf16"}, False, "fp32", "bf16", None),
+        ("11.4.0", {"rest": "fp16"}, False, "fp16", None, None),
+    ],
+)
+def test_half_and_weights_as_the_version_takes_them(
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    given: dict[str, str],
+    implicit: bool,
+    rest: str,
+    lower: str | None,
+    weights: str | None,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", module(version))
+    recipe = for_builder(Recipe(backend="tensorrt", **given), implicit=implicit)
+    assert (recipe.precision, recipe.lower_precision, recipe.weights) == (rest, lower, weights)
 
 
 def test_calibration_runs_at_the_shapes_of_the_batches(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -99,6 +99,12 @@ class Builder(Protocol):
     def check_targets(self, targets: Sequence[str]) -> tuple[str, ...]:
         """The compute capabilities to build for, or an InputError."""
 
+    def typed_by_model(self) -> bool:
+        """Whether the types of an ONNX model may be the engine's; MissingBackendError if there is no builder.
+
+        If not, half is a matter of `BuildOptions.lower_precision`, and Q/DQ have float32 scales.
+        """
+
     def build(
         self,
         model: PathLike,
@@ -108,11 +114,13 @@ class Builder(Protocol):
         further: Sequence[Profile] = (),
         targets: Sequence[str] = (),
         options: BuildOptions = DEFAULT_OPTIONS,
+        float32: Collection[str] = (),
     ) -> Build:
         """Compile an ONNX model into a plan file and record beside it what it runs.
 
         Args:
             further: more optimization profiles; what is recorded as run is the first one's.
+            float32: ONNX nodes that stay float32 whatever `BuildOptions.lower_precision` allows.
         """
 
 

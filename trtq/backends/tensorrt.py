@@ -51,6 +51,7 @@ def build(
     further: Sequence[Profile] = (),
     targets: Sequence[str] = (),
     options: BuildOptions = DEFAULT_OPTIONS,
+    float32: Collection[str] = (),
     implicit: Implicit | None = None,
 ) -> Build:
     """Compile an ONNX model into a plan file and record beside it what it runs.
@@ -62,6 +63,8 @@ def build(
         profile: ranges of the dynamic inputs.
         further: more optimization profiles.
         targets: empty, or this GPU's compute capability: TensorRT builds where the engine runs.
+        float32: names of ONNX nodes that stay float32 where `options` let TensorRT choose a lower precision;
+            one without a layer of its own is passed over.
 
     Raises:
         MissingBackendError: tensorrt is not installed, or there is no GPU.
@@ -82,18 +85,17 @@ def build(
     calibrator = implicit.calibrator(trt) if implicit is not None else None
 
     def prepare(builder: Any, network: Any, config: Any) -> None:
+        if implicit is None:
+            refuse_dla(trt, network, options, model)
         if weakly:
             _allow_precisions(trt, network, config, options, implicit is not None)
+        if options.lower_precision is not None:
+            kept = layers_of(trt, network, float32, model, all_of_them=False)
+            keep_floating_point(trt, config, kept, trt.float32)
         if implicit is not None and calibrator is not None:
-            config.int8_calibrator = calibrator
-            if (monitor := stop_on_error(trt, calibrator)) is not None:
-                config.progress_monitor = monitor
-            shapes = calibration_profile(calibrator, profile)
-            measured_at = optimization_profile(builder, network, shapes, model)
-            if profile:
-                config.set_calibration_profile(measured_at)
-            kind = _floating_point_type(trt, options)
-            keep_floating_point(trt, network, config, implicit.floating_point, kind, model)
+            _use_calibrator(trt, builder, network, config, calibrator, profile, model)
+            excluded = layers_of(trt, network, set(implicit.floating_point) - set(float32), model)
+            keep_floating_point(trt, config, excluded, _floating_point_type(trt, options))
 
     try:
         made = compile_plan(
@@ -121,6 +123,15 @@ def version() -> str:
     return str(_tensorrt().__version__)
 
 
+def typed_by_model() -> bool:
+    """Whether the installed version has strong typing: from 10 on.
+
+    Raises:
+        MissingBackendError: tensorrt is not installed.
+    """
+    return dialect_of(_tensorrt()).strong_typing
+
+
 def check_targets(targets: Sequence[str]) -> tuple[str, ...]:
     """This GPU's compute capability, which is the only one that TensorRT builds for.
 
@@ -138,25 +149,24 @@ def check_targets(targets: Sequence[str]) -> tuple[str, ...]:
     return (gpu.compute_capability,)
 
 
-def keep_floating_point(
-    trt: Any, network: Any, config: Any, nodes: Collection[str], kind: Any, model: Path
-) -> None:
-    """Constrain the layers made from ONNX `nodes`, and what they write, to the datatype `kind`.
-
-    Raises:
-        InputError: a node that has no layer in the network.
-    """
-    for layer in layers_of(trt, network, nodes, model):
+def keep_floating_point(trt: Any, config: Any, layers: Sequence[Any], kind: Any) -> None:
+    """Constrain layers, and what they write, to the datatype `kind`."""
+    for layer in layers:
         layer.precision = kind
         for index, output in enumerate(layer.get_output(i) for i in range(layer.num_outputs)):
             if not output.is_network_output:  # whose datatype is the model's
                 layer.set_output_type(index, kind)
-    if nodes:
+    if layers:
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
 
 
-def layers_of(trt: Any, network: Any, nodes: Collection[str], model: Path) -> list[Any]:
+def layers_of(
+    trt: Any, network: Any, nodes: Collection[str], model: Path, *, all_of_them: bool = True
+) -> list[Any]:
     """The network's layers that were made from ONNX `nodes` and compute in float32; constants left out.
+
+    Args:
+        all_of_them: every node must have such a layer.
 
     Raises:
         InputError: a node that has no such layer in the network.
@@ -168,7 +178,7 @@ def layers_of(trt: Any, network: Any, nodes: Collection[str], model: Path) -> li
         if names and layer.type != trt.LayerType.CONSTANT and layer.get_output(0).dtype == trt.float32:
             found |= names
             layers.append(layer)
-    if missing := sorted(set(nodes) - found):
+    if all_of_them and (missing := sorted(set(nodes) - found)):
         raise InputError(
             f"the network has no layer of node '{missing[0]}', which must stay in floating point",
             file=model,
@@ -185,6 +195,22 @@ def calibration_profile(calibrator: Calibrator, profile: Profile) -> Profile:
     if isinstance(calibrator, DataCalibrator):
         return {name: Range(shape, shape, shape) for name, shape in calibrator.shapes.items()}
     return {name: Range(shapes.opt, shapes.opt, shapes.opt) for name, shapes in profile.items()}
+
+
+def refuse_dla(trt: Any, network: Any, options: BuildOptions, model: Path) -> None:
+    """Refuse explicit quantization on DLA, which runs INT8 with a calibration table only.
+
+    Raises:
+        InputError: DLA is asked for and the network has Q/DQ.
+    """
+    if options.dla_core is not None and _has_qdq(trt, network):
+        raise InputError(
+            "DLA runs no explicit quantization: the model has Q/DQ",
+            file=model,
+            remedy="build the fp32 model with the table that trtq calibrate or deploy wrote:"
+            f" trtq build MODEL --table calibration.cache --dla-core {options.dla_core} --backend {NAME}"
+            " (TensorRT up to 10.7)",
+        )
 
 
 def inspect_plan(
@@ -211,10 +237,30 @@ def inspect_plan(
     return parse_inspection(text, opt_batch(profile))
 
 
+def _use_calibrator(
+    trt: Any, builder: Any, network: Any, config: Any, calibrator: Calibrator, profile: Profile, model: Path
+) -> None:
+    """Set a calibrator, the shapes that it is fed at, and that the build ends where it fails.
+
+    Raises:
+        InputError: its batches are of other shapes than the network takes.
+    """
+    config.int8_calibrator = calibrator
+    if (monitor := stop_on_error(trt, calibrator)) is not None:
+        config.progress_monitor = monitor
+    fed = optimization_profile(builder, network, calibration_profile(calibrator, profile), model)
+    if profile:
+        config.set_calibration_profile(fed)
+
+
+def _has_qdq(trt: Any, network: Any) -> bool:
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    return any(layer.type == trt.LayerType.DEQUANTIZE for layer in layers)
+
+
 def _allow_precisions(trt: Any, network: Any, config: Any, options: BuildOptions, implicit: bool) -> None:
     """Set the flags of a weakly typed build. INT8 without Q/DQ or scales is an error of TensorRT's."""
-    layers = (network.get_layer(i) for i in range(network.num_layers))
-    if implicit or any(layer.type == trt.LayerType.DEQUANTIZE for layer in layers):
+    if implicit or _has_qdq(trt, network):
         config.set_flag(trt.BuilderFlag.INT8)
     if options.lower_precision is not None:
         config.set_flag(getattr(trt.BuilderFlag, options.lower_precision.upper()))

@@ -8,7 +8,7 @@ deserializes one.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def build(
     further: Sequence[Profile] = (),
     targets: Sequence[str] = (),
     options: BuildOptions = DEFAULT_OPTIONS,
+    float32: Collection[str] = (),
 ) -> Build:
     """Compile an ONNX model into a plan file, strongly typed, and record what it runs.
 
@@ -60,8 +61,8 @@ def build(
         further: more optimization profiles.
         targets: compute capabilities such as "8.6". Default: that of the GPU in this machine if
             TensorRT for RTX supports it, else the builder's own set (Ampere and newer).
-
         options: workspace, refit and stripped weights; the last two need a GPU to build.
+        float32: of no effect; the model says so itself.
 
     Raises:
         MissingBackendError: tensorrt_rtx is not installed, or an option needs a GPU.
@@ -105,6 +106,11 @@ def version() -> str:
         MissingBackendError: tensorrt_rtx is not installed.
     """
     return str(_tensorrt_rtx().__version__)
+
+
+def typed_by_model() -> bool:
+    """Yes: strong typing is all there is."""
+    return True
 
 
 def supported_targets() -> tuple[str, ...]:

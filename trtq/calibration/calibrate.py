@@ -70,7 +70,7 @@ def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantiz
     """
     source = source or FloatGraph.of(job.model)
     made = _calibrated(job, plan, source)
-    if job.recipe.rest == "fp32":
+    if not job.recipe.half:
         return made
     given = {node.name for node in plan.float32}
     found = float32_nodes(source.graph, made.plan, made.scales, extents_of(job, source))

@@ -72,12 +72,12 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     from trtq.migration.to_qdq import converted
 
     required = recipe.require("model", "output")
-    source = load_source(required.model, rest=recipe.rest)
+    source = load_source(required.model, rest=recipe.precision)
     samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess) if recipe.data else None
     strict = given.source if given.strict else None
     quantization, _ = converted(source, table, recipe, samples, console, strict=strict)
     if samples is None:
         console.say("table", "its magnitudes were not checked against data: give --data")
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), required.output)
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), required.output)
     print(f"{required.output}: {quantization.plan.text()}")
     return ExitCode.PASS

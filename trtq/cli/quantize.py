@@ -18,7 +18,7 @@ def _quantize(given: argparse.Namespace) -> int:
     if given.table is not None and given.data is not None:
         raise InputError("give either --table or --data", remedy="a table already holds the scales")
     quantization = quantize(recipe, given.table, console_of(given))
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), output)
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), output)
     print(f"{output}: {quantization.plan.text()}")
     return ExitCode.PASS
 

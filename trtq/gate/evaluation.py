@@ -178,7 +178,7 @@ class Evaluation:
 
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""
-        with candidate_of(quantization, self.recipe.rest) as candidate:
+        with candidate_of(quantization, self.recipe.precision) as candidate:
             return self.verdict(candidate)
 
     def published(self, verdict: Verdict) -> Verdict:

@@ -199,8 +199,12 @@ def half_by_rules(graph: gs.Graph, extents: Mapping[str, Extent]) -> gs.Graph:
     Raises:
         InputError: as `convert_to_half`.
     """
-    unquantized = Plan("", [], [], [])
-    return convert_to_half(graph, [node.name for node in float32_nodes(graph, unquantized, {}, extents)])
+    return convert_to_half(graph, unquantized_float32(graph, extents))
+
+
+def unquantized_float32(graph: gs.Graph, extents: Mapping[str, Extent]) -> list[str]:
+    """Names of the nodes of a graph without Q/DQ that the rules keep in float32; as `float32_nodes`."""
+    return [node.name for node in float32_nodes(graph, Plan("", [], [], []), {}, extents)]
 
 
 # --- rules ----------------------------------------------------------------------------------------------

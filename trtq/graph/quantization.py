@@ -59,11 +59,11 @@ class Quantization:
     corrections: Mapping[str, Correction] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def rewritten(self, *, weights: str = "int8", rest: str = "fp32") -> gs.Graph:
+    def rewritten(self, *, weights: str | None = None, rest: str = "fp32") -> gs.Graph:
         """The Q/DQ graph.
 
         Args:
-            weights: one of `rewrite.WEIGHT_FORMS`.
+            weights: one of `rewrite.WEIGHT_FORMS`; default: int8.
             rest: precision of what is not quantized, fp32 or fp16.
 
         Raises:
@@ -76,7 +76,7 @@ class Quantization:
             graph,
             self.plan,
             self.scales,
-            weights=weights,
+            weights=weights or "int8",
             weight_scales=self.weight_scales,
             biases={(c.node, c.index): c.values for c in self.corrections_of(self.plan)},
         )

@@ -24,7 +24,7 @@ from trtq.gate.evaluation import Evaluation, outputs_of
 from trtq.gate.verdict import Check, Outcome, Verdict, overall
 from trtq.graph.model import save_model
 from trtq.graph.quantization import Quantization
-from trtq.job import open_cache, opt_shapes, profile_for
+from trtq.job import for_builder, open_cache, opt_shapes, profile_for
 from trtq.migration.fit import Fit
 from trtq.migration.implied import implied_model
 from trtq.migration.source import Source, load_source
@@ -142,6 +142,7 @@ def migrate(
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
     console = console.fresh()
     builder(recipe.backend).check_targets(recipe.target)
+    recipe = for_builder(recipe)
     given = _Given.open(recipe, table, encoding, console)
     quantization, fit = converted(
         given.source,
@@ -191,7 +192,7 @@ class _Given:
     @classmethod
     def open(cls, recipe: Recipe, file: PathLike, encoding: str, console: Console) -> _Given:
         """Read the model, the table and the data, and score the reference where there is a metric."""
-        source = load_source(recipe.require("model").model, rest=recipe.rest)
+        source = load_source(recipe.require("model").model, rest=recipe.precision)
         table = read_table(file, encoding)
         model = source.model
         if "caution" in table.metadata:

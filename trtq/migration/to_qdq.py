@@ -141,7 +141,7 @@ def converted(
     observed = extents = None
     if samples is not None:
         observed = observe(source, table, samples)
-        if recipe.rest == "fp16":
+        if recipe.precision == "fp16":
             extents = measure_extents(source.model.graph, samples)
     quantization, fit = quantize_with_table(
         source,
@@ -149,7 +149,7 @@ def converted(
         include=recipe.include,
         exclude=recipe.exclude,
         input_shapes=input_shapes,
-        rest=recipe.rest,
+        rest=recipe.precision,
         observed=observed,
         extents=extents,
     )

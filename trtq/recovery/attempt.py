@@ -130,7 +130,7 @@ def write_and_build(
         InputError, MissingBackendError: as the builder.
     """
     int8 = folder / "model.int8.onnx"
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.rest), int8)
+    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), int8)
     quantization.plan.save(folder / "plan.json")
     table.save(folder / "calibration.cache")
     return builder(recipe.backend).build(
@@ -140,6 +140,7 @@ def write_and_build(
         further=recipe.profiles[1:],
         targets=recipe.target,
         options=recipe.build_options(),
+        float32=[node.name for node in quantization.plan.float32],
     )
 
 

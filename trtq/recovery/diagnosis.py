@@ -96,7 +96,7 @@ class _Diagnosis:
         """What the gate says with every layer in floating point, in the precision that the rest has; None
         where that is the reference itself, which passes by its point estimate."""
         job = self.job
-        if job.recipe.rest == "fp32":
+        if job.recipe.precision == "fp32":
             itself = job.model.path
             return None if job.recipe.confidence is None else self.evaluation.verdict(itself)
         plan = job.place()

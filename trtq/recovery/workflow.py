@@ -236,7 +236,7 @@ class _Workflow:
             evaluation=evaluation.samples.hash,
             metric=evaluation.metric.fingerprint,
             measured=sha256_json(start.measured.to_json()),
-            gate=[recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.rest],
+            gate=[recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.precision],
         )
 
     def _searched(self, start: Attempt, least: float) -> Made:
