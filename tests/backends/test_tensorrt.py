@@ -5,6 +5,8 @@ Its builder needs TensorRT's libraries and a GPU. What is shared with TensorRT f
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import json
 import sys
 import types
@@ -16,11 +18,11 @@ import pytest
 from contract.bindings import run_checks
 from small_nets import Net
 
-from trtq.backends import tensorrt, tensorrt_rtx
-from trtq.backends.builders import builder, describe_engine, engine_package
+from trtq.backends import builders, tensorrt, tensorrt_rtx
+from trtq.backends.builders import builder, chosen, describe_engine, engine_package
 from trtq.backends.calibrators import DataCalibrator, TableCalibrator
 from trtq.backends.dialect import dialect_of
-from trtq.backends.interface import BuildOptions, Range, find_gpu
+from trtq.backends.interface import BuildOptions, Gpu, Range, find_gpu
 from trtq.backends.network import compile_plan, logger, optimization_profile
 from trtq.backends.record import sidecar
 from trtq.data.samples import Samples
@@ -263,6 +265,38 @@ def test_builders_by_name() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     assert builder() is tensorrt_rtx
     assert builder().version() == __import__("tensorrt_rtx").__version__
+
+
+@pytest.mark.parametrize(
+    ("gpu", "beside", "name"),
+    [
+        (None, True, "tensorrt-rtx"),
+        (Gpu("GeForce RTX 4090", "8.9"), True, "tensorrt-rtx"),
+        (Gpu("H100", "9.0"), True, "tensorrt"),
+        (Gpu("H100", "9.0"), False, "tensorrt-rtx"),
+    ],
+)
+def test_the_builder_is_the_one_for_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None, beside: bool, name: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    monkeypatch.setattr(builders, "find_gpu", lambda: gpu)
+    if beside:
+        installed = module("10.16.1")
+        installed.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+        monkeypatch.setitem(sys.modules, "tensorrt", installed)
+    elif importlib.util.find_spec("tensorrt"):
+        pytest.skip("TensorRT is installed here")
+    assert chosen() == name
+    assert chosen("tensorrt-rtx") == "tensorrt-rtx"
+
+
+def test_other_cards_than_rtx_builds_for_need_tensorrt() -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    for target in ("9.0", "8.7"):
+        with pytest.raises(InputError, match=f"does not build for compute capability {target}") as caught:
+            tensorrt_rtx.check_targets(["8.6", target])
+        assert "--backend tensorrt" in str(caught.value)
 
 
 def test_the_package_that_runs_a_plan() -> None:

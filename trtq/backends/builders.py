@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from trtq.backends import tensorrt_rtx
-from trtq.backends.interface import Builder
+from trtq.backends.interface import Builder, find_gpu
 from trtq.backends.record import read_record
 from trtq.errors import InputError
 from trtq.files import PathLike, sha256_file
@@ -16,20 +16,25 @@ from trtq.files import PathLike, sha256_file
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Name of a builder -> the Python package it needs and the module of `trtq.backends` that drives it."""
 
-DEFAULT = "tensorrt-rtx"
-
 
 def chosen(name: str | None = None) -> str:
-    """`name`, or without one the first builder that is installed (`DEFAULT` where none is).
+    """`name`, or without one the builder whose engines run here.
+
+    That is the one that is installed, and of both TensorRT for RTX, which builds on any machine; unless there
+    is a GPU here that it does not support.
 
     Raises:
         InputError: there is no builder of that name.
     """
-    if name is None:
-        return next((n for n, package in BUILDERS.items() if importlib.util.find_spec(package)), DEFAULT)
-    if name not in BUILDERS:
+    if name is not None and name not in BUILDERS:
         raise InputError(f"there is no backend '{name}'", remedy=f"choose among {', '.join(BUILDERS)}")
-    return name
+    if name is not None:
+        return name
+    installed = [n for n, package in BUILDERS.items() if importlib.util.find_spec(package)]
+    gpu = find_gpu() if len(installed) > 1 else None
+    if gpu is not None and gpu.compute_capability not in tensorrt_rtx.supported_targets():
+        return "tensorrt"
+    return installed[0] if installed else tensorrt_rtx.NAME
 
 
 def builder(name: str | None = None) -> Builder:
