@@ -7,7 +7,6 @@ package is quick: nothing heavy is loaded before it is used.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from trtq.pipeline import Deployment, deploy
     from trtq.recipe import Recipe
 
-__version__ = version("trtq")
+__version__ = "0.1.0"
 __all__ = ["Deployment", "Recipe", "TrtqError", "__version__", "deploy"]
 
 _HOMES = {

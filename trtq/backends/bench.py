@@ -1,32 +1,28 @@
 """Benchmark engines: latency on a GPU, and the static comparison of what was compiled, which needs none.
 
-The static comparison counts kernels and bytes; it does not give latency. Engines are measured one after the
-other at the optimum of their profile, after a warm-up, as CUDA graphs where the engine can be captured.
+The static comparison counts kernels and bytes; it does not give latency, which `timing` measures.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from trtq.backends.builders import builder, describe_engine
 from trtq.backends.compiled import Compiled, CompiledLayer
 from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Profile
+from trtq.backends.record import read_record
+from trtq.backends.timing import Measuring, Timing, measure
 from trtq.calibration.extents import measure_extents
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.files import PathLike
+from trtq.files import PathLike, sha256_file
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, load_model, save_model
 
-WARM_UP_RUNS = 50
-RUNS = 500
-PROFILED_RUNS = 20
 BLAMED_KERNELS = 5
 
 
@@ -57,32 +53,6 @@ class Static:
     def int8_share(self) -> float:
         """Share of the multiply-accumulate kernels that run in INT8."""
         return self.int8 / self.compute if self.compute else 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """What a GPU measured.
-
-    Attributes:
-        p50_ms, p90_ms, p99_ms: percentiles of the latency of one inference, by CUDA events.
-        rows_per_second: throughput of inferences issued back to back.
-        cuda_graph: whether the inference was launched as a CUDA graph; if not, why is in `note`.
-        device_bytes: device memory that loading the engine took.
-        kernel_ms: TensorRT's profiler: layer -> average milliseconds; empty where it reports none.
-        clocks: nvidia-smi before and after, MHz, °C and W; None without nvidia-smi.
-    """
-
-    batch: int
-    runs: int
-    p50_ms: float
-    p90_ms: float
-    p99_ms: float
-    rows_per_second: float
-    cuda_graph: bool
-    note: str
-    device_bytes: int
-    kernel_ms: Mapping[str, float]
-    clocks: Mapping[str, Mapping[str, str] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +105,13 @@ def build_three(
 
 
 def static_of(engine: PathLike) -> Static | None:
-    """What is known of an engine without running it; None where no record lies beside it.
+    """What is known of an engine without running it; None where no record of it lies beside it.
 
     Raises:
-        InputError: not an engine.
+        InputError: the file cannot be read, or the record is damaged.
     """
-    build = describe_engine(engine)["build"]
-    return None if build is None else summarize(Path(engine).name, build["compiled"])
+    record = read_record(engine, sha256_file(engine))
+    return None if record is None else summarize(Path(engine).name, record["compiled"])
 
 
 def summarize(name: str, compiled: Compiled) -> Static:
@@ -172,67 +142,28 @@ def idle_conversions(compiled: Compiled) -> list[CompiledLayer]:
     ]
 
 
-def measure(engine: PathLike, runs: int = RUNS, warm_up: int = WARM_UP_RUNS) -> Timing:
-    """Time an engine on the first GPU. Loads the plan: only plans you built or trust.
+def benchmark(engines: Sequence[PathLike], *, on_gpu: bool, how: Measuring | None = None) -> list[Result]:
+    """Every engine's static figures where it has a record, and with `on_gpu` its timing.
 
     Raises:
-        MissingBackendError: no GPU, PyCUDA or TensorRT for it here.
-        InputError: the engine does not load or run.
-    """
-    from trtq.backends.device import clocks, open_engine
-
-    with open_engine(Path(engine)) as loaded:
-        for _ in range(warm_up):
-            loaded.enqueue()
-        loaded.synchronize()
-        note = ""
-        try:
-            launch = loaded.captured()
-            launch()
-        except RuntimeError as error:
-            launch, note = loaded.enqueue, str(error)
-        loaded.synchronize()
-        before = clocks()
-        latencies = loaded.latencies(launch, runs)
-        total_ms = loaded.back_to_back(launch, runs)
-        after = clocks()
-        p50, p90, p99 = (float(p) for p in np.percentile(latencies, (50, 90, 99)))
-        return Timing(
-            batch=loaded.batch,
-            runs=runs,
-            p50_ms=p50,
-            p90_ms=p90,
-            p99_ms=p99,
-            rows_per_second=1000 * runs * loaded.batch / total_ms,
-            cuda_graph=not note,
-            note=note,
-            device_bytes=loaded.bytes,
-            kernel_ms=loaded.kernel_times(PROFILED_RUNS),
-            clocks={"before": before, "after": after},
-        )
-
-
-def benchmark(engines: Sequence[PathLike], *, on_gpu: bool, runs: int = RUNS) -> list[Result]:
-    """Every engine's static figures and, with `on_gpu`, its timing.
-
-    Raises:
-        InputError: not an engine, an engine that neither has a record nor can be measured, or no runs.
+        InputError: not an engine, or one that neither has a record nor can be measured.
         MissingBackendError: as `measure`.
     """
-    if runs < 1:
-        raise InputError(f"{runs} runs measure nothing", remedy="give --runs a number from 1")
-    results = []
-    for engine in engines:
-        static = static_of(engine)
-        if static is None and not on_gpu:
+    paths = [Path(engine) for engine in engines]
+    statics = [static_of(path) for path in paths]
+    if on_gpu:
+        timings = measure(paths, how)
+        return [Result(*row) for row in zip(paths, statics, timings, strict=True)]
+    for path, static in zip(paths, statics, strict=True):
+        if static is None:
+            describe_engine(path)  # if it is none, that is the error
             raise InputError(
                 "nothing is known about the engine",
-                file=engine,
-                cause=f"there is no GPU, and {Path(engine).name}.json is missing or another engine's",
+                file=path,
+                cause=f"there is no GPU, and {path.name}.json is missing or another engine's",
                 remedy="build it with trtq, or run this on the machine with the GPU",
             )
-        results.append(Result(Path(engine), static, measure(engine, runs) if on_gpu else None))
-    return results
+    return [Result(path, static, None) for path, static in zip(paths, statics, strict=True)]
 
 
 def slower_than_float(results: Sequence[Result]) -> str | None:
@@ -266,12 +197,12 @@ def text_of(results: Sequence[Result]) -> str:
         name, static, timing = result.engine.name, result.static, result.timing
         if timing is not None:
             how = "CUDA graph" if timing.cuda_graph else f"no CUDA graph: {timing.note}"
-            lines.append(
+            lines += [
                 f"{name}: p50 {timing.p50_ms:.3f} ms, p90 {timing.p90_ms:.3f}, p99 {timing.p99_ms:.3f};"
-                f" {timing.rows_per_second:.0f} rows/s at batch {timing.batch};"
-                f" {timing.device_bytes / 1e6:.1f} MB on the GPU; {timing.runs} runs, {how}"
-            )
-            lines += [f"  clocks {when}: {_clocks_text(now)}" for when, now in timing.clocks.items()]
+                f" {timing.rows_per_second:.0f} rows/s at batch {timing.batch}",
+                f"  {timing.runs} inferences timed on the GPU, {how}; loaded in {timing.load_ms:.0f} ms,"
+                f" first inference {timing.first_ms:.1f} ms, {timing.device_bytes / 1e6:.1f} MB on the GPU",
+            ]
         if static is not None:
             lines.append(
                 f"{name}: {static.precision}, {static.kernels} kernels,"
@@ -281,9 +212,7 @@ def text_of(results: Sequence[Result]) -> str:
             lines += [f"  only converts, and no INT8 kernel reads it: {kernel}" for kernel in static.idle]
     if (warning := slower_than_float(results)) is not None:
         lines += ["", warning]
-    if all(result.timing is None for result in results):
-        lines += ["", "Static comparison: read from what was compiled, nothing was run and nothing timed."]
-        lines.append("A plan file is code: load only plans you built or whose origin you trust.")
+    lines += ["", *_conditions(results)]
     return "\n".join(lines)
 
 
@@ -307,8 +236,8 @@ def _blame(result: Result) -> list[str]:
 
 
 def _layers(engine: Path) -> tuple[CompiledLayer, ...]:
-    build = describe_engine(engine)["build"]
-    return build["compiled"].layers if build is not None else ()
+    record = read_record(engine, sha256_file(engine))
+    return record["compiled"].layers if record is not None else ()
 
 
 def _role(layer: CompiledLayer) -> str:
@@ -321,5 +250,19 @@ def _reads(layer: CompiledLayer, *datatypes: str) -> bool:
     return any(tensor.datatype in datatypes for tensor in layer.inputs)
 
 
-def _clocks_text(now: Mapping[str, str] | None) -> str:
-    return "not known" if now is None else ", ".join(f"{name} {value}" for name, value in now.items())
+def _conditions(results: Sequence[Result]) -> list[str]:
+    """How it was measured, and what therefore is not in the figures."""
+    timings = [result.timing for result in results if result.timing is not None]
+    if not timings:
+        return [
+            "Static comparison: read from what was compiled, nothing was run and nothing timed.",
+            "A plan file is code: load only plans you built or whose origin you trust.",
+        ]
+    lines = [
+        "Times are the GPU's, by CUDA events, without copies to and from the host; the engines took turns.",
+        "Kernels that read float32 may compute in TF32, as is TensorRT's default.",
+    ]
+    if (clocks := timings[0].clocks) is not None:
+        ranges = (f"{name} {low:.0f}/{mid:.0f}/{high:.0f}" for name, (low, mid, high) in clocks.items())
+        lines.append(f"GPU meanwhile (smallest/median/largest): {', '.join(ranges)}")
+    return lines

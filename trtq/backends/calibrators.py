@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtq import __version__
+from trtq.backends.cuda import open_cuda
 from trtq.backends.interface import Shape
 from trtq.calibration.table import Table, metadata_path, version_number
 from trtq.data.batches import batches
@@ -66,44 +66,43 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """Device memory of the first GPU through PyCUDA, in the primary context, which TensorRT uses too.
+    """Device memory of the first GPU, in the primary context, which TensorRT uses too.
 
     Every buffer is backed by page-locked host memory, so that the copies on the stream are asynchronous.
 
     Raises:
-        MissingBackendError: PyCUDA is not installed, or finds no GPU.
+        MissingBackendError: neither PyCUDA nor cuda-bindings is installed and finds a GPU.
     """
 
     def __init__(self) -> None:
         try:
-            importlib.import_module("pycuda.autoprimaryctx")  # makes the context current
-            self._cuda: Any = importlib.import_module("pycuda.driver")
-        except Exception as error:  # PyCUDA has no error of its own for a missing driver
+            self._cuda = open_cuda()
+        except MissingBackendError as error:
             raise MissingBackendError(
-                "calibration with TensorRT needs PyCUDA and a GPU",
-                cause=error,
+                "calibration with TensorRT needs a GPU, and PyCUDA or cuda-bindings",
+                cause=error.cause,
                 remedy="pip install 'trtq[cuda]' on the machine with the GPU; or build with a table of"
                 " `trtq calibrate`, which needs neither",
             ) from error
-        self._stream = self._cuda.Stream()
-        self._buffers: dict[int, tuple[Any, NDArray]] = {}
+        self._stream = self._cuda.new_stream()
+        self._staging: dict[int, NDArray] = {}
 
     def allocate(self, size: int) -> int:
-        device = self._cuda.mem_alloc(size)
-        self._buffers[int(device)] = device, self._cuda.pagelocked_empty(size, np.uint8)
-        return int(device)
+        address = self._cuda.allocate(size)
+        self._staging[address] = self._cuda.page_locked(size)
+        return address
 
     def copy_from_host(self, address: int, array: NDArray) -> None:
-        device, staging = self._buffers[address]
+        staging = self._staging[address]
         np.copyto(staging, array.reshape(-1).view(np.uint8))
-        self._cuda.memcpy_htod_async(device, staging, self._stream)
+        self._cuda.to_device(address, staging, self._stream)
 
     def synchronize(self) -> None:
-        self._stream.synchronize()
+        self._cuda.synchronize(self._stream)
 
     def free(self, address: int) -> None:
-        device, _ = self._buffers.pop(address)
-        device.free()
+        del self._staging[address]
+        self._cuda.free(address)
 
 
 C = TypeVar("C", bound="Calibrator")

@@ -132,8 +132,12 @@ def compile_plan(
     return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)))
 
 
-def logger(trt: Any) -> Any:
-    """A TensorRT logger that prints nothing and keeps `errors`, `warnings` and `layers`."""
+def logger(trt: Any, *, ignore: str | None = _NO_DRIVER) -> Any:
+    """A TensorRT logger that prints nothing and keeps `errors`, `warnings` and `layers`.
+
+    Args:
+        ignore: errors with this in them are dropped; without a driver a builder logs one whatever it does.
+    """
     severity = trt.ILogger.Severity
     base: Any = trt.ILogger
 
@@ -148,7 +152,7 @@ def logger(trt: Any) -> Any:
 
         def log(self, level: Any, message: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                self.errors += [] if _NO_DRIVER in message else [message]
+                self.errors += [] if ignore is not None and ignore in message else [message]
             elif level == severity.WARNING:
                 self.warnings.append(message.strip())
             elif message.startswith(HEADER):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
@@ -14,9 +15,14 @@ from trtq.recipe import BUILD_OPTIONS, Recipe
 def _bench(given: argparse.Namespace) -> int:
     from trtq.backends import bench
     from trtq.backends.interface import find_gpu
+    from trtq.backends.timing import Measuring
 
-    if given.runs < 1:
-        raise InputError(f"--runs is {given.runs}", remedy="use a number from 1")
+    how = Measuring(given.warm_up, given.duration, given.iterations)
+    for name, value in (("--duration", how.duration_s), ("--warm-up", how.warm_up_ms)):
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name} is {value}", remedy="use a number from 0")
+    if how.iterations < 1:
+        raise InputError(f"--iterations is {how.iterations}", remedy="use a number from 1")
     ignored = [name for name in ("data", "int8", "table", "output") if getattr(given, name) is not None]
     if ignored and not given.three:
         raise InputError(f"--{ignored[0]} belongs to --three", remedy="add --three, or leave it out")
@@ -26,7 +32,7 @@ def _bench(given: argparse.Namespace) -> int:
         console_of(given).say(
             "caution", "a plan file is code and runs now: load only plans you built or trust"
         )
-    results = bench.benchmark(engines, on_gpu=gpu is not None, runs=given.runs)
+    results = bench.benchmark(engines, on_gpu=gpu is not None, how=how)
     print(bench.text_of(results))
     if gpu is not None:
         print(f"Measured on {gpu.name}, compute capability {gpu.compute_capability}.")
@@ -64,7 +70,9 @@ BENCH = Command(
         argument("--three", action="store_true", help="build FP32, FP16 and INT8 engines into -o DIR first"),
         argument("--int8", metavar="MODEL", help="--three: the model with Q/DQ"),
         argument("--table", metavar="TABLE", help="--three: take the scales from this table"),
-        argument("--runs", type=int, default=500, metavar="N", help="timed inferences per engine (500)"),
+        argument("--warm-up", type=float, default=200, metavar="MS", help="run so long before (200)"),
+        argument("--duration", type=float, default=3, metavar="S", help="time each engine this long (3)"),
+        argument("--iterations", type=int, default=10, metavar="N", help="and at least this often (10)"),
         argument("--json", metavar="F", help="write the results as JSON"),
     ),
 )

@@ -21,8 +21,8 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import builder
-from trtq.backends.engine import engine_runner
 from trtq.backends.interface import Profile, find_gpu, profiles_from
+from trtq.backends.runner import open_engine
 from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
 from trtq.errors import InputError
@@ -192,8 +192,8 @@ def _engine(model: Model, names: list[str], profile: Profile, backend: str | Non
         marked, plan = Path(folder) / "marked.onnx", Path(folder) / "marked.plan"
         save_model(graph, marked)
         builder(backend).build(marked, plan, profile=profile)
-        with engine_runner(plan) as runner:
-            yield runner.infer
+        with open_engine(plan) as loaded:
+            yield loaded.infer
 
 
 def _sqnr(

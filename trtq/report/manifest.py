@@ -6,13 +6,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from trtq import __version__
 from trtq.backends.builders import builder, chosen
 from trtq.files import sha256_file
 from trtq.gate.evaluation import Evaluation
 from trtq.job import Job
 from trtq.recipe import Recipe
 
-_PACKAGES = ("trtq", "numpy", "numba", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "pillow")
+_PACKAGES = ("numpy", "numba", "onnx", "onnx-graphsurgeon", "onnxruntime", "polygraphy", "pillow")
 
 
 def manifest(job: Job, evaluation: Evaluation, command: str, folder: Path) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def manifest(job: Job, evaluation: Evaluation, command: str, folder: Path) -> di
 def versions(recipe: Recipe) -> dict[str, str]:
     """Versions of everything that the results depend on."""
     backend = chosen(recipe.backend)
-    return {name: version(name) for name in _PACKAGES} | {backend: builder(backend).version()}
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"trtq": __version__, **packages, backend: builder(backend).version()}
 
 
 def hashes_of(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,5 @@
+"""The stand-in, as TensorRT for RTX."""
+
+from standin import become
+
+become(globals(), rtx=True)
