@@ -119,6 +119,14 @@ def test_engines_of_a_real_gpu(engine: str, layers: int, convolutions: int, int8
             assert found.converts
 
 
+def test_without_metadata_the_names_tell_the_nodes() -> None:
+    """TensorRT before 8.6: what it fuses it joins with `+`."""
+    text = (REAL / "resnet-a100-qat-residual-qgap.json").read_text()
+    fused = [found for found in parse_inspection(text).layers if "Conv_9" in found.onnx_nodes]
+    assert [found.name for found in fused] == ["conv1.weight + QuantizeLinear_7 + Conv_9 + MaxPool_12"]
+    assert int8_nodes(fused, ["Conv_9", "Conv_22"]) == {"Conv_9"}
+
+
 def test_bytes_of_a_real_engine_by_hand() -> None:
     compiled = parse_inspection((REAL / "resnet-a100-qat-residual-qgap.json").read_text(), batch=32)
     quantize, stem = compiled.layers[:2]

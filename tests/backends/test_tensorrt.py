@@ -50,6 +50,7 @@ def module(version: str) -> types.ModuleType:
 @pytest.mark.parametrize(
     ("version", "name"),
     [
+        ("8.5.3.1", "TensorRT 8.5"),
         ("8.6.1", "TensorRT 8.6"),
         ("9.2.0", "TensorRT 8.6"),  # as 8.6 is asked, which 9 still understands
         ("10.0.1", "TensorRT 10"),
@@ -63,13 +64,15 @@ def test_versions(version: str, name: str) -> None:
 
 
 def test_versions_too_old() -> None:
-    with pytest.raises(InputError, match=r"8\.5\.3 is too old"):
-        dialect_of(module("8.5.3"))
+    with pytest.raises(InputError, match=r"8\.4\.3 is too old"):
+        dialect_of(module("8.4.3"))
 
 
 @pytest.mark.parametrize(
     ("version", "options", "problem"),
     [
+        ("8.5.3", BuildOptions(version_compatible=True), "version_compatible"),
+        ("8.5.3", BuildOptions(optimization_level=5), "optimization_level"),
         ("8.6.1", BuildOptions(strip_weights=True), "strip_weights"),
         ("8.6.1", BuildOptions(lower_precision="bf16"), "bf16"),
         ("11.4.0", BuildOptions(lower_precision="fp16"), "lower_precision"),

@@ -292,6 +292,11 @@ def onnx_layers(metadata: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\s]*(?:\[ONNX Layer: |$))", metadata))
 
 
+def _named(name: str) -> tuple[str, ...]:
+    """The ONNX nodes that a layer's name lists: what TensorRT fuses it joins with `+` (8.5 has no metadata)."""
+    return tuple(name.split(" + "))
+
+
 def _inspected_layer(layer: Any) -> CompiledLayer | None:
     """A layer of the engine inspector, or None if it is not as expected."""
     try:
@@ -306,7 +311,7 @@ def _inspected_layer(layer: Any) -> CompiledLayer | None:
             inputs=tuple(_inspected_tensor(t) for t in layer["Inputs"]),
             constants=(*constants, *(_inspected_tensor(t) for t in layer.get("Constants", ()))),
             outputs=tuple(_inspected_tensor(t) for t in layer["Outputs"]),
-            onnx_nodes=onnx_layers(layer.get("Metadata", "")),
+            onnx_nodes=onnx_layers(layer["Metadata"]) if "Metadata" in layer else _named(layer["Name"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

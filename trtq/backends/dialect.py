@@ -1,6 +1,6 @@
-"""What differs between TensorRT 8.6, 10, 11 and TensorRT for RTX: all of it stands in this one table.
+"""What differs between TensorRT 8.5 to 11 and TensorRT for RTX: all of it stands in this one table.
 
-Sources: the Python bindings of 8.6.1, 10.16.1, 11.4.0 and tensorrt_rtx 1.7.1, and NVIDIA's guide
+Sources: the Python bindings of 8.5.3, 8.6.1, 10.16.1, 11.4.0 and tensorrt_rtx 1.7.1, and NVIDIA's guide
 "Migrating from TensorRT 10.x to 11.x". TensorRT for RTX accepts an optimization level, a timing cache and
 hardware compatibility, and ignores them; it cannot build version-compatible engines (no lean runtime) and
 has no DLA; these are not its options here, so that nobody relies on them.
@@ -55,6 +55,7 @@ class Dialect:
 
 _EVERY_OPTION = frozenset(field.name for field in dataclasses.fields(BuildOptions))
 _COMMON_FLAGS = frozenset({"REFIT", "VERSION_COMPATIBLE", "GPU_FALLBACK"})
+_SINCE_8_6 = frozenset({"version_compatible", "hardware_compatible", "optimization_level"})
 _WEAK_FLAGS = frozenset({"INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"})
 
 RTX = Dialect(
@@ -68,6 +69,18 @@ RTX = Dialect(
 )
 
 _SINCE: tuple[tuple[tuple[int, int], Dialect], ...] = (
+    (
+        (8, 5),
+        Dialect(
+            name="TensorRT 8.5",
+            explicit_batch=True,
+            weak_typing=True,
+            strong_typing=False,
+            flags=(_COMMON_FLAGS | _WEAK_FLAGS) - {"VERSION_COMPATIBLE"},
+            options=_EVERY_OPTION - {"strip_weights"} - _SINCE_8_6,
+            named_parser_errors=False,
+        ),
+    ),
     (
         (8, 6),
         Dialect(
@@ -111,7 +124,7 @@ def dialect_of(trt: Any) -> Dialect:
     """The dialect of an imported TensorRT module.
 
     Raises:
-        InputError: it is older than 8.6.
+        InputError: it is older than 8.5.
     """
     if trt.__name__ == "tensorrt_rtx":
         return RTX
@@ -119,6 +132,6 @@ def dialect_of(trt: Any) -> Dialect:
     known = [dialect for since, dialect in _SINCE if since <= version]
     if not known:
         raise InputError(
-            f"TensorRT {trt.__version__} is too old", remedy="pip install --upgrade 'tensorrt>=8.6'"
+            f"TensorRT {trt.__version__} is too old", remedy="pip install --upgrade 'tensorrt>=8.5'"
         )
     return known[-1]

@@ -38,7 +38,8 @@ def load(trt: Any, log: Any, path: Path) -> tuple[Any, Any]:
     """
     trt.init_libnvinfer_plugins(log, "")
     runtime = trt.Runtime(log)
-    runtime.engine_host_code_allowed = True  # or version-compatible plans do not load
+    if hasattr(runtime, "engine_host_code_allowed"):  # not before 8.6
+        runtime.engine_host_code_allowed = True  # or version-compatible plans do not load
     content = path.read_bytes()
     if hasattr(runtime, "get_engine_validity"):
         _check_validity(trt, runtime, log, content, path)

@@ -1,8 +1,8 @@
-"""Engines built with TensorRT proper, 8.6 to 10.16 and 11: on the GPU that they will run on.
+"""Engines built with TensorRT proper, 8.5 to 10.16 and 11: on the GPU that they will run on.
 
 - Explicit quantization (a model with Q/DQ), every version: strongly typed where the version can, so that the
   ONNX model's types are the engine's, as with TensorRT for RTX. With `BuildOptions.lower_precision` (up to
-  10), and always on 8.6, weakly typed: TensorRT may choose FP16 or BF16 for what is not INT8.
+  10), and always on 8, weakly typed: TensorRT may choose FP16 or BF16 for what is not INT8.
 - Implicit quantization (an fp32 model and a calibrator), up to 10.16: `Implicit`.
 
 Plan files are code: load only plans you built or whose origin you trust. The build itself loads the engine it
@@ -174,7 +174,8 @@ def layers_of(
     found: set[str] = set()
     layers = []
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
-        names = {layer.name, *onnx_layers(layer.metadata)} & set(nodes)
+        metadata = getattr(layer, "metadata", "")  # not before 8.6, whose layers have their nodes' names
+        names = {layer.name, *onnx_layers(metadata)} & set(nodes)
         if names and layer.type != trt.LayerType.CONSTANT and layer.get_output(0).dtype == trt.float32:
             found |= names
             layers.append(layer)
@@ -223,7 +224,8 @@ def inspect_plan(
     """
     log = logger(trt)
     runtime = trt.Runtime(log)
-    runtime.engine_host_code_allowed = options.version_compatible
+    if options.version_compatible:
+        runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise InputError(f"{dialect.name} does not load the engine it built", cause="\n".join(log.errors))
