@@ -339,7 +339,7 @@ class Recipe:
         f"precision of what is not quantized (default: {DEFAULT_REST})", _choice("fp32", "fp16")
     )
     backend: str | None = _option(
-        "builder of the engine; default: the one that is installed, of both the one that supports the GPU here",
+        "builder of the engine; default: the one that is installed, of both the one for the GPU here",
         _choice(*BUILDERS),
     )
     target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", TARGETS)
