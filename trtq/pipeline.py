@@ -26,7 +26,7 @@ from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.job import Job, for_builder, open_cache, planned, prepare
+from trtq.job import Job, for_builder, open_cache, planned, prepare, with_timing_cache
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
@@ -128,7 +128,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     budget = Budget.of(recipe.budget)
     metric_of(recipe)
     console = console.fresh()
-    given, recipe = recipe, for_builder(recipe)
+    given, recipe = recipe, with_timing_cache(for_builder(recipe))
     job = Job.open(recipe, console)
     plan = job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)

@@ -363,7 +363,9 @@ class Recipe:
         path=True,
     )
     timing_cache: str | None = _option(
-        "file of kernel timings, read and written by the build (TensorRT)", metavar="F", path=True
+        "file of kernel timings, read and written by the build (TensorRT; deploy keeps one in the cache)",
+        metavar="F",
+        path=True,
     )
     workspace: int | None = _option("largest scratch memory of a kernel, in bytes", BYTES, metavar="N")
     optimization_level: int | None = _option(
