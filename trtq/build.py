@@ -28,6 +28,8 @@ from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place, placed
 from trtq.graph.plan import Plan
 from trtq.job import for_builder, opt_shapes, prepare, profile_for
+from trtq.migration.implied import Implied, implied
+from trtq.migration.source import load_source
 from trtq.pipeline import quantize
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import share_check
@@ -35,11 +37,16 @@ from trtq.recovery.attempt import share_check
 
 @dataclass(frozen=True)
 class Built:
-    """An engine, what it runs in INT8, and whether that is the share the recipe asks for."""
+    """An engine, what it runs in INT8, and whether that is the share the recipe asks for.
+
+    Attributes:
+        notes: what else is to be said of it.
+    """
 
     build: Build
     coverage: Coverage
     check: Check | None
+    notes: tuple[str, ...] = ()
 
 
 def build(recipe: Recipe, table: PathLike | None = None, calibrator: str | None = None) -> Built:
@@ -53,9 +60,9 @@ def build(recipe: Recipe, table: PathLike | None = None, calibrator: str | None 
         MissingBackendError: the builder is not installed.
     """
     recipe.require("model", "output")
-    least = recipe.min_int8
+    least, notes = recipe.min_int8, tuple[str, ...]()
     if table is not None or calibrator is not None:
-        built, plan = build_implicit(recipe, table, calibrator)
+        built, plan, notes = build_implicit(recipe, table, calibrator)
     elif recipe.include or recipe.exclude:
         raise InputError(
             "--include and --exclude belong to implicit quantization here",
@@ -64,7 +71,7 @@ def build(recipe: Recipe, table: PathLike | None = None, calibrator: str | None 
     else:
         built, plan = build_explicit(recipe)
     covered = coverage(plan, built.compiled)
-    return Built(built, covered, None if least is None else share_check(covered, least))
+    return Built(built, covered, None if least is None else share_check(covered, least), notes)
 
 
 def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
@@ -95,8 +102,11 @@ def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
     return built, plan
 
 
-def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None) -> tuple[Build, Plan]:
-    """An engine that TensorRT 8.6 to 10.16 quantizes by itself, and the plan whose exclusions it obeys.
+def build_implicit(
+    recipe: Recipe, table: PathLike | None, algorithm: str | None
+) -> tuple[Build, Plan, tuple[str, ...]]:
+    """An engine that TensorRT 8.6 to 10.16 quantizes by itself, the plan whose exclusions it obeys, and what
+    is to be said of a given table.
 
     Args:
         table: the scales; TensorRT measures nothing then.
@@ -114,7 +124,8 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             remedy="use --backend tensorrt (8.6 to 10.16), or quantize explicitly: trtq quantize --table",
         )
     recipe = for_builder(recipe, implicit=True)
-    model = prepare(recipe)
+    source = load_source(recipe.require("model").model)
+    model, notes = source.model, tuple[str, ...]()
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)
     plan = place(
@@ -123,6 +134,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
     if table is not None and algorithm is None:
         given = read_table(table)
         given.check_made_for(model.sha256, model.path)
+        notes = table_notes(implied(source, given))
         make: Callable[[Any], Any] = partial(calibrators.table_calibrator, table=given)
     elif table is None and algorithm is not None and data is not None:
         make = partial(
@@ -149,7 +161,14 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             float32=_float32(model, data) if recipe.lower_precision == "fp16" else [],
             implicit=tensorrt.Implicit(make, floating_point),
         )
-    return build, plan
+    return build, plan, notes
+
+
+def table_notes(found: Implied) -> tuple[str, ...]:
+    """What is to be said of a table for implicit quantization: nothing if it lacks no scale."""
+    if not found.missing:
+        return ()
+    return (f"{found.text()}; trtq calibrate writes a scale for every tensor",)
 
 
 def _float32(model: Model, samples: Samples | None) -> list[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from trtq.backends.builders import builder
+from trtq.backends.builders import builder, chosen
 from trtq.backends.interface import (
     OPT_BATCH,
     Profile,
     Shape,
     check_profile,
+    find_gpu,
     profiles_from,
 )
 from trtq.cache import Cache, Key
@@ -21,6 +23,7 @@ from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
+from trtq.files import sha256_json
 from trtq.graph.fit import check_fits
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
@@ -230,6 +233,21 @@ def for_builder(recipe: Recipe, *, implicit: bool = False) -> Recipe:
         lower_precision=recipe.lower_precision or ("fp16" if recipe.precision == "fp16" else None),
         weights=recipe.weights or (None if typed or implicit else "qdq"),
     )
+
+
+def with_timing_cache(recipe: Recipe) -> Recipe:
+    """The recipe with a timing cache of this GPU, driver and TensorRT in trtq's cache, if it names none.
+
+    TensorRT times the same kernels in every build of a job again; TensorRT for RTX times none.
+
+    Raises:
+        MissingBackendError: the builder is not installed.
+    """
+    gpu = find_gpu()
+    if recipe.timing_cache is not None or gpu is None or chosen(recipe.backend) != "tensorrt":
+        return recipe
+    name = sha256_json([dataclasses.astuple(gpu), builder(recipe.backend).version()])[:16]
+    return replace(recipe, timing_cache=str(Cache.at(recipe.cache).root / "timing" / f"{name}.timing"))
 
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:

@@ -13,7 +13,7 @@ from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage
 from trtq.backends.engine import input_specs
 from trtq.backends.interface import Build
-from trtq.calibration.calibrate import calibrate
+from trtq.calibration.calibrate import calibrate, complete_table
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
@@ -26,7 +26,7 @@ from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.job import Job, for_builder, open_cache, planned, prepare
+from trtq.job import Job, for_builder, open_cache, planned, prepare, with_timing_cache
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
@@ -71,8 +71,8 @@ class Deployment:
 
     @property
     def table(self) -> Table:
-        """The scales of the activations."""
-        return Table.of(self.best.quantization)
+        """The scales of the activations, of those without a quantizer as well."""
+        return Table.load(self.folder / "calibration.cache")
 
     @property
     def build(self) -> Build:
@@ -128,7 +128,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     budget = Budget.of(recipe.budget)
     metric_of(recipe)
     console = console.fresh()
-    given, recipe = recipe, for_builder(recipe)
+    given, recipe = recipe, with_timing_cache(for_builder(recipe))
     job = Job.open(recipe, console)
     plan = job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
@@ -149,6 +149,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
             os.replace(path, folder / path.name)
         for attempt in attempts:
             shutil.rmtree(attempt.folder)
+        complete_table(job, best.quantization).save(folder / "calibration.cache")
         write_verdict(folder, best.verdict)
         write_text(folder / "recipe.toml", given.dumps())
         record = [{**step.to_json(), "kept": step is best} for step in tried]

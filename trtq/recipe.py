@@ -339,7 +339,7 @@ class Recipe:
         f"precision of what is not quantized (default: {DEFAULT_REST})", _choice("fp32", "fp16")
     )
     backend: str | None = _option(
-        "builder of the engine; default: the one that is installed, of both the one that supports the GPU here",
+        "builder of the engine; default: the one that is installed, of both the one for the GPU here",
         _choice(*BUILDERS),
     )
     target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", TARGETS)
@@ -363,7 +363,9 @@ class Recipe:
         path=True,
     )
     timing_cache: str | None = _option(
-        "file of kernel timings, read and written by the build (TensorRT)", metavar="F", path=True
+        "file of kernel timings, read and written by the build (TensorRT; deploy keeps one in the cache)",
+        metavar="F",
+        path=True,
     )
     workspace: int | None = _option("largest scratch memory of a kernel, in bytes", BYTES, metavar="N")
     optimization_level: int | None = _option(

@@ -29,10 +29,11 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
-from trtq.job import for_builder
+from trtq.job import for_builder, with_timing_cache
 from trtq.recipe import Recipe
 
 NO_GPU = find_gpu() is None
+GPU = Gpu("A100", "8.0", "570.86")
 
 
 @pytest.mark.slow
@@ -268,6 +269,23 @@ def test_builders_by_name() -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     assert builder() is tensorrt_rtx
     assert builder().version() == __import__("tensorrt_rtx").__version__
+
+
+def test_a_job_times_kernels_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def timing_cache(version: str, gpu: Gpu | None, **given: str) -> str | None:
+        monkeypatch.setitem(sys.modules, "tensorrt", module(version))
+        monkeypatch.setattr("trtq.job.find_gpu", lambda: gpu)
+        return with_timing_cache(Recipe(cache=str(tmp_path), **given)).timing_cache
+
+    here = timing_cache("10.16.1", GPU, backend="tensorrt")
+    assert here is not None
+    assert Path(here).parent == tmp_path / "timing"
+    assert timing_cache("10.16.1", GPU, backend="tensorrt") == here
+    others = [("10.13.0", GPU), ("10.16.1", Gpu(GPU.name, "8.0", "580.1")), ("10.16.1", Gpu("A10", "8.6"))]
+    assert len({here, *(timing_cache(*other, backend="tensorrt") for other in others)}) == 4
+    assert timing_cache("10.16.1", GPU, backend="tensorrt", timing_cache="/own") == "/own"
+    assert timing_cache("10.16.1", GPU, backend="tensorrt-rtx") is None
+    assert timing_cache("10.16.1", None, backend="tensorrt") is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx_graphsurgeon as gs
+import onnxruntime
 import pytest
 from jobs import Deployed, Run
 
@@ -13,11 +16,14 @@ import trtq
 from trtq.backends.interface import find_gpu
 from trtq.calibration.table import Table
 from trtq.errors import ExitCode
+from trtq.graph.plan import Plan
+from trtq.migration.implied import implied
+from trtq.migration.source import load_source
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
 MODEL = Path(trtq.__file__).parent / "demo" / "digits.onnx"
-EVAL = MODEL.with_name("eval.npz")
+CALIB, EVAL = MODEL.with_name("calib.npz"), MODEL.with_name("eval.npz")
 
 Command = Callable[..., Run]
 
@@ -83,8 +89,24 @@ def test_tables_go_to_models_and_back_to_the_bit(trtq_run: Command, demo: Deploy
     assert (tmp_path / "q.onnx").read_bytes() == (demo.folder / "model.int8.onnx").read_bytes()
     found = Table.load(tmp_path / "back.cache")
     assert found.header == "TRT-8601-EntropyCalibration2"
-    rows = Table.load(table).scales  # what Flatten gives has Q/DQ, too, with the range of what it moves
-    assert dict(found.scales) == {**rows, "flatten": rows["pool"]}
+    rows, ranges = Table.load(table).scales, Plan.load(demo.folder / "plan.json").tensors
+    # what Flatten gives has Q/DQ, too, with the range of what it moves
+    assert dict(found.scales) == {**{name: rows[name] for name in ranges}, "flatten": rows["pool"]}
+
+
+def test_a_table_has_every_float_tensor(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:
+    """TensorRT that quantizes by itself wants scales of all that an INT8 layer reads and writes."""
+    rows = Table.load(demo.folder / "calibration.cache").scales
+    source = load_source(MODEL)
+    tensors = [t for t in source.model.graph.tensors().values() if isinstance(t, gs.Variable)]
+    assert {tensor.name for tensor in tensors if tensor.dtype == np.float32} == set(rows)
+    assert not implied(source, Table(rows)).missing
+    session = onnxruntime.InferenceSession(MODEL)
+    logits = session.run(["logits"], {"image": np.load(CALIB)["image"]})[0]
+    assert rows["logits"] == pytest.approx(np.abs(logits).max() / 127, rel=1e-5)
+    calibrated = trtq_run("calibrate", MODEL, "--data", CALIB, "-o", tmp_path / "own.cache")
+    assert calibrated.code == ExitCode.PASS
+    assert set(Table.load(tmp_path / "own.cache").scales) == set(rows)
 
 
 def test_migrate_gates_what_the_table_gives(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:

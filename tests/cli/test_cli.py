@@ -504,11 +504,11 @@ def test_cache_list_show_and_prune(small: Case, tmp_path: Path, trtq_run: Comman
     trtq_run(*deploy_arguments(small, tmp_path / "one", "--method", "max"))
     listed = trtq_run("cache", "list").out.splitlines()
     kinds = [line.rpartition("/")[2].partition("-")[0] for line in listed[:-1]]
-    assert sorted(kinds) == [*["outputs"] * 4, "statistics", "table"]
-    assert listed[-1].startswith("6 entries, 0 damaged")
+    assert sorted(kinds) == ["extents", *["outputs"] * 4, "statistics", "table"]
+    assert listed[-1].startswith("7 entries, 0 damaged")
     assert '"requested": "max"' in trtq_run("cache", "show").out
-    assert trtq_run("cache", "prune").out.startswith("0 of 6 entries removed")
-    assert trtq_run("cache", "prune", "--days", 0).out.startswith("6 of 6 entries removed")
+    assert trtq_run("cache", "prune").out.startswith("0 of 7 entries removed")
+    assert trtq_run("cache", "prune", "--days", 0).out.startswith("7 of 7 entries removed")
     assert trtq_run("cache", "list").out.startswith("0 entries")
 
 

@@ -15,13 +15,14 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 
 import trtq.demo
+from trtq.build import table_notes
 from trtq.calibration.collect import collect
 from trtq.calibration.table import Table
 from trtq.cli.migrate import MIGRATE
 from trtq.data.load import load_samples
 from trtq.errors import ExitCode, InputError
 from trtq.graph.model import export
-from trtq.migration.implied import implied_model
+from trtq.migration.implied import implied, implied_model
 from trtq.migration.migrate import Migration, migrate
 from trtq.migration.source import Source, load_source
 from trtq.numerics import scale_from_amax
@@ -207,6 +208,29 @@ def test_a_bad_table_fails_the_gate(recipe: Recipe, old_table: Table, tmp_path: 
 
 
 @pytest.mark.slow
+def test_what_keeps_layers_from_int8(tmp_path: Path) -> None:
+    source = net(
+        tmp_path,
+        """net (float[1,8] x) => (float[1,8] y) {
+            a = MatMul(x, w)
+            r = Relu(a)
+            b = MatMul(r, w)
+            y = Softmax(b)
+        }""",
+        w=weight(8, 8),
+    )
+    every = implied(source, table(x=1, r=1, b=1))
+    assert (every.int8, every.layers, every.missing) == (2, ["a", "b"], {})
+    assert every.text() == "the table implies 2 of 2 layers in INT8"
+    inputs_alone = implied(source, table(x=1, r=1))  # what Q/DQ need
+    assert (inputs_alone.int8, inputs_alone.missing) == (1, {"b": ["b"]})
+    assert inputs_alone.text().endswith("1 of 2 layers in INT8: it has no scale for b")
+    nothing = implied(source, table(a=1))
+    assert nothing.text().endswith("0 of 2 layers in INT8: it has no scale for x, r, b")
+    assert table_notes(every) == ()
+    assert "trtq calibrate writes a scale for every tensor" in table_notes(nothing)[0]
+
+
 def test_an_implied_model_that_scores_nothing_is_no_reference(
     recipe: Recipe, old_table: Table, tmp_path: Path
 ) -> None:

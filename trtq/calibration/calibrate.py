@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
@@ -13,7 +14,7 @@ import onnx_graphsurgeon as gs
 import trtq
 from trtq.cache import Key
 from trtq.calibration.collect import collect_sharded
-from trtq.calibration.extents import measure_extents
+from trtq.calibration.extents import MOST_ROWS, measure_extents
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.search import CANDIDATES, Choice, Rows, choose_method, refine_ranges
 from trtq.calibration.statistics import Statistics
@@ -27,7 +28,7 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
-from trtq.numerics import has_scale
+from trtq.numerics import has_scale, scale_from_amax
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.workers import Work
 
@@ -81,19 +82,44 @@ def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantiz
     return made
 
 
-def extents_of(job: Job, source: FloatGraph) -> dict[str, Extent]:
+def complete_table(job: Job, quantization: Quantization) -> Table:
+    """The table of a quantization with a row for every other float tensor, whose range is its largest
+    magnitude on the job's data.
+
+    Q/DQ need the plan's rows only. TensorRT up to 10, quantizing by itself, runs a layer in INT8 only if all
+    that it reads and writes has a scale. A tensor that is always zero, or not finite, has none.
+
+    Raises:
+        InputError: the model does not run on the data.
+    """
+    changed = quantization.graph is not job.model.graph
+    source = FloatGraph.changed(quantization.graph) if changed else FloatGraph.of(job.model)
+    extents = extents_of(job, source, rows=len(job.data))
+    reached = {name: extent.amax for name, extent in extents.items()}
+    others = {
+        name: float(scale_from_amax(amax))
+        for name, amax in reached.items()
+        if math.isfinite(amax) and has_scale(amax)
+    }
+    return Table.of(quantization, others)
+
+
+def extents_of(job: Job, source: FloatGraph, rows: int = MOST_ROWS) -> dict[str, Extent]:
     """The extents of a graph's tensors over the job's data, from the cache where they are there.
+
+    Args:
+        rows: about how many rows are looked at.
 
     Raises:
         InputError: the model does not run on the data.
     """
     key = Key.of(
-        "extents", model=source.sha256, data=job.data.hash, opset=source.graph.opset,
+        "extents", model=source.sha256, data=job.data.hash, opset=source.graph.opset, rows=rows,
         executor=simulation_fingerprint(),
     )  # fmt: skip
     if (content := job.cache.fetch(key)) is not None:
         return {name: Extent(*figures) for name, figures in json.loads(content).items()}
-    extents = measure_extents(source.graph, job.data, workers=job.recipe.threads)
+    extents = measure_extents(source.graph, job.data, rows=rows, workers=job.recipe.threads)
     job.cache.store(key, json.dumps({name: astuple(extent) for name, extent in extents.items()}).encode())
     return extents
 

@@ -21,7 +21,7 @@ from trtq.graph.names import Names
 from trtq.simulation.rows import Runner
 
 MOST_ROWS = 32
-"""Rows that are looked at, evenly spread over the data; the rules leave headroom for all others."""
+"""Rows that the rules of half look at, evenly spread over the data; they leave headroom for all others."""
 
 _HIGHEST = float(np.finfo(np.float32).max)
 
@@ -36,26 +36,31 @@ class _Figures(NamedTuple):
     smallest: str
 
 
-def measure_extents(graph: gs.Graph, samples: Samples, *, workers: int | None = None) -> dict[str, Extent]:
+def measure_extents(
+    graph: gs.Graph, samples: Samples, *, rows: int = MOST_ROWS, workers: int | None = None
+) -> dict[str, Extent]:
     """Tensor -> its extent over an evenly spread part of the samples, of each float32 tensor that a node of
     the graph makes, and of each float32 input.
 
     Args:
         graph: folded; is not changed.
+        rows: about how many are looked at.
         workers: rows run at once; default: one for each processor.
 
     Raises:
         InputError: the model does not run on the data.
     """
     probed, figures = _probed(graph)
+    if not figures:  # a model that is all in float16
+        return {}
     names = [name for of_tensor in figures.values() for name in of_tensor]
 
     def look(_: Batch, found: Arrays) -> NDArray[np.float64]:
         return np.array([found[name] for name in names], np.float64).reshape(len(figures), -1)
 
-    part = samples.spread(MOST_ROWS)
-    rows = np.stack(list(Runner(probed).over(part, part.batches(), look, workers=workers)))
-    return {name: _joined(rows[:, index]) for index, name in enumerate(figures)}
+    part = samples.spread(rows)
+    found = np.stack(list(Runner(probed).over(part, part.batches(), look, workers=workers)))
+    return {name: _joined(found[:, index]) for index, name in enumerate(figures)}
 
 
 def _joined(rows: NDArray[np.float64]) -> Extent:

@@ -135,10 +135,15 @@ class Table:
         return cls(scales, int(header[1]), header[2])
 
     @classmethod
-    def of(cls, quantization: Quantization) -> Table:
-        """The table of a quantization: the scales of its plan's tensors, with its notes as metadata."""
+    def of(cls, quantization: Quantization, others: Mapping[str, float] | None = None) -> Table:
+        """The table of a quantization: the scales of its plan's tensors, with its notes as metadata.
+
+        Args:
+            others: scales of tensors that have no quantizer, for rows behind those.
+        """
         scales = {name: quantization.scales[name] for name in quantization.plan.tensors}
-        return cls(scales, metadata=quantization.notes)
+        rest = {name: np.float32(scale) for name, scale in (others or {}).items() if name not in scales}
+        return cls(scales | rest, metadata=quantization.notes)
 
     def save(self, path: PathLike) -> None:
         """Write the table, and its metadata to `<path>.json`, each in one move."""

@@ -17,7 +17,7 @@ def _build(given: argparse.Namespace) -> int:
     built = build(recipe_of(given), given.table, given.calibrator)
     engine, kernels = built.build.engine, built.build.compiled.kernels
     print(f"{engine}: {engine.stat().st_size / 1e6:.1f} MB, {kernels} kernels")
-    print(built.coverage.text())
+    print("\n".join([built.coverage.text(), *built.notes]))
     if built.check is None:
         return ExitCode.PASS
     print(f"{built.check.outcome.value.upper()}  {built.check.message}")

@@ -10,12 +10,13 @@ from trtq.errors import ExitCode
 
 
 def _calibrate(given: argparse.Namespace) -> int:
-    from trtq.calibration.table import Table
-    from trtq.pipeline import quantize
+    from trtq.calibration.calibrate import calibrate, complete_table
+    from trtq.job import Job
 
     recipe = recipe_of(given)
     output = recipe.require("model", "data", "output").output
-    table = Table.of(quantize(recipe, None, console_of(given)))
+    job = Job.open(recipe, console_of(given))
+    table = complete_table(job, calibrate(job, job.place()))
     table.save(output)
     print(f"{output}: {len(table.scales)} tensors, method {table.metadata['method']}")
     return ExitCode.PASS

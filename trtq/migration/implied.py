@@ -18,7 +18,9 @@ That is an upper bound: for speed TensorRT may leave any of these layers in floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -54,33 +56,72 @@ INT8_OPS = MATRIX_OPS | POINTWISE_OPS | {"AveragePool", "Concat", "GlobalAverage
 (MaxPool, Reshape, Transpose, ...) take what their neighbours have."""
 
 
+@dataclass(frozen=True)
+class Implied:
+    """What a table lets TensorRT up to 10 run in INT8.
+
+    Attributes:
+        layers: first nodes of the layers that may run in INT8 by their kind.
+        missing: first node of a layer -> its inputs and outputs without a scale, for which it cannot.
+    """
+
+    layers: Sequence[str]
+    missing: Mapping[str, Sequence[str]]
+
+    @property
+    def int8(self) -> int:
+        """How many layers may run in INT8."""
+        return len(self.layers) - len(self.missing)
+
+    def text(self) -> str:
+        """For a person, with the tensors that lack a scale; at most three."""
+        said = f"the table implies {self.int8} of {len(self.layers)} layers in INT8"
+        tensors = list(dict.fromkeys(tensor for found in self.missing.values() for tensor in found))
+        if not tensors:
+            return said
+        more = ", …" if len(tensors) > 3 else ""
+        return f"{said}: it has no scale for {', '.join(tensors[:3])}{more}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"int8": self.int8, **asdict(self)}
+
+
+def implied(source: Source, table: Table) -> Implied:
+    """What a table lets TensorRT run in INT8 (see the module)."""
+    layers = [layer for layer in _layers(source.model.graph) if any(_layer_inputs(layer))]
+    missing = {layer[0].name: _missing(layer, source, table) for layer in layers}
+    return Implied(
+        [layer[0].name for layer in layers], {name: found for name, found in missing.items() if found}
+    )
+
+
 def implied_model(source: Source, table: Table) -> gs.Graph:
     """The model that a table implies (see the module), as a Q/DQ graph: for simulation only.
 
     Raises:
         InputError: as `place`.
     """
-    graph = source.model.graph
-    rows: dict[str, str] = {}
-
-    def has_scale(tensor: gs.Tensor) -> bool:
-        if row := source.row(tensor.name, table):
-            rows[tensor.name] = row
-        return row is not None
-
     edges, int8 = [], set()
-    for layer in _layers(graph):
+    for layer in _layers(source.model.graph):
         inputs = [*_layer_inputs(layer)]
-        tensors = [node.inputs[index] for node, index in inputs]
-        if inputs and all(map(has_scale, [*tensors, layer[-1].outputs[0]])):
+        if inputs and not _missing(layer, source, table):
             int8.add(layer[0].name)
+            names = [node.inputs[index].name for node, index in inputs]
             edges += [
-                Edge(tensor.name, node.name, index, "implied", tensor.name)
-                for tensor, (node, index) in zip(tensors, inputs, strict=True)
+                Edge(name, node.name, index, "implied", name)
+                for name, (node, index) in zip(names, inputs, strict=True)
             ]
     weights = [weight for weight in place(source.model).weights if weight.node in int8]
     plan = Plan(source.model.sha256, [], edges, weights)
-    return rewrite(graph, plan, {tensor: table.scales[row] for tensor, row in rows.items()})
+    rows = ((tensor, source.row(tensor, table)) for tensor in plan.tensors)
+    return rewrite(source.model.graph, plan, {tensor: table.scales[row] for tensor, row in rows if row})
+
+
+def _missing(layer: list[gs.Node], source: Source, table: Table) -> list[str]:
+    """What enters and leaves a layer without a scale in the table."""
+    tensors = [node.inputs[index].name for node, index in _layer_inputs(layer)]
+    return [name for name in [*tensors, layer[-1].outputs[0].name] if source.row(name, table) is None]
 
 
 def _layers(graph: gs.Graph) -> Iterator[list[gs.Node]]:

@@ -26,7 +26,7 @@ from trtq.graph.model import save_model
 from trtq.graph.quantization import Quantization
 from trtq.job import for_builder, open_cache, opt_shapes, profile_for
 from trtq.migration.fit import Fit
-from trtq.migration.implied import implied_model
+from trtq.migration.implied import implied, implied_model
 from trtq.migration.source import Source, load_source
 from trtq.migration.to_qdq import converted
 from trtq.recipe import Recipe
@@ -154,6 +154,11 @@ def migrate(
         strict=table if strict else None,
     )
     console.say("plan", quantization.plan.text())
+    may_run = implied(given.source, given.table)
+    if may_run.int8:
+        console.say("table", may_run.text())
+    else:
+        console.warn(may_run.text())
     with staged_folder(output) as folder:
         migration = _built(given, quantization, fit, folder)
         here = engine_runs_here(recipe, console)
@@ -165,6 +170,7 @@ def migrate(
             "command": command,
             "versions": versions(recipe),
             "inputs": given.to_json(),
+            "implied": may_run.to_json(),
             **migration.to_json(),
             "outputs": hashes_of(folder),
         }

@@ -336,8 +336,8 @@ class Report:
             nodes=_nodes(plan, covered),
             float32=plan.float32,
             ranges=[
-                Range(name, f"{float(scale) * INT8_MAX:.5g}", f"{float(scale):.6g}")
-                for name, scale in table.scales.items()
+                Range(name, f"{float(table.scales[name]) * INT8_MAX:.5g}", f"{float(table.scales[name]):.6g}")
+                for name in plan.tensors
             ],
         )
 
