@@ -139,7 +139,7 @@ def memory(made: type[cuda.PyCuda] | type[cuda.CudaBindings]) -> Json:
         "calibrator_buffers_equal": _through_calibrator_buffers(data),
         "beside_torch": _beside_torch(device, data, stream),
     }
-    device.free(address)
+    first.free(address)
     try:
         device.allocate(1 << 50)
         result["too_much"] = "allocated"
