@@ -184,8 +184,8 @@ def test_the_files_of_a_deployment_agree(
     (node,) = [node for node in plan.nodes if node.name == "second"]
     assert (node.int8, node.rule) == (False, NEVER_SEEN)
     assert reason in node.reason
-    assert list(table.scales) == plan.tensors
-    assert "h" not in plan.tensors
+    assert list(table.scales)[: len(plan.tensors)] == plan.tensors
+    assert "h" not in table.scales
     assert reason in html.unescape((out / "report.html").read_text())
     again = trtq_run(
         *("quantize", model, "--plan", out / "plan.json", "--table", out / "calibration.cache"),

@@ -1,38 +1,37 @@
-"""Everything that only a GPU can show, measured with one command and written to one JSON file.
+"""Everything that only a GPU can show, for a machine that is had for minutes: prepared here, run there.
 
-    python tools/gpu_check.py -o gpu_check.json
-    python tools/gpu_check.py -o gpu_check.json --model M.onnx --data CALIB --eval EVAL --metric top1
+    python tools/gpu_check.py --prepare DIR [--recipe FILE.toml]...     DIR and DIR.tar.xz; needs no GPU
+    python tools/gpu_check.py --run DIR.tar.xz -o OUT [--only WORD]...  there: writes OUT/gpu_check.json
 
-For the demo model, and the model given, with every backend that is installed (each in a process of its own):
-FP32, FP16 and INT8 engines; whether they load, for every target; latency; the engine's outputs against
-the simulation's; the gate; the three-way report; on TensorRT up to 10 also implicit engines from a table
-and from a calibrator. A step that fails records its exact message and the next one goes on. Without a GPU
-the static part is filled in (engines, fp32 against simulation), and the file says that no engine was run.
+Prepared are the demo and the model of each recipe (`model`, `data`, `eval`, `metric`, ...): in FP32, FP16,
+INT8, and INT8 with the rest in FP16, as ONNX models and as plans of TensorRT for RTX; rows to evaluate with
+what the simulation makes of them here; and operands of integer products. Of a model above `LARGEST` bytes
+only the products are kept.
+
+Each step runs in a process of its own under a time limit, the most valuable ones first. The report is written
+anew after every step. What is not installed there is skipped, and the report says so. `trtq` need not be
+installed: PYTHONPATH is enough.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import functools
-import importlib.metadata
 import json
-import platform
+import os
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
 from pathlib import Path
 from typing import Any
 
-from trtq.backends import bench, tensorrt, tensorrt_rtx
-from trtq.backends.builders import BUILDERS, builder
-from trtq.backends.calibrators import data_calibrator, table_calibrator
-from trtq.backends.device import clocks
-from trtq.backends.dialect import dialect_of
-from trtq.backends.engine import run_engine
-from trtq.backends.interface import Build, Profile, find_gpu
+import gpu_steps
+import numpy as np
+
+from trtq.backends import tensorrt_rtx
 from trtq.calibration.calibrate import calibrate
 from trtq.calibration.table import Table
 from trtq.console import SILENT
@@ -40,274 +39,198 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import TrtqError
 from trtq.files import write_json
-from trtq.gate.evaluation import metric_of
-from trtq.gate.tensors import compare_three
-from trtq.gate.verdict import decide
-from trtq.graph.model import Model, save_model
-from trtq.graph.plan import Plan
+from trtq.graph.fold import fold
+from trtq.graph.half_rules import half_by_rules
+from trtq.graph.model import FP16_SCALE_OPSET, load_model, save_model
+from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recipe import Recipe
 from trtq.simulation.outputs import run_model
-from trtq.simulation.similarity import compare
 
-PACKAGES = ("trtq", "onnx", "onnxruntime", "polygraphy", "tensorrt", "tensorrt-rtx", "pycuda")
-STATIC_TARGET = "8.6"
-THREE_WAY_ROWS = 32
 DEMO = Path(__file__).resolve().parents[1] / "trtq" / "demo"
+EVALUATED, CALIBRATED = 128, 32
+"""Rows that are taken along."""
 
-Step = dict[str, Any]
-
-
-def attempt(step: Callable[[], Any]) -> Step:
-    """The step's result and how long it took, or its exact error."""
-    started = time.perf_counter()
-    try:
-        outcome: Step = {"ok": True, "result": step()}
-    except TrtqError as error:
-        outcome = {"ok": False, "error": str(error)}
-    except Exception as error:  # what a GPU machine throws is what this script is for
-        outcome = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-    return {**outcome, "seconds": round(time.perf_counter() - started, 2)}
-
-
-class Check:
-    """One model on one backend; `report` is written after every step, so that a crash loses one step."""
-
-    def __init__(self, recipe: Recipe, backend: str, folder: Path, output: Path) -> None:
-        self.recipe, self.backend, self.folder, self.output = recipe, backend, folder, output
-        self.gpu = find_gpu()
-        self.report: Step = {}
-
-    def run(self) -> None:
-        """All steps that are possible here."""
-        self.step("quantize", self.quantize)
-        if not self.report["quantize"]["ok"]:
-            return
-        self.step("static", self.static)
-        self.step("three_way", self.three_way)
-        if self.gpu is None:
-            self.report["not_run"] = "there is no GPU here: no engine was run and nothing was timed"
-            write_json(self.output, self.report)
-            return
-        if self.backend == tensorrt_rtx.NAME:
-            targets = (*tensorrt_rtx.supported_targets(), tensorrt_rtx.CURRENT)
-            for target in targets:
-                self.step(f"target {target}", functools.partial(self.runs_for_target, target))
-        self.step("latency", self.latency)
-        self.step("engine_against_simulation", self.engine_against_simulation)
-        self.step("gate", self.gate)
-        if self.backend == tensorrt.NAME:
-            self.step("implicit_from_table", self.implicit_from_table)
-            self.step("implicit_from_calibrator", self.implicit_from_calibrator)
-
-    def step(self, name: str, function: Callable[[], Any]) -> None:
-        print(
-            f"  {self.backend:<13}{Path(self.recipe.model or '').stem:<24}{name}", file=sys.stderr, flush=True
-        )
-        self.report[name] = attempt(function)
-        write_json(self.output, self.report)
-
-    def quantize(self) -> Step:
-        """The INT8 model from the calibration data."""
-        recipe = self.recipe
-        job = Job.open(recipe, SILENT)
-        self.model: Model = job.model
-        self.data: Samples = job.data
-        self.samples: Samples = load_samples(
-            recipe.require("eval").eval, self.model.inputs, recipe.preprocess
-        )
-        self.profile: Profile = job.profile
-        quantization = calibrate(job, job.place())
-        self.plan: Plan = quantization.plan
-        self.table: Table = Table.of(quantization)
-        self.folded, self.int8 = self.folder / "model.folded.onnx", self.folder / "model.int8.onnx"
-        save_model(self.model.graph, self.folded)
-        save_model(quantization.rewritten(), self.int8)
-        return {"method": self.table.metadata["method"], "int8_nodes": len(self.plan.int8_nodes)}
-
-    def static(self) -> list[Step]:
-        """The three engines, for this GPU or, without one, ahead of time."""
-        targets = (STATIC_TARGET,) if self.gpu is None else ()
-        builds = bench.build_three(
-            self.model.path,
-            self.int8,
-            self.folder,
-            backend=self.backend,
-            profile=self.profile,
-            targets=targets,
-        )
-        self.engines = [build.engine for build in builds.values()]
-        return [r.to_json() for r in bench.benchmark(self.engines, on_gpu=False)]
-
-    def build(self, target: str) -> Build:
-        return builder(self.backend).build(
-            self.int8, self.folder / "target.plan", profile=self.profile, targets=[target]
-        )
-
-    def runs_for_target(self, target: str) -> Step:
-        """Whether an engine for this target loads and runs on this card."""
-        engine = self.build(target).engine
-        return {"p50_ms": bench.measure(engine, runs=50).p50_ms}
-
-    def latency(self) -> Step:
-        results = bench.benchmark(self.engines, on_gpu=True)
-        return {"engines": [r.to_json() for r in results], "warning": bench.slower_than_float(results)}
-
-    def engine_against_simulation(self) -> Step:
-        """How far the INT8 engine's outputs are from the simulation's, per output."""
-        engine = run_engine(self.engines[-1], self.samples).arrays
-        simulation = run_model(self.int8, self.samples).arrays
-        mismatch: Step = {}
-        for name, similarity in compare(simulation, engine).items():
-            classes = [arrays[name].argmax(axis=-1) for arrays in (simulation, engine)]
-            mismatch[name] = {
-                "sqnr_db": similarity.sqnr_db,
-                "cosine": similarity.cosine,
-                "max_abs_error": similarity.max_abs_error,
-                "argmax_differs": float((classes[0] != classes[1]).mean()),
-            }
-        return mismatch
-
-    def gate(self) -> Step:
-        """The verdicts on fp32 against the engine and against the simulation."""
-        metric, verdicts = metric_of(self.recipe), {}
-        reference = run_model(self.folded, self.samples).arrays
-        for outputs in (run_engine(self.engines[-1], self.samples), run_model(self.int8, self.samples)):
-            verdict = decide(
-                reference,
-                outputs.arrays,
-                dict(self.samples.targets),
-                metric,
-                max_drop=0.01,
-                confidence=None,
-                executor=outputs.executor,
-            )
-            verdicts[outputs.executor] = verdict.to_json()
-        return verdicts
-
-    def three_way(self) -> Step:
-        rows = range(min(THREE_WAY_ROWS, len(self.samples)) // self.samples.group)
-        return compare_three(
-            self.folded, self.int8, self.samples.subset(list(rows)), backend=self.backend
-        ).to_json()
-
-    def implicit_from_table(self) -> Step:
-        return self.implicit(functools.partial(table_calibrator, table=self.table))
-
-    def implicit_from_calibrator(self) -> Step:
-        calibrator = functools.partial(
-            data_calibrator,
-            algorithm="EntropyCalibration2",
-            samples=self.data,
-            model=self.model.sha256,
-            batch_size=next((shapes.opt[0] for shapes in self.profile.values()), 1),
-            cache=self.folder / "calibration.cache",
-        )
-        return self.implicit(calibrator)
-
-    def implicit(self, calibrator: Callable[[Any], Any]) -> Step:
-        """An implicitly quantized engine (TensorRT 10 and before): what it runs, and how fast."""
-        excluded = [node.name for node in self.plan.nodes if not node.int8]
-        built = tensorrt.build(
-            self.folded,
-            self.folder / "implicit.plan",
-            profile=self.profile,
-            implicit=tensorrt.Implicit(calibrator, excluded),
-        )
-        (result,) = bench.benchmark([built.engine], on_gpu=True)
-        return {**result.to_json(), "warnings": built.warnings}
-
-
-def environment() -> Step:
-    """Machine, card, driver and versions."""
-    gpu = find_gpu()
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        card = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        card = None
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "gpu": {"name": gpu.name, "compute_capability": gpu.compute_capability} if gpu else None,
-        "nvidia_smi": card,
-        "clocks": clocks(),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, None if it is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def dialect_name(backend: str) -> str:
-    """Which version's ways the backend follows here."""
-    builder(backend).version()
-    return dialect_of(__import__(BUILDERS[backend])).name
-
-
-def check_in_process(recipe_file: Path, backend: str) -> Step:
-    """One model on one backend in a process of its own: a crash is recorded, not suffered."""
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        output = Path(folder) / "report.json"
-        command = [
-            sys.executable,
-            __file__,
-            "--recipe",
-            str(recipe_file),
-            "--backend",
-            backend,
-            "-o",
-            str(output),
-        ]
-        process = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        report: Step = json.loads(output.read_text()) if output.exists() else {}
-        if process.returncode:
-            report["process"] = {"exit_code": process.returncode, "stderr": process.stderr[-4000:]}
-        return report
+LARGEST = 4_000_000
+LIMIT_S = 45
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("gpu_check.json"))
-    parser.add_argument("--model", help="another fp32 ONNX model, beside the demo's")
-    parser.add_argument("--data", help="its calibration data")
-    parser.add_argument("--eval", help="its evaluation data")
-    parser.add_argument("--metric", default="top1")
-    parser.add_argument("--method", default="auto", help="calibration method (default: auto)")
-    parser.add_argument("--recipe", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--backend", choices=tuple(BUILDERS), help=argparse.SUPPRESS)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prepare", type=Path, metavar="DIR")
+    what.add_argument("--run", type=Path, metavar="ARCHIVE", help="or the folder that it was made of")
+    what.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT")
+    parser.add_argument("--recipe", type=Path, action="append", default=[], metavar="FILE.toml")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="WORD", help="steps with it in the name"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, metavar="S", help=f"for each step ({LIMIT_S})"
+    )
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.recipe:  # the process of one model on one backend
-        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-            Check(Recipe.load(given.recipe), given.backend, Path(folder), given.output).run()
+    if given.prepare:
+        prepare(given.prepare, given.recipe)
+    elif given.run:
+        output = given.output or Path("gpu_check")
+        run(unpacked(given.run.resolve(), output), output, given.only, given.limit)
+    else:
+        write_json(given.output, outcome(given.step, given.folder))
+
+
+# --- there ------------------------------------------------------------------------------------------------
+
+
+def unpacked(prepared: Path, output: Path) -> Path:
+    """The folder of what was prepared; an archive is unpacked beside the output."""
+    if prepared.is_dir():
+        return prepared
+    folder = output.resolve().with_name(f"{output.name}.prepared")
+    with tarfile.open(prepared) as file:
+        file.extractall(folder)
+    return folder
+
+
+def run(folder: Path, output: Path, only: list[str], limit: float) -> None:
+    """All steps, one after the other; the report is whole after each."""
+    output.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {}
+    for name in gpu_steps.steps(folder):
+        if only and not any(word in name for word in only):
+            continue
+        report[name] = in_process(name, folder, limit)
+        write_json(output / "gpu_check.json", report)
+        print(f"{name}: {summary(report[name])}", flush=True)
+
+
+def in_process(name: str, folder: Path, limit: float) -> dict[str, Any]:
+    """A step in a process of its own: a crash or a hang is recorded, not suffered."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="trtq-") as temporary:
+        result, log = Path(temporary) / "result.json", Path(temporary) / "log"
+        command = [sys.executable, __file__, "--step", name, "--folder", str(folder), "-o", str(result)]
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            try:
+                code: int | str = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = f"stopped after {limit:g} s"
+        found = json.loads(result.read_text()) if result.exists() else {"ok": False}
+        said = log.read_text(errors="replace").strip()
+    found |= {"seconds": round(time.perf_counter() - started, 1)}
+    return found | ({"exit": code} if code else {}) | ({"log": said[-4000:]} if said else {})
+
+
+def outcome(name: str, folder: Path) -> dict[str, Any]:
+    """What a step gives, why it was skipped, or its exact error."""
+    try:
+        return {"ok": True, "result": gpu_steps.steps(folder)[name]()}
+    except gpu_steps.Skipped as reason:
+        return {"ok": None, "skipped": str(reason)}
+    except TrtqError as error:
+        return {"ok": False, "error": str(error), "exit_code": int(error.exit_code)}
+    except Exception:  # what a GPU machine throws is what this script is for
+        return {"ok": False, "error": traceback.format_exc()}
+
+
+def summary(found: dict[str, Any]) -> str:
+    """A step in a line."""
+    if found["ok"] is None:
+        text = f"skipped, {found['skipped']}"
+    elif found["ok"]:
+        text = json.dumps(found["result"])
+    else:
+        text = f"FAILED {found.get('exit', '')} {found.get('error', '')} {found.get('log', '')[-300:]}"
+    return f"{text[:600]}  [{found['seconds']} s]"
+
+
+# --- here -------------------------------------------------------------------------------------------------
+
+
+def prepare(folder: Path, recipes: list[Path]) -> None:
+    """Everything that `run` needs, of the demo and of each recipe's model."""
+    demo = {"model": str(DEMO / "digits.onnx"), "data": str(DEMO / "calib.npz"), "method": "max"}
+    jobs = {"demo": Recipe().merged({**demo, "eval": str(DEMO / "eval.npz"), "metric": "top1"})}
+    jobs |= {path.stem: Recipe.load(path) for path in recipes}
+    for name, recipe in jobs.items():
+        print(name, flush=True)
+        prepare_model(recipe, folder / name)
+    build_plans_for_each_gpu(folder / "demo")
+    archive = folder.with_name(f"{folder.name}.tar.xz")
+    with tarfile.open(archive, "w:xz", preset=9) as file:
+        file.add(folder, ".")
+    print(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB")
+
+
+def prepare_model(recipe: Recipe, folder: Path) -> None:
+    """The files of one model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job = Job.open(recipe, SILENT)
+    quantization = calibrate(job, job.place())
+    rows = load_samples(recipe.require("eval", "metric").eval, job.model.inputs, recipe.preprocess)
+    rows = rows.subset(range(min(EVALUATED, len(rows)) // rows.group))
+    int8 = folder / "int8.onnx"
+    save_model(quantization.rewritten(), int8)
+    np.savez_compressed(folder / "products.npz", **gpu_steps.integer_products(int8, rows))
+    if int8.stat().st_size > LARGEST:
+        int8.unlink()
         return
-    files = {"data": str(DEMO / "calib.npz"), "eval": str(DEMO / "eval.npz"), "metric": "top1"}
-    recipes = {"demo": Recipe().merged({"model": str(DEMO / "digits.onnx"), "method": given.method, **files})}
-    if given.model:
-        named = {name: getattr(given, name) for name in ("model", "data", "eval", "metric", "method")}
-        recipes[Path(given.model).stem] = Recipe().merged(named)
-        recipes[Path(given.model).stem].require("data", "eval", "metric")
-    report: Step = {"environment": environment(), "backends": {}}
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        for backend in BUILDERS:
-            here = report["backends"][backend] = {"installed": attempt(lambda b=backend: dialect_name(b))}
-            if not here["installed"]["ok"]:
-                continue
-            for name, recipe in recipes.items():
-                recipe_file = Path(folder) / "recipe.toml"
-                recipe_file.write_text(recipe.dumps())
-                here[name] = check_in_process(recipe_file, backend)
-                write_json(given.output, report)
-    write_json(given.output, report)
-    print(f"written to {given.output}")
+    save_models(job, quantization, folder)
+    for name, samples, count in (("eval", rows, EVALUATED), ("calib", job.data, CALIBRATED)):
+        save_rows(samples.subset(range(min(count, len(samples)) // samples.group)), folder / f"{name}.npz")
+    for name in ("fp32", "int8"):
+        np.savez_compressed(folder / f"{name}.outputs.npz", **run_model(folder / f"{name}.onnx", rows).arrays)
+    Table.of(quantization).save(folder / "table.cache")
+    (folder / "quantization.npz").write_bytes(quantization.to_bytes())
+    excluded = [node.name for node in quantization.plan.nodes if not node.int8]
+    write_json(
+        folder / "about.json",
+        {
+            "metric": recipe.metric,
+            "profile": {name: [list(shape) for shape in shapes] for name, shapes in job.profile.items()},
+            "floating_point": excluded,
+        },
+    )
+    for precision in gpu_steps.PRECISIONS:
+        build_plan(folder, precision)
+
+
+def save_models(job: Job, quantization: Quantization, folder: Path) -> None:
+    """The model in each of `gpu_steps.PRECISIONS`."""
+    save_model(quantization.rewritten(rest="fp16"), folder / "int8-fp16.onnx")
+    graph = load_model(job.model.path, opset=FP16_SCALE_OPSET).graph
+    fold(graph)
+    save_model(graph, folder / "fp32.onnx")
+    save_model(half_by_rules(graph, {}), folder / "fp16.onnx")
+
+
+def build_plans_for_each_gpu(folder: Path) -> None:
+    """The INT8 model for each GPU that TensorRT for RTX knows, to see which of them load."""
+    for target in tensorrt_rtx.supported_targets():
+        build_plan(folder, "int8", target)
+
+
+def build_plan(folder: Path, precision: str, target: str | None = None) -> None:
+    """A plan of TensorRT for RTX, for one GPU or for the builder's default ones."""
+    plan = folder / f"{precision}.{target or 'default'}.plan"
+    targets = () if target is None else (target,)
+    model, profile = folder / f"{precision}.onnx", gpu_steps.profile_of(folder)
+    try:
+        tensorrt_rtx.build(model, plan, profile=profile, targets=targets)
+    except TrtqError as error:
+        print(f"  no {plan.name}: {error.cause}")
+
+
+def save_rows(samples: Samples, path: Path) -> None:
+    """Rows as the model takes them, and targets, as a `.npz` for `trtq`."""
+    inputs = {spec.name: np.concatenate([row[spec.name] for row in samples.rows()]) for spec in samples.specs}
+    np.savez_compressed(path, **inputs, **dict(samples.targets))
 
 
 if __name__ == "__main__":
