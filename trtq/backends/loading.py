@@ -10,6 +10,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from trtq.backends.network import started
 from trtq.backends.record import read_record
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_file, write_bytes
@@ -33,11 +34,11 @@ def load(trt: Any, log: Any, path: Path) -> tuple[Any, Any]:
         log: of `trtq.backends.network.logger`; what TensorRT says is quoted from it.
 
     Raises:
-        MissingBackendError: TensorRT for RTX does not run it on this GPU, or with this driver.
+        MissingBackendError: TensorRT does not start; RTX does not run the engine on this GPU, or with this driver.
         InputError: it does not load, or lacks its weights and the model is not beside it.
     """
     trt.init_libnvinfer_plugins(log, "")
-    runtime = trt.Runtime(log)
+    runtime = started(trt, "Runtime", log)
     if hasattr(runtime, "engine_host_code_allowed"):  # not before 8.6
         runtime.engine_host_code_allowed = True  # or version-compatible plans do not load
     content = path.read_bytes()

@@ -19,7 +19,7 @@ from typing import Any
 from trtq.backends.compiled import HEADER
 from trtq.backends.dialect import Dialect
 from trtq.backends.interface import BuildOptions, Profile, check_profile
-from trtq.errors import InputError
+from trtq.errors import InputError, MissingBackendError
 from trtq.files import write_bytes
 
 _NO_DRIVER = "cudaError 35"  # logged on machines without a GPU, whatever else went wrong
@@ -98,6 +98,7 @@ def compile_plan(
         strongly_typed: the ONNX model's types are the engine's.
 
     Raises:
+        MissingBackendError: TensorRT does not start here.
         InputError: no such file; a file that is not ONNX; a model that TensorRT cannot parse or build; a
             profile that does not fit; options that this version does not have.
     """
@@ -106,7 +107,7 @@ def compile_plan(
         raise InputError("the model does not exist", file=model, remedy="check the path")
     log = logger(trt)
     trt.init_libnvinfer_plugins(log, "")  # NVIDIA's own: up to 8.6 the parser did it
-    builder = trt.Builder(log)
+    builder = started(trt, "Builder", log)
     network = builder.create_network(_network_flags(trt, dialect, strongly_typed))
     _parse(trt, dialect, network, log, model)
     config = builder.create_builder_config()
@@ -159,6 +160,23 @@ def logger(trt: Any, *, ignore: str | None = _NO_DRIVER) -> Any:
                 self.layers = message
 
     return Log()
+
+
+def started(trt: Any, kind: str, log: Any) -> Any:
+    """A `Builder` or `Runtime` of TensorRT's.
+
+    Raises:
+        MissingBackendError: it does not start, such as without a driver or with a damaged library.
+    """
+    try:
+        return getattr(trt, kind)(log)
+    except (TypeError, RuntimeError) as error:  # TypeError is how the bindings say that they got none
+        said = dict.fromkeys([*log.errors, *log.warnings])
+        raise MissingBackendError(
+            f"{trt.__name__} {trt.__version__} does not start here",
+            cause="\n".join(said) or error,
+            remedy="install it again, or update the NVIDIA driver; `trtq doctor` shows what is here",
+        ) from error
 
 
 def opt_batch(profile: Profile) -> int:

@@ -21,7 +21,7 @@ from trtq.backends.calibrators import Calibrator, DataCalibrator, stop_on_error
 from trtq.backends.compiled import Compiled, onnx_layers, parse_inspection
 from trtq.backends.dialect import Dialect, dialect_of
 from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Gpu, Profile, Range, find_gpu
-from trtq.backends.network import compile_plan, logger, opt_batch, optimization_profile
+from trtq.backends.network import compile_plan, logger, opt_batch, optimization_profile, started
 from trtq.backends.record import write_record
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import PathLike, write_bytes
@@ -223,7 +223,7 @@ def inspect_plan(
         InputError: the engine does not load.
     """
     log = logger(trt)
-    runtime = trt.Runtime(log)
+    runtime = started(trt, "Runtime", log)
     if options.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
 import tensorrt_bindings as trt
 
 import trtq.backends
 from trtq.backends.dialect import dialect_of
-from trtq.backends.network import logger
+from trtq.backends.network import logger, started
+from trtq.errors import MissingBackendError
 
 MAJOR = int(trt.__version__.split(".")[0])
 MODULES = ("network.py", "tensorrt.py", "device.py")
@@ -99,6 +101,12 @@ def test_dialect() -> None:
     assert ("strip_weights" in dialect.options) == hasattr(trt.BuilderFlag, "STRIP_PLAN")
     if dialect.explicit_batch:
         assert hasattr(flags, "EXPLICIT_BATCH")
+
+
+def test_a_library_that_does_not_start_is_said() -> None:
+    """The runtime here is a null pointer, as NVIDIA's is without a driver."""
+    with pytest.raises(MissingBackendError, match="does not start here"):
+        started(trt, "Runtime", logger(trt))
 
 
 def test_logger_is_one_of_nvidias() -> None:
