@@ -189,7 +189,7 @@ def test_the_files_of_a_deployment_agree(
     assert reason in html.unescape((out / "report.html").read_text())
     again = trtq_run(
         *("quantize", model, "--plan", out / "plan.json", "--table", out / "calibration.cache"),
-        *("-o", tmp_path / "again.onnx"),
+        *("--rest", "fp16", "-o", tmp_path / "again.onnx"),
     )
     assert again.code == 0, again.err
     assert (tmp_path / "again.onnx").read_bytes() == (out / "model.int8.onnx").read_bytes()
@@ -257,7 +257,9 @@ def test_edges_of_additions_and_poolings_simply_go(tmp_path: Path, trtq_run: _Tr
     rules = {edge.rule for edge in before.edges}
     assert {"residual-add", "average-pool", "moved-input"} <= rules
     assert {edge.range for edge in before.edges if edge.node == "y"} == {"pooled"}  # of another tensor
-    run = trtq_run("quantize", model, "--data", data, "--method", "max", "-o", tmp_path / "q.onnx")
+    run = trtq_run(
+        *("quantize", model, "--data", data, "--method", "max", "--rest", "fp32", "-o", tmp_path / "q.onnx")
+    )
     assert run.code == 0, run.err
     for tensor in ("dead", "none", "pooled"):
         assert f"calibration saw only zeros in '{tensor}'" in run.err

@@ -57,7 +57,7 @@ drawn: dict[str, st.SearchStrategy] = {
     "include": texts,
     "exclude": texts,
     "weights": st.sampled_from(["int8", "qdq"]),
-    "rest": st.sampled_from(["fp32", "fp16"]),
+    "rest": st.sampled_from(["auto", "fp32", "fp16"]),
     "target": texts,
     "profile": st.lists(st.tuples(text, ranges), max_size=3),
     "batch": maybe(st.integers(1, 64)),

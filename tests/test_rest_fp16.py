@@ -21,6 +21,7 @@ from trtq.console import SILENT
 from trtq.gate.evaluation import Evaluation
 from trtq.job import Job
 from trtq.recipe import Recipe
+from trtq.simulation.narrow import holds_narrow
 
 NORM = """norm (float[N,16,64] x) => (float[N,16,32] y) {
     h = MatMul(x, embed)
@@ -118,3 +119,54 @@ def test_a_second_run_measures_nothing_anew(recipe: Recipe, monkeypatch: pytest.
     first = calibrate(job, job.place())
     monkeypatch.setattr("trtq.calibration.calibrate.measure_extents", None)
     assert calibrate(job, job.place()).plan == first.plan
+
+
+@pytest.fixture(scope="module")
+def grows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model beside its data: an input that is squared reaches much further in evaluation than before."""
+    folder, random = tmp_path_factory.mktemp("grows"), np.random.default_rng(0)
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N,32] x, float[N,16] z) => (float[N,16] y) {'
+        " a = MatMul(x, w) s = Mul(z, z) y = Add(a, s) }"
+    )
+    weight = random.normal(0, 0.2, (32, 16)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    for node in model.graph.node:
+        node.name = node.output[0]
+    onnx.save(model, folder / "model.onnx")
+    for part, rows, reach in (("calib", 24, 1), ("eval", 16, 300)):
+        x = random.normal(size=(rows, 32)).astype(np.float32)
+        np.savez(folder / f"{part}.npz", x=x, z=np.full((rows, 16), reach, np.float32))
+    return folder
+
+
+def deploy_grown(trtq_run: Callable[..., Run], grows: Path, output: Path, *more: str) -> Run:
+    return trtq_run(
+        *("deploy", grows / "model.onnx", "--data", grows / "calib.npz", "--eval", grows / "eval.npz"),
+        *("--metric", "cosine", "--method", "max", "--recover", "none", "--cache", output / "cache"),
+        *(*more, "-o", output / "out"),
+    )
+
+
+def test_what_fails_in_float16_alone_goes_back_to_float32(
+    grows: Path, tmp_path: Path, trtq_run: Callable[..., Run]
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    run = deploy_grown(trtq_run, grows, tmp_path)
+    assert run.code == 0, run.err
+    assert "in float16 the gate fails and in float32 it passes" in run.err
+    steps = json.loads((tmp_path / "out" / "workflow.json").read_text())
+    assert [(step["step"], step["outcome"], step["kept"]) for step in steps] == [
+        ("calibrate", "fail", False),
+        ("calibrate, rest fp32", "pass", True),
+    ]
+    written = onnx.load(tmp_path / "out" / "model.int8.onnx")
+    assert not holds_narrow(written)
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["float32"] == []
+
+
+def test_float16_that_was_asked_for_stays(grows: Path, tmp_path: Path, trtq_run: Callable[..., Run]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    run = deploy_grown(trtq_run, grows, tmp_path, "--rest", "fp16")
+    assert run.code == 1, run.err
+    assert holds_narrow(onnx.load(tmp_path / "out" / "model.int8.onnx"))

@@ -218,7 +218,7 @@ def quantize(run: str, place: Workplace, peers_python: Path) -> dict[str, Any]:
 def quantize_command(run: str, place: Workplace, peers_python: Path) -> tuple[Path, list[object]]:
     """The model that a run writes, and its command line; a third word of the run is what `--rest` says."""
     tool, method, *rest = run.split()
-    precision = ["--rest", *rest] if rest else []
+    precision = ["--rest", *(rest or ["fp32"])]
     output = place.file(run, ".onnx")
     if (tool, method) == ("trtq", "deploy"):
         folder = place.file(run, "")

@@ -16,7 +16,7 @@ from trtq.backends.coverage import Coverage, coverage
 from trtq.backends.interface import Build
 from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
-from trtq.console import Console
+from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError
@@ -27,7 +27,7 @@ from trtq.graph.half_rules import half_by_rules, unquantized_float32
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place, placed
 from trtq.graph.plan import Plan
-from trtq.job import for_builder, opt_shapes, prepare, profile_for
+from trtq.job import for_builder, opt_shapes, prepare, profile_for, settled
 from trtq.migration.implied import Implied, implied
 from trtq.migration.source import load_source
 from trtq.pipeline import quantize
@@ -49,7 +49,12 @@ class Built:
     notes: tuple[str, ...] = ()
 
 
-def build(recipe: Recipe, table: PathLike | None = None, calibrator: str | None = None) -> Built:
+def build(
+    recipe: Recipe,
+    table: PathLike | None = None,
+    calibrator: str | None = None,
+    console: Console = SILENT,
+) -> Built:
     """Build the recipe's model: as it is, or quantized by TensorRT itself with a table or a calibrator.
 
     Args:
@@ -69,12 +74,12 @@ def build(recipe: Recipe, table: PathLike | None = None, calibrator: str | None 
             remedy="an explicit model has its Q/DQ where 'trtq quantize --exclude' put it",
         )
     else:
-        built, plan = build_explicit(recipe)
+        built, plan = build_explicit(recipe, console)
     covered = coverage(plan, built.compiled)
     return Built(built, covered, None if least is None else share_check(covered, least), notes)
 
 
-def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
+def build_explicit(recipe: Recipe, console: Console) -> tuple[Build, Plan]:
     """An engine of a model with its own Q/DQ, or of one in floating point, and what is INT8 in that model.
 
     Raises:
@@ -82,7 +87,9 @@ def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
     """
     required = recipe.require("model", "output")
     model = load_model(required.model)
-    if model.is_quantized and recipe.rest is None:
+    if not model.is_quantized:
+        recipe, _ = settled(recipe, console)
+    elif recipe.rest == "auto":
         recipe = replace(recipe, rest="fp32")  # it stays in its precision
     recipe = for_builder(recipe)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
@@ -230,8 +237,7 @@ def build_three(
     profile = profile_for(model, recipe, data)
     if int8 is None:
         int8 = folder / "model.int8.onnx"
-        quantization = quantize(recipe, table, console)
-        save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), int8)
+        save_model(quantize(recipe, table, console)[1], int8)
     return bench.build_three(
         model.path,
         int8,

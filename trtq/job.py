@@ -26,6 +26,7 @@ from trtq.errors import InputError, about
 from trtq.files import sha256_json
 from trtq.graph.fit import check_fits
 from trtq.graph.fold import fold
+from trtq.graph.half import check_dtypes
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
@@ -63,7 +64,7 @@ class Job:
             InputError: one is missing or cannot be used, or the data have no such labels.
         """
         given = recipe.require("model", "data")
-        model = prepare(recipe)
+        recipe, model = settled(recipe, console)
         data = load_samples(given.data, model.inputs, recipe.preprocess)
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
@@ -196,6 +197,34 @@ def _completed(plan: Plan, model: Model, profile: Profile | None) -> Plan:
         return replace(plan, nodes=nodes)
     macs = {node.name: node.macs for node in counted.nodes}
     return replace(plan, nodes=[replace(n, macs=macs.get(n.name)) for n in nodes], batch=counted.batch)
+
+
+def settled(recipe: Recipe, console: Console) -> tuple[Recipe, Model]:
+    """The recipe's model, loaded and folded; and the recipe, with the rest in fp32 where it is free to choose
+    and the model cannot be converted.
+
+    Raises:
+        InputError: as `prepare`; or the model cannot be converted and fp16 is asked for.
+    """
+    say_without_data(recipe, console)
+    try:
+        model = prepare(recipe)
+        if recipe.precision == "fp16":
+            check_dtypes(model.graph)
+        return recipe, model
+    except InputError as error:
+        if recipe.rest != "auto" or recipe.precision == "fp32":
+            raise
+        recipe = replace(recipe, rest="fp32")
+        model = prepare(recipe)
+        console.say("rest", f"what is not quantized stays float32: {error.problem}")
+        return recipe, model
+
+
+def say_without_data(recipe: Recipe, console: Console) -> None:
+    """Say that the rest stays in fp32 where it is free to choose and there are no data to choose by."""
+    if recipe.rest == "auto" and recipe.data is None:
+        console.say("rest", "stays float32: without --data nothing tells what float16 can hold")
 
 
 def prepare(recipe: Recipe) -> Model:

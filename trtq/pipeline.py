@@ -9,11 +9,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_graphsurgeon as gs
+
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage
 from trtq.backends.engine import input_specs
 from trtq.backends.interface import Build
 from trtq.calibration.calibrate import calibrate, complete_table
+from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
@@ -24,9 +27,11 @@ from trtq.files import PathLike, staged_folder, write_json, write_text
 from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
+from trtq.graph.half_rules import Extent
+from trtq.graph.model import Model
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.job import Job, for_builder, open_cache, planned, prepare, with_timing_cache
+from trtq.job import Job, for_builder, open_cache, planned, prepare, say_without_data, with_timing_cache
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
@@ -130,7 +135,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     console = console.fresh()
     given, recipe = recipe, with_timing_cache(for_builder(recipe))
     job = Job.open(recipe, console)
-    plan = job.place()
+    recipe, plan = job.recipe, job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job = dataclasses.replace(job, evaluated=evaluation.samples.row_shapes())
@@ -138,7 +143,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     console.say("plan", plan.text())
     started = time.perf_counter()
     with staged_folder(output) as folder:
-        tried = recover(job, plan, evaluation, recipe.recover, budget, folder)
+        tried, job, evaluation = recover(job, plan, evaluation, recipe.recover, budget, folder)
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = max(attempts, key=lambda attempt: attempt.measured.rank)
         in_the_way = diagnose(job, evaluation, attempts, kept, budget, time.perf_counter() - started)
@@ -160,19 +165,26 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     return Deployment(Path(output), best, tuple(tried))
 
 
-def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> Quantization:
-    """The recipe's model with scales from a table, or calibrated on the recipe's data.
+def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> tuple[Quantization, gs.Graph]:
+    """The recipe's model with scales from a table, or calibrated on the recipe's data; and its Q/DQ graph in
+    the precision and with the weights that the recipe asks for.
+
+    Args:
+        table: gives the scales; the data then tell only what float16 can hold.
 
     Raises:
         InputError: neither data nor table; the model, data or table cannot be used; the table lacks a scale.
     """
     recipe.require("model")
     if table is not None:
-        return _with_table(recipe, table, console)
-    if recipe.data is not None:
+        quantization = _with_table(recipe, table, console)
+        say_without_data(recipe, console)
+    elif recipe.data is not None:
         job = Job.open(recipe, console)
-        return calibrate(job, job.place())
-    raise InputError("nothing gives the scales", remedy="give --table or --data")
+        recipe, quantization = job.recipe, calibrate(job, job.place())
+    else:
+        raise InputError("nothing gives the scales", remedy="give --table or --data")
+    return quantization, quantization.rewritten(weights=recipe.weights, rest=recipe.precision)
 
 
 def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantization:
@@ -181,13 +193,26 @@ def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantizati
     if recipe.plan is None:
         source = load_source(recipe.require("model").model, rest=recipe.precision)
         quantization, fit = quantize_with_table(
-            source, given, include=recipe.include, exclude=recipe.exclude, rest=recipe.precision
+            source,
+            given,
+            include=recipe.include,
+            exclude=recipe.exclude,
+            rest=recipe.precision,
+            extents=_extents(recipe, source.model),
         )
         require_complete(fit, table)
         return quantization
     model = prepare(recipe)
     given.check_made_for(model.sha256, model.path)
     return Quantization(model.graph, planned(recipe, model), given.scales, notes=given.metadata)
+
+
+def _extents(recipe: Recipe, model: Model) -> dict[str, Extent]:
+    """How far the tensors of a folded model reach on the recipe's data, where that is asked for."""
+    if recipe.data is None or recipe.precision == "fp32":
+        return {}
+    samples = load_samples(recipe.data, model.inputs, recipe.preprocess)
+    return measure_extents(model.graph, samples, workers=recipe.threads)
 
 
 def _read_table(path: PathLike, console: Console) -> Table:

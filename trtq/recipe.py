@@ -41,9 +41,6 @@ else:
     import tomli as tomllib
 
 
-DEFAULT_REST = "fp32"
-"""Precision of what is not quantized."""
-
 STEPS = ("fix", "partial", "learn")
 """What may follow calibration, in this order."""
 
@@ -335,8 +332,11 @@ class Recipe:
         "form of the weights: int8 initializers (default), or float + Q/DQ (default for TensorRT 8.6)",
         _choice("int8", "qdq"),
     )
-    rest: str | None = _option(
-        f"precision of what is not quantized (default: {DEFAULT_REST})", _choice("fp32", "fp16")
+    rest: str = _option(
+        "precision of what is not quantized: fp32, fp16, or auto: fp16 where there are data that show what it"
+        " can hold, unless it alone fails the gate",
+        _choice("auto", "fp16", "fp32"),
+        default="auto",
     )
     backend: str | None = _option(
         "builder of the engine; default: the one that is installed, of both the one for the GPU here",
@@ -450,8 +450,10 @@ class Recipe:
 
     @property
     def precision(self) -> str:
-        """Precision of what is not quantized, fp32 or fp16."""
-        return self.rest or DEFAULT_REST
+        """Precision of what is not quantized, fp32 or fp16; without data none tell what float16 can hold."""
+        if self.rest == "auto":
+            return "fp32" if self.data is None else "fp16"
+        return self.rest
 
     @property
     def half(self) -> bool:

@@ -130,6 +130,7 @@ def study(recipe: Recipe, console: Console) -> Study:
     recipe.require("model", "data", "eval", "metric")
     budget = Budget.of(recipe.budget)
     metric_of(recipe)
+    recipe = replace(recipe, rest="fp32")  # as the paper
     job = Job.open(recipe, console)
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     job.warn_of_shared(evaluation.samples)

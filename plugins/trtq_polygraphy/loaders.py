@@ -52,6 +52,8 @@ class Int8OnnxFromPath(BaseLoader):
                 raise InputError("data and a table are given", remedy="a table already holds the scales")
             given = {"model": path, "data": data, "method": method, "exclude": exclude, "rest": rest}
             self._recipe = (Recipe.load(recipe) if recipe else Recipe()).merged(given)
+            if self._recipe.rest == "auto":  # tensors are compared with those of the fp32 model
+                self._recipe = self._recipe.merged({"rest": "fp32"})
             if self._recipe.data is None and table is None:
                 raise InputError(
                     "nothing gives the scales of the INT8 model",
@@ -73,9 +75,9 @@ class Int8OnnxFromPath(BaseLoader):
 
         with _polygraphy_errors():
             recipe = self._recipe
-            quantization = quantize(recipe, self._table, _LOG)
+            quantization, graph = quantize(recipe, self._table, _LOG)
             _LOG.say("plan", quantization.plan.text())
-            return export(quantization.rewritten(weights=recipe.weights, rest=recipe.precision))
+            return export(graph)
 
 
 class MarkSharedOutputs(BaseLoader):

@@ -39,6 +39,20 @@ def test_build_in_fp16_computes_in_half(trtq_run: Command, tmp_path: Path) -> No
     assert all(t["datatype"] == "Half" for layer in computing for t in layer["inputs"])
 
 
+def test_build_in_fp16_is_the_default_where_data_tell_what_it_can_hold(
+    trtq_run: Command, tmp_path: Path
+) -> None:
+    def datatypes(*options: object) -> set[str]:
+        run = trtq_run("build", MODEL, *options, "-o", tmp_path / "m.plan")
+        assert run.code == ExitCode.PASS, run.err
+        layers = json.loads((tmp_path / "m.plan.json").read_text())["compiled"]["layers"]
+        return {t["datatype"] for layer in layers for t in layer["constants"] if len(t["dims"]) == 4}
+
+    assert datatypes("--data", CALIB) == {"Half"}
+    assert datatypes() == {"Float"}
+    assert datatypes("--data", CALIB, "--rest", "fp32") == {"Float"}
+
+
 def test_build_does_not_convert_what_is_quantized(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:
     run = trtq_run("build", demo.folder / "model.int8.onnx", "--rest", "fp16", "-o", tmp_path / "x.plan")
     assert run.code == ExitCode.BAD_INPUT
@@ -83,10 +97,12 @@ def test_two_engines_need_a_gpu(trtq_run: Command, demo: Deployed) -> None:
 
 def test_tables_go_to_models_and_back_to_the_bit(trtq_run: Command, demo: Deployed, tmp_path: Path) -> None:
     table = demo.folder / "calibration.cache"
+    own = trtq_run("quantize", MODEL, "--table", table, "-o", tmp_path / "own.onnx")
+    assert own.code == ExitCode.PASS
     to_model = trtq_run("cache", "convert", table, "--model", MODEL, "-o", tmp_path / "q.onnx")
     back = trtq_run("cache", "convert", tmp_path / "q.onnx", "-o", tmp_path / "back.cache", "--for", "8.6.1")
     assert (to_model.code, back.code) == (ExitCode.PASS, ExitCode.PASS)
-    assert (tmp_path / "q.onnx").read_bytes() == (demo.folder / "model.int8.onnx").read_bytes()
+    assert (tmp_path / "q.onnx").read_bytes() == (tmp_path / "own.onnx").read_bytes()
     found = Table.load(tmp_path / "back.cache")
     assert found.header == "TRT-8601-EntropyCalibration2"
     rows, ranges = Table.load(table).scales, Plan.load(demo.folder / "plan.json").tensors

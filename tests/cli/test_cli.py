@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import onnx
+import onnx.reference
 import onnx_graphsurgeon as gs
 import onnxruntime
 import pytest
@@ -88,20 +90,20 @@ def test_demo_verdict_is_complete(demo: Deployed) -> None:
     assert verdict["outputs"].keys() == {"logits"}
 
 
-def test_demo_verdict_is_what_onnx_runtime_measures(demo: Deployed) -> None:
+def test_demo_verdict_is_what_onnx_s_reference_measures(demo: Deployed) -> None:
+    """It rounds float16 tensors, which ONNX Runtime does not."""
     with np.load(DEMO / "eval.npz") as stored:
         data = dict(stored)
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
     scores = []
     for model in (DEMO / "digits.onnx", demo.folder / "model.int8.onnx"):
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        scores.append(np.mean(session.run(None, {name: data[name]})[0].argmax(axis=1) == data["label"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (found,) = onnx.reference.ReferenceEvaluator(str(model)).run(None, {"image": data["image"]})
+        scores.append(np.mean(found.argmax(axis=1) == data["label"]))
     verdict = json.loads((demo.folder / "verdict.json").read_text())
     assert verdict["reference"] == pytest.approx(scores[0])
     assert verdict["candidate"] == pytest.approx(
-        scores[1], abs=0.002
+        scores[1], abs=0.0021
     )  # one sample may tip with the batch size
 
 
@@ -407,7 +409,7 @@ def test_the_steps_equal_deploy(small: Case, tmp_path: Path, trtq_run: Command) 
     assert trtq_run(*deploy_arguments(small, tmp_path / "out", *options)).code == ExitCode.PASS
     table, int8, engine = (tmp_path / name for name in ("t.cache", "q.onnx", "e.plan"))
     assert trtq_run("calibrate", small.model, "--data", small.data, *options, "-o", table).code == 0
-    assert trtq_run("quantize", small.model, "--table", table, "-o", int8).code == 0
+    assert trtq_run("quantize", small.model, "--table", table, "--data", small.data, "-o", int8).code == 0
     built = trtq_run("build", int8, "-o", engine, "--min-int8", "100%")
     assert built.code == ExitCode.PASS
     assert "2 of 2 weighted nodes in INT8, 100.0%" in built.out
@@ -504,11 +506,11 @@ def test_cache_list_show_and_prune(small: Case, tmp_path: Path, trtq_run: Comman
     trtq_run(*deploy_arguments(small, tmp_path / "one", "--method", "max"))
     listed = trtq_run("cache", "list").out.splitlines()
     kinds = [line.rpartition("/")[2].partition("-")[0] for line in listed[:-1]]
-    assert sorted(kinds) == ["extents", *["outputs"] * 4, "statistics", "table"]
-    assert listed[-1].startswith("7 entries, 0 damaged")
+    assert sorted(kinds) == ["extents", "extents", *["outputs"] * 4, "statistics", "table"]
+    assert listed[-1].startswith("8 entries, 0 damaged")
     assert '"requested": "max"' in trtq_run("cache", "show").out
-    assert trtq_run("cache", "prune").out.startswith("0 of 7 entries removed")
-    assert trtq_run("cache", "prune", "--days", 0).out.startswith("7 of 7 entries removed")
+    assert trtq_run("cache", "prune").out.startswith("0 of 8 entries removed")
+    assert trtq_run("cache", "prune", "--days", 0).out.startswith("8 of 8 entries removed")
     assert trtq_run("cache", "list").out.startswith("0 entries")
 
 

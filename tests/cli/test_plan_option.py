@@ -43,7 +43,10 @@ def test_plan_and_table_give_the_model_that_was_deployed(
 ) -> None:
     plan = ("--plan", written / "plan.json")
     table, data = tmp_path / "table.onnx", tmp_path / "data.onnx"
-    run = trtq_run("quantize", small.model, *plan, "--table", written / "calibration.cache", "-o", table)
+    run = trtq_run(
+        *("quantize", small.model, *plan, "--table", written / "calibration.cache"),
+        *("--rest", "fp16", "-o", table),
+    )
     assert run.code == 0, run.err
     assert "warning" not in run.err
     run = trtq_run("quantize", small.model, *plan, "--data", small.data, "--method", "max", "-o", data)

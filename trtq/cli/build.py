@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from trtq.calibration.table import ALGORITHMS
-from trtq.cli.command import Command, argument, recipe_of
+from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import ENGINE
 from trtq.errors import ExitCode
 from trtq.recipe import BUILD_OPTIONS
@@ -14,7 +14,7 @@ from trtq.recipe import BUILD_OPTIONS
 def _build(given: argparse.Namespace) -> int:
     from trtq.build import build
 
-    built = build(recipe_of(given), given.table, given.calibrator)
+    built = build(recipe_of(given), given.table, given.calibrator, console_of(given))
     engine, kernels = built.build.engine, built.build.compiled.kernels
     print(f"{engine}: {engine.stat().st_size / 1e6:.1f} MB, {kernels} kernels")
     print("\n".join([built.coverage.text(), *built.notes]))

@@ -72,6 +72,8 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     from trtq.migration.to_qdq import converted
 
     required = recipe.require("model", "output")
+    if recipe.rest == "auto":
+        recipe = dataclasses.replace(recipe, rest="fp32")
     source = load_source(required.model, rest=recipe.precision)
     samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess) if recipe.data else None
     strict = given.source if given.strict else None

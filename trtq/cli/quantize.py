@@ -6,7 +6,7 @@ import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import CALIBRATION, PLACEMENT
-from trtq.errors import ExitCode, InputError
+from trtq.errors import ExitCode
 
 
 def _quantize(given: argparse.Namespace) -> int:
@@ -15,10 +15,8 @@ def _quantize(given: argparse.Namespace) -> int:
 
     recipe = recipe_of(given)
     output = recipe.require("model", "output").output
-    if given.table is not None and given.data is not None:
-        raise InputError("give either --table or --data", remedy="a table already holds the scales")
-    quantization = quantize(recipe, given.table, console_of(given))
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), output)
+    quantization, graph = quantize(recipe, given.table, console_of(given))
+    save_model(graph, output)
     print(f"{output}: {quantization.plan.text()}")
     return ExitCode.PASS
 
@@ -28,5 +26,11 @@ QUANTIZE = Command(
     "insert Q/DQ: write an explicit INT8 model",
     _quantize,
     ("model", "output", *CALIBRATION, "ignore_nonfinite", *PLACEMENT),
-    (argument("--table", metavar="TABLE", help="take the scales from this table"),),
+    (
+        argument(
+            "--table",
+            metavar="TABLE",
+            help="take the scales from this table; --data then tells only what float16 can hold",
+        ),
+    ),
 )

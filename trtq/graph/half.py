@@ -41,14 +41,13 @@ def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
     Raises:
         InputError: a tensor whose dtype is not known.
     """
+    check_dtypes(graph)
     graph, names = graph.copy(), Names(graph)
     captured = read_by_bodies(graph)
     kept = {*float32}
     for node in graph.nodes:
         if has_body(node) or not captured.isdisjoint(tensor.name for tensor in node.outputs):
             kept.add(node.name)
-        if unknown := [t.name for t in node.outputs if t.name and t.dtype is None]:
-            raise InputError(f"the dtype of '{unknown[0]}' is not known", remedy="leave the rest in fp32")
     casts: dict[tuple[int, np.dtype], gs.Variable] = {}
     nodes = list(graph.nodes)
     for tensor in [t for t in graph.tensors().values() if isinstance(t, gs.Variable)]:
@@ -70,6 +69,17 @@ def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
         if output.dtype == np.float16:
             graph.outputs[index] = _restore_output(graph, names, output)
     return graph.toposort()
+
+
+def check_dtypes(graph: gs.Graph) -> None:
+    """Make sure that the dtypes of all tensors are known, as the conversion needs them.
+
+    Raises:
+        InputError: one is not.
+    """
+    unknown = [t.name for node in graph.nodes for t in node.outputs if t.name and t.dtype is None]
+    if unknown:
+        raise InputError(f"the dtype of '{unknown[0]}' is not known", remedy="leave the rest in fp32")
 
 
 def has_body(node: gs.Node) -> bool:

@@ -142,6 +142,8 @@ def migrate(
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
     console = console.fresh()
     builder(recipe.backend).check_targets(recipe.target)
+    if recipe.rest == "auto":
+        recipe = replace(recipe, rest="fp32")
     recipe = for_builder(recipe)
     given = _Given.open(recipe, table, encoding, console)
     quantization, fit = converted(

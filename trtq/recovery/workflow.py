@@ -48,8 +48,9 @@ MOST_GATES, CLOSE = 8, 1.25
 
 def recover(
     job: Job, plan: Plan, evaluation: Evaluation, steps: Collection[str], budget: Budget, folder: Path
-) -> list[Attempt | Fruitless]:
-    """Every step that was tried, in order; the workflow stops at the first that passes the gate and checks.
+) -> tuple[list[Attempt | Fruitless], Job, Evaluation]:
+    """Every step that was tried, in order, and the job and its gate as they were at last (`in_float32`); the
+    workflow stops at the first step that passes the gate and checks.
 
     Args:
         steps: those of `recipe.STEPS` that may be taken.
@@ -71,7 +72,13 @@ def recover(
         taught = workflow.attempt("learn", lambda: workflow.learn(start))
         if taught is not None and workflow.wants("partial", "learn, partial"):
             workflow.attempt("learn, partial", lambda: workflow.partial("learn, partial", taught))
-    return workflow.done
+    return workflow.done, workflow.job, workflow.evaluation
+
+
+def in_float32(job: Job, evaluation: Evaluation) -> tuple[Job, Evaluation]:
+    """The same with what is not quantized in float32."""
+    recipe = replace(job.recipe, rest="fp32")
+    return replace(job, recipe=recipe), replace(evaluation, recipe=recipe)
 
 
 def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | None) -> float:
@@ -186,7 +193,24 @@ class _Workflow:
         folder = self.folder / f"attempt{len(self.done)}"
         tried = attempt(step, quantization, self.job, self.evaluation, folder, started)
         self.done.append(tried)
+        if not tried.measured.passed and self.only_half_fails(quantization):
+            return self.attempt(f"{step}, rest fp32", lambda: Made(_without_half(quantization), True))
         return tried
+
+    def only_half_fails(self, quantization: Quantization) -> bool:
+        """Whether the gate would pass with what is not quantized in float32, and the recipe leaves that open;
+        the workflow then goes on in float32."""
+        if self.job.recipe.rest != "auto" or self.job.recipe.precision == "fp32":
+            return False
+        job, evaluation = in_float32(self.job, self.evaluation)
+        if not evaluation.simulated(_without_half(quantization)).passed:
+            return False
+        self.job, self.evaluation = job, evaluation
+        job.console.warn(
+            "in float16 the gate fails and in float32 it passes: what is not quantized stays float32"
+            " (--rest fp16 would keep it in float16)"
+        )
+        return True
 
     def cached(self, step: str, start: Attempt, make: Callable[[Quantization], Made], **entries: Any) -> Made:
         """What `make` gives for the attempt's quantization, from the cache where it is there.
@@ -285,6 +309,11 @@ class _Workflow:
         left = len(candidate.notes["left_out"])
         self.job.console.say("gate", f"{left} left out: {verdict.headline()}, {noise}")
         return verdict
+
+
+def _without_half(quantization: Quantization) -> Quantization:
+    """The same for a rest in float32, of which no node has to be kept."""
+    return replace(quantization, plan=replace(quantization.plan, float32=[]))
 
 
 def _nearest(tried: list[tuple[Verdict, Quantization]], start: Attempt, least: float, whole: bool) -> Made:
