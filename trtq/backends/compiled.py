@@ -293,7 +293,7 @@ def onnx_layers(metadata: str) -> tuple[str, ...]:
 
 
 def _named(name: str) -> tuple[str, ...]:
-    """The ONNX nodes that a layer's name lists: what TensorRT fuses it joins with `+` (8.5 has no metadata)."""
+    """The ONNX nodes that a layer's name lists, joined by `+`: TensorRT before 8.6 has no metadata."""
     return tuple(name.split(" + "))
 
 

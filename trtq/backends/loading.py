@@ -34,7 +34,7 @@ def load(trt: Any, log: Any, path: Path) -> tuple[Any, Any]:
         log: of `trtq.backends.network.logger`; what TensorRT says is quoted from it.
 
     Raises:
-        MissingBackendError: TensorRT does not start; RTX does not run the engine on this GPU, or with this driver.
+        MissingBackendError: TensorRT does not start; RTX does not run the engine on this GPU or driver.
         InputError: it does not load, or lacks its weights and the model is not beside it.
     """
     trt.init_libnvinfer_plugins(log, "")
