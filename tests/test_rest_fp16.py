@@ -170,3 +170,19 @@ def test_float16_that_was_asked_for_stays(grows: Path, tmp_path: Path, trtq_run:
     run = deploy_grown(trtq_run, grows, tmp_path, "--rest", "fp16")
     assert run.code == 1, run.err
     assert holds_narrow(onnx.load(tmp_path / "out" / "model.int8.onnx"))
+
+
+def test_float16_that_fails_without_int8_gives_way(
+    recipe: Recipe, tmp_path: Path, trtq_run: Callable[..., Run]
+) -> None:
+    """A target that float16 cannot reach: the search for what to leave out has to go on in float32."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    run = trtq_run(
+        *("deploy", recipe.model, "--data", recipe.data, "--eval", recipe.eval, "--metric", "cosine"),
+        *("--method", "max", "--min-sqnr", "100", "--recover", "none", "--cache", tmp_path / "cache"),
+        *("-o", tmp_path / "out"),
+    )
+    assert run.code == 1, run.err
+    assert "float16 fails the gate without any INT8" in run.err
+    steps = json.loads((tmp_path / "out" / "workflow.json").read_text())
+    assert [step["step"] for step in steps] == ["calibrate", "calibrate, rest fp32"]

@@ -81,6 +81,18 @@ def test_weights_stay_in_their_file(file: Path) -> None:
     assert np.array_equal(run(export(graph)), EXPECTED)
 
 
+@pytest.mark.parametrize(("looked_at", "left"), [(4, {"a", "b"}), (1024, set())])
+def test_weights_stay_in_their_file_in_another_opset(
+    file: Path, looked_at: int, left: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_model, "LOOKED_AT", looked_at)
+    graph = load_model(file, opset=19).graph
+    assert graph.opset == 19
+    assert [tensor.name for tensor in graph.inputs] == ["x"]
+    assert set(files_of(graph)) == left  # what the converter may look at was read
+    assert np.array_equal(run(export(graph)), EXPECTED)
+
+
 def test_a_session_reads_the_same_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From another folder than the one the session is made in."""
     monkeypatch.chdir("/")

@@ -116,6 +116,7 @@ def run(case: Case, output: Path, console: Console | None = None, **options: obj
         metric="cosine",
         output=str(output),
         method="max",
+        rest="fp32",
         cache=str(output.parent / "cache"),
     )
     return deploy(dataclasses.replace(recipe, **options), console=console or Log())  # type: ignore[arg-type]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,9 @@ G_LOGGER.severity = G_LOGGER.CRITICAL + 1  # its messages are not for users; wha
 
 LOWEST_OPSET = 13
 """Per-channel DequantizeLinear starts here."""
+
+LOOKED_AT = 1024
+"""Elements of the largest weight that ONNX's version converter is given the values of."""
 
 FP16_SCALE_OPSET = 19
 """QuantizeLinear and DequantizeLinear take float16 scales from here on."""
@@ -138,9 +142,8 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
     """
     if _opset(proto) >= opset:
         return proto
+    apart = _set_apart(proto.graph, Path(path).parent)
     try:
-        for tensor in filter(onnx.external_data_helper.uses_external_data, proto.graph.initializer):
-            inline(tensor, Path(path).parent)
         converted = onnx.version_converter.convert_version(proto, opset)
     except Exception as error:
         raise InputError(
@@ -149,8 +152,35 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
             cause=error,
             remedy=f"export the model again at opset {opset} or above",
         ) from error
+    finally:
+        _put_back(proto.graph, apart)
+    _put_back(converted.graph, apart)
     converted.ir_version = max(converted.ir_version, 8)
     return converted
+
+
+def _set_apart(graph: onnx.GraphProto, folder: Path) -> dict[str, onnx.TensorProto]:
+    """Make inputs of the large external weights, which the version converter would need whole, and read the
+    small ones, which may be axes or shapes that it looks at."""
+    external = [t for t in graph.initializer if onnx.external_data_helper.uses_external_data(t)]
+    known = {value.name for value in graph.input}
+    apart = {}
+    for tensor in external:
+        if math.prod(tensor.dims) <= LOOKED_AT or tensor.name in known:
+            inline(tensor, folder)
+        else:
+            apart[tensor.name] = tensor
+    for name, tensor in apart.items():
+        graph.initializer.remove(tensor)
+        graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    return apart
+
+
+def _put_back(graph: onnx.GraphProto, apart: Mapping[str, onnx.TensorProto]) -> None:
+    """The inverse of `_set_apart`, but for what was read."""
+    for value in [value for value in graph.input if value.name in apart]:
+        graph.input.remove(value)
+    graph.initializer.extend(apart.values())
 
 
 def name_nodes(graph: gs.Graph) -> None:

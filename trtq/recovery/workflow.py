@@ -28,7 +28,7 @@ from trtq.gate.drift import gap
 from trtq.gate.evaluation import Evaluation
 from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
-from trtq.graph.place import SPARING
+from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
@@ -193,22 +193,30 @@ class _Workflow:
         folder = self.folder / f"attempt{len(self.done)}"
         tried = attempt(step, quantization, self.job, self.evaluation, folder, started)
         self.done.append(tried)
-        if not tried.measured.passed and self.only_half_fails(quantization):
+        if not tried.measured.passed and self.leaves_half(quantization):
             return self.attempt(f"{step}, rest fp32", lambda: Made(_without_half(quantization), True))
         return tried
 
-    def only_half_fails(self, quantization: Quantization) -> bool:
-        """Whether the gate would pass with what is not quantized in float32, and the recipe leaves that open;
-        the workflow then goes on in float32."""
+    def leaves_half(self, quantization: Quantization) -> bool:
+        """Whether float16 is what the gate fails for, and the recipe leaves it open; then on with float32.
+
+        It is where the same quantization passes with the rest in float32, or where float16 alone, without
+        INT8, does not.
+        """
         if self.job.recipe.rest != "auto" or self.job.recipe.precision == "fp32":
             return False
         job, evaluation = in_float32(self.job, self.evaluation)
-        if not evaluation.simulated(_without_half(quantization)).passed:
+        plan = quantization.plan
+        bare = leave_out(quantization.graph, plan, dict.fromkeys(plan.int8_nodes, "left out to measure"))
+        if evaluation.simulated(_without_half(quantization)).passed:
+            found = "in float16 the gate fails and in float32 it passes"
+        elif not self.evaluation.simulated(replace(quantization, plan=bare)).passed:
+            found = "float16 fails the gate without any INT8"
+        else:
             return False
         self.job, self.evaluation = job, evaluation
         job.console.warn(
-            "in float16 the gate fails and in float32 it passes: what is not quantized stays float32"
-            " (--rest fp16 would keep it in float16)"
+            f"{found}: what is not quantized stays float32 (--rest fp16 would keep it in float16)"
         )
         return True
 
