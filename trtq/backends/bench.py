@@ -6,12 +6,14 @@ The static comparison counts kernels and bytes; it does not give latency, which 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trtq.backends.builders import builder, describe_engine
+from trtq.backends.builders import BUILDERS, builder, chosen, describe_engine
 from trtq.backends.compiled import Compiled, CompiledLayer
+from trtq.backends.dialect import dialect_of
 from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Profile
 from trtq.backends.record import read_record
 from trtq.backends.timing import Measuring, Timing, measure
@@ -79,7 +81,10 @@ def build_three(
     options: BuildOptions = DEFAULT_OPTIONS,
     samples: Samples | None = None,
 ) -> dict[str, Build]:
-    """FP32, FP16 and INT8 engines of one model, all strongly typed from ONNX: `model.fp32.plan` and so on.
+    """FP32, FP16 and INT8 engines of one model: `model.fp32.plan` and so on.
+
+    They are strongly typed from ONNX; of TensorRT 8.6, which is not, the FP16 engine is the fp32 model's with
+    the builder's FP16 flag.
 
     Args:
         model: fp32 ONNX model; folded, and for FP16 converted (`half_by_rules`).
@@ -96,10 +101,20 @@ def build_three(
     models = {"fp32": folder / "model.fp32.onnx", "fp16": folder / "model.fp16.onnx", "int8": Path(int8)}
     save_model(graph, models["fp32"])
     extents = measure_extents(graph, samples) if samples else {}
-    save_model(half_by_rules(graph, extents), models["fp16"])
-    build = builder(backend).build
+    builder(backend).version()  # or the error that says what is missing
+    typed = dialect_of(importlib.import_module(BUILDERS[chosen(backend)])).strong_typing
+    if typed:
+        graph = half_by_rules(graph, extents)
+    save_model(graph, models["fp16"])
+    how = {
+        "fp32": dataclasses.replace(options, lower_precision=None),
+        "fp16": dataclasses.replace(options, lower_precision=None if typed else "fp16"),
+        "int8": options,
+    }
     return {
-        name: build(path, folder / f"model.{name}.plan", profile=profile, targets=targets, options=options)
+        name: builder(backend).build(
+            path, folder / f"model.{name}.plan", profile=profile, targets=targets, options=how[name]
+        )
         for name, path in models.items()
     }
 

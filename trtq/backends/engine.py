@@ -78,13 +78,15 @@ def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
         return loaded.specs
 
 
-def loads_here(engine: Path) -> str | None:
-    """None if an engine loads on the GPU here, else why it does not. There must be a GPU."""
+def why_not_loaded(engine: Path) -> str | None:
+    """Why an engine does not load here, with TensorRT's words and what to do; None if it loads."""
     try:
         with open_engine(engine):
             return None
     except TrtqError as error:
-        return "\n".join(filter(None, (error.problem, error.cause)))
+        return "; ".join(
+            " ".join(part.split()) for part in (error.problem, error.cause, error.remedy) if part
+        )
 
 
 def fingerprint(model: str | Path) -> dict[str, str]:

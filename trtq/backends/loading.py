@@ -149,9 +149,9 @@ def _refit(trt: Any, engine: Any, log: Any, path: Path) -> None:
             remedy="put the ONNX model that it was built from, and the engine's .json, beside it",
         )
     refitter = trt.Refitter(engine, log)
-    parser = trt.OnnxParserRefitter(refitter, log)
-    if not parser.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
-        told = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    weights = trt.OnnxParserRefitter(refitter, log)
+    if not weights.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
+        told = [weights.get_error(i).desc() for i in range(weights.num_errors)]
         raise InputError(
             "the engine does not take the weights of its model",
             file=path,

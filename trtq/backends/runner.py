@@ -309,7 +309,7 @@ class Engine:
         shape = tuple(self._context.get_tensor_shape(tensor.name))
         if min(shape, default=0) < 0:
             if tensor.name not in self._allocators:
-                self._allocators[tensor.name] = _allocator(self._trt, self._buffer)
+                self._allocators[tensor.name] = output_allocator(self._trt, self._buffer)
             self._succeed("set_output_allocator", tensor.name, self._allocators[tensor.name])
             return
         array = self._host[tensor.name] = tensor.empty(shape)
@@ -399,7 +399,7 @@ def tensorrt_module(package: str) -> Any:
         raise MissingBackendError(f"{package} is not installed", cause=error, remedy=remedy) from error
 
 
-def _allocator(trt: Any, buffer: Any) -> Any:
+def output_allocator(trt: Any, buffer: Any) -> Any:
     """An output allocator: memory for an output whose size TensorRT learns while it runs.
 
     It has `shape` after the run, and `error` where there was no memory: none may get into C++.

@@ -20,6 +20,9 @@ HERE = Path(__file__).parent
 
 PACKAGES = {
     "8.6.1": "tensorrt_bindings==8.6.1",
+    "10.0.1": "tensorrt_cu12_bindings==10.0.1",
+    "10.3.0": "tensorrt_cu12_bindings==10.3.0",
+    "10.8.0": "tensorrt_cu12_bindings==10.8.0.43",
     "10.16.1": "tensorrt_cu13_bindings==10.16.1.11",
     "11.4.0": "tensorrt_cu13_bindings==11.4.0.106",
 }

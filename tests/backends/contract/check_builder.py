@@ -16,7 +16,7 @@ from trtq.backends.dialect import dialect_of
 from trtq.backends.network import logger
 
 MAJOR = int(trt.__version__.split(".")[0])
-MODULES = ("network.py", "tensorrt.py", "device.py")
+MODULES = ("network.py", "tensorrt.py")
 CLASSES = {
     "builder": "Builder",
     "config": "IBuilderConfig",
@@ -34,6 +34,7 @@ CLASSES = {
 """Name of a variable in those modules -> the class it is of."""
 
 RTX_ONLY = {
+    "ICudaEngine.create_runtime_config",
     "trt.DynamicShapesKernelSpecializationStrategy",
     "trt.DynamicShapesKernelSpecializationStrategy.EAGER",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
@@ -45,7 +46,6 @@ MISSING = {
         "IBuilderConfig.progress_monitor",
         "ParserError.node_name",
         "ParserError.node_operator",
-        "ICudaEngine.create_runtime_config",
     },
     10: set(),
     11: {
