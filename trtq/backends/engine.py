@@ -29,12 +29,14 @@ def run_engine(
     *,
     batch_size: int | None = None,
     progress: Callable[[int], object] | None = None,
+    plugins: Sequence[str] = (),
 ) -> Outputs:
     """The outputs of an engine on every row of `samples`.
 
     Args:
         batch_size: rows at once; None: as many as its optimization profiles take.
         progress: called with the number of rows just done.
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         InputError: the engine does not load, does not take these inputs or this batch size, or has outputs
@@ -43,7 +45,7 @@ def run_engine(
     """
     if len(samples) == 0:
         raise InputError("the data has no rows")
-    with open_engine(Path(engine)) as loaded:
+    with open_engine(Path(engine), plugins) as loaded:
         limits = batch_limits(loaded.profiles)
         rows = rows_for(list(loaded.inputs), samples, engine)
         parts = batches(rows, limits.size(batch_size, engine), limits.lowest)
@@ -78,10 +80,10 @@ def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
         return loaded.specs
 
 
-def why_not_loaded(engine: Path) -> str | None:
+def why_not_loaded(engine: Path, plugins: Sequence[str] = ()) -> str | None:
     """Why an engine does not load here, with TensorRT's words and what to do; None if it loads."""
     try:
-        with open_engine(engine):
+        with open_engine(engine, plugins):
             return None
     except TrtqError as error:
         return "; ".join(

@@ -7,9 +7,11 @@ only plans you built or whose origin you trust.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trtq.backends.network import collection_paused, load_plugins
 from trtq.backends.record import read_record
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_file, write_bytes
@@ -26,17 +28,19 @@ _INVALID = {
 """RTX's reasons against an engine (`EngineInvalidityDiagnostics`) -> what they mean."""
 
 
-def load(trt: Any, log: Any, path: Path) -> tuple[Any, Any]:
+@collection_paused()
+def load(trt: Any, log: Any, path: Path, plugins: Sequence[str] = ()) -> tuple[Any, Any]:
     """The runtime and the engine of a plan file, ready for contexts. The runtime must outlive the engine.
 
     Args:
         log: of `trtq.backends.network.logger`; what TensorRT says is quoted from it.
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         MissingBackendError: TensorRT for RTX does not run it on this GPU, or with this driver.
         InputError: it does not load, or lacks its weights and the model is not beside it.
     """
-    trt.init_libnvinfer_plugins(log, "")
+    load_plugins(trt, log, plugins)
     runtime = trt.Runtime(log)
     runtime.engine_host_code_allowed = True  # or version-compatible plans do not load
     content = path.read_bytes()

@@ -8,11 +8,12 @@ read from a VERBOSE log (see `trtq.backends.compiled`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Compilation:
 
 
 @contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """No garbage collection meanwhile.
 
     TensorRT logs through Python while it holds a lock of its own. A collection that starts in there may find
@@ -80,7 +81,7 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-@_collection_paused()
+@collection_paused()
 def compile_plan(
     trt: Any,
     dialect: Dialect,
@@ -127,6 +128,27 @@ def compile_plan(
     if options.timing_cache is not None:
         write_bytes(options.timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
     return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)))
+
+
+def load_plugins(trt: Any, log: Any, libraries: Sequence[str]) -> None:
+    """Make TensorRT's own plugins and those of some libraries known to it.
+
+    A library registers its plugins when it is loaded (REGISTER_TENSORRT_PLUGIN), or TensorRT's registry asks
+    it for them (`getCreators`, `getPluginCreators`).
+
+    Raises:
+        InputError: a library is missing or cannot be loaded.
+    """
+    trt.init_libnvinfer_plugins(log, "")
+    for library in libraries:
+        try:
+            loaded = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise InputError("the plugin library cannot be loaded", file=library, cause=error) from error
+        asked = hasattr(loaded, "getCreators") or hasattr(loaded, "getPluginCreators")
+        if asked and trt.get_plugin_registry().load_library(library) is None:
+            cause = "\n".join(log.errors)
+            raise InputError("TensorRT refuses the plugin library", file=library, cause=cause)
 
 
 def logger(trt: Any, *, ignore: str | None = _NO_DRIVER) -> Any:

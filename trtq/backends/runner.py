@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,12 +111,13 @@ class Engine:
         profiles: what it takes.
     """
 
-    def __init__(self, cuda: Cuda, trt: Any, path: Path) -> None:
+    def __init__(self, cuda: Cuda, trt: Any, path: Path, plugins: Sequence[str] = ()) -> None:
         self.path = path
         self._cuda, self._trt = cuda, trt
         self._log = logger(trt, ignore=None)
         self._stream = cuda.new_stream()
-        self._runtime, self._engine = load(trt, self._log, path)
+        with self._saying("the engine does not load on this machine"):
+            self._runtime, self._engine = load(trt, self._log, path, plugins)
         tensors = [self._tensor(i) for i in range(self._engine.num_io_tensors)]
         self.inputs = {tensor.name: tensor for tensor in tensors if tensor.is_input}
         self.outputs = {tensor.name: tensor for tensor in tensors if not tensor.is_input}
@@ -354,8 +355,11 @@ class Engine:
 
 
 @contextlib.contextmanager
-def open_engine(path: Path) -> Iterator[Engine]:
+def open_engine(path: Path, plugins: Sequence[str] = ()) -> Iterator[Engine]:
     """Load an engine on the first GPU, with the TensorRT that its plan is for.
+
+    Args:
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         MissingBackendError: no GPU, driver, CUDA package or TensorRT; or RTX does not run on this GPU.
@@ -364,7 +368,7 @@ def open_engine(path: Path) -> Iterator[Engine]:
     package = package_of(path)
     required_gpu(path)
     trt = tensorrt_module(package)
-    with contextlib.closing(Engine(open_cuda(), trt, path)) as engine:
+    with contextlib.closing(Engine(open_cuda(), trt, path, plugins)) as engine:
         yield engine
 
 

@@ -417,3 +417,15 @@ def test_a_slow_engine_is_timed_often_enough(plan: Any) -> None:
     (result,) = bench.benchmark([plan()], on_gpu=True, how=Measuring(0, 0, 25))
     assert result.timing is not None
     assert result.timing.runs >= 25
+
+
+def test_an_engine_that_does_not_load_is_compared_by_its_record(plan: Any, tmp_path: Path) -> None:
+    path = invalid(plan(rtx=True), 2)
+    with pytest.raises(InputError, match="nothing is known about the engine") as caught:
+        bench.benchmark([path], on_gpu=True)
+    assert "UNSUPPORTED_CC" in str(caught.value)
+    with_record(path, tmp_path / "m.onnx", "0" * 64)
+    (result,) = bench.benchmark([path], on_gpu=True)
+    assert result.timing is None
+    assert result.static is not None
+    assert "not timed: TensorRT for RTX 1.7.1.116 does not run the engine" in bench.text_of([result])
