@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import signal
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 from trtq.backends.compiled import HEADER
 from trtq.backends.dialect import Dialect
 from trtq.backends.interface import BuildOptions, Profile, check_profile
-from trtq.errors import InputError
+from trtq.errors import InputError, MissingBackendError
 from trtq.files import write_bytes
 
 _NO_DRIVER = "cudaError 35"  # logged on machines without a GPU, whatever else went wrong
@@ -105,7 +106,7 @@ def compile_plan(
     if not model.is_file():
         raise InputError("the model does not exist", file=model, remedy="check the path")
     log = logger(trt)
-    builder = trt.Builder(log)
+    builder = started(trt.Builder, log)
     network = builder.create_network(_network_flags(trt, dialect, strongly_typed))
     _parse(trt, dialect, network, log, model)
     config = builder.create_builder_config()
@@ -152,11 +153,21 @@ def load_plugins(trt: Any, log: Any, libraries: Sequence[str]) -> None:
 
 
 def logger(trt: Any, *, ignore: str | None = _NO_DRIVER) -> Any:
-    """A TensorRT logger that prints nothing and keeps `errors`, `warnings` and `layers`.
+    """The process's one TensorRT logger, emptied. It prints nothing and keeps `errors`, `warnings`, `layers`.
+
+    There is one because TensorRT ignores a second one as long as anything lives that was made with the first:
+    what it said of a second engine would be lost.
 
     Args:
         ignore: errors with this in them are dropped; without a driver a builder logs one whatever it does.
     """
+    log = _logger(trt)
+    log.empty(ignore)
+    return log
+
+
+@functools.cache
+def _logger(trt: Any) -> Any:
     severity = trt.ILogger.Severity
     base: Any = trt.ILogger
 
@@ -165,19 +176,41 @@ def logger(trt: Any, *, ignore: str | None = _NO_DRIVER) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
+            self.empty(None)
+
+        def empty(self, ignore: str | None) -> None:
+            """Forget everything."""
             self.errors: list[str] = []
             self.warnings: list[str] = []
             self.layers = ""
+            self._ignore = ignore
 
         def log(self, level: Any, message: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                self.errors += [] if ignore is not None and ignore in message else [message]
+                dropped = self._ignore is not None and self._ignore in message
+                self.errors += [] if dropped else [message]
             elif level == severity.WARNING:
                 self.warnings.append(message.strip())
             elif message.startswith(HEADER):
                 self.layers = message
 
     return Log()
+
+
+def started(kind: Any, log: Any) -> Any:
+    """A builder or a runtime.
+
+    Raises:
+        MissingBackendError: TensorRT does not start: its libraries or CUDA do not work.
+    """
+    try:
+        return kind(log)
+    except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
+        raise MissingBackendError(
+            "TensorRT does not start on this machine",
+            cause="\n".join(dict.fromkeys(log.errors)) or error,
+            remedy="see its message; `trtq doctor` shows the versions, the GPU and the driver",
+        ) from error
 
 
 def opt_batch(profile: Profile) -> int:

@@ -272,6 +272,14 @@ def test_what_tensorrt_says_is_quoted(plan: Any, fails: str, problem: str, said:
     assert caught.value.file is not None
 
 
+def test_it_is_quoted_of_a_second_engine_too(plan: Any, tmp_path: Path) -> None:
+    """TensorRT logs through the first logger as long as the first engine lives."""
+    second = tmp_path / "second.plan"
+    second.write_bytes(plan(fails="deserialize").read_bytes())
+    with open_engine(plan()), pytest.raises(InputError, match=r"built by version 9\.9\.9"):
+        run_engine(second, samples())
+
+
 @pytest.mark.parametrize(
     ("bits", "kind", "said"),
     [
@@ -292,7 +300,7 @@ def test_what_tensorrt_says_is_quoted(plan: Any, fails: str, problem: str, said:
 def test_rtx_says_why_an_engine_does_not_run_here(
     plan: Any, bits: int, kind: type[TrtqError], said: str
 ) -> None:
-    with pytest.raises(kind, match="does not run the engine on this machine") as caught:
+    with pytest.raises(kind, match="the engine does not load on this machine") as caught:
         run_engine(invalid(plan(rtx=True), bits), samples())
     assert said in str(caught.value)
 
@@ -428,4 +436,4 @@ def test_an_engine_that_does_not_load_is_compared_by_its_record(plan: Any, tmp_p
     (result,) = bench.benchmark([path], on_gpu=True)
     assert result.timing is None
     assert result.static is not None
-    assert "not timed: TensorRT for RTX 1.7.1.116 does not run the engine" in bench.text_of([result])
+    assert "not timed: the engine does not load on this machine; UNSUPPORTED_CC" in bench.text_of([result])

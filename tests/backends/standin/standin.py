@@ -22,6 +22,7 @@ import enum
 import json
 import os
 import struct
+import weakref
 from typing import Any
 
 import numpy as np
@@ -111,12 +112,17 @@ def init_libnvinfer_plugins(logger: ILogger, namespace: str) -> bool:
 
 class Runtime:
     engine: type[ICudaEngine]
+    alive: weakref.WeakSet[Runtime]
 
     def __init__(self, logger: Any) -> None:
-        self.logger = logger
+        """The logger is ignored as long as anything lives that was made with another one."""
+        self.logger = next((runtime.logger for runtime in self.alive), logger)
+        self.alive.add(self)
         self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        if self.refuses(serialized_engine):
+            return self._refuse("Error Code 6: API Usage Error (the engine cannot run on this GPU)")
         told, _, model = serialized_engine[HEADER_BYTES:].partition(_SEPARATOR)
         try:
             says = json.loads(told)
@@ -129,7 +135,10 @@ class Runtime:
             return self._refuse("engine_host_code_allowed is false and the engine has a lean runtime")
         if "plugins" in needs and not plugins_ready:
             return self._refuse("could not find plugin MyPlugin version 1")
-        return self.engine(self.logger, says, model)
+        return self.engine(self, says, model)
+
+    def refuses(self, plan: bytes) -> bool:
+        return False
 
     def _refuse(self, message: str) -> None:
         self.logger.log(ILogger.Severity.ERROR, message)
@@ -140,14 +149,17 @@ class RtxRuntime(Runtime):
 
     engine_header_size = HEADER_BYTES
 
+    def refuses(self, plan: bytes) -> bool:
+        return self.get_engine_validity(plan)[1] != 0
+
     def get_engine_validity(self, buffer: bytes) -> tuple[Any, int]:
         (bits,) = struct.unpack_from("<L", buffer, 40)
         return (EngineValidity.INVALID if bits else EngineValidity.VALID), bits
 
 
 class ICudaEngine:
-    def __init__(self, logger: Any, says: dict[str, Any], model: bytes) -> None:
-        self.logger, self.says = logger, says
+    def __init__(self, runtime: Runtime, says: dict[str, Any], model: bytes) -> None:
+        self.runtime, self.logger, self.says = runtime, runtime.logger, says
         self.model = onnx.load_from_string(model)
         self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         inputs, outputs = self.model.graph.input, self.model.graph.output
@@ -386,7 +398,8 @@ def become(module: dict[str, Any], rtx: bool) -> None:
     old = version.startswith("8.")
     module.update({name: value for name, value in globals().items() if not name.startswith("_")})
     base = RtxRuntime if rtx else Runtime
-    module["Runtime"] = type("Runtime", (base,), {"engine": EngineOf86 if old else ICudaEngine})
+    of_module = {"engine": EngineOf86 if old else ICudaEngine, "alive": weakref.WeakSet()}
+    module["Runtime"] = type("Runtime", (base,), of_module)
     module["__version__"] = version
     if old:
         del module["OnnxParserRefitter"], module["EngineStat"]
