@@ -66,7 +66,7 @@ def used_names() -> set[str]:
     for module in MODULES:
         for node in ast.walk(ast.parse((folder / module).read_text())):
             if isinstance(node, ast.Attribute):
-                variable, *attributes = ast.unparse(node).removeprefix("self._").split(".")
+                variable, *attributes = ast.unparse(node).partition("(")[0].removeprefix("self._").split(".")
                 if variable == "trt" and attributes and not attributes[0].startswith("__"):
                     names.add(".".join(["trt", *attributes[:2]]))
                 elif variable in CLASSES and len(attributes) == 1:
