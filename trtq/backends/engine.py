@@ -115,6 +115,6 @@ def fingerprint(model: str | Path) -> dict[str, str]:
 
 
 def _limits(profile: Profile) -> tuple[int, int]:
-    """Fewest and most rows that a profile takes."""
+    """Fewest and most rows that a profile takes; 1 where it has scalars only."""
     ranges = [sizes for sizes in profile.shapes.values() if sizes.min]
-    return max(r.min[0] for r in ranges), min(r.max[0] for r in ranges)
+    return max((r.min[0] for r in ranges), default=1), min((r.max[0] for r in ranges), default=1)

@@ -63,11 +63,9 @@ class Tensor(NamedTuple):
             InputError: the values would not stay what they are.
         """
         if array.dtype != self.dtype:
-            converted = array.astype(self.dtype)
-            integers = array.dtype.kind in "iub" and self.dtype.kind in "iub"
-            if not (array.dtype.kind == self.dtype.kind == "f") and not (
-                integers and np.array_equal(converted, array)
-            ):
+            with np.errstate(all="ignore"):
+                converted = array.astype(self.dtype)
+            if not _same_numbers(array, converted):
                 raise InputError(
                     f"input '{self.name}' of the engine is {self.kind} and cannot hold the data's values",
                     cause=f"the data's array is {array.dtype}",
@@ -231,7 +229,7 @@ class Engine:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 totals[layer_name] = totals.get(layer_name, 0.0) + ms
 
-        self._context.profiler = Profiler()
+        self._profiler = self._context.profiler = Profiler()  # the context may not keep it alive
         for _ in range(runs):
             self.enqueue()
             self.synchronize()
@@ -432,6 +430,14 @@ def output_allocator(trt: Any, buffer: Any) -> Any:
             self.shape = tuple(shape)
 
     return Allocator()
+
+
+def _same_numbers(array: NDArray, converted: NDArray) -> bool:
+    """Whether values are what they were: the same integers, or the same floats but for rounding."""
+    if array.dtype.kind == converted.dtype.kind == "f":
+        return np.array_equal(np.isfinite(array), np.isfinite(converted))
+    integers = array.dtype.kind in "iub" and converted.dtype.kind in "iub"
+    return integers and np.array_equal(converted, array)
 
 
 def _ranges(found: Mapping[str, Any]) -> dict[str, Range]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import time
 
 import numpy as np
 import pytest
 
 from trtq.backends import cuda
 from trtq.backends.calibrators import CudaDevice
+from trtq.backends.clocks import Clocks
 from trtq.backends.cuda import Cuda, CudaError, Graph, open_cuda
+from trtq.backends.interface import Gpu, find_gpu
 
 DATA = np.arange(1000, dtype=np.int32)
 DRIVER = ctypes.CDLL("libcuda.so.1")
@@ -145,3 +148,19 @@ def test_calibrators_hand_over_batches() -> None:
     before = gpu.free_memory()
     device.free(address)
     assert gpu.free_memory() == before + batch.nbytes
+
+
+def test_the_driver_is_named() -> None:
+    assert find_gpu() == Gpu("Stand-in GPU", "9.0", "580.1")
+
+
+def test_clocks_are_sampled_meanwhile() -> None:
+    with Clocks() as clocks:
+        time.sleep(0.2)
+    found = clocks.ranges()
+    assert found is not None
+    low, middle, high = found["SM MHz"]
+    assert low <= middle < high == 1980
+    assert found["memory MHz"] == (2619, 2619, 2619)
+    assert found["°C"] == (40, 40, 40)
+    assert "W" not in found  # this card does not tell

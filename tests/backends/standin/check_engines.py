@@ -156,6 +156,33 @@ def test_int64_data_for_an_engine_that_reads_int32(plan: Any) -> None:
         run_engine(path, samples(x + 1))
 
 
+def test_values_that_half_cannot_hold(plan: Any) -> None:
+    path = plan(kinds={"x": "HALF"})
+    large = np.where(X > 1, np.float32(70000), X)
+    with pytest.raises(InputError, match="is HALF and cannot hold the data's values"):
+        run_engine(path, samples(large))
+
+
+def test_a_static_engine(plan: Any) -> None:
+    fixed = model("(float[4,3] x) => (float[4,3] y) { y = Neg(x) }")
+    np.testing.assert_array_equal(run_engine(plan(fixed, profiles=[{}]), samples()).arrays["y"], -X)
+
+
+def test_scalars(plan: Any) -> None:
+    path = plan(model("(float x) => (float y) { y = Neg(x) }"), profiles=[{}])
+    with open_engine(path) as engine:
+        assert batch_limits(engine.profiles) == (1, 1)
+        found = engine.infer({"x": np.array(2, np.float32)})["y"]
+        assert found.shape == ()
+        assert found == -2
+
+
+def test_arrays_of_any_layout(plan: Any) -> None:
+    with open_engine(plan()) as engine:
+        for x in (X[:8:2], np.asfortranarray(X[:8]), X[:8][::-1], X[:8].astype(">f4")):
+            np.testing.assert_array_equal(engine.infer({"x": x, "more": X})["y"], -x)
+
+
 @pytest.mark.parametrize("kind", ["INT32", "BOOL"])
 def test_floats_are_not_made_integers(plan: Any, kind: str) -> None:
     with pytest.raises(InputError, match=f"input 'x' of the engine is {kind}"):
@@ -343,6 +370,17 @@ def test_gate_of_an_engine(plan: Any, case: list[str], tmp_path: Path, rtx: bool
     run = trtq_command(*case, "--require-engine", "--json", tmp_path / "v.json")
     assert run.code == 0, run.err
     assert json.loads((tmp_path / "v.json").read_text())["executor"] == "engine"
+
+
+def test_gate_of_two_engines_of_different_packages(plan: Any, case: list[str], tmp_path: Path) -> None:
+    """One process runs both TensorRT and TensorRT for RTX."""
+    other = tmp_path / "rtx.plan"
+    other.write_bytes(plan(rtx=True).read_bytes())
+    gate, _, candidate, *rest = case
+    plan()
+    run = trtq_command(gate, other, candidate, *rest)
+    assert run.code == 0, run.err
+    assert "measured on the engine" in run.out
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,12 @@ def run_checks(checks: str, folder: Path, *, tensorrt: bool = True, **environmen
 
 
 def driver(folder: Path) -> Path:
-    """`folder`, with the stand-in driver under the name by which it is loaded."""
+    """`folder`, with the stand-ins for the driver and NVML under the names by which they are loaded."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler for the stand-in driver")
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    source = str(HERE / "driver.cpp")
-    subprocess.run([compiler, *options, source, "-o", str(folder / "libcuda.so.1"), "-ldl"], check=True)
+    for source, library in (("driver.cpp", "libcuda.so.1"), ("nvml.cpp", "libnvidia-ml.so.1")):
+        command = [compiler, *options, str(HERE / source), "-o", str(folder / library), "-ldl"]
+        subprocess.run(command, check=True)
     return folder
