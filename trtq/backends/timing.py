@@ -188,7 +188,7 @@ def _timed(path: Path) -> Iterator[_Timed]:
 
 
 def noise(engine: Engine) -> dict[str, NDArray]:
-    """Inputs at the first profile's optimum: noise for floats, else zeros; ones where shapes depend on them."""
+    """Inputs at the first profile's optimum: noise for floats, else zeros, ones where they decide shapes."""
     random, feed = np.random.default_rng(0), {}
     profile = engine.profiles[0]
     for name, tensor in engine.inputs.items():

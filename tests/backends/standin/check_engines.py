@@ -19,6 +19,7 @@ from trtq.backends import bench
 from trtq.backends.engine import batch_limits, input_specs, run_engine, why_not_loaded
 from trtq.backends.record import sidecar
 from trtq.backends.runner import Profile, open_engine
+from trtq.backends.tensors import Tensor
 from trtq.backends.timing import Measuring, measure
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError, TrtqError
@@ -129,8 +130,6 @@ def test_floats_of_an_engine(plan: Any, kind: str, most: float) -> None:
 
 
 def test_bfloat16_goes_to_the_nearest() -> None:
-    from trtq.backends.runner import Tensor
-
     tensor = Tensor("x", "BF16", (-1,), True, False)
     exact = np.array([1, 1 + 2**-8, 1 + 3 * 2**-8, -0.0, np.inf, np.nan, 3.4e38], np.float32)
     back = tensor.values(tensor.stored(exact))
