@@ -115,6 +115,7 @@ def version(package: str) -> str | None:
 
 def memory(made: type[cuda.PyCuda] | type[cuda.CudaBindings]) -> Json:
     """One implementation of `Cuda`: the primary context twice, beside PyTorch; memory, events and a graph."""
+    _gpu()
     try:
         first, device = made(), made()
     except ImportError as error:
@@ -536,12 +537,16 @@ def _torch() -> Any:
 
 def _package(backend: str) -> Any:
     """The module of a backend, where it and a GPU are."""
-    if find_gpu() is None:
-        raise Skipped("there is no GPU")
+    _gpu()
     try:
         return importlib.import_module(BUILDERS[backend])
     except ImportError as error:
         raise Skipped(str(error)) from error
+
+
+def _gpu() -> None:
+    if find_gpu() is None:
+        raise Skipped("there is no GPU")
 
 
 def _about(folder: Path) -> Json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 from functools import partial
@@ -12,10 +13,11 @@ import pytest
 
 import trtq
 from trtq.backends import bench
-from trtq.backends.bench import Result, Timing, slower_than_float, summarize, text_of
+from trtq.backends.bench import Result, slower_than_float, summarize, text_of
 from trtq.backends.compiled import Compiled, CompiledLayer, CompiledTensor
 from trtq.backends.interface import find_gpu
 from trtq.backends.record import sidecar
+from trtq.backends.timing import Measuring, Timing
 from trtq.cli.bench import BENCH
 from trtq.errors import InputError, MissingBackendError
 from trtq.recipe import from_command_line, options
@@ -63,7 +65,7 @@ def test_precision_is_that_of_most_kernels(layers: tuple[CompiledLayer, ...], pr
 
 
 def timing(p50: float, kernel_ms: dict[str, float]) -> Timing:
-    return Timing(8, 500, p50, p50, p50, 8000 / p50, True, "", 1 << 20, kernel_ms, {"before": None})
+    return Timing(8, 500, p50, p50, p50, 8000 / p50, True, "", 1 << 20, 90, 4, kernel_ms, None)
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +151,12 @@ def test_engines_without_a_record(three: dict[str, Path], tmp_path: Path) -> Non
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
 def test_nothing_is_timed_without_a_gpu(three: dict[str, Path]) -> None:
     with pytest.raises(MissingBackendError, match="only on an NVIDIA GPU"):
-        bench.measure(three["int8"])
+        bench.measure([three["int8"]])
 
 
 @pytest.mark.skipif(find_gpu() is None, reason="needs a GPU")
 def test_measured_on_the_gpu(three: dict[str, Path]) -> None:
-    found = bench.measure(three["fp32"], runs=50)
+    (found,) = bench.measure([three["fp32"]], Measuring(duration_s=0.2))
     assert 0 < found.p50_ms <= found.p90_ms <= found.p99_ms
     assert found.batch == 8
 
@@ -166,7 +168,27 @@ def test_three_needs_scales_and_a_folder(tmp_path: Path) -> None:
         command(str(DEMO / "digits.onnx"), "--three")
 
 
-@pytest.mark.parametrize("runs", [0, -1])
-def test_no_runs_measure_nothing(runs: int) -> None:
-    with pytest.raises(InputError, match="--runs a number from 1"):
-        bench.benchmark([], on_gpu=False, runs=runs)
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("--iterations", "0", "--iterations is 0"),
+        ("--duration", "-1", r"--duration is -1\.0"),
+        ("--duration", "inf", "--duration is inf"),
+        ("--warm-up", "nan", "--warm-up is nan"),
+    ],
+)
+def test_measurements_that_cannot_be(option: str, value: str, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        command("model.plan", option, value)
+
+
+def test_times_are_shown_with_what_they_leave_out(three: dict[str, Path]) -> None:
+    measured = dataclasses.replace(
+        timing(0.4, {}), clocks={"SM MHz": (1200.0, 1980.0, 1980.0), "W": (90, 300, 310)}
+    )
+    shown = text_of([Result(three["fp32"], bench.static_of(three["fp32"]), measured)])
+    assert "p50 0.400 ms" in shown
+    assert "loaded in 90 ms, first inference 4.0 ms" in shown
+    assert "without copies to and from the host" in shown
+    assert "TF32" in shown
+    assert "SM MHz 1200/1980/1980, W 90/300/310" in shown

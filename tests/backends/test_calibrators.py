@@ -8,6 +8,7 @@ import pytest
 from contract.bindings import run_checks
 
 from trtq.backends.calibrators import CudaDevice
+from trtq.backends.interface import find_gpu
 from trtq.errors import MissingBackendError
 
 
@@ -31,11 +32,9 @@ def test_tensorrt_rtx_has_none() -> None:
         table_calibrator(trt, Table({}))
 
 
-def test_cuda_device_without_pycuda_or_gpu() -> None:
-    try:
-        import pycuda.autoprimaryctx  # noqa: F401
-    except Exception:
-        with pytest.raises(MissingBackendError, match="needs PyCUDA and a GPU"):
-            CudaDevice()
-    else:
-        pytest.skip("there is a GPU with PyCUDA here")
+@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU here")
+def test_cuda_device_without_gpu() -> None:
+    with pytest.raises(MissingBackendError, match=r"needs a GPU, and PyCUDA or cuda-bindings") as caught:
+        CudaDevice()
+    assert "pycuda: " in str(caught.value.cause)
+    assert "cuda-bindings: " in str(caught.value.cause)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from importlib.metadata import packages_distributions, version
 
 import numba
 import numpy
@@ -17,6 +18,9 @@ from trtq.backends.interface import Gpu, find_gpu
 from trtq.backends.tensorrt_rtx import supported_targets
 
 has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None
+DISTRIBUTIONS = {**packages_distributions(), "cuda": ["cuda-pathfinder", "cuda-bindings"]}
+"""As with cuda-bindings installed, which shares its folder with other packages."""
+
 needs_rtx = pytest.mark.skipif(not has_rtx, reason="TensorRT for RTX is not installed")
 
 
@@ -29,7 +33,9 @@ def test_versions_are_those_of_the_modules() -> None:
     for module in (numpy, onnx, onnxruntime, numba):
         assert found[module.__name__].detail == module.__version__
     for name in doctor.OPTIONAL:
-        assert found[name].ok == (importlib.util.find_spec(name) is not None)
+        top = name.split(".")[0]
+        there = importlib.util.find_spec(top) is not None and importlib.util.find_spec(name) is not None
+        assert found[name].ok == there
 
 
 def test_large_packages_are_not_imported() -> None:
@@ -67,12 +73,26 @@ def test_engines_run_on_gpus_that_the_package_supports(
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT runs on both")
     monkeypatch.setattr(doctor, "find_gpu", lambda: Gpu("Some GPU", capability))
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: DISTRIBUTIONS)
+    installed = {"cuda-bindings": "13.5.0"}
+    monkeypatch.setattr(doctor, "version", lambda name: installed.get(name) or version(name))
     found = findings()
     assert found["gpu"].detail == f"Some GPU, compute capability {capability}"
     assert found["run engines"].ok == runs
     assert ("engine" if runs else "simulation") in found["gate"].detail
     if not runs:
         assert capability in found["run engines"].detail
+
+
+@needs_rtx
+def test_engines_need_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_gpu", lambda: Gpu("Some GPU", "8.6"))
+    bare = {name: found for name, found in DISTRIBUTIONS.items() if name not in ("cuda", "pycuda")}
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: bare)
+    found = findings()["run engines"]
+    assert not found.ok
+    assert "cuda.bindings" in found.detail
+    assert found.remedy == "pip install 'trtq[cuda]'"
 
 
 @needs_rtx

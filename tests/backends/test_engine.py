@@ -11,7 +11,7 @@ import onnx
 import onnx.parser
 import pytest
 
-from trtq.backends import engine as engines
+from trtq.backends import runner
 from trtq.backends.engine import fingerprint, run_engine
 from trtq.backends.interface import Gpu, find_gpu
 from trtq.data.samples import InputSpec, Samples
@@ -65,7 +65,7 @@ def test_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     model = negation(tmp_path / "m.onnx")
     plan = build_engine(tmp_path / "m.plan", model)
-    monkeypatch.setattr(engines, "find_gpu", lambda: Gpu("Some GPU", "8.9", "570.86.15"))
+    monkeypatch.setattr(runner, "find_gpu", lambda: Gpu("Some GPU", "8.9", "570.86.15"))
     assert fingerprint(plan) == {
         "executor": "engine",
         "gpu": "Some GPU",
@@ -73,6 +73,6 @@ def test_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "driver": "570.86.15",
         "tensorrt": f"tensorrt_rtx-{trt.__version__}",
     }
-    monkeypatch.setattr(engines, "find_gpu", lambda: None)
+    monkeypatch.setattr(runner, "find_gpu", lambda: None)
     with pytest.raises(MissingBackendError, match="only on an NVIDIA GPU"):
         fingerprint(plan)

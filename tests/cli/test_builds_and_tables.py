@@ -149,7 +149,7 @@ def test_bench_without_a_gpu_says_that_it_is_static(trtq_run: Command, demo: Dep
     [
         (("deploy", "out/recipe.toml"), "MODEL is a recipe"),
         (("cache", "list", "something"), "takes no SOURCE"),
-        (("bench", "model.plan", "--runs", "0"), "--runs is 0"),
+        (("bench", "model.plan", "--iterations", "0"), "--iterations is 0"),
         (("bench", "model.plan", "--int8", "m.onnx"), "--int8 belongs to --three"),
         (("build", MODEL, "--exclude", "op:Gemm", "-o", "x.plan"), "belong to implicit quantization"),
     ],

@@ -12,7 +12,7 @@ import pytest
 from jobs import Run
 from onnx import TensorProto, helper
 
-from trtq.backends import engine as engines
+from trtq.backends import runner
 from trtq.backends.engine import fingerprint
 from trtq.backends.interface import Gpu, find_gpu
 from trtq.cache import Cache, Key
@@ -91,7 +91,7 @@ def engine(tmp_path: Path) -> Path:
 
 def on(gpu: Gpu | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the driver answer so; nothing runs there."""
-    monkeypatch.setattr(engines, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(runner, "find_gpu", lambda: gpu)
 
 
 def planted(engine: Path, cache: Cache, **others: str) -> None:

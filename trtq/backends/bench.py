@@ -6,12 +6,15 @@ The static comparison counts kernels and bytes; it does not give latency, which 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trtq.backends.builders import builder, describe_engine
+from trtq.backends.builders import BUILDERS, builder, chosen, describe_engine
 from trtq.backends.compiled import Compiled, CompiledLayer
+from trtq.backends.dialect import dialect_of
+from trtq.backends.engine import why_not_loaded
 from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Profile
 from trtq.backends.record import read_record
 from trtq.backends.timing import Measuring, Timing, measure
@@ -57,11 +60,16 @@ class Static:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One engine: the static part where it has a record, the timing where a GPU measured it."""
+    """One engine: the static part where it has a record, the timing where a GPU measured it.
+
+    Attributes:
+        problem: why the GPU here did not measure it.
+    """
 
     engine: Path
     static: Static | None
     timing: Timing | None
+    problem: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -79,7 +87,10 @@ def build_three(
     options: BuildOptions = DEFAULT_OPTIONS,
     samples: Samples | None = None,
 ) -> dict[str, Build]:
-    """FP32, FP16 and INT8 engines of one model, all strongly typed from ONNX: `model.fp32.plan` and so on.
+    """FP32, FP16 and INT8 engines of one model: `model.fp32.plan` and so on.
+
+    They are strongly typed from ONNX; of TensorRT 8.6, which is not, the FP16 engine is the fp32 model's with
+    the builder's FP16 flag.
 
     Args:
         model: fp32 ONNX model; folded, and for FP16 converted (`half_by_rules`).
@@ -96,10 +107,20 @@ def build_three(
     models = {"fp32": folder / "model.fp32.onnx", "fp16": folder / "model.fp16.onnx", "int8": Path(int8)}
     save_model(graph, models["fp32"])
     extents = measure_extents(graph, samples) if samples else {}
-    save_model(half_by_rules(graph, extents), models["fp16"])
-    build = builder(backend).build
+    builder(backend).version()  # or the error that says what is missing
+    typed = dialect_of(importlib.import_module(BUILDERS[chosen(backend)])).strong_typing
+    if typed:
+        graph = half_by_rules(graph, extents)
+    save_model(graph, models["fp16"])
+    how = {
+        "fp32": dataclasses.replace(options, lower_precision=None),
+        "fp16": dataclasses.replace(options, lower_precision=None if typed else "fp16"),
+        "int8": options,
+    }
     return {
-        name: build(path, folder / f"model.{name}.plan", profile=profile, targets=targets, options=options)
+        name: builder(backend).build(
+            path, folder / f"model.{name}.plan", profile=profile, targets=targets, options=how[name]
+        )
         for name, path in models.items()
     }
 
@@ -145,25 +166,29 @@ def idle_conversions(compiled: Compiled) -> list[CompiledLayer]:
 def benchmark(engines: Sequence[PathLike], *, on_gpu: bool, how: Measuring | None = None) -> list[Result]:
     """Every engine's static figures where it has a record, and with `on_gpu` its timing.
 
+    An engine that does not load on the GPU here keeps its static figures.
+
     Raises:
         InputError: not an engine, or one that neither has a record nor can be measured.
         MissingBackendError: as `measure`.
     """
     paths = [Path(engine) for engine in engines]
-    statics = [static_of(path) for path in paths]
-    if on_gpu:
-        timings = measure(paths, how)
-        return [Result(*row) for row in zip(paths, statics, timings, strict=True)]
-    for path, static in zip(paths, statics, strict=True):
-        if static is None:
+    problems = {path: why_not_loaded(path) if on_gpu else "there is no GPU" for path in paths}
+    statics = {path: static_of(path) for path in paths}
+    for path in paths:
+        if problems[path] is not None and statics[path] is None:
             describe_engine(path)  # if it is none, that is the error
             raise InputError(
                 "nothing is known about the engine",
                 file=path,
-                cause=f"there is no GPU, and {path.name}.json is missing or another engine's",
-                remedy="build it with trtq, or run this on the machine with the GPU",
+                cause=f"{problems[path]}, and {path.name}.json is missing or another engine's",
+                remedy="build it with trtq, or run this on a machine that the engine runs on",
             )
-    return [Result(path, static, None) for path, static in zip(paths, statics, strict=True)]
+    here = [path for path in paths if problems[path] is None]
+    timings = dict(zip(here, measure(here, how), strict=True))
+    return [
+        Result(path, statics[path], timings.get(path), problems[path] if on_gpu else None) for path in paths
+    ]
 
 
 def slower_than_float(results: Sequence[Result]) -> str | None:
@@ -203,6 +228,8 @@ def text_of(results: Sequence[Result]) -> str:
                 f"  {timing.runs} inferences timed on the GPU, {how}; loaded in {timing.load_ms:.0f} ms,"
                 f" first inference {timing.first_ms:.1f} ms, {timing.device_bytes / 1e6:.1f} MB on the GPU",
             ]
+        if result.problem is not None:
+            lines.append(f"{name}: not timed: {result.problem}")
         if static is not None:
             lines.append(
                 f"{name}: {static.precision}, {static.kernels} kernels,"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions, version
 
@@ -13,7 +13,7 @@ from trtq.backends.tensorrt_rtx import supported_targets
 REQUIRED = ("numpy", "onnx", "onnx_graphsurgeon", "onnxruntime", "polygraphy", "numba")
 """Modules that trtq depends on."""
 
-OPTIONAL = ("tensorrt_rtx", "tensorrt", "pycuda", "torch")
+OPTIONAL = ("tensorrt_rtx", "tensorrt", "pycuda", "cuda.bindings", "torch")
 """Modules that make more of trtq work."""
 
 _WITHOUT_CALIBRATORS = 11
@@ -42,10 +42,7 @@ class Finding:
 def diagnose() -> list[Finding]:
     """Look at the machine and the packages, and say what works with them. Never raises, runs no kernel."""
     distributions = packages_distributions()
-    versions = {
-        module: version(distributions[module][0]) if module in distributions else None
-        for module in REQUIRED + OPTIONAL
-    }
+    versions = {module: _version(module, distributions) for module in REQUIRED + OPTIONAL}
     gpu = find_gpu()
     device = f"{gpu.name}, compute capability {gpu.compute_capability}" if gpu else "no NVIDIA GPU or driver"
     return [
@@ -71,6 +68,15 @@ def as_text(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
+def _version(module: str, distributions: Mapping[str, Sequence[str]]) -> str | None:
+    """The version of the package that a module comes from; several share the top of a dotted name."""
+    top, *below = module.split(".")
+    found = distributions.get(top, ())
+    if below:
+        found = [name for name in found if name == module.replace(".", "-")]
+    return version(found[0]) if found else None
+
+
 def _package(module: str, installed: str | None) -> Finding:
     if installed is None:
         remedy = "pip install --upgrade trtq" if module in REQUIRED else ""
@@ -85,11 +91,14 @@ def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Finding
     need_gpu = "use a machine with an NVIDIA GPU and driver"
     builders = [f"tensorrt_rtx, for {', '.join(targets)}"] if targets else []
     builders += [f"tensorrt {tensorrt}"] if tensorrt and gpu else []
-    runners = ["tensorrt_rtx"] if gpu and gpu.compute_capability in targets else []
-    runners += ["tensorrt"] if tensorrt and gpu else []
+    memory = next((module for module in ("pycuda", "cuda.bindings") if versions[module] is not None), None)
+    runners = ["tensorrt_rtx"] if gpu and memory and gpu.compute_capability in targets else []
+    runners += ["tensorrt"] if gpu and memory and tensorrt else []
 
     if gpu is None:
         no_runner, runner_remedy = "no NVIDIA GPU or driver", need_gpu
+    elif memory is None:
+        no_runner, runner_remedy = "neither pycuda nor cuda.bindings is installed", "pip install 'trtq[cuda]'"
     else:
         no_runner = f"nothing installed runs on compute capability {gpu.compute_capability}"
         runner_remedy = "pip install 'trtq[tensorrt]' (or 'trtq[rtx]' on a GPU it supports)"
@@ -97,7 +106,7 @@ def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Finding
     missing = []
     if tensorrt is None or int(tensorrt.split(".")[0]) >= _WITHOUT_CALIBRATORS:
         missing.append("pip install 'tensorrt>=8.6,<11'")
-    if versions["pycuda"] is None:
+    if memory is None:
         missing.append("pip install 'trtq[cuda]'")
     if gpu is None:
         missing.append(need_gpu)
@@ -108,8 +117,8 @@ def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Finding
         _ability("run engines", runners, no_runner, runner_remedy),
         _ability(
             "INT8 calibrators",
-            [] if missing else [f"tensorrt {tensorrt}, pycuda {versions['pycuda']}"],
-            "needs tensorrt 8.6 to 10, pycuda and a GPU",
+            [] if missing else [f"tensorrt {tensorrt}, {memory} {versions[memory or '']}"],
+            "needs tensorrt 8.6 to 10, pycuda or cuda.bindings, and a GPU",
             "; ".join(missing),
         ),
         _ability("simulate INT8", providers, ort_problem, "pip install onnxruntime"),

@@ -29,12 +29,14 @@ def run_engine(
     *,
     batch_size: int | None = None,
     progress: Callable[[int], object] | None = None,
+    plugins: Sequence[str] = (),
 ) -> Outputs:
     """The outputs of an engine on every row of `samples`.
 
     Args:
         batch_size: rows at once; None: as many as its optimization profiles take.
         progress: called with the number of rows just done.
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         InputError: the engine does not load, does not take these inputs or this batch size, or has outputs
@@ -43,7 +45,7 @@ def run_engine(
     """
     if len(samples) == 0:
         raise InputError("the data has no rows")
-    with open_engine(Path(engine)) as loaded:
+    with open_engine(Path(engine), plugins) as loaded:
         limits = batch_limits(loaded.profiles)
         rows = rows_for(list(loaded.inputs), samples, engine)
         parts = batches(rows, limits.size(batch_size, engine), limits.lowest)
@@ -78,13 +80,15 @@ def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
         return loaded.specs
 
 
-def loads_here(engine: Path) -> str | None:
-    """None if an engine loads on the GPU here, else why it does not. There must be a GPU."""
+def why_not_loaded(engine: Path, plugins: Sequence[str] = ()) -> str | None:
+    """Why an engine does not load here, with TensorRT's words and what to do; None if it loads."""
     try:
-        with open_engine(engine):
+        with open_engine(engine, plugins):
             return None
     except TrtqError as error:
-        return "\n".join(filter(None, (error.problem, error.cause)))
+        return "; ".join(
+            " ".join(part.split()) for part in (error.problem, error.cause, error.remedy) if part
+        )
 
 
 def fingerprint(model: str | Path) -> dict[str, str]:
@@ -111,6 +115,6 @@ def fingerprint(model: str | Path) -> dict[str, str]:
 
 
 def _limits(profile: Profile) -> tuple[int, int]:
-    """Fewest and most rows that a profile takes."""
+    """Fewest and most rows that a profile takes; 1 where it has scalars only."""
     ranges = [sizes for sizes in profile.shapes.values() if sizes.min]
-    return max(r.min[0] for r in ranges), min(r.max[0] for r in ranges)
+    return max((r.min[0] for r in ranges), default=1), min((r.max[0] for r in ranges), default=1)

@@ -7,10 +7,11 @@ only plans you built or whose origin you trust.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trtq.backends.network import started
+from trtq.backends.network import collection_paused, load_plugins, started
 from trtq.backends.record import read_record
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_file, write_bytes
@@ -27,31 +28,26 @@ _INVALID = {
 """RTX's reasons against an engine (`EngineInvalidityDiagnostics`) -> what they mean."""
 
 
-def load(trt: Any, log: Any, path: Path) -> tuple[Any, Any]:
+@collection_paused()
+def load(trt: Any, log: Any, path: Path, plugins: Sequence[str] = ()) -> tuple[Any, Any]:
     """The runtime and the engine of a plan file, ready for contexts. The runtime must outlive the engine.
 
     Args:
         log: of `trtq.backends.network.logger`; what TensorRT says is quoted from it.
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         MissingBackendError: TensorRT does not start; RTX does not run the engine on this GPU or driver.
         InputError: it does not load, or lacks its weights and the model is not beside it.
     """
-    trt.init_libnvinfer_plugins(log, "")
-    runtime = started(trt, "Runtime", log)
-    if hasattr(runtime, "engine_host_code_allowed"):  # not before 8.6
-        runtime.engine_host_code_allowed = True  # or version-compatible plans do not load
+    load_plugins(trt, log, plugins)
+    runtime = started(trt.Runtime, log)
+    if hasattr(runtime, "engine_host_code_allowed"):  # or version-compatible plans, of 8.6 on, do not load
+        runtime.engine_host_code_allowed = True
     content = path.read_bytes()
-    if hasattr(runtime, "get_engine_validity"):
-        _check_validity(trt, runtime, log, content, path)
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
-        raise InputError(
-            "the engine does not load on this machine",
-            file=path,
-            cause=_said(log) or f"{trt.__name__} {trt.__version__} gives no reason",
-            remedy=f"build it here, with {trt.__name__} {trt.__version__} and for this GPU",
-        )
+        raise _refusal(trt, runtime, log, content, path)
     if _stripped(trt, engine, path):
         _refit(trt, engine, log, path)
     return runtime, engine
@@ -92,37 +88,36 @@ class KernelCache:
                 write_bytes(self.path, content)
 
 
-def _check_validity(trt: Any, runtime: Any, log: Any, content: bytes, path: Path) -> None:
-    """Let RTX look at the plan's header: it says why an engine does not run here, which loading does not."""
-    header = content[: runtime.engine_header_size]
-    validity, diagnostics = runtime.get_engine_validity(header)
-    if validity != trt.EngineValidity.INVALID:
-        return
-    members = trt.EngineInvalidityDiagnostics.__members__
-    reasons = [name for name in members if int(members[name].value) & int(diagnostics)]
+def _refusal(trt: Any, runtime: Any, log: Any, content: bytes, path: Path) -> TrtqError:
+    """Why a plan does not load: what TensorRT logged, and what RTX says of its header."""
+    reasons = _reasons(trt, runtime, content) if hasattr(runtime, "get_engine_validity") else []
     said = [f"{name}: {_INVALID.get(name, 'see the documentation')}" for name in reasons]
-    kind = InputError if "MALFORMED_ENGINE" in reasons else MissingBackendError
-    raise kind(
-        f"TensorRT for RTX {trt.__version__} does not run the engine on this machine",
+    missing = reasons and "MALFORMED_ENGINE" not in reasons
+    return (MissingBackendError if missing else InputError)(
+        "the engine does not load on this machine",
         file=path,
-        cause="\n".join([*said, *log.errors]) or "it gives no reason",
-        remedy=_remedy(reasons),
+        cause="\n".join([*said, *dict.fromkeys(log.errors)]) or "TensorRT gives no reason",
+        remedy=_remedy(reasons, f"{trt.__name__} {trt.__version__}"),
     )
 
 
-def _remedy(reasons: list[str]) -> str:
+def _reasons(trt: Any, runtime: Any, content: bytes) -> list[str]:
+    """Names of what RTX has against an engine (`EngineInvalidityDiagnostics`); none if it is valid."""
+    validity, bits = runtime.get_engine_validity(content[: runtime.engine_header_size])
+    if validity != trt.EngineValidity.INVALID:
+        return []
+    members = trt.EngineInvalidityDiagnostics.__members__
+    return [name for name in members if int(members[name].value) & int(bits)] or ["CUDA_ERROR"]
+
+
+def _remedy(reasons: list[str], version: str) -> str:
     if "MALFORMED_ENGINE" in reasons:
         return "copy or build it again"
     if "UNSUPPORTED_CC" in reasons:
         return "build it for this GPU (--target), or with --backend tensorrt where RTX does not know the GPU"
-    if "VERSION_MISMATCH" in reasons:
-        return "build it again with the installed version, or install the version that built it"
+    if not reasons or "VERSION_MISMATCH" in reasons:
+        return f"build it here, with {version} and for this GPU"
     return "update the NVIDIA driver, or use a machine that fits; `trtq doctor` shows what is here"
-
-
-def _said(log: Any) -> str:
-    """What TensorRT logged as errors, each once."""
-    return "\n".join(dict.fromkeys(log.errors))
 
 
 def _stripped(trt: Any, engine: Any, path: Path) -> bool:
@@ -151,12 +146,12 @@ def _refit(trt: Any, engine: Any, log: Any, path: Path) -> None:
             remedy="put the ONNX model that it was built from, and the engine's .json, beside it",
         )
     refitter = trt.Refitter(engine, log)
-    parser = trt.OnnxParserRefitter(refitter, log)
-    if not parser.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
-        told = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    weights = trt.OnnxParserRefitter(refitter, log)
+    if not weights.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
+        told = [weights.get_error(i).desc() for i in range(weights.num_errors)]
         raise InputError(
             "the engine does not take the weights of its model",
             file=path,
-            cause="\n".join(told) or _said(log),
+            cause="\n".join(told or dict.fromkeys(log.errors)),
             remedy="build it again",
         )

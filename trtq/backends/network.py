@@ -8,7 +8,9 @@ read from a VERBOSE log (see `trtq.backends.compiled`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import gc
 import signal
 import threading
@@ -65,7 +67,7 @@ class Compilation:
 
 
 @contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
+def collection_paused() -> Iterator[None]:
     """No garbage collection meanwhile.
 
     TensorRT logs through Python while it holds a lock of its own. A collection that starts in there may find
@@ -80,7 +82,7 @@ def _collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-@_collection_paused()
+@collection_paused()
 def compile_plan(
     trt: Any,
     dialect: Dialect,
@@ -106,8 +108,7 @@ def compile_plan(
     if not model.is_file():
         raise InputError("the model does not exist", file=model, remedy="check the path")
     log = logger(trt)
-    trt.init_libnvinfer_plugins(log, "")  # NVIDIA's own: up to 8.6 the parser did it
-    builder = started(trt, "Builder", log)
+    builder = started(trt.Builder, log)
     network = builder.create_network(_network_flags(trt, dialect, strongly_typed))
     _parse(trt, dialect, network, log, model)
     config = builder.create_builder_config()
@@ -133,12 +134,43 @@ def compile_plan(
     return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)))
 
 
+def load_plugins(trt: Any, log: Any, libraries: Sequence[str]) -> None:
+    """Make TensorRT's own plugins and those of some libraries known to it.
+
+    A library registers its plugins when it is loaded (REGISTER_TENSORRT_PLUGIN), or TensorRT's registry asks
+    it for them (`getCreators`, `getPluginCreators`).
+
+    Raises:
+        InputError: a library is missing or cannot be loaded.
+    """
+    trt.init_libnvinfer_plugins(log, "")
+    for library in libraries:
+        try:
+            loaded = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise InputError("the plugin library cannot be loaded", file=library, cause=error) from error
+        asked = hasattr(loaded, "getCreators") or hasattr(loaded, "getPluginCreators")
+        if asked and trt.get_plugin_registry().load_library(library) is None:
+            cause = "\n".join(log.errors)
+            raise InputError("TensorRT refuses the plugin library", file=library, cause=cause)
+
+
 def logger(trt: Any, *, ignore: str | None = _NO_DRIVER) -> Any:
-    """A TensorRT logger that prints nothing and keeps `errors`, `warnings` and `layers`.
+    """The process's one TensorRT logger, emptied. It prints nothing and keeps `errors`, `warnings`, `layers`.
+
+    There is one because TensorRT ignores a second one as long as anything lives that was made with the first:
+    what it said of a second engine would be lost.
 
     Args:
         ignore: errors with this in them are dropped; without a driver a builder logs one whatever it does.
     """
+    log = _logger(trt)
+    log.empty(ignore)
+    return log
+
+
+@functools.cache
+def _logger(trt: Any) -> Any:
     severity = trt.ILogger.Severity
     base: Any = trt.ILogger
 
@@ -147,13 +179,19 @@ def logger(trt: Any, *, ignore: str | None = _NO_DRIVER) -> Any:
 
         def __init__(self) -> None:
             super().__init__()
+            self.empty(None)
+
+        def empty(self, ignore: str | None) -> None:
+            """Forget everything."""
             self.errors: list[str] = []
             self.warnings: list[str] = []
             self.layers = ""
+            self._ignore = ignore
 
         def log(self, level: Any, message: str) -> None:
             if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                self.errors += [] if ignore is not None and ignore in message else [message]
+                dropped = self._ignore is not None and self._ignore in message
+                self.errors += [] if dropped else [message]
             elif level == severity.WARNING:
                 self.warnings.append(message.strip())
             elif message.startswith(HEADER):
@@ -162,20 +200,19 @@ def logger(trt: Any, *, ignore: str | None = _NO_DRIVER) -> Any:
     return Log()
 
 
-def started(trt: Any, kind: str, log: Any) -> Any:
-    """A `Builder` or `Runtime` of TensorRT's.
+def started(kind: Any, log: Any) -> Any:
+    """A builder or a runtime.
 
     Raises:
-        MissingBackendError: it does not start, such as without a driver or with a damaged library.
+        MissingBackendError: TensorRT does not start: its libraries or CUDA do not work.
     """
     try:
-        return getattr(trt, kind)(log)
-    except (TypeError, RuntimeError) as error:  # TypeError is how the bindings say that they got none
-        said = dict.fromkeys([*log.errors, *log.warnings])
+        return kind(log)
+    except (RuntimeError, TypeError) as error:  # "factory function returned nullptr"
         raise MissingBackendError(
-            f"{trt.__name__} {trt.__version__} does not start here",
-            cause="\n".join(said) or error,
-            remedy="install it again, or update the NVIDIA driver; `trtq doctor` shows what is here",
+            "TensorRT does not start on this machine",
+            cause="\n".join(dict.fromkeys([*log.errors, *log.warnings])) or error,  # 8 warns only
+            remedy="see its message; `trtq doctor` shows the versions, the GPU and the driver",
         ) from error
 
 

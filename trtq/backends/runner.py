@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from numpy.typing import NDArray
 
 from trtq.backends.builders import package_of
@@ -19,71 +18,10 @@ from trtq.backends.cuda import Cuda, CudaError, Graph, open_cuda
 from trtq.backends.interface import Gpu, Range, find_gpu
 from trtq.backends.loading import KernelCache, load
 from trtq.backends.network import logger
+from trtq.backends.tensors import DTYPES, Tensor
 from trtq.data.batches import Arrays
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.inputs import InputSpec
-
-_DTYPES: dict[str, np.dtype] = {
-    "FLOAT": np.dtype(np.float32),
-    "HALF": np.dtype(np.float16),
-    "BF16": np.dtype(np.float32),  # NumPy has no bfloat16: see `_stored`
-    "INT8": np.dtype(np.int8),
-    "UINT8": np.dtype(np.uint8),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-    "BOOL": np.dtype(np.bool_),
-}
-"""TensorRT's datatype -> that of the arrays that go in and come out."""
-
-
-class Tensor(NamedTuple):
-    """An input or output of an engine.
-
-    Attributes:
-        kind: TensorRT's name of its datatype, such as `FLOAT`.
-        shape: -1 where it is dynamic.
-        on_host: its values are read or written on the CPU, because shapes depend on them.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    is_input: bool
-    on_host: bool
-
-    @property
-    def dtype(self) -> np.dtype:
-        """Of its arrays."""
-        return _DTYPES[self.kind]
-
-    def stored(self, array: NDArray) -> NDArray:
-        """An array as the engine reads it: contiguous, of the engine's datatype, bfloat16 as its bits.
-
-        Raises:
-            InputError: the values would not stay what they are.
-        """
-        if array.dtype != self.dtype:
-            converted = array.astype(self.dtype)
-            integers = array.dtype.kind in "iub" and self.dtype.kind in "iub"
-            if not (array.dtype.kind == self.dtype.kind == "f") and not (
-                integers and np.array_equal(converted, array)
-            ):
-                raise InputError(
-                    f"input '{self.name}' of the engine is {self.kind} and cannot hold the data's values",
-                    cause=f"the data's array is {array.dtype}",
-                    remedy="give the data in the engine's datatype",
-                )
-            array = converted
-        array = np.ascontiguousarray(array).reshape(array.shape)
-        return _to_bfloat16(array) if self.kind == "BF16" else array
-
-    def empty(self, shape: tuple[int, ...]) -> NDArray:
-        """An array for values as the engine stores them."""
-        return np.empty(shape, np.uint16 if self.kind == "BF16" else self.dtype)
-
-    def values(self, stored: NDArray) -> NDArray:
-        """The inverse of `stored`."""
-        return _from_bfloat16(stored) if self.kind == "BF16" else stored
 
 
 class Profile(NamedTuple):
@@ -111,12 +49,13 @@ class Engine:
         profiles: what it takes.
     """
 
-    def __init__(self, cuda: Cuda, trt: Any, path: Path) -> None:
+    def __init__(self, cuda: Cuda, trt: Any, path: Path, plugins: Sequence[str] = ()) -> None:
         self.path = path
         self._cuda, self._trt = cuda, trt
         self._log = logger(trt, ignore=None)
         self._stream = cuda.new_stream()
-        self._runtime, self._engine = load(trt, self._log, path)
+        with self._saying("the engine does not load on this machine"):
+            self._runtime, self._engine = load(trt, self._log, path, plugins)
         tensors = [self._tensor(i) for i in range(self._engine.num_io_tensors)]
         self.inputs = {tensor.name: tensor for tensor in tensors if tensor.is_input}
         self.outputs = {tensor.name: tensor for tensor in tensors if not tensor.is_input}
@@ -230,7 +169,7 @@ class Engine:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 totals[layer_name] = totals.get(layer_name, 0.0) + ms
 
-        self._context.profiler = Profiler()
+        self._profiler = self._context.profiler = Profiler()  # the context may not keep it alive
         for _ in range(runs):
             self.enqueue()
             self.synchronize()
@@ -256,7 +195,7 @@ class Engine:
         name = engine.get_tensor_name(index)
         kind = engine.get_tensor_dtype(name).name
         layout = engine.get_tensor_format(name)
-        if kind not in _DTYPES or layout != trt.TensorFormat.LINEAR:
+        if kind not in DTYPES or layout != trt.TensorFormat.LINEAR:
             raise InputError(
                 f"tensor '{name}' of the engine is {kind} in the layout {layout.name}",
                 file=self.path,
@@ -309,7 +248,7 @@ class Engine:
         shape = tuple(self._context.get_tensor_shape(tensor.name))
         if min(shape, default=0) < 0:
             if tensor.name not in self._allocators:
-                self._allocators[tensor.name] = _allocator(self._trt, self._buffer)
+                self._allocators[tensor.name] = output_allocator(self._trt, self._buffer)
             self._succeed("set_output_allocator", tensor.name, self._allocators[tensor.name])
             return
         array = self._host[tensor.name] = tensor.empty(shape)
@@ -354,8 +293,11 @@ class Engine:
 
 
 @contextlib.contextmanager
-def open_engine(path: Path) -> Iterator[Engine]:
+def open_engine(path: Path, plugins: Sequence[str] = ()) -> Iterator[Engine]:
     """Load an engine on the first GPU, with the TensorRT that its plan is for.
+
+    Args:
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         MissingBackendError: no GPU, driver, CUDA package or TensorRT; or RTX does not run on this GPU.
@@ -364,7 +306,7 @@ def open_engine(path: Path) -> Iterator[Engine]:
     package = package_of(path)
     required_gpu(path)
     trt = tensorrt_module(package)
-    with contextlib.closing(Engine(open_cuda(), trt, path)) as engine:
+    with contextlib.closing(Engine(open_cuda(), trt, path, plugins)) as engine:
         yield engine
 
 
@@ -399,7 +341,7 @@ def tensorrt_module(package: str) -> Any:
         raise MissingBackendError(f"{package} is not installed", cause=error, remedy=remedy) from error
 
 
-def _allocator(trt: Any, buffer: Any) -> Any:
+def output_allocator(trt: Any, buffer: Any) -> Any:
     """An output allocator: memory for an output whose size TensorRT learns while it runs.
 
     It has `shape` after the run, and `error` where there was no memory: none may get into C++.
@@ -443,14 +385,3 @@ def _within(sizes: tuple[int, ...], bounds: Range) -> bool:
 
 def _text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _to_bfloat16(array: NDArray) -> NDArray:
-    """float32 rounded to the nearest bfloat16, ties to even: its bits as uint16."""
-    bits = array.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(array), bits >> 16 | 0x40, rounded).astype(np.uint16)
-
-
-def _from_bfloat16(bits: NDArray) -> NDArray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)

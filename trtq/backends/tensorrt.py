@@ -223,7 +223,7 @@ def inspect_plan(
         InputError: the engine does not load.
     """
     log = logger(trt)
-    runtime = started(trt, "Runtime", log)
+    runtime = started(trt.Runtime, log)
     if options.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)

@@ -30,6 +30,7 @@ SLICE_MS = 100.0
 
 PROFILED_RUNS = 20
 MOST_QUEUED = 1000
+"""Launches that are waiting at once; CUDA takes about as many before it blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +120,11 @@ class _Timed:
 
     def warm_up(self, least_ms: float) -> None:
         """Run for a while, and find out how many launches make a turn."""
-        started = time.perf_counter()
-        while (spent := 1000 * (time.perf_counter() - started)) < least_ms or not self._latencies:
+        until = time.perf_counter() + least_ms / 1000
+        while not self._latencies or time.perf_counter() < until:
             self.take_turn()
-        per_launch = max(self._busy_ms / len(self._latencies), spent / len(self._latencies) / 10, 1e-4)
-        self._queued = int(min(max(SLICE_MS / per_launch, 1), MOST_QUEUED))
+        per_launch = max(self._busy_ms / len(self._latencies), SLICE_MS / MOST_QUEUED)
+        self._queued = max(int(SLICE_MS / per_launch), 1)
         self._latencies, self._busy_ms = [], 0.0
 
     def is_enough(self, how: Measuring) -> bool:
@@ -187,7 +188,7 @@ def _timed(path: Path) -> Iterator[_Timed]:
 
 
 def noise(engine: Engine) -> dict[str, NDArray]:
-    """Inputs at the optimum of the first profile: noise for floats, zeros, and what decides shapes."""
+    """Inputs at the first profile's optimum: noise for floats, else zeros, ones where they decide shapes."""
     random, feed = np.random.default_rng(0), {}
     profile = engine.profiles[0]
     for name, tensor in engine.inputs.items():
@@ -197,5 +198,5 @@ def noise(engine: Engine) -> dict[str, NDArray]:
         elif tensor.dtype.kind == "f":
             feed[name] = random.standard_normal(shape).astype(tensor.dtype)
         else:
-            feed[name] = np.zeros(shape, tensor.dtype)
+            feed[name] = np.full(shape, int(tensor.on_host), tensor.dtype)
     return feed

@@ -25,7 +25,7 @@ from trtq.backends.interface import Profile, find_gpu, profiles_from
 from trtq.backends.runner import open_engine
 from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
-from trtq.errors import InputError
+from trtq.errors import InputError, TrtqError
 from trtq.files import PathLike
 from trtq.graph.fold import fold
 from trtq.graph.inputs import fixed_batch
@@ -41,6 +41,11 @@ codes; sums added in another order may flip a code here and there, which is litt
 ONNX Runtime's own differ by 140 dB on the demo; what engines do is to be measured on a GPU."""
 
 BATCH = 8
+
+_PROBE = (
+    "The compared tensors are outputs of this engine, which TensorRT does not fuse across: it is a probe of"
+    " the arithmetic, not the engine that is deployed."
+)
 
 SAMPLES = 16
 """Samples that are enough to compare on."""
@@ -63,13 +68,15 @@ class ThreeWay:
 
     Attributes:
         rows: samples that were run.
-        engine: name of the GPU that ran the engine; None: there was none, and only fp32 and the
-            simulation were compared.
+        engine: name of the GPU that ran the engine; None: none ran, and only fp32 and the simulation were
+            compared.
+        failure: why the engine did not run although there is a GPU.
     """
 
     tensors: tuple[Compared, ...]
     rows: int
     engine: str | None
+    failure: str | None = None
 
     @property
     def parts_at(self) -> Compared | None:
@@ -79,10 +86,11 @@ class ThreeWay:
     def text(self) -> str:
         """A line per tensor, and what follows from them."""
         width = max(len(t.tensor) for t in self.tensors)
+        missing = "needs a GPU" if self.failure is None else "did not run"
         lines = [f"{'tensor':<{width}}  fp32/simulation  simulation/engine   ({self.rows} rows, SQNR in dB)"]
         lines += [
             f"{t.tensor:<{width}}  {t.simulation_db:>15.1f}  "
-            + ("needs a GPU".rjust(17) if t.engine_db is None else f"{t.engine_db:>17.1f}")
+            + (missing.rjust(17) if t.engine_db is None else f"{t.engine_db:>17.1f}")
             + f"   {t.op}"
             for t in self.tensors
         ]
@@ -94,16 +102,18 @@ class ThreeWay:
         return {**dataclasses.asdict(self), "parts_at": parts_at.tensor if parts_at else None}
 
     def _conclusion(self) -> str:
+        if self.failure is not None:
+            return f"Simulation only, the engine failed: {self.failure}"
         if self.engine is None:
             return "Simulation only: the engine's column needs a GPU."
         if self.parts_at is None:
-            return (
-                f"Simulation and engine ({self.engine}) agree on every tensor, to {PART_DB:.0f} dB or better."
+            found = f"agree on every tensor, to {PART_DB:.0f} dB or better."
+        else:
+            found = (
+                f"part at '{self.parts_at.tensor}', the output of {self.parts_at.op} '{self.parts_at.node}':"
+                f" {self.parts_at.engine_db:.1f} dB."
             )
-        return (
-            f"Simulation and engine ({self.engine}) part at '{self.parts_at.tensor}', the output of"
-            f" {self.parts_at.op} '{self.parts_at.node}': {self.parts_at.engine_db:.1f} dB."
-        )
+        return f"Simulation and engine ({self.engine}) {found}\n{_PROBE}"
 
 
 def some_rows(samples: Samples) -> Samples:
@@ -132,8 +142,8 @@ def compare_three(
         profile: of the engine; None: batches of up to 8 and the samples' shapes.
 
     Raises:
-        InputError: a model that does not load or run, or two models without a tensor in common.
-        MissingBackendError: a GPU but no builder.
+        InputError: a model that does not load or run, or two models without a tensor in common. Where only
+            the engine fails, the report says so instead.
     """
     fp32, quantized = load_model(reference), load_model(int8)
     fold(fp32.graph)
@@ -145,27 +155,34 @@ def compare_three(
             remedy="give the fp32 model and the Q/DQ model that was made from it",
         )
     names = [tensor for tensor, _ in compared]
-    gpu = find_gpu()
-    if gpu is not None and profile is None:
-        dimensions = {spec.name: spec.shape for spec in quantized.inputs}
-        only_one = not runs_on_several(fp32.graph, samples)
-        profile = profiles_from(dimensions, samples.row_shapes(), BATCH, only_one=only_one)
-    with contextlib.ExitStack() as stack:
-        simulations = [Runner(model.graph, names, threads=threads) for model in (fp32, quantized)]
-        runs: list[Run] = [simulation.run for simulation in simulations]
-        if gpu is not None:
-            runs.append(stack.enter_context(_engine(quantized, names, profile or {}, backend)))
-        fixed = fixed_batch(quantized.inputs)
-        parts = taken(simulations[0].run, batches(samples.rows(), fixed or BATCH, fixed or 1))
-        sqnr = _sqnr(runs, names, samples, parts)
+    simulations: list[Run] = [Runner(model.graph, names, threads=threads).run for model in (fp32, quantized)]
+    fixed = fixed_batch(quantized.inputs)
+    parts = list(taken(simulations[0], batches(samples.rows(), fixed or BATCH, fixed or 1)))
+    gpu, failure, sqnr = find_gpu(), None, None
+    if gpu is not None:
+        profile = profile or _profile(fp32, quantized, samples)
+        try:
+            with _engine(quantized, names, profile, backend) as engine:
+                sqnr = _sqnr([*simulations, engine], names, samples, parts)
+        except TrtqError as error:  # what the CPU has to say stands without it
+            failure = str(error)
+    simulated, *on_engine = sqnr or _sqnr(simulations, names, samples, parts)
     return ThreeWay(
         tensors=tuple(
-            Compared(tensor, node.name, node.op, sqnr[0][tensor], sqnr[1][tensor] if gpu else None)
-            for tensor, node in compared
+            Compared(t, node.name, node.op, simulated[t], on_engine[0][t] if on_engine else None)
+            for t, node in compared
         ),
         rows=len(samples),
-        engine=gpu.name if gpu else None,
+        engine=gpu.name if gpu is not None and on_engine else None,
+        failure=failure,
     )
+
+
+def _profile(fp32: Model, quantized: Model, samples: Samples) -> Profile:
+    """Batches of up to 8 of the samples' shapes; of 1 where the model runs on no more."""
+    dimensions = {spec.name: spec.shape for spec in quantized.inputs}
+    only_one = not runs_on_several(fp32.graph, samples)
+    return profiles_from(dimensions, samples.row_shapes(), BATCH, only_one=only_one)
 
 
 def _tensors(model: Model, known: set[str]) -> list[tuple[str, gs.Node]]:

@@ -163,7 +163,7 @@ def migrate(
         console.warn(may_run.text())
     with staged_folder(output) as folder:
         migration = _built(given, quantization, fit, folder)
-        here = engine_runs_here(recipe, console)
+        here = engine_runs_here(folder / "model.plan", console)
         migration = _compared(given, migration, folder / ("model.plan" if here else "model.int8.onnx"))
         if migration.verdict is not None:
             write_verdict(folder, migration.verdict)

@@ -9,6 +9,7 @@ from typing import Any
 
 from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage, coverage
+from trtq.backends.engine import why_not_loaded
 from trtq.backends.interface import Build, Profile, find_gpu
 from trtq.calibration.table import Table
 from trtq.console import Console
@@ -112,7 +113,7 @@ def attempt(
     covered = coverage(quantization.plan, build.compiled)
     size = build.engine.stat().st_size / 1e6
     console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
-    runs_here = engine_runs_here(recipe, console)
+    runs_here = engine_runs_here(build.engine, console)
     accuracy = evaluation.verdict(build.engine if runs_here else folder / "model.int8.onnx")
     on_engine = () if recipe.min_int8 is None else (share_check(covered, recipe.min_int8),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
@@ -153,12 +154,12 @@ def share_check(covered: Coverage, least: float) -> Check:
     return Check(f"int8 share at least {least:.1%}", outcome, message)
 
 
-def engine_runs_here(recipe: Recipe, console: Console) -> bool:
-    """Whether the engine itself can be gated here; warns if it is built for other GPUs than the one here."""
+def engine_runs_here(engine: Path, console: Console) -> bool:
+    """Whether the engine itself can be gated here; warns where there is a GPU and it does not load."""
     gpu = find_gpu()
     if gpu is None:
         return False
-    if gpu.compute_capability in builder(recipe.backend).check_targets(recipe.target):
-        return True
-    console.warn(f"the engine is not built for {gpu.name} ({gpu.compute_capability}); the gate simulates it")
-    return False
+    problem = why_not_loaded(engine)
+    if problem is not None:
+        console.warn(f"the gate simulates the engine, which does not run on {gpu.name}: {problem}")
+    return problem is None

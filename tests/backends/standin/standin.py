@@ -1,8 +1,8 @@
-"""A TensorRT that runs plans without a GPU: the run-time part of its Python API, on the stand-in driver.
+"""A TensorRT that runs plans without a GPU: the runtime part of its API, on the stand-in driver.
 
-A plan of it is a header, what the plan says of itself, and an ONNX model, which ONNX Runtime computes when the
-stream gets there. It does what TensorRT does in the order in which it does it: it logs and answers None or
-False where TensorRT does, and raises where that raises. Imported as `tensorrt` or `tensorrt_rtx`.
+A plan of it is a header, what the plan says of itself, and an ONNX model, which ONNX Runtime computes when
+the stream gets there. It does what TensorRT does in the order in which it does it: it logs and answers None
+or False where TensorRT does, and raises where that raises. Imported as `tensorrt` or `tensorrt_rtx`.
 
 Keys of what a plan says of itself, all optional:
     profiles: list of input name -> [min, opt, max] shapes.
@@ -22,6 +22,7 @@ import enum
 import json
 import os
 import struct
+import weakref
 from typing import Any
 
 import numpy as np
@@ -110,17 +111,18 @@ def init_libnvinfer_plugins(logger: ILogger, namespace: str) -> bool:
 
 
 class Runtime:
-    engine_header_size = HEADER_BYTES
+    engine: type[ICudaEngine]
+    alive: weakref.WeakSet[Runtime]
 
     def __init__(self, logger: Any) -> None:
-        self.logger = logger
+        """The logger is ignored as long as anything lives that was made with another one."""
+        self.logger = next((runtime.logger for runtime in self.alive), logger)
+        self.alive.add(self)
         self.engine_host_code_allowed = False
 
-    def get_engine_validity(self, buffer: bytes) -> tuple[Any, int]:
-        (bits,) = struct.unpack_from("<L", buffer, 40)
-        return (EngineValidity.INVALID if bits else EngineValidity.VALID), bits
-
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> ICudaEngine | None:
+        if self.refuses(serialized_engine):
+            return self._refuse("Error Code 6: API Usage Error (the engine cannot run on this GPU)")
         told, _, model = serialized_engine[HEADER_BYTES:].partition(_SEPARATOR)
         try:
             says = json.loads(told)
@@ -133,15 +135,31 @@ class Runtime:
             return self._refuse("engine_host_code_allowed is false and the engine has a lean runtime")
         if "plugins" in needs and not plugins_ready:
             return self._refuse("could not find plugin MyPlugin version 1")
-        return ICudaEngine(self.logger, says, model)
+        return self.engine(self, says, model)
+
+    def refuses(self, plan: bytes) -> bool:
+        return False
 
     def _refuse(self, message: str) -> None:
         self.logger.log(ILogger.Severity.ERROR, message)
 
 
+class RtxRuntime(Runtime):
+    """Of TensorRT for RTX, which has the engine's header looked at first."""
+
+    engine_header_size = HEADER_BYTES
+
+    def refuses(self, plan: bytes) -> bool:
+        return self.get_engine_validity(plan)[1] != 0
+
+    def get_engine_validity(self, buffer: bytes) -> tuple[Any, int]:
+        (bits,) = struct.unpack_from("<L", buffer, 40)
+        return (EngineValidity.INVALID if bits else EngineValidity.VALID), bits
+
+
 class ICudaEngine:
-    def __init__(self, logger: Any, says: dict[str, Any], model: bytes) -> None:
-        self.logger, self.says = logger, says
+    def __init__(self, runtime: Runtime, says: dict[str, Any], model: bytes) -> None:
+        self.runtime, self.logger, self.says = runtime, runtime.logger, says
         self.model = onnx.load_from_string(model)
         self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
         inputs, outputs = self.model.graph.input, self.model.graph.output
@@ -340,7 +358,9 @@ class IExecutionContext:
     def _compute(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         kinds = {value.name: value.type.tensor_type.elem_type for value in self.engine.model.graph.input}
         typed = {n: a.astype(onnx.helper.tensor_dtype_to_np_dtype(kinds[n])) for n, a in feed.items()}
-        return dict(zip(self.engine.outputs, self.engine.session.run(self.engine.outputs, typed), strict=True))
+        return dict(
+            zip(self.engine.outputs, self.engine.session.run(self.engine.outputs, typed), strict=True)
+        )
 
     def _array(self, name: str, *, zeros: bool = False) -> np.ndarray:
         """What an address points to; or zeros of that shape and type."""
@@ -366,11 +386,20 @@ def _stored(array: np.ndarray, kind: str) -> np.ndarray:
     return np.ascontiguousarray(array.astype(_STORED[kind]))
 
 
+class EngineOf86(ICudaEngine):
+    @property
+    def get_tensor_profile_values(self) -> Any:
+        raise AttributeError("get_tensor_profile_values")
+
+
 def become(module: dict[str, Any], rtx: bool) -> None:
-    """Fill the namespace of a module `tensorrt` or `tensorrt_rtx`, as the version in the environment has it."""
+    """Fill the namespace of a module `tensorrt` or `tensorrt_rtx`, the former as in the version asked for."""
+    version = "1.7.1.116" if rtx else os.environ.get("TRTQ_STANDIN_VERSION", "10.16.1.11")
+    old = version.startswith("8.")
     module.update({name: value for name, value in globals().items() if not name.startswith("_")})
-    module["__version__"] = os.environ.get("TRTQ_STANDIN_VERSION", "1.7.1.116" if rtx else "10.16.1.11")
-    if not rtx:
-        del Runtime.get_engine_validity
-    if module["__version__"].startswith("8."):
-        del module["OnnxParserRefitter"], module["EngineStat"], ICudaEngine.get_tensor_profile_values
+    base = RtxRuntime if rtx else Runtime
+    of_module = {"engine": EngineOf86 if old else ICudaEngine, "alive": weakref.WeakSet()}
+    module["Runtime"] = type("Runtime", (base,), of_module)
+    module["__version__"] = version
+    if old:
+        del module["OnnxParserRefitter"], module["EngineStat"]

@@ -117,7 +117,8 @@ def learn(
 ) -> Learned:
     """Learn from `fitting`, keep what is best on `held_back`.
 
-    Runs on a GPU where PyTorch finds one (not tested on one), else on the CPU.
+    Runs on a GPU where PyTorch finds one, else on the CPU. Convolutions do without TF32, whose ten bits would
+    move values to other INT8 codes than those of the CPU.
 
     Args:
         teacher: the fp32 model, folded; a fix may have changed the biases of the quantization's own graph.
@@ -142,8 +143,9 @@ def learn(
     torch.set_num_threads(recipe.threads or processors())
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        run = _Run(quantization, teacher, fitting, held_back, recipe, device)
-        return run.learn(console, budget, checkpoint)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            run = _Run(quantization, teacher, fitting, held_back, recipe, device)
+            return run.learn(console, budget, checkpoint)
     finally:
         torch.set_num_threads(before)
 
