@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.graph.evaluate import fold_constants
+from trtq.graph.functions import expand_functions, holds_functions
 from trtq.graph.names import Names
 from trtq.graph.shapes import infer_types
 from trtq.graph.weights import is_plain
@@ -26,6 +27,15 @@ def fold(graph: gs.Graph) -> None:
         optimize(graph)
         graph.cleanup().toposort()
     infer_types(graph)
+
+
+def fold_functions(graph: gs.Graph) -> None:
+    """Write operators as smaller ones where TensorRT needs that (see `trtq.graph.functions`)."""
+    if holds_functions(graph):
+        fold_constants(graph)
+        infer_types(graph)
+        while expand_functions(graph):
+            infer_types(graph)
 
 
 def einsum_to_matmul(graph: gs.Graph) -> None:
@@ -107,6 +117,7 @@ def fold_zero_pad(graph: gs.Graph) -> None:
 
 
 PASSES: list[Callable[[gs.Graph], None]] = [
+    fold_functions,
     einsum_to_matmul,
     fold_constants,
     fold_batch_norm,

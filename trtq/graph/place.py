@@ -309,11 +309,28 @@ def _vector_operand(node: gs.Node, placement: Placement) -> str | None:
     return None
 
 
+def _coordinates(node: gs.Node, placement: Placement) -> str | None:
+    if _is_grid(node.outputs[0]):
+        return "it computes where GridSample reads, and 8 bits are too coarse for positions"
+    return None
+
+
+def _is_grid(tensor: gs.Tensor) -> bool:
+    """Whether a tensor, moved or not, is nothing but the positions that GridSample reads at."""
+    return bool(readers(tensor)) and all(
+        reader.inputs[1] is tensor
+        if reader.op == "GridSample"
+        else reader.op in _KEEP_VALUES and reader.inputs[0] is tensor and _is_grid(reader.outputs[0])
+        for reader in readers(tensor)
+    )
+
+
 SKIP_RULES: tuple[SkipRule, ...] = (
     SkipRule("excluded", _excluded),
     SkipRule("no-int8-kernel", _no_int8_kernel),
     SkipRule("not-floating-point", _not_floating_point),
     SkipRule("vector-operand", _vector_operand),
+    SkipRule("coordinates", _coordinates),
 )
 
 
@@ -460,6 +477,8 @@ MOVING_OPS = frozenset(
     }
 )
 """Operators that commute with quantization: what comes out was in their first input (or is a zero)."""
+
+_KEEP_VALUES = MOVING_OPS | {"Cast", "CastLike"}
 
 
 def share_ranges(graph: gs.Graph, edges: Sequence[Edge]) -> list[Edge]:
