@@ -900,3 +900,23 @@ def test_the_pattern_of_a_name_matches_that_name_alone(name: str, other: str) ->
     assert matches(pattern, gs.Node("Conv", name))
     if name != other and not name.startswith("op:"):
         assert not matches(pattern, gs.Node("Conv", other))
+
+
+def test_bfloat16_stays_in_floating_point(tmp_path: Path) -> None:
+    """A block in bfloat16 between casts stays, with that reason; the products around it do not."""
+    weight = onnx.helper.make_tensor("w2", onnx.TensorProto.BFLOAT16, [8, 8], normal(64).tolist())
+    block = net(
+        """g (float[N,6] x) => (float[N,4] y) {
+            first = MatMul(x, w1)
+            enter = Cast<to = 16>(first)
+            inner = MatMul(enter, w2)
+            leave = Cast<to = 1>(inner)
+            y = MatMul(leave, w3)
+        }""",
+        w1=normal(6, 8),
+        w3=normal(8, 4),
+    )
+    block.graph.initializer.append(weight)
+    placed = Placed(block, tmp_path)
+    assert placed.plan.int8_nodes == ["first", "y"]
+    assert placed.reason("inner") == "its inputs are bfloat16, not float32 or float16"

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx
@@ -236,8 +237,12 @@ def _codes(tensor: gs.Tensor) -> str | None:
     if source.inputs[0].inputs:
         quantized += source.inputs[0].inputs[0].inputs[2:3]
     known = (t.dtype for t in quantized if t.name and t.dtype is not None)
-    dtype = next(known, np.uint8)
-    if isinstance(dtype, int):  # of ONNX, where NumPy has none
+    return _dtype_name(next(known, np.uint8))
+
+
+def _dtype_name(dtype: Any) -> str:
+    """A dtype as text; GraphSurgeon gives ONNX's number where NumPy has none of its own."""
+    if isinstance(dtype, int):
         return str(onnx.TensorProto.DataType.Name(dtype)).lower()
     return str(np.dtype(dtype))
 
@@ -297,8 +302,8 @@ def _no_int8_kernel(node: gs.Node, placement: Placement) -> str | None:
 
 
 def _not_floating_point(node: gs.Node, placement: Placement) -> str | None:
-    dtypes = {np.dtype(t.dtype) for t in node.inputs[:2] if t.dtype is not None}
-    if strange := sorted(str(d) for d in dtypes if d not in FLOATS):
+    dtypes = {_dtype_name(t.dtype) for t in node.inputs[:2] if t.dtype is not None}
+    if strange := sorted(dtypes - {str(dtype) for dtype in FLOATS}):
         return f"its inputs are {', '.join(strange)}, not float32 or float16"
     return None
 
