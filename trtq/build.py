@@ -148,7 +148,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
 def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Iterator[Path]:
     """The file of a model in fp32, or of its conversion to fp16 while the context lasts.
 
-    In fp32 the model is as it is, but for operators that TensorRT only takes as smaller ones.
+    In fp32 the model is as it is, but for what TensorRT only takes in another form.
 
     Args:
         samples: rows on which to measure what has to stay float32.
@@ -157,7 +157,7 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
         InputError: fp16 is asked for and the model is quantized already, or cannot be converted.
     """
     if rest == "fp32":
-        with _expanded(model) as path:
+        with _as_tensorrt_takes_it(model) as path:
             yield path
         return
     if model.is_quantized:
@@ -176,9 +176,9 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
 
 
 @contextlib.contextmanager
-def _expanded(model: Model) -> Iterator[Path]:
-    """The model's file, or one whose functions are expanded while the context lasts."""
-    if not holds_functions(model.graph):
+def _as_tensorrt_takes_it(model: Model) -> Iterator[Path]:
+    """The model's file, or one without what TensorRT's parser refuses while the context lasts."""
+    if not (model.mended or holds_functions(model.graph)):
         yield model.path
         return
     graph = model.graph.copy()

@@ -243,3 +243,21 @@ print("done")
     command = [sys.executable, "-c", code, str(tmp_path / "odd.onnx"), str(tmp_path / "odd.plan")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert run.stdout == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("dims", "shapes"),
+    [
+        (("?", 3, "?", "?"), ((1, 3, 16, 24), (4, 3, 16, 24), (8, 3, 16, 24))),
+        (("n", 3, "s", "s"), ((1, 3, 16, 24), (4, 3, 16, 24), (8, 3, 32, 24))),
+        (("n", 3, "s", "s"), ((1, 3, 16, 16), (4, 3, 24, 24), (8, 3, 32, 32))),
+        (("n", 3, "n", "n"), ((1, 3, 16, 24), (4, 3, 16, 24), (8, 3, 32, 32))),
+    ],
+)
+def test_axes_of_one_name_that_differ(
+    dims: tuple[int | str, ...], shapes: tuple[tuple[int, ...], ...], build_engine: Callable[..., Build]
+) -> None:
+    """TensorRT refuses a profile in which axes of one name differ; exporters call every open axis "?"."""
+    net = Net()
+    model = net.model(net.op("Conv", net.input(*dims), net.const(np.ones((4, 3, 3, 3), np.float32))))
+    assert build_engine(model, {"x": Range(*shapes)}).compiled.kernels

@@ -160,7 +160,15 @@ def test_a_product_between_q_dq_reads_integers() -> None:
     x = np.float16([[65504, 600]])
     (found,) = simulated(model_of(nodes, constants, shape=(None, 2)), x=x)
     np.testing.assert_array_equal(found, np.float16([[109 * 600 / 16, 600 / 16]]))
-    nodes[3] = helper.make_node("Add", ["d", "d"], ["y"])
+    nodes[3:] = [
+        helper.make_node(
+            "Transpose", ["v"], ["vt"], perm=[1, 0]
+        ),  # as quantization-aware training exports it
+        helper.make_node("MatMul", ["d", "vt"], ["y"]),
+    ]
+    (found,) = simulated(model_of(nodes, constants, shape=(None, 2)), x=x)
+    np.testing.assert_array_equal(found, np.float16([[109 * 600 / 16, 600 / 16]]))
+    nodes[3:] = [helper.make_node("Add", ["d", "d"], ["y"])]
     (found,) = simulated(model_of(nodes, constants, shape=(None, 2)), x=x)
     assert np.isinf(found[0, 0])
 

@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ def compile_plan(
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     ranges = _optimization_profile(builder, network, profile, model)
+    _name_axes_apart(network, [profile])
     if profile:
         config.add_optimization_profile(ranges)
     _apply(trt, builder, config, options)
@@ -263,6 +264,24 @@ def _optimization_profile(builder: Any, network: Any, profile: Profile, model: P
     for name, shapes in profile.items():
         result.set_shape(name, *shapes)
     return result
+
+
+def _name_axes_apart(network: Any, profiles: Sequence[Profile]) -> None:
+    """Give axes that share a name names of their own where they may differ in size.
+
+    TensorRT takes axes of one name to be equal, and refuses a profile that says otherwise; some exporters
+    call every open axis "?". Two axes of one input that vary over the same range may still differ.
+    """
+    spans: dict[str, list[int]] = {}  # of the axes that keep a name
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        shapes = [shape for profile in profiles for shape in profile.get(tensor.name, ())]
+        own: set[str] = set()
+        for axis in (axis for axis, size in enumerate(tensor.shape) if size < 0):
+            name, sizes = tensor.get_dimension_name(axis), [shape[axis] for shape in shapes]
+            twice = name in own and len(set(sizes)) > 1
+            if name and (twice or spans.setdefault(name, sizes) != sizes):
+                tensor.set_dimension_name(axis, f"{tensor.name}:{axis}")
+            own.add(name)
 
 
 def _remedy(message: str, otherwise: str) -> str:

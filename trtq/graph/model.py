@@ -60,12 +60,14 @@ class Model:
         graph: every node has a unique name.
         sha256: hash of the file and of its external data.
         quantizers: the operators by which the model as read is quantized, also those in subgraphs.
+        mended: the file holds what TensorRT's parser refuses, and the graph does not.
     """
 
     path: Path
     graph: gs.Graph
     sha256: str
     quantizers: tuple[str, ...] = ()
+    mended: bool = False
 
     @property
     def inputs(self) -> list[InputSpec]:
@@ -81,8 +83,9 @@ class Model:
 def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     """Read an ONNX model, upgrade its opset where Q/DQ needs it, and give every node a unique name.
 
-    Local functions are inlined; opsets below `opset` are converted to it, and to `FP16_SCALE_OPSET` where
-    the model computes in float16. Large weights stay in their files (see `trtq.graph.weights`).
+    Local functions are inlined, and inputs that are left out at a node's end are dropped; opsets below
+    `opset` are converted to it, and to `FP16_SCALE_OPSET` where the model computes in float16. Large weights
+    stay in their files (see `trtq.graph.weights`).
 
     Raises:
         InputError: the file is missing, not ONNX or truncated; external data is missing; an operator is
@@ -108,7 +111,8 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
                 f"model input '{tensor.name}' has no shape, or a dtype that NumPy lacks", file=path
             )
     name_nodes(graph)
-    return Model(path, graph, _sha256([path, *data_files]), quantizers(graph))
+    mended = drop_empty_ends(graph)
+    return Model(path, graph, _sha256([path, *data_files]), quantizers(graph), mended)
 
 
 def model_files(path: PathLike) -> list[Path]:
@@ -161,6 +165,19 @@ def name_nodes(graph: gs.Graph) -> None:
         if node.name in seen:
             node.name = names.node(node.name or f"{node.op}_{index}")
         seen.add(node.name)
+
+
+def drop_empty_ends(graph: gs.Graph) -> bool:
+    """Take away the inputs that are left out at a node's end, also in bodies; whether there were any.
+
+    `Conv(x, w, "")` means `Conv(x, w)`, but TensorRT's parser refuses it.
+    """
+    found = False
+    for node in [node for body in (graph, *graph.subgraphs(recursive=True)) for node in body.nodes]:
+        while node.inputs and not node.inputs[-1].name:
+            del node.inputs[-1]
+            found = True
+    return found
 
 
 def export(graph: gs.Graph) -> ModelProto:
@@ -269,6 +286,8 @@ def _inferred(proto: ModelProto) -> ModelProto:
     later, and folding would take it for true. It is kept of what operators of other domains make.
     """
     _forget_types(proto.graph)
+    for value in (*proto.graph.input, *proto.graph.output):
+        _free_axes(value)
     return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 
@@ -281,6 +300,13 @@ def _forget_types(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             for body in (attribute.g, *attribute.graphs):
                 _forget_types(body)
+
+
+def _free_axes(value: onnx.ValueInfoProto) -> None:
+    """Leave sizes open that a file writes as -1 or as a name without letters."""
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.dim_value < 0 or (dim.HasField("dim_param") and not dim.dim_param.strip()):
+            dim.Clear()
 
 
 def _holds_half(proto: ModelProto) -> bool:
