@@ -261,3 +261,14 @@ def test_axes_of_one_name_that_differ(
     net = Net()
     model = net.model(net.op("Conv", net.input(*dims), net.const(np.ones((4, 3, 3, 3), np.float32))))
     assert build_engine(model, {"x": Range(*shapes)}).compiled.kernels
+
+
+def test_an_input_that_is_also_an_output_keeps_its_name(build_engine: Callable[..., Build]) -> None:
+    """TensorRT's parser would call it `__x`, and the profile would not fit."""
+    net = Net()
+    x = net.input("N", 64)
+    model = net.model(net.op("Relu", x))
+    model.graph.output.append(model.graph.input[0])
+    built = build_engine(model, PROFILE)
+    assert {t.name for layer in built.compiled.layers for t in layer.inputs} >= {"x"}
+    assert {t.name for layer in built.compiled.layers for t in layer.outputs} >= {"x_output"}

@@ -45,6 +45,9 @@ _REMEDIES = (
     ),
 )
 
+ALSO_INPUT = "_output"
+"""Behind the name of an engine's output that is an input, too."""
+
 Prepare = Callable[[Any, Any, Any], None]
 """Called with builder, network and config when the network is parsed and the options are set."""
 
@@ -107,6 +110,7 @@ def compile_plan(
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt, dialect, strongly_typed))
     _parse(trt, dialect, network, log, model)
+    _keep_input_names(network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     ranges = _optimization_profile(builder, network, profile, model)
@@ -199,6 +203,19 @@ def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, model: Path) -> N
             cause=cause,
             remedy=_remedy(cause, "change the node so that TensorRT's ONNX parser accepts it"),
         )
+
+
+def _keep_input_names(network: Any) -> None:
+    """Give an input that is also an output its own name back; the output is called `<name>_output`.
+
+    TensorRT's parser calls such an input `__<name>`, since a network's inputs and outputs have different names.
+    """
+    outputs = {tensor.name: tensor for tensor in map(network.get_output, range(network.num_outputs))}
+    for tensor in map(network.get_input, range(network.num_inputs)):
+        name = tensor.name.removeprefix("__")
+        if name != tensor.name and name in outputs:
+            outputs[name].name = f"{name}{ALSO_INPUT}"
+            tensor.name = name
 
 
 def _describe(dialect: Dialect, error: Any) -> str:
