@@ -208,7 +208,7 @@ def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, model: Path) -> N
 def _keep_input_names(network: Any) -> None:
     """Give an input that is also an output its own name back; the output is called `<name>_output`.
 
-    TensorRT's parser calls such an input `__<name>`, since a network's inputs and outputs have different names.
+    TensorRT's parser calls such an input `__<name>`: inputs and outputs of a network differ in name.
     """
     outputs = {tensor.name: tensor for tensor in map(network.get_output, range(network.num_outputs))}
     for tensor in map(network.get_input, range(network.num_inputs)):
