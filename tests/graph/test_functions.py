@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from nets import Arrays, engine, loaded, net, normal, run
 from numpy.typing import NDArray
+from onnx.backend.test.case.node import collect_testcases
 
 from trtq.backends.coverage import coverage
 from trtq.graph.fold import fold
@@ -119,6 +120,26 @@ def test_attention_is_what_onnx_says(form: tuple[Any, ...], tmp_path: Path) -> N
 @pytest.mark.parametrize("form", FORMS)
 def test_every_attention_is_what_onnx_says(form: tuple[Any, ...], opset: int, tmp_path: Path) -> None:
     check_same(*attention(*form, opset=opset), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of ONNX, while it makes all its examples
+def test_onnx_s_own_examples_of_attention(tmp_path: Path) -> None:
+    """The inputs and outputs that ONNX publishes for each feature, but those in bfloat16."""
+    count = 0
+    for example in collect_testcases("Attention"):
+        opset = max((o.version for o in example.model.opset_import if not o.domain), default=0)
+        if not 0 < opset < 26 or "bf16" in example.name or "expanded" in example.name:
+            continue
+        graph = loaded(example.model, tmp_path).graph
+        fold(graph)
+        ((inputs, outputs),) = example.data_sets
+        feed = dict(zip((value.name for value in example.model.graph.input), inputs, strict=True))
+        for expected, found in zip(outputs, run(graph, feed).values(), strict=True):
+            atol = 2e-3 if expected.dtype == np.float16 else 1e-5
+            np.testing.assert_allclose(found, expected, rtol=5e-3, atol=atol, err_msg=example.name)
+        count += 1
+    assert count > 80
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,16 @@ def test_a_bfloat16_input_is_refused(tmp_path: Path) -> None:
         loaded(model, tmp_path)
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_sequence_is_refused(side: str, tmp_path: Path) -> None:
+    model = net(
+        "g (seq(float[4]) s, float[4] x) => (seq(float[4]) t, float[4] y) { t = Identity(s) y = Abs(x) }"
+    )
+    del getattr(model.graph, {"input": "output", "output": "input"}[side])[0]
+    with pytest.raises(InputError, match=f"model {side} '[st]' is a sequence type, which TensorRT lacks"):
+        loaded(model, tmp_path)
+
+
 # -- files that can
 
 

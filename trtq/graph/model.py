@@ -97,6 +97,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     _check_operators(proto, path)
+    _check_ends(proto.graph, path)
     proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
     try:
         graph = gs.import_onnx(_inferred(proto))
@@ -108,7 +109,9 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     for tensor in graph.inputs:
         if tensor.shape is None or tensor.dtype is None or isinstance(tensor.dtype, int):  # int: bfloat16
             raise InputError(
-                f"model input '{tensor.name}' has no shape, or a dtype that NumPy lacks", file=path
+                f"model input '{tensor.name}' has no shape, or a dtype that NumPy lacks",
+                file=path,
+                remedy="export the model with its shape; float32 inputs with a Cast behind them",
             )
     name_nodes(graph)
     mended = drop_empty_ends(graph)
@@ -342,6 +345,22 @@ def _check_operators(proto: ModelProto, path: Path) -> None:
                 file=path,
                 cause=f"{where} uses it, and ONNX does not define it{already}",
                 remedy="export the model with standard ONNX operators",
+            )
+
+
+def _check_ends(graph: onnx.GraphProto, path: Path) -> None:
+    """What goes into the model and comes out of it, and out of its bodies, are tensors."""
+    bodies = [a.g for node in _all_nodes(graph) for a in node.attribute if a.HasField("g")]
+    ends = [("model input", value) for value in graph.input]
+    ends += [("model output", value) for value in graph.output]
+    ends += [("a body's output", value) for body in bodies for value in body.output]
+    for end, value in ends:
+        kind = value.type.WhichOneof("value") or "tensor_type"
+        if kind == "optional_type" or (kind != "tensor_type" and end != "a body's output"):
+            raise InputError(
+                f"{end} '{value.name}' is a {kind.removesuffix('_type')} type, which TensorRT lacks",
+                file=path,
+                remedy="export the model with tensors in its place",
             )
 
 
