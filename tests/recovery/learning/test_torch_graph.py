@@ -59,6 +59,7 @@ CASES: list[Case] = [
     *[(op, [IMAGE], {}) for op in ("Abs", "Ceil", "Cos", "Erf", "Exp", "Floor", "Identity", "Neg", "Relu")],
     *[(op, [IMAGE], {}) for op in ("Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Tanh", "HardSwish")],
     ("Mish", [IMAGE], {}),
+    ("IsNaN", [np.array([[1, math.nan], [math.inf, 0]], np.float32)], {}),
     ("Swish", [IMAGE], {"alpha": 1.5}),
     *[(op, [positive(2, 5)], {}) for op in ("Log", "Reciprocal", "Sqrt")],
     *[(op, [f(2, 3, 4), f(3, 1)], {}) for op in ("Add", "Div", "Mul", "Sub", "Max", "Min", "Mean", "Sum")],

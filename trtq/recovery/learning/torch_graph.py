@@ -166,6 +166,7 @@ _plain(
     Greater=torch.gt,
     GreaterOrEqual=torch.ge,
     HardSwish=F.hardswish,
+    IsNaN=torch.isnan,
     Identity=lambda x: x,
     Less=torch.lt,
     LessOrEqual=torch.le,
