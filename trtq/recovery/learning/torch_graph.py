@@ -459,8 +459,11 @@ def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operato
 
 
 def _axes(a: Attributes, axes: Tensor | None) -> list[int]:
-    """The axes of an operator, which newer opsets give as an input; empty where they are left out."""
-    return list(a.get("axes", [])) if axes is None else [int(axis) for axis in axes.tolist()]
+    """The axes of an operator, which newer opsets give as an input; empty where they are left out.
+
+    PyTorch's exporter may write a single one as a scalar.
+    """
+    return list(a.get("axes", [])) if axes is None else [int(axis) for axis in axes.reshape(-1).tolist()]
 
 
 OPERATORS.update(
