@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnx.external_data_helper
-import onnx.inliner
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger.logger import G_LOGGER
@@ -20,6 +19,7 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
 from trtq.graph.inputs import InputSpec
+from trtq.graph.local import inline_functions
 from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
 from trtq.graph.weights import (
@@ -94,8 +94,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     path = Path(path)
     proto, data_files = _read(path)
     _read_external_data(proto, path)
-    if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
+    proto = inline_functions(proto, path)
     _check_operators(proto, path)
     _check_ends(proto.graph, path)
     proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
