@@ -34,6 +34,7 @@ _REMEDIES = (
     ("Plugin not found", _UNSUPPORTED),
     ("plugin creator", _UNSUPPORTED),
     ("no runners that implement it", _UNSUPPORTED),
+    ("): false", _UNSUPPORTED),  # all that the parser says of an operator that it does not know
     ("Turing (SM75)", "leave 7.5 out of the targets, or convert the layers that are not quantized to fp16"),
     (
         "Attention operation was not supported by a dedicated kernel",
