@@ -1,5 +1,5 @@
 """One small graph of each model family, as PyTorch's exporters wrote it (tools/make_families.py), through
-everything: folded, placed, calibrated, rewritten, simulated, built, and the engine read back."""
+everything: folded, placed, calibrated, rewritten, simulated, gated, built, and the engine read back."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method, scales_from
 from trtq.data.load import load_samples
 from trtq.gate.evaluation import metric_of
+from trtq.gate.metrics import load_metric
+from trtq.gate.verdict import Outcome, decide
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, load_model, save_model
 from trtq.graph.place import place
@@ -27,6 +29,9 @@ from trtq.simulation.similarity import sqnr_db
 pytestmark = pytest.mark.slow
 
 FLOAT = {
+    "segmenter": ["ConvTranspose"],
+    "transducer": ["LSTM"],
+    "vocoder": ["ConvTranspose", "ConvTranspose"],
     "keyword": ["GRU"],
     "keyword_modern": ["GRU"],
     "text_line": ["LSTM", "LSTM"],
@@ -60,16 +65,19 @@ def check(family: str, folder: Path, *, rest: str = "fp32") -> None:
     quantized = folder / "model.int8.onnx"
     save_model(Quantization(model.graph, plan, scales).rewritten(rest=rest), quantized)
     reference = run_model(file, samples, threads=1).arrays
-    for name, values in run_model(quantized, samples, threads=1).arrays.items():
+    found = run_model(quantized, samples, threads=1).arrays
+    for name, values in found.items():
         assert np.isfinite(values).all()
         assert sqnr_db(reference[name], values)[0] > 25
+    verdict = decide(reference, found, {}, load_metric("cosine"), executor="simulation")
+    assert verdict.outcome is Outcome.PASS
 
     built = tensorrt_rtx.build(quantized, folder / "model.plan", profile=profile, targets=("8.6",))
-    found = coverage(plan, built.compiled)
-    assert not found.unread
-    assert found.skipped == left
-    assert not found.missed
-    assert found.share == plan.mac_share()
+    covered = coverage(plan, built.compiled)
+    assert not covered.unread
+    assert covered.skipped == left
+    assert not covered.missed
+    assert covered.share == plan.mac_share()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -77,7 +85,13 @@ def test_family(family: str, tmp_path: Path) -> None:
     check(family, tmp_path)
 
 
-@pytest.mark.parametrize("family", ["bert", "classifier", "decoder_modern", "text_line", "yolo_modern"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("bert", "cached_decoder_attention", "classifier", "decoder_modern", "diffusion_attention"),
+        *("segmenter", "text_line", "yolo_modern"),
+    ],
+)
 def test_rest_in_half(family: str, tmp_path: Path) -> None:
     check(family, tmp_path, rest="fp16")
 

@@ -447,6 +447,53 @@ class Decoder(nn.Module):
         return functional.linear(self.norm(x), self.tokens.weight)
 
 
+class CachedDecoder(nn.Module):
+    """A language model's step: new tokens, the keys and values of the past, and those of now for the next."""
+
+    def __init__(self, width: int = 32, heads: int = 4, groups: int = 2) -> None:
+        super().__init__()
+        self.heads, self.groups, self.depth = heads, groups, width // heads
+        self.tokens, self.norm, self.norm2 = (
+            nn.Embedding(VOCABULARY, width),
+            nn.RMSNorm(width),
+            nn.RMSNorm(width),
+        )
+        self.query, self.out = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.key, self.value = (nn.Linear(width, groups * self.depth, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(width, 2 * width, bias=False) for _ in range(2))
+        self.down, self.head = (
+            nn.Linear(2 * width, width, bias=False),
+            nn.Linear(width, VOCABULARY, bias=False),
+        )
+        self.register_buffer("frequencies", 1e4 ** (-torch.arange(0, self.depth, 2) / self.depth))
+
+    def rotate(self, x: Tensor, first: int) -> Tensor:
+        angles = (torch.arange(x.shape[2]) + first)[:, None] * self.frequencies
+        low, high = x.chunk(2, -1)
+        cosine, sine = angles.cos(), angles.sin()
+        return torch.cat([low * cosine - high * sine, high * cosine + low * sine], -1)
+
+    def forward(
+        self, input_ids: Tensor, past_key: Tensor, past_value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, past = self.tokens(input_ids), past_key.shape[2]
+        y = self.norm(x)
+        query = self.query(y).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        key, value = (
+            layer(y).unflatten(2, (self.groups, -1)).transpose(1, 2) for layer in (self.key, self.value)
+        )
+        key = torch.cat([past_key, self.rotate(key, past)], 2)
+        value = torch.cat([past_value, value], 2)
+        seen = torch.arange(key.shape[2])[None] <= torch.arange(past, key.shape[2])[:, None]
+        mixed = functional.scaled_dot_product_attention(
+            self.rotate(query, past), key, value, attn_mask=seen, enable_gqa=True
+        )
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        x = x + self.down(functional.silu(self.gate(y)) * self.up(y))
+        return self.head(x), key, value
+
+
 class Products(nn.Module):
     """Einsum attention, a product of a matrix with a batch, and experts: one weight matrix each."""
 
@@ -465,6 +512,153 @@ class Products(nn.Module):
         each = torch.matmul(x[:, None], self.experts)
         weights = self.gate(x).softmax(-1).permute(0, 2, 1)[..., None]
         return self.head((each * weights).sum(1).mean(1))
+
+
+# --- pictures from pictures, text and clicks ---------------------------------------------------------------
+
+
+class DepthFusion(nn.Module):
+    """DPT's: a residual unit on what comes in from the side, and twice the size."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.side, self.unit = (
+            nn.Sequential(nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), conv_bn(width, width))
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, side: Tensor) -> Tensor:
+        x = x + side + self.side(side)
+        x = x + self.unit(x)
+        return functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
+
+
+class Depth(nn.Module):
+    """Monocular depth: tokens of two levels of a transformer, reassembled to maps and fused."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.levels = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 3, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+            for _ in range(2)
+        )
+        self.reassemble = nn.ModuleList([nn.Conv2d(width, 16, 1), nn.Conv2d(width, 16, 3, 2, 1)])
+        self.fusions = nn.ModuleList(DepthFusion(16) for _ in range(2))
+        self.head = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 1), nn.ReLU())
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.patches(image).flatten(2).transpose(1, 2)
+        fine, coarse = (
+            reassemble((x := level(x)).transpose(1, 2).reshape(-1, x.shape[2], 8, 8))
+            for level, reassemble in zip(self.levels, self.reassemble, strict=True)
+        )
+        x = self.fusions[0](coarse, coarse)
+        return self.head(self.fusions[1](x, fine))[:, 0]
+
+
+class TimedBlock(nn.Module):
+    """A diffusion model's residual block: GroupNorm, SiLU, and the time step added to every position."""
+
+    def __init__(self, inputs: int, outputs: int, time: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.GroupNorm(4, inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1)
+        )
+        self.time = nn.Sequential(nn.SiLU(), nn.Linear(time, outputs))
+        self.second = nn.Sequential(
+            nn.GroupNorm(4, outputs), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, padding=1)
+        )
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.skip(x) + self.second(self.first(x) + self.time(time)[:, :, None, None])
+
+
+class CrossAttention(nn.Module):
+    """Attention of a map to itself and to a text, and a gated feed-forward (GEGLU)."""
+
+    def __init__(self, width: int, text: int, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.queries = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+        self.keys, self.values = (
+            nn.ModuleList(nn.Linear(size, width, bias=False) for size in (width, text)) for _ in range(2)
+        )
+        self.outs = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(2 * width, width)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        x = image.flatten(2).transpose(1, 2)
+        for i in range(2):
+            y = self.norms[i](x)
+            source = text if i else y
+            parts = (self.queries[i](y), self.keys[i](source), self.values[i](source))
+            mixed = functional.scaled_dot_product_attention(*map(self.split, parts))
+            x = x + self.outs[i](mixed.transpose(1, 2).flatten(2))
+        value, gate = self.up(self.norms[2](x)).chunk(2, -1)
+        x = x + self.down(value * functional.gelu(gate))
+        return image + x.transpose(1, 2).unflatten(2, image.shape[2:])
+
+
+class Diffusion(nn.Module):
+    """A latent diffusion U-Net: noise from a latent, a time step and a text."""
+
+    def __init__(self, width: int = 16, text: int = 12) -> None:
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 2 * width))
+        self.register_buffer("frequencies", 1e4 ** (-torch.arange(0, width // 2) / (width // 2)))
+        self.enter, self.leave = nn.Conv2d(4, width, 3, padding=1), nn.Conv2d(width, 4, 3, padding=1)
+        self.first, self.down = TimedBlock(width, width, 2 * width), nn.Conv2d(width, width, 3, 2, 1)
+        self.middle = TimedBlock(width, 2 * width, 2 * width)
+        self.attention = CrossAttention(2 * width, text)
+        self.up = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.last = TimedBlock(3 * width, width, 2 * width)
+        self.norm = nn.Sequential(nn.GroupNorm(4, width), nn.SiLU())
+
+    def forward(self, latent: Tensor, step: Tensor, text: Tensor) -> Tensor:
+        angles = step * self.frequencies
+        time = self.time(torch.cat([angles.cos(), angles.sin()], -1))
+        skip = self.first(self.enter(latent), time)
+        x = self.attention(self.middle(self.down(skip), time), text)
+        x = self.up(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.leave(self.norm(self.last(torch.cat([x, skip], 1), time)))
+
+
+class Segmenter(nn.Module):
+    """SAM's decoder: clicks as Fourier features, attention both ways, a mask for each mask token."""
+
+    def __init__(self, width: int = 16, tokens: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(2, width // 2))
+        self.kinds = nn.Parameter(torch.randn(2, width))
+        self.tokens = nn.Parameter(torch.randn(1, tokens + 1, width))
+        self.positions = nn.Parameter(torch.randn(1, 64, width))
+        self.inner, self.to_image, self.to_tokens = (
+            nn.MultiheadAttention(width, 2, batch_first=True) for _ in range(3)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+        self.enlarge = nn.Sequential(nn.ConvTranspose2d(width, 8, 2, 2), nn.GELU())
+        self.masks = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 8))
+        self.quality = nn.Linear(width, tokens)
+
+    def forward(self, embedding: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        angles = 2 * torch.pi * (points @ self.frequencies)
+        clicks = torch.cat([angles.sin(), angles.cos()], -1) + labels[..., None] * self.kinds[0]
+        x = torch.cat([self.tokens.expand(points.shape[0], -1, -1), clicks + self.kinds[1]], 1)
+        image = embedding.flatten(2).transpose(1, 2) + self.positions
+        x = self.norms[0](x + self.inner(x, x, x, need_weights=False)[0])
+        x = self.norms[1](x + self.to_image(x, image, image, need_weights=False)[0])
+        x = self.norms[2](x + self.feed(x))
+        image = self.norms[3](image + self.to_tokens(image, x, x, need_weights=False)[0])
+        large = self.enlarge(image.transpose(1, 2).unflatten(2, embedding.shape[2:]))
+        masks = self.masks(x[:, 1:4]) @ large.flatten(2)
+        return masks.unflatten(2, large.shape[2:]), self.quality(x[:, 0])
 
 
 # --- speech and sequences ---------------------------------------------------------------------------------
@@ -579,6 +773,70 @@ class Keyword(nn.Module):
         return self.head(self.recurrent(x)[1][-1])
 
 
+class Speaker(nn.Module):
+    """Text to speech: a text encoder whose states an alignment spreads over the frames, then mel bands."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.attention, self.norm, self.norm2 = Attention(width, 2), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.feed = nn.Sequential(
+            nn.Conv1d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.Conv1d(2 * width, width, 3, padding=1)
+        )
+        self.pitch = nn.Sequential(nn.Conv1d(width, width, 3, padding=1), nn.ReLU(), nn.Conv1d(width, 1, 1))
+        self.from_pitch = nn.Conv1d(1, width, 3, padding=1)
+        self.decode = nn.Sequential(
+            nn.Conv1d(width, width, 5, padding=2), nn.BatchNorm1d(width), nn.Tanh(), nn.Conv1d(width, 16, 1)
+        )
+
+    def forward(self, input_ids: Tensor, alignment: Tensor) -> Tensor:
+        x = self.tokens(input_ids)
+        x = self.norm(x + self.attention(x))
+        x = self.norm2(x + self.feed(x.transpose(1, 2)).transpose(1, 2)).transpose(1, 2)
+        x = x + self.from_pitch(self.pitch(x))
+        return self.decode(x @ alignment)
+
+
+class Vocoder(nn.Module):
+    """HiFi-GAN's generator: transposed convolutions, and the mean of dilated residual blocks after each."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.enter = nn.Conv1d(16, width, 7, padding=3)
+        self.ups = nn.ModuleList(nn.ConvTranspose1d(width >> i, width >> i + 1, 8, 4, 2) for i in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                nn.Conv1d(width >> i + 1, width >> i + 1, kernel, padding=kernel // 2 * rate, dilation=rate)
+                for kernel, rate in ((3, 1), (3, 3), (5, 2))
+            )
+            for i in range(2)
+        )
+        self.leave = nn.Conv1d(width >> 2, 1, 7, padding=3)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        x = self.enter(mel)
+        for up, blocks in zip(self.ups, self.blocks, strict=True):
+            x = up(functional.leaky_relu(x, 0.1))
+            x = sum(x + block(functional.leaky_relu(x, 0.1)) for block in blocks) / len(blocks)
+        return self.leave(functional.leaky_relu(x)).tanh()
+
+
+class Transducer(nn.Module):
+    """RNN-T: an LSTM over the tokens so far, joined with every frame of the encoder."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.predictor = nn.LSTM(width, width, batch_first=True)
+        self.frames, self.labels = nn.Linear(20, 32), nn.Linear(width, 32)
+        self.joiner = nn.Linear(32, 12)
+
+    def forward(self, encoded: Tensor, input_ids: Tensor) -> Tensor:
+        labels = self.labels(self.predictor(self.tokens(input_ids))[0])
+        joined = self.frames(encoded)[:, :, None] + labels[:, None]
+        return self.joiner(joined.tanh()).log_softmax(-1)
+
+
 # --- export -----------------------------------------------------------------------------------------------
 
 Axes = Mapping[int, str]
@@ -599,10 +857,15 @@ class Family:
     opset: int
     dynamic: Axes = field(default_factory=dict)
     modern: bool = False
+    outputs: tuple[str, ...] = ("output",)
 
 
 BATCH: Axes = {0: "batch"}
 SEQUENCE: Axes = {0: "batch", 1: "length"}
+
+CACHED = {"input_ids": (2, 4), "past_key": (2, 2, 6, 8), "past_value": (2, 2, 6, 8)}
+PRESENT = ("logits", "present_key", "present_value")
+DENOISED = {"latent": (2, 4, 8, 8), "step": (2, 1), "text": (2, 6, 12)}
 
 FAMILIES = {
     "classifier": Family(Classifier, {"image": (2, 3, 32, 32)}, 13, BATCH),
@@ -623,9 +886,25 @@ FAMILIES = {
         Decoder, {"input_ids": (2, 12), "attention_mask": (2, 12)}, 20, SEQUENCE, modern=True
     ),
     "products": Family(Products, {"x": (2, 12, 16)}, 17, BATCH),
+    "cached_decoder": Family(CachedDecoder, CACHED, 20, BATCH, modern=True, outputs=PRESENT),
+    "cached_decoder_attention": Family(CachedDecoder, CACHED, 23, BATCH, modern=True, outputs=PRESENT),
+    "depth": Family(Depth, {"image": (2, 3, 32, 32)}, 20, BATCH, modern=True),
+    "diffusion": Family(Diffusion, DENOISED, 17, BATCH),
+    "diffusion_attention": Family(Diffusion, DENOISED, 23, BATCH, modern=True),
+    "segmenter": Family(
+        Segmenter,
+        {"embedding": (2, 16, 8, 8), "points": (2, 3, 2), "labels": (2, 3)},
+        20,
+        BATCH,
+        modern=True,
+        outputs=("masks", "quality"),
+    ),
     "conformer": Family(Conformer, {"features": (2, 48, 19)}, 17, SEQUENCE),
     "conformer_modern": Family(Conformer, {"features": (2, 48, 19)}, 18, BATCH, modern=True),
     "wav2vec": Family(Wav2Vec, {"waveform": (2, 400)}, 13, SEQUENCE),
+    "speaker": Family(Speaker, {"input_ids": (2, 12), "alignment": (2, 12, 24)}, 17, BATCH),
+    "vocoder": Family(Vocoder, {"mel": (2, 16, 12)}, 17, BATCH),
+    "transducer": Family(Transducer, {"encoded": (2, 10, 20), "input_ids": (2, 5)}, 17, BATCH),
     "text_line": Family(TextLine, {"line": (2, 1, 16, 40)}, 17, BATCH),
     "keyword": Family(Keyword, {"features": (2, 16, 40)}, 13, BATCH),
     "keyword_modern": Family(Keyword, {"features": (1, 16, 40)}, 20, modern=True),
@@ -665,7 +944,7 @@ def export(family: Family) -> bytes:
             dynamo=family.modern,
             opset_version=family.opset,
             input_names=list(family.inputs),
-            output_names=["output"],
+            output_names=list(family.outputs),
             dynamic_shapes=axes if family.modern else None,
             dynamic_axes=None if family.modern else axes,
             verbose=False,

@@ -22,7 +22,8 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.gate.verdict import Check
-from trtq.graph.fold import fold
+from trtq.graph.fold import fold, fold_functions
+from trtq.graph.functions import holds_functions
 from trtq.graph.half_rules import half_by_rules, unquantized_float32
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place, placed
@@ -191,7 +192,9 @@ def _float32(model: Model, samples: Samples | None) -> list[str]:
 
 @contextlib.contextmanager
 def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Iterator[Path]:
-    """The file of a model in fp32 as it is, or of its conversion to fp16 while the context lasts.
+    """The file of a model in fp32, or of its conversion to fp16 while the context lasts.
+
+    In fp32 the model is as it is, but for what TensorRT only takes in another form.
 
     Args:
         samples: rows on which to measure what has to stay float32.
@@ -200,7 +203,8 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
         InputError: fp16 is asked for and the model is quantized already, or cannot be converted.
     """
     if rest == "fp32":
-        yield model.path
+        with _as_tensorrt_takes_it(model) as path:
+            yield path
         return
     if model.is_quantized:
         raise InputError(
@@ -214,6 +218,20 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
         path = Path(folder) / model.path.name
         extents = measure_extents(upgraded.graph, samples) if samples else {}
         save_model(half_by_rules(upgraded.graph, extents), path)
+        yield path
+
+
+@contextlib.contextmanager
+def _as_tensorrt_takes_it(model: Model) -> Iterator[Path]:
+    """The model's file, or one without what TensorRT's parser refuses while the context lasts."""
+    if not (model.mended or holds_functions(model.graph)):
+        yield model.path
+        return
+    graph = model.graph.copy()
+    fold_functions(graph)
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        path = Path(folder) / model.path.name
+        save_model(graph, path)
         yield path
 
 

@@ -260,3 +260,32 @@ def test_several_profiles(quantized: onnx.ModelProto, tmp_path: Path) -> None:
     assert record["profile"] == {"x": [[1, 64], [8, 64], [32, 64]]}
     assert record["further_profiles"] == [{"x": [[64, 64], [128, 64], [256, 64]]}]
     assert record["compiled"].batch == 8
+
+
+@pytest.mark.parametrize(
+    ("dims", "shapes"),
+    [
+        (("?", 3, "?", "?"), ((1, 3, 16, 24), (4, 3, 16, 24), (8, 3, 16, 24))),
+        (("n", 3, "s", "s"), ((1, 3, 16, 24), (4, 3, 16, 24), (8, 3, 32, 24))),
+        (("n", 3, "s", "s"), ((1, 3, 16, 16), (4, 3, 24, 24), (8, 3, 32, 32))),
+        (("n", 3, "n", "n"), ((1, 3, 16, 24), (4, 3, 16, 24), (8, 3, 32, 32))),
+    ],
+)
+def test_axes_of_one_name_that_differ(
+    dims: tuple[int | str, ...], shapes: tuple[tuple[int, ...], ...], build_engine: Callable[..., Build]
+) -> None:
+    """TensorRT refuses a profile in which axes of one name differ; exporters call every open axis "?"."""
+    net = Net()
+    model = net.model(net.op("Conv", net.input(*dims), net.const(np.ones((4, 3, 3, 3), np.float32))))
+    assert build_engine(model, {"x": Range(*shapes)}).compiled.kernels
+
+
+def test_an_input_that_is_also_an_output_keeps_its_name(build_engine: Callable[..., Build]) -> None:
+    """TensorRT's parser would call it `__x`, and the profile would not fit."""
+    net = Net()
+    x = net.input("N", 64)
+    model = net.model(net.op("Relu", x))
+    model.graph.output.append(model.graph.input[0])
+    built = build_engine(model, PROFILE)
+    assert {t.name for layer in built.compiled.layers for t in layer.inputs} >= {"x"}
+    assert {t.name for layer in built.compiled.layers for t in layer.outputs} >= {"x_output"}

@@ -307,57 +307,6 @@ def test_every_tensor_has_a_dtype_and_known_dimensions() -> None:
     assert all(list(tensors[name].shape) == ["N", 16, 6, 6] for name in "crkfy")
 
 
-# -- Einsum
-
-
-def einsum(equation: str, rank: int, **second: NDArray) -> onnx.ModelProto:
-    """y = Einsum(x, w), or of x with itself; all axes of x may have any size."""
-    free = ",".join("ABCD"[:rank])
-    operands = ", ".join(["x", *(second or "x")])
-    return net(
-        f'g (float[{free}] x) => (float[] y) {{ y = Einsum<equation = "{equation}">({operands}) }}', **second
-    )
-
-
-@pytest.mark.parametrize(
-    ("equation", "x", "w"),
-    [
-        ("ij,jk->ik", (5, 4), (4, 3)),
-        ("ij, kj -> ik", (5, 4), (3, 4)),
-        ("ji,jk->ki", (4, 5), (4, 3)),
-        ("nsd,dk->nsk", (2, 5, 4), (4, 3)),
-        ("nsd,dk->skn", (2, 5, 4), (4, 3)),
-        ("dk,nsd->nsk", (4, 3), (2, 5, 4)),
-        ("nqd,nkd->nqk", (2, 5, 4), None),
-        ("bhqd,bhkd->bhqk", (2, 3, 5, 4), None),
-        ("bqhd,bkhd->bhqk", (2, 5, 3, 4), None),
-        ("bhqk,bkhd->bqhd", (2, 3, 5, 5), (2, 5, 3, 4)),
-    ],
-)
-def test_an_einsum_that_is_a_matrix_product_becomes_one(
-    equation: str, x: tuple[int, ...], w: tuple[int, ...] | None
-) -> None:
-    model = einsum(equation, len(x), **({} if w is None else {"w": normal(*w, seed=1)}))
-    assert set(ops(folded(model, normal(*x)))) <= {"MatMul", "Transpose"}
-
-
-@pytest.mark.parametrize(
-    ("equation", "x", "w"),
-    [
-        ("ij,jk", (5, 4), (4, 3)),
-        ("...j,jk->...k", (2, 5, 4), (4, 3)),
-        ("ij,ij->ij", (5, 4), (5, 4)),
-        ("ij,jk->i", (5, 4), (4, 3)),
-        ("ij,kl->ik", (5, 4), (4, 3)),
-        ("nij,nij->n", (2, 5, 4), (2, 5, 4)),
-        ("nsd,dhk->nshk", (2, 5, 4), (4, 3, 2)),
-        ("ii,ik->ik", (4, 4), (4, 3)),
-    ],
-)
-def test_any_other_einsum_stays(equation: str, x: tuple[int, ...], w: tuple[int, ...]) -> None:
-    assert ops(folded(einsum(equation, len(x), w=normal(*w, seed=1)), normal(*x))) == ["Einsum"]
-
-
 # -- Shape of some axes
 
 
@@ -411,12 +360,3 @@ def test_a_pad_that_others_read_stays_for_them() -> None:
     graph = folded(model, normal(2, 3, 6, 6))
     assert sorted(ops(graph)) == ["Conv", "Pad", "Relu"]
     assert next(n for n in graph.nodes if n.op == "Conv").inputs[0].name == "x"
-
-
-def test_an_einsum_that_repeats_an_operand_stays() -> None:
-    model = net(
-        'g (float[N,1] x) => (float[N,3] y) { y = Einsum<equation = "ij,jk->ik">(x, w) }', w=normal(4, 3)
-    )
-    graph = graph_of(model)
-    fold(graph)
-    assert ops(graph) == ["Einsum"]

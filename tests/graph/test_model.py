@@ -128,6 +128,16 @@ def test_a_bfloat16_input_is_refused(tmp_path: Path) -> None:
         loaded(model, tmp_path)
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_a_sequence_is_refused(side: str, tmp_path: Path) -> None:
+    model = net(
+        "g (seq(float[4]) s, float[4] x) => (seq(float[4]) t, float[4] y) { t = Identity(s) y = Abs(x) }"
+    )
+    del getattr(model.graph, {"input": "output", "output": "input"}[side])[0]
+    with pytest.raises(InputError, match=f"model {side} '[st]' is a sequence type, which TensorRT lacks"):
+        loaded(model, tmp_path)
+
+
 # -- files that can
 
 
@@ -350,3 +360,37 @@ def test_a_stale_shape_or_type_is_not_folded(kind: int, shape: list, in_body: bo
     fold(read)
     found = onnx.reference.ReferenceEvaluator(export(read)).run(None, feed)[0]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_inputs_left_out_at_the_end_are_dropped(tmp_path: Path) -> None:
+    """TensorRT's parser refuses the empty name; in the middle it has to stay."""
+    make = onnx.helper.make_node
+    nodes = [
+        make("Conv", ["x", "w", ""], ["c"]),
+        make("Resize", ["c", "", "s", ""], ["r"]),
+        make("Clip", ["r", "", ""], ["y"]),
+    ]
+    model = net("g (float[N,2,4,4] x) => (float[?,?,?,?] y) { y = Relu(x) }", w=normal(3, 2, 3, 3))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([1, 1, 2, 2]), "s"))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    found = loaded(model, tmp_path)
+    assert [[t.name for t in n.inputs] for n in found.graph.nodes] == [["x", "w"], ["c", "", "s"], ["r"]]
+    assert found.mended
+    x = normal(2, 2, 4, 4)
+    np.testing.assert_array_equal(run(found.graph, {"x": x})["y"], run(model, {"x": x})["y"])
+    assert engine(found.graph, tmp_path, x=(2, 2, 4, 4)).compiled.kernels
+
+
+@pytest.mark.parametrize("size", [-1, "", " ", None])
+def test_axes_without_a_size_or_a_name_are_open(size: int | str | None, tmp_path: Path) -> None:
+    model = net("g (float[N,6] x) => (float[N,6] y) { y = Relu(x) }")
+    for value in (*model.graph.input, *model.graph.output):
+        dim = value.type.tensor_type.shape.dim[0]
+        dim.Clear()
+        if isinstance(size, int):
+            dim.dim_value = size
+        elif size is not None:
+            dim.dim_param = size
+    (spec,) = loaded(model, tmp_path).inputs
+    assert spec.shape == (None, 6)

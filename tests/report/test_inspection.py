@@ -65,6 +65,30 @@ def test_a_model_of_dynamic_quantization(tmp_path: Path) -> None:
     assert "quantized 1 of 2 weighted nodes between Q/DQ or on integers" in found.text()
 
 
+def test_bodies_are_described(tmp_path: Path) -> None:
+    nodes = """k = MatMul(x, x)
+        y = If(b) <then_branch = one () => (float[2,4,4] e) { m = MatMul(k, x) e = Relu(m) },
+                   else_branch = two () => (float[2,4,4] a) { a = Relu(k) }>"""
+    path = write(tmp_path / "model.onnx", nodes)
+    model = onnx.load(path)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("b", onnx.TensorProto.BOOL, []))
+    onnx.save(model, path)
+    found = inspect(path)
+    (then, inside), (other, _) = found.values["bodies"].items()
+    assert then.startswith("then_branch of If")
+    assert other.startswith("else_branch of If")
+    assert inside == {"MatMul": 1, "Relu": 1}
+    assert f"body      {then}: MatMul 1, Relu 1" in found.text()
+
+
+def test_a_line_for_each_reason(tmp_path: Path) -> None:
+    nodes = " ".join(f"t{i} = MatMul({f't{i - 1}' if i else 'x'}, x)" for i in range(6))
+    lines = inspect(write(tmp_path / "model.onnx", f"{nodes} y = Relu(t5)")).lines
+    (weighted,) = [line for line in lines if line.startswith("weighted")]
+    assert weighted.count("(MatMul)") == 3
+    assert weighted.endswith(" and 3 more: it is not between Q/DQ")
+
+
 def test_a_table(demo: Deployed) -> None:
     found = inspect(demo.folder / "calibration.cache")
     lines = (demo.folder / "calibration.cache").read_text().splitlines()

@@ -21,6 +21,9 @@ from trtq.simulation.session import simulation_session
 ACCURATE_DB = 55.0
 """What two orders of the same sums differ by is less than this."""
 
+WHOLE_DB = 50.0
+"""The same at the end of a deep network, where roundings add up."""
+
 
 def simulated(model: onnx.ModelProto, **feed: NDArray) -> list[NDArray]:
     found: list[NDArray] = simulation_session(model.SerializeToString(), threads=1).run(None, feed)
@@ -160,7 +163,15 @@ def test_a_product_between_q_dq_reads_integers() -> None:
     x = np.float16([[65504, 600]])
     (found,) = simulated(model_of(nodes, constants, shape=(None, 2)), x=x)
     np.testing.assert_array_equal(found, np.float16([[109 * 600 / 16, 600 / 16]]))
-    nodes[3] = helper.make_node("Add", ["d", "d"], ["y"])
+    nodes[3:] = [
+        helper.make_node(
+            "Transpose", ["v"], ["vt"], perm=[1, 0]
+        ),  # as quantization-aware training exports it
+        helper.make_node("MatMul", ["d", "vt"], ["y"]),
+    ]
+    (found,) = simulated(model_of(nodes, constants, shape=(None, 2)), x=x)
+    np.testing.assert_array_equal(found, np.float16([[109 * 600 / 16, 600 / 16]]))
+    nodes[3:] = [helper.make_node("Add", ["d", "d"], ["y"])]
     (found,) = simulated(model_of(nodes, constants, shape=(None, 2)), x=x)
     assert np.isinf(found[0, 0])
 
@@ -177,7 +188,7 @@ def test_families_are_as_onnx_reference_has_them(name: str) -> None:
     feed = next(iter(data_for(model.inputs).batches(1))).feed
     half = export(convert_to_half(model.graph))
     for expected, found in zip(referenced(half, **feed), simulated(half, **feed), strict=True):
-        assert distance_db(expected, found) > ACCURATE_DB
+        assert distance_db(expected, found) > WHOLE_DB
 
 
 @pytest.mark.slow

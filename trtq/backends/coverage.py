@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trtq.backends.compiled import Compiled, int8_nodes
-from trtq.graph.plan import NodePlan, Plan, percent
+from trtq.graph.plan import NodePlan, Plan, listed, percent
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Coverage:
         return self.node_share if self.mac_share is None else self.mac_share
 
     def text(self) -> str:
-        """A summary line, and a line for each node that was meant to be INT8 and is not."""
+        """A summary line, and one of the nodes that were meant to be INT8 and are not."""
         total = len(self.int8) + len(self.missed) + len(self.skipped)
         counted = "weighted nodes" if self.mac_share is None else "multiply-accumulates"
         lines = [
             f"{len(self.int8)} of {total} weighted nodes in INT8, {percent(self.share)} of the {counted}"
         ]
-        lines += [f"meant for INT8 but run in floating point: {n.name} ({n.op})" for n in self.missed]
+        if self.missed:
+            lines.append(f"meant for INT8 but run in floating point: {listed(self.missed)}")
         if self.unread:
             lines.append(f"{self.unread} kernels could not be read; their nodes count as floating point")
         return "\n".join(lines)

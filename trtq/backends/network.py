@@ -36,6 +36,7 @@ _REMEDIES = (
     ("Plugin not found", _UNSUPPORTED),
     ("plugin creator", _UNSUPPORTED),
     ("no runners that implement it", _UNSUPPORTED),
+    ("): false", _UNSUPPORTED),  # all that the parser says of an operator that it does not know
     ("Turing (SM75)", "leave 7.5 out of the targets, or convert the layers that are not quantized to fp16"),
     (
         "Attention operation was not supported by a dedicated kernel",
@@ -46,6 +47,9 @@ _REMEDIES = (
         "versions before 1.7 have no INT8 convolution: pip install 'tensorrt-rtx>=1.7'",
     ),
 )
+
+ALSO_INPUT = "_output"
+"""Behind the name of an engine's output that is an input, too."""
 
 Prepare = Callable[[Any, Any, Any], None]
 """Called with builder, network and config when the network is parsed and the options are set."""
@@ -111,12 +115,14 @@ def compile_plan(
     builder = started(trt.Builder, log)
     network = builder.create_network(_network_flags(trt, dialect, strongly_typed))
     _parse(trt, dialect, network, log, model)
+    _keep_input_names(network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in profiles or [{}]:  # the check is for what lacks one, too
         ranges = optimization_profile(builder, network, profile, model)
         if profile:
             config.add_optimization_profile(ranges)
+    _name_axes_apart(network, profiles)
     _apply(trt, builder, config, options)
     prepare(builder, network, config)
     with _interrupt_afterwards():
@@ -276,6 +282,19 @@ def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, model: Path) -> N
         )
 
 
+def _keep_input_names(network: Any) -> None:
+    """Give an input that is also an output its own name back; the output is called `<name>_output`.
+
+    TensorRT's parser calls such an input `__<name>`: inputs and outputs of a network differ in name.
+    """
+    outputs = {tensor.name: tensor for tensor in map(network.get_output, range(network.num_outputs))}
+    for tensor in map(network.get_input, range(network.num_inputs)):
+        name = tensor.name.removeprefix("__")
+        if name != tensor.name and name in outputs:
+            outputs[name].name = f"{name}{ALSO_INPUT}"
+            tensor.name = name
+
+
 def _describe(dialect: Dialect, error: Any) -> str:
     """One parser error: `node (operator): what TensorRT says`."""
     text = " ".join(line for line in error.desc().splitlines() if _NO_DRIVER not in line)
@@ -330,6 +349,24 @@ def _use_dla(trt: Any, builder: Any, config: Any, core: int) -> None:
     config.default_device_type = trt.DeviceType.DLA
     config.DLA_core = core
     config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
+
+
+def _name_axes_apart(network: Any, profiles: Sequence[Profile]) -> None:
+    """Give axes that share a name names of their own where they may differ in size.
+
+    TensorRT takes axes of one name to be equal, and refuses a profile that says otherwise; some exporters
+    call every open axis "?". Two axes of one input that vary over the same range may still differ.
+    """
+    spans: dict[str, list[int]] = {}  # of the axes that keep a name
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        shapes = [shape for profile in profiles for shape in profile.get(tensor.name, ())]
+        own: set[str] = set()
+        for axis in (axis for axis, size in enumerate(tensor.shape) if size < 0):
+            name, sizes = tensor.get_dimension_name(axis), [shape[axis] for shape in shapes]
+            twice = name in own and len(set(sizes)) > 1
+            if name and (twice or spans.setdefault(name, sizes) != sizes):
+                tensor.set_dimension_name(axis, f"{tensor.name}:{axis}")
+            own.add(name)
 
 
 def _remedy(message: str, otherwise: str) -> str:

@@ -14,7 +14,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.graph.einsum import einsum_to_matmul
 from trtq.graph.evaluate import fold_constants
+from trtq.graph.functions import expand_functions, holds_functions
 from trtq.graph.names import Names
 from trtq.graph.shapes import infer_types
 from trtq.graph.weights import is_plain
@@ -28,29 +30,13 @@ def fold(graph: gs.Graph) -> None:
     infer_types(graph)
 
 
-def einsum_to_matmul(graph: gs.Graph) -> None:
-    """Write an Einsum that is a matrix product as MatMul, with Transposes where the order of axes differs."""
-    names = Names(graph)
-    for node in [n for n in graph.nodes if n.op == "Einsum" and len(n.inputs) == 2]:
-        terms, _, result = node.attrs["equation"].replace(" ", "").partition("->")
-        a, b = terms.split(",")
-        left, right = node.inputs
-        if not _product_axes(a, b, result):
-            a, b, left, right = b, a, right, left
-        if not (axes := _product_axes(a, b, result)) or _is_stretched(axes[0][-1], (left, a), (right, b)):
-            continue
-        node.op, node.attrs = "MatMul", {}
-        node.inputs = [
-            _transposed(graph, names, left, a, axes[0], f"{node.name}/left"),
-            _transposed(graph, names, right, b, axes[1], f"{node.name}/right"),
-        ]
-        if axes[2] != result:
-            product = gs.Variable(names.tensor(f"{node.name}/product"))
-            perm = [axes[2].index(axis) for axis in result]
-            name = names.node(f"{node.name}/transpose")
-            transpose = gs.Node("Transpose", name, {"perm": perm}, [product])
-            transpose.outputs, node.outputs = list(node.outputs), [product]
-            graph.nodes.append(transpose)
+def fold_functions(graph: gs.Graph) -> None:
+    """Write operators as smaller ones where TensorRT needs that (see `trtq.graph.functions`)."""
+    if holds_functions(graph):
+        fold_constants(graph)
+        infer_types(graph)
+        while expand_functions(graph):
+            infer_types(graph)
 
 
 def fold_batch_norm(graph: gs.Graph) -> None:
@@ -107,42 +93,12 @@ def fold_zero_pad(graph: gs.Graph) -> None:
 
 
 PASSES: list[Callable[[gs.Graph], None]] = [
+    fold_functions,
     einsum_to_matmul,
     fold_constants,
     fold_batch_norm,
     fold_zero_pad,
 ]
-
-
-def _product_axes(a: str, b: str, result: str) -> tuple[str, str, str] | None:
-    """The axes of both operands and the result in MatMul's order; None if it is no matrix product."""
-    if not (a + b + result).isalpha() or any(len(set(term)) < len(term) for term in (a, b, result)):
-        return None
-    batch = "".join(axis for axis in a if axis in b and axis in result)
-    summed = "".join(axis for axis in a if axis in b and axis not in result)
-    rows, columns = "".join(axis for axis in a if axis not in b), "".join(axis for axis in b if axis not in a)
-    if len(summed) != 1 or len(columns) != 1 or not rows or (batch and len(rows) > 1):
-        return None
-    axes = batch + rows + summed, batch + summed + columns, batch + rows + columns
-    return axes if set(result) == set(axes[2]) else None
-
-
-def _is_stretched(axis: str, *operands: tuple[gs.Tensor, str]) -> bool:
-    """Whether an Einsum repeats one operand along the axis that it sums over, which MatMul does not."""
-    sizes = [tensor.shape[axes.index(axis)] for tensor, axes in operands if tensor.shape is not None]
-    return sizes.count(1) == 1
-
-
-def _transposed(
-    graph: gs.Graph, names: Names, tensor: gs.Tensor, axes: str, order: str, name: str
-) -> gs.Tensor:
-    """`tensor`, whose axes are named `axes`, transposed to `order`."""
-    if axes == order:
-        return tensor
-    moved = gs.Variable(names.tensor(f"{name}_transposed"), tensor.dtype)
-    perm = [axes.index(letter) for letter in order]
-    graph.nodes.append(gs.Node("Transpose", names.node(name), {"perm": perm}, [tensor], [moved]))
-    return moved
 
 
 def _sole_producer(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:

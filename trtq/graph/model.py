@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnx.external_data_helper
-import onnx.inliner
 import onnx.version_converter
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.logger.logger import G_LOGGER
@@ -21,6 +20,7 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
 from trtq.graph.inputs import InputSpec
+from trtq.graph.local import inline_functions
 from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
 from trtq.graph.weights import (
@@ -64,12 +64,14 @@ class Model:
         graph: every node has a unique name.
         sha256: hash of the file and of its external data.
         quantizers: the operators by which the model as read is quantized, also those in subgraphs.
+        mended: the file holds what TensorRT's parser refuses, and the graph does not.
     """
 
     path: Path
     graph: gs.Graph
     sha256: str
     quantizers: tuple[str, ...] = ()
+    mended: bool = False
 
     @property
     def inputs(self) -> list[InputSpec]:
@@ -85,8 +87,9 @@ class Model:
 def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     """Read an ONNX model, upgrade its opset where Q/DQ needs it, and give every node a unique name.
 
-    Local functions are inlined; opsets below `opset` are converted to it, and to `FP16_SCALE_OPSET` where
-    the model computes in float16. Large weights stay in their files (see `trtq.graph.weights`).
+    Local functions are inlined, and inputs that are left out at a node's end are dropped; opsets below
+    `opset` are converted to it, and to `FP16_SCALE_OPSET` where the model computes in float16. Large weights
+    stay in their files (see `trtq.graph.weights`).
 
     Raises:
         InputError: the file is missing, not ONNX or truncated; external data is missing; an operator is
@@ -95,9 +98,9 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     path = Path(path)
     proto, data_files = _read(path)
     _read_external_data(proto, path)
-    if proto.functions:
-        proto = onnx.inliner.inline_local_functions(proto)
+    proto = inline_functions(proto, path)
     _check_operators(proto, path)
+    _check_ends(proto.graph, path)
     proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
     try:
         graph = gs.import_onnx(_inferred(proto))
@@ -109,10 +112,13 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     for tensor in graph.inputs:
         if tensor.shape is None or tensor.dtype is None or isinstance(tensor.dtype, int):  # int: bfloat16
             raise InputError(
-                f"model input '{tensor.name}' has no shape, or a dtype that NumPy lacks", file=path
+                f"model input '{tensor.name}' has no shape, or a dtype that NumPy lacks",
+                file=path,
+                remedy="export the model with its shape; float32 inputs with a Cast behind them",
             )
     name_nodes(graph)
-    return Model(path, graph, _sha256([path, *data_files]), quantizers(graph))
+    mended = drop_empty_ends(graph)
+    return Model(path, graph, _sha256([path, *data_files]), quantizers(graph), mended)
 
 
 def model_files(path: PathLike) -> list[Path]:
@@ -191,6 +197,19 @@ def name_nodes(graph: gs.Graph) -> None:
         if node.name in seen:
             node.name = names.node(node.name or f"{node.op}_{index}")
         seen.add(node.name)
+
+
+def drop_empty_ends(graph: gs.Graph) -> bool:
+    """Take away the inputs that are left out at a node's end, also in bodies; whether there were any.
+
+    `Conv(x, w, "")` means `Conv(x, w)`, but TensorRT's parser refuses it.
+    """
+    found = False
+    for node in [node for body in (graph, *graph.subgraphs(recursive=True)) for node in body.nodes]:
+        while node.inputs and not node.inputs[-1].name:
+            del node.inputs[-1]
+            found = True
+    return found
 
 
 def export(graph: gs.Graph) -> ModelProto:
@@ -299,6 +318,8 @@ def _inferred(proto: ModelProto) -> ModelProto:
     later, and folding would take it for true. It is kept of what operators of other domains make.
     """
     _forget_types(proto.graph)
+    for value in (*proto.graph.input, *proto.graph.output):
+        _free_axes(value)
     return onnx.shape_inference.infer_shapes(proto, data_prop=True)
 
 
@@ -311,6 +332,13 @@ def _forget_types(graph: onnx.GraphProto) -> None:
         for attribute in node.attribute:
             for body in (attribute.g, *attribute.graphs):
                 _forget_types(body)
+
+
+def _free_axes(value: onnx.ValueInfoProto) -> None:
+    """Leave sizes open that a file writes as -1 or as a name without letters."""
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.dim_value < 0 or (dim.HasField("dim_param") and not dim.dim_param.strip()):
+            dim.Clear()
 
 
 def _holds_half(proto: ModelProto) -> bool:
@@ -346,6 +374,22 @@ def _check_operators(proto: ModelProto, path: Path) -> None:
                 file=path,
                 cause=f"{where} uses it, and ONNX does not define it{already}",
                 remedy="export the model with standard ONNX operators",
+            )
+
+
+def _check_ends(graph: onnx.GraphProto, path: Path) -> None:
+    """What goes into the model and comes out of it, and out of its bodies, are tensors."""
+    bodies = [a.g for node in _all_nodes(graph) for a in node.attribute if a.HasField("g")]
+    ends = [("model input", value) for value in graph.input]
+    ends += [("model output", value) for value in graph.output]
+    ends += [("a body's output", value) for body in bodies for value in body.output]
+    for end, value in ends:
+        kind = value.type.WhichOneof("value") or "tensor_type"
+        if kind == "optional_type" or (kind != "tensor_type" and end != "a body's output"):
+            raise InputError(
+                f"{end} '{value.name}' is a {kind.removesuffix('_type')} type, which TensorRT lacks",
+                file=path,
+                remedy="export the model with tensors in its place",
             )
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import onnx
@@ -236,8 +237,12 @@ def _codes(tensor: gs.Tensor) -> str | None:
     if source.inputs[0].inputs:
         quantized += source.inputs[0].inputs[0].inputs[2:3]
     known = (t.dtype for t in quantized if t.name and t.dtype is not None)
-    dtype = next(known, np.uint8)
-    if isinstance(dtype, int):  # of ONNX, where NumPy has none
+    return _dtype_name(next(known, np.uint8))
+
+
+def _dtype_name(dtype: Any) -> str:
+    """A dtype as text; GraphSurgeon gives ONNX's number where NumPy has none of its own."""
+    if isinstance(dtype, int):
         return str(onnx.TensorProto.DataType.Name(dtype)).lower()
     return str(np.dtype(dtype))
 
@@ -297,8 +302,8 @@ def _no_int8_kernel(node: gs.Node, placement: Placement) -> str | None:
 
 
 def _not_floating_point(node: gs.Node, placement: Placement) -> str | None:
-    dtypes = {np.dtype(t.dtype) for t in node.inputs[:2] if t.dtype is not None}
-    if strange := sorted(str(d) for d in dtypes if d not in FLOATS):
+    dtypes = {_dtype_name(t.dtype) for t in node.inputs[:2] if t.dtype is not None}
+    if strange := sorted(dtypes - {str(dtype) for dtype in FLOATS}):
         return f"its inputs are {', '.join(strange)}, not float32 or float16"
     return None
 
@@ -309,11 +314,28 @@ def _vector_operand(node: gs.Node, placement: Placement) -> str | None:
     return None
 
 
+def _coordinates(node: gs.Node, placement: Placement) -> str | None:
+    if _is_grid(node.outputs[0]):
+        return "it computes where GridSample reads, and 8 bits are too coarse for positions"
+    return None
+
+
+def _is_grid(tensor: gs.Tensor) -> bool:
+    """Whether a tensor, moved or not, is nothing but the positions that GridSample reads at."""
+    return bool(readers(tensor)) and all(
+        reader.inputs[1] is tensor
+        if reader.op == "GridSample"
+        else reader.op in _KEEP_VALUES and reader.inputs[0] is tensor and _is_grid(reader.outputs[0])
+        for reader in readers(tensor)
+    )
+
+
 SKIP_RULES: tuple[SkipRule, ...] = (
     SkipRule("excluded", _excluded),
     SkipRule("no-int8-kernel", _no_int8_kernel),
     SkipRule("not-floating-point", _not_floating_point),
     SkipRule("vector-operand", _vector_operand),
+    SkipRule("coordinates", _coordinates),
 )
 
 
@@ -460,6 +482,8 @@ MOVING_OPS = frozenset(
     }
 )
 """Operators that commute with quantization: what comes out was in their first input (or is a zero)."""
+
+_KEEP_VALUES = MOVING_OPS | {"Cast", "CastLike"}
 
 
 def share_ranges(graph: gs.Graph, edges: Sequence[Edge]) -> list[Edge]:

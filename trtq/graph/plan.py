@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trtq.files import PathLike, decode, read_own_json, write_json
 
 FORMAT = "trtq-plan-1"
+
+MOST_LISTED = 3
+"""So many nodes are named in a line of text; the files have all."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Plan:
         share = self.mac_share()
         of_macs = "" if share is None else f", {percent(share)} of the multiply-accumulates"
         lines = [f"{len(self.int8_nodes)} of {len(self.nodes)} weighted nodes to INT8{of_macs}"]
-        lines += [f"in floating point: {n.name} ({n.op}): {n.reason}" for n in self.nodes if not n.int8]
+        lines += [f"in floating point: {line}" for line in by_reason([n for n in self.nodes if not n.int8])]
         lines += [f"in float32: {line}" for line in self.float32_lines()]
         return "\n".join(lines)
 
@@ -151,6 +154,18 @@ class Plan:
         """
         remedy = "correct that line, or take a plan.json as 'trtq deploy' wrote it"
         return read_own_json(path, "plan", cls.from_json, remedy)
+
+
+def by_reason(nodes: Sequence[NodePlan]) -> list[str]:
+    """A line for each reason: the nodes that have it, and the reason."""
+    reasons = dict.fromkeys(node.reason for node in nodes)
+    return [f"{listed([n for n in nodes if n.reason == reason])}: {reason}" for reason in reasons]
+
+
+def listed(nodes: Sequence[NodePlan]) -> str:
+    """The first few of some nodes, and how many more there are."""
+    text = ", ".join(f"{node.name} ({node.op})" for node in nodes[:MOST_LISTED])
+    return f"{text} and {len(nodes) - MOST_LISTED} more" if len(nodes) > MOST_LISTED else text
 
 
 def percent(share: float) -> str:

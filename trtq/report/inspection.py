@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import describe_engine
 from trtq.backends.engine import ENGINE_SUFFIXES
@@ -16,7 +19,7 @@ from trtq.files import PathLike, read_json
 from trtq.graph.model import load_model
 from trtq.graph.place import placed
 from trtq.graph.plan import FORMAT as PLAN_FORMAT
-from trtq.graph.plan import Plan, percent
+from trtq.graph.plan import Plan, by_reason, percent
 from trtq.graph.products import is_quantizer
 from trtq.numerics import INT8_MAX
 from trtq.recovery.sensitivity import FORMAT as SENSITIVITY_FORMAT
@@ -69,7 +72,7 @@ def inspect(path: PathLike) -> Inspection:
 def _model(path: Path) -> Inspection:
     model = load_model(path)
     plan = placed(model, None)
-    ops = Counter(node.op for node in model.graph.nodes)
+    ops, bodies = _operators(model.graph), dict(_bodies(model.graph))
     state = "no"
     if model.is_quantized:
         on_integers = any(node.int8 and is_quantizer(node.op) for node in plan.nodes)
@@ -81,8 +84,9 @@ def _model(path: Path) -> Inspection:
         *(f"input     {spec}" for spec in model.inputs),
         *(f"output    {t.name} {t.dtype} {t.shape}" for t in model.graph.outputs),
         f"quantized {state}",
-        "nodes     " + ", ".join(f"{op} {count}" for op, count in ops.most_common()),
-        *(f"weighted  {node.name} ({node.op}): {node.reason}" for node in plan.nodes),
+        f"nodes     {_counted(ops)}",
+        *(f"body      {name}: {_counted(inner)}" for name, inner in bodies.items()),
+        *(f"weighted  {line}" for line in by_reason(plan.nodes)),
     ]
     values = {
         "sha256": model.sha256,
@@ -90,9 +94,27 @@ def _model(path: Path) -> Inspection:
         "inputs": [str(spec) for spec in model.inputs],
         "quantized": model.is_quantized,
         "operators": dict(ops),
+        "bodies": {name: dict(inner) for name, inner in bodies.items()},
         "weighted": plan.to_json()["nodes"],
     }
     return Inspection("ONNX model", lines, values)
+
+
+def _operators(graph: gs.Graph) -> Counter[str]:
+    return Counter(node.op for node in graph.nodes)
+
+
+def _bodies(graph: gs.Graph) -> Iterator[tuple[str, Counter[str]]]:
+    """The operators in each body of an If, Loop or Scan, also of those within."""
+    for node in graph.nodes:
+        for name, value in node.attrs.items():
+            if isinstance(value, gs.Graph):
+                yield f"{name} of {node.name} ({node.op})", _operators(value)
+                yield from _bodies(value)
+
+
+def _counted(operators: Counter[str]) -> str:
+    return ", ".join(f"{op} {count}" for op, count in operators.most_common()) or "no nodes"
 
 
 def _engine(path: Path) -> Inspection:
@@ -148,7 +170,7 @@ def _plan(path: Path) -> Inspection:
         f"int8      {len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes"
         + ("" if share is None else f", {percent(share)} of the multiply-accumulates"),
         f"ranges    {len(plan.tensors)} activations, {len(plan.weights)} weights",
-        *(f"float     {n.name} ({n.op}): {n.reason}" for n in plan.nodes if not n.int8),
+        *(f"float     {line}" for line in by_reason([n for n in plan.nodes if not n.int8])),
     ]
     return Inspection("plan", lines, plan.to_json())
 

@@ -7,8 +7,8 @@ range becomes infinite, and what lies between two values is rounded to one of th
 
 One operator is one kernel: sums inside it run in float32, as they do in TensorRT's kernels, and its result is
 rounded once. The results of operators that only move or choose values are not rounded. Nor is a
-DequantizeLinear in front of a product between Q/DQ: that runs on the integers, and the dequantized values are
-never written.
+DequantizeLinear in front of a product between Q/DQ, perhaps with a Transpose in between: that runs on the
+integers, and the dequantized values are never written.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ EXACT_OPS = frozenset(
 
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 """Operators that TensorRT runs on integers where both operands come from DequantizeLinear."""
+
+_MOVES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that TensorRT looks through between a DequantizeLinear and a product."""
 
 _GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 
@@ -202,13 +205,19 @@ def _says_narrow(graph: GraphProto) -> bool:
 
 
 def _integer_operands(graph: GraphProto) -> set[str]:
-    """Outputs of DequantizeLinear that are read by products between Q/DQ alone."""
-    dequantized = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    """Outputs of DequantizeLinear that are read, moved or not, by products between Q/DQ alone."""
+    origins: dict[str, str] = {}  # tensor -> the output of DequantizeLinear whose values it holds
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            origins[node.output[0]] = node.output[0]
+        elif node.op_type in _MOVES and node.input[0] in origins:
+            origins[node.output[0]] = origins[node.input[0]]
     elsewhere = {value.name for value in graph.output}
     for node in graph.node:
-        integer = node.op_type in _PRODUCTS and dequantized.issuperset(node.input[:2])
-        elsewhere.update(node.input[2:] if integer else node.input)
-    return dequantized - elsewhere
+        integer = node.op_type in _PRODUCTS and all(name in origins for name in node.input[:2])
+        passed = 2 if integer else 1 if node.output and node.output[0] in origins else 0
+        elsewhere.update(node.input[passed:])
+    return set(origins.values()) - {origins[name] for name in elsewhere if name in origins}
 
 
 def _casts_to_narrow(node: NodeProto) -> bool:

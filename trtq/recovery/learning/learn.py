@@ -32,6 +32,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.graph.weights import is_plain
 from trtq.recipe import Recipe
 from trtq.recovery.budget import NO_BUDGET, Budget
 from trtq.simulation.finite import check_reference
@@ -379,6 +380,7 @@ _VECTORS = {
     "Gemm": (2,),
     "LayerNormalization": (1, 2),
     "GroupNormalization": (1, 2),
+    "RMSNormalization": (1,),
     "InstanceNormalization": (1, 2),
     "BatchNormalization": (1, 2),
 }
@@ -402,13 +404,16 @@ def _steps(plan: Plan) -> int:
 
 
 def _biases(graph: gs.Graph) -> list[str]:
-    """Constants of one node alone that shift channels, or scale them in a norm; a MatMul's are in an Add."""
+    """Constants of one node alone that shift channels, or scale them in a norm; a MatMul's are in an Add.
+
+    Those of types that NumPy lacks stay as they are.
+    """
     found = []
     for node in graph.nodes:
         made = [op.op for tensor in node.inputs for op in tensor.inputs] if node.op == "Add" else []
         wanted = (0, 1) if made == ["MatMul"] else _VECTORS.get(node.op, ())
         for tensor in [node.inputs[index] for index in wanted if index < len(node.inputs)]:
-            alone = isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1
+            alone = isinstance(tensor, gs.Constant) and len(tensor.outputs) == 1 and is_plain(tensor)
             if alone and np.prod(tensor.shape) == max(tensor.shape, default=0):
                 found.append(tensor.name)
     return found

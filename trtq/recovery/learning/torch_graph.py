@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trtq.errors import InputError
@@ -55,7 +56,7 @@ class TorchGraph(torch.nn.Module):
         constants = [t for t in graph.tensors().values() if isinstance(t, gs.Constant)]
         self._slots = {tensor.name: f"constant{i}" for i, tensor in enumerate(constants)}
         for tensor in constants:
-            self.register_buffer(self._slots[tensor.name], torch.from_numpy(np.array(values_of(tensor))))
+            self.register_buffer(self._slots[tensor.name], _tensor(np.array(values_of(tensor))))
         self._last = {t.name: i for i, node in enumerate(self.nodes) for t in node.inputs}
 
     def constant(self, name: str) -> Tensor:
@@ -165,6 +166,7 @@ _plain(
     Greater=torch.gt,
     GreaterOrEqual=torch.ge,
     HardSwish=F.hardswish,
+    IsNaN=torch.isnan,
     Identity=lambda x: x,
     Less=torch.lt,
     LessOrEqual=torch.le,
@@ -173,6 +175,7 @@ _plain(
     Max=_fold(torch.maximum),
     Mean=lambda *x: _fold(torch.add)(*x) / len(x),
     Min=_fold(torch.minimum),
+    Mish=F.mish,
     Mul=torch.mul,
     Neg=torch.neg,
     Not=torch.logical_not,
@@ -235,6 +238,11 @@ def _leaky_relu(a: Attributes, x: Tensor) -> Tensor:
     return F.leaky_relu(x, a.get("alpha", 0.01))
 
 
+@_register("Swish")
+def _swish(a: Attributes, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(a.get("alpha", 1.0) * x)
+
+
 @_register("Cast")
 def _cast(a: Attributes, x: Tensor) -> Tensor:
     return x.to(_dtype(a["to"]))
@@ -248,7 +256,14 @@ def _cast_like(a: Attributes, x: Tensor, like: Tensor) -> Tensor:
 def _dtype(number: Any) -> torch.dtype:
     """The PyTorch dtype of an ONNX element type, or of the NumPy dtype that GraphSurgeon makes of it."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(number) if isinstance(number, int) else np.dtype(number)
-    return torch.from_numpy(np.zeros(0, dtype)).dtype
+    return _tensor(np.zeros(0, dtype)).dtype
+
+
+def _tensor(values: NDArray) -> Tensor:
+    """An array as a tensor; bfloat16, which NumPy lacks, by its bits."""
+    if values.dtype.name == "bfloat16":
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(values)
 
 
 # --- linear -------------------------------------------------------------------------------------------------
@@ -378,6 +393,11 @@ def _layer_norm(a: Attributes, x: Tensor, gain: Tensor, bias: Tensor | None = No
     return F.layer_norm(x, shape, gain, None if bias is None else bias.expand(shape), a.get("epsilon", 1e-5))
 
 
+@_register("RMSNormalization")
+def _rms_norm(a: Attributes, x: Tensor, gain: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[a.get("axis", -1) % x.ndim :], None, a.get("epsilon", 1e-5)) * gain
+
+
 @_register("BatchNormalization")
 def _batch_norm(a: Attributes, x: Tensor, gain: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     _require(not a.get("training_mode", 0), "BatchNormalization in training mode")
@@ -407,6 +427,25 @@ def _log_softmax(a: Attributes, x: Tensor) -> Tensor:
     return F.log_softmax(x, a.get("axis", -1))
 
 
+@_register("RotaryEmbedding")
+def _rotary_embedding(
+    a: Attributes, x: Tensor, cosine: Tensor, sine: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    """x is (batch, heads, steps, size), or (batch, steps, heads * size)."""
+    each = x if x.ndim == 4 else x.unflatten(2, (a["num_heads"], -1)).transpose(1, 2)
+    size = a.get("rotary_embedding_dim", 0) or each.shape[-1]
+    if positions is not None:
+        cosine, sine = cosine[positions], sine[positions]
+    cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
+    turned, kept = each[..., :size], each[..., size:]
+    interleaved = a.get("interleaved", 0)
+    low, high = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    parts = cosine * low - sine * high, sine * low + cosine * high
+    turned = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+    result = torch.cat([turned, kept], -1)
+    return result if x.ndim == 4 else result.transpose(1, 2).flatten(2)
+
+
 def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:
     def reduce(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
         chosen = _axes(a, axes)
@@ -420,8 +459,11 @@ def _reduction(function: Callable[[Tensor, list[int], bool], Tensor]) -> Operato
 
 
 def _axes(a: Attributes, axes: Tensor | None) -> list[int]:
-    """The axes of an operator, which newer opsets give as an input; empty where they are left out."""
-    return list(a.get("axes", [])) if axes is None else [int(axis) for axis in axes.tolist()]
+    """The axes of an operator, which newer opsets give as an input; empty where they are left out.
+
+    PyTorch's exporter may write a single one as a scalar.
+    """
+    return list(a.get("axes", [])) if axes is None else [int(axis) for axis in axes.reshape(-1).tolist()]
 
 
 OPERATORS.update(
