@@ -16,8 +16,7 @@ from trtq.backends.coverage import Coverage, coverage
 from trtq.backends.interface import Build
 from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
-from trtq.console import Console
-from trtq.data.load import load_samples
+from trtq.console import SILENT, Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
@@ -27,7 +26,7 @@ from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place, placed
 from trtq.graph.plan import Plan
-from trtq.job import opt_shapes, prepare, profile_for
+from trtq.job import open_cache, opt_shapes, prepare, profile_for, samples_of
 from trtq.pipeline import quantize
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import share_check
@@ -75,7 +74,7 @@ def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
     """
     required = recipe.require("model", "output")
     model = load_model(required.model)
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    data = _data(recipe, model)
     profile = profile_for(model, recipe, data)
     plan = placed(model, opt_shapes(model, profile))
     with in_precision(model, recipe.rest, data) as source:
@@ -108,7 +107,7 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             remedy="use --backend tensorrt (8.6 to 10.16), or quantize explicitly: trtq quantize --table",
         )
     model = prepare(recipe)
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    data = _data(recipe, model)
     profile = profile_for(model, recipe, data)
     plan = place(
         model, include=recipe.include, exclude=recipe.exclude, input_shapes=opt_shapes(model, profile)
@@ -141,6 +140,13 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
             implicit=tensorrt.Implicit(make, floating_point),
         )
     return build, plan
+
+
+def _data(recipe: Recipe, model: Model) -> Samples | None:
+    """The recipe's calibration data, if it names some."""
+    if recipe.data is None:
+        return None
+    return samples_of(recipe, recipe.data, model, open_cache(recipe, SILENT), SILENT)
 
 
 @contextlib.contextmanager
@@ -184,7 +190,7 @@ def build_three(
     """
     folder = Path(recipe.require("model", "output").output)
     model = prepare(recipe)
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    data = _data(recipe, model)
     profile = profile_for(model, recipe, data)
     if int8 is None:
         int8 = folder / "model.int8.onnx"

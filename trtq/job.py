@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from trtq.backends.interface import OPT_BATCH, Profile, check_profile, profiles_from
+from trtq.backends.interface import OPT_BATCH, Profile, Range, check_profile, profiles_from
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
@@ -16,12 +16,14 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.graph.fit import check_fits
 from trtq.graph.fold import fold
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.rows import runs_on_several
+from trtq.simulation.sequences import with_states
 from trtq.simulation.session import simulation_fingerprint
 
 FEWEST_TO_SPLIT = 16
@@ -34,7 +36,8 @@ class Job:
 
     Attributes:
         model: folded, not quantized.
-        data: the calibration rows; the evaluation data are no part of a job, so nothing is fitted on them.
+        data: the calibration rows. Of the evaluation data a job takes nothing but their shapes, so nothing is
+            fitted on them.
     """
 
     recipe: Recipe
@@ -52,10 +55,11 @@ class Job:
         """
         given = recipe.require("model", "data")
         model = prepare(recipe)
-        data = load_samples(given.data, model.inputs, recipe.preprocess)
+        cache = open_cache(recipe, console)
+        data = samples_of(recipe, given.data, model, cache, console)
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
-        job = cls(recipe, model, data, open_cache(recipe, console), console)
+        job = cls(recipe, model, data, cache, console)
         job._warn_of_few()
         return job
 
@@ -88,9 +92,16 @@ class Job:
             )
 
     @cached_property
+    def evaluation(self) -> Samples | None:
+        """The recipe's evaluation data."""
+        if self.recipe.eval is None:
+            return None
+        return samples_of(self.recipe, self.recipe.eval, self.model, self.cache, self.console)
+
+    @cached_property
     def profile(self) -> Profile:
-        """The optimization profile of the engine."""
-        return profile_for(self.model, self.recipe, self.data)
+        """The optimization profile of the engine: for the shapes of the calibration and evaluation data."""
+        return profile_for(self.model, self.recipe, self.data, self.evaluation)
 
     def place(self) -> Plan:
         """The plan that the recipe names, or what the placement rules say (see `planned`)."""
@@ -204,15 +215,49 @@ def open_cache(recipe: Recipe, console: Console) -> Cache:
     return Cache.at(recipe.cache, console.warn)
 
 
-def profile_for(model: Model, recipe: Recipe, data: Samples | None) -> Profile:
+def samples_of(recipe: Recipe, source: str, model: Model, cache: Cache, console: Console) -> Samples:
+    """The samples of a source for a recipe's model, with the states that occur where it has some.
+
+    Raises:
+        InputError, MissingBackendError: as `load_samples` and `with_states`.
+    """
+    samples = load_samples(source, model.inputs, recipe.preprocess, recipe.feeding)
+    return with_states(model.path, samples, cache, console, sha256=model.sha256, workers=recipe.threads)
+
+
+def profile_for(model: Model, recipe: Recipe, *data: Samples | None) -> Profile:
     """The recipe's optimization profile, or one from the model's dynamic axes and the data's shapes."""
-    dimensions = {spec.name: spec.shape for spec in model.inputs}
     if recipe.profile:
-        check_profile(recipe.profile, dimensions, model.path)
+        check_profile(recipe.profile, {spec.name: spec.shape for spec in model.inputs}, model.path)
         return recipe.profile
-    shapes = data.row_shapes() if data is not None else {}
-    only_one = recipe.batch is None and data is not None and not runs_on_several(model.graph, data)
-    return profiles_from(dimensions, shapes, recipe.batch or OPT_BATCH, only_one=only_one)
+    known = [samples for samples in data if samples is not None]
+    only_one = recipe.batch is None and not all(runs_on_several(model.graph, samples) for samples in known)
+    return profile_from_samples(model.inputs, known, recipe.batch or OPT_BATCH, only_one=only_one)
+
+
+def profile_from_samples(
+    inputs: Sequence[InputSpec], data: Sequence[Samples], batch: int, *, only_one: bool
+) -> Profile:
+    """The optimization profile for the shapes of some samples, with the batch where each input has it.
+
+    Args:
+        inputs: of the model, for where there are no samples.
+        only_one: as for `profiles_from`.
+    """
+    specs = {spec.name: spec for spec in inputs}
+    for spec in (spec for samples in data for spec in samples.specs):
+        if spec.batch_axis is None or specs[spec.name] in inputs:
+            specs[spec.name] = spec
+    dimensions = {name: (spec.batch_dim, *spec.row_dims) for name, spec in specs.items()}
+    shapes = {
+        name: {spec.row_shape(shape) for samples in data for shape in samples.fed_shapes(name)}
+        for name, spec in specs.items()
+    }
+    ranges = profiles_from(dimensions, shapes, batch, only_one=only_one)
+    return {
+        name: Range(*(specs[name].fed_shape(row, size) for size, *row in sizes))
+        for name, sizes in ranges.items()
+    }
 
 
 def opt_shapes(model: Model, profile: Profile) -> Mapping[str, tuple[int, ...]]:

@@ -17,7 +17,6 @@ from trtq.calibration.calibrate import calibrate
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
-from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, staged_folder, write_json, write_text
@@ -130,7 +129,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     console = console.fresh()
     job = Job.open(recipe, console)
     plan = job.place()
-    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
+    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console, job.evaluation)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job.warn_of_shared(evaluation.samples)
     console.say("plan", plan.text())
@@ -235,9 +234,8 @@ def sensitivity(
             remedy="give both, or neither: the outputs are then compared on the calibration data",
         )
     job = Job.open(recipe, console)
-    samples = job.data
-    if recipe.eval is not None:
-        samples = load_samples(recipe.eval, tuple(job.model.inputs), recipe.preprocess)
+    samples = job.evaluation or job.data
+    if job.evaluation is not None:
         job.warn_of_shared(samples)
     if metric is not None and metric.needs_targets and not samples.targets:
         raise InputError(

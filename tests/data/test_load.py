@@ -296,10 +296,6 @@ def test_a_script_and_an_npz_of_the_same_arrays_are_the_same_data(tmp_path: Path
         ("def feeds():\n    yield {'y': np.zeros((1, 3))}", "no array 'x'"),
         ("def feeds():\n    yield {'x': np.zeros((1, 3)), 't': [object()]}", "'t', which is not an array"),
         (
-            "def feeds():\n    for n in (2, 3):\n        yield {'x': np.zeros((1, 3)), 't': [[0] * n]}",
-            "target 't' changes its shape",
-        ),
-        (
             "def feeds():\n    for n in (6, 2):\n        yield {'x': np.zeros((n, 3)), 't': np.zeros(2)}",
             "do not match",
         ),
@@ -309,11 +305,6 @@ def test_what_can_be_wrong_with_a_script(body: str, words: str, tmp_path: Path) 
     message = message_of(script(tmp_path, body), [vector()])
     assert words in message
     assert "loader.py" in message
-
-
-def test_inputs_of_one_item_must_agree(tmp_path: Path) -> None:
-    spec = script(tmp_path, "def feeds():\n    yield {'x': np.zeros((2, 3)), 'y': np.zeros((1, 3))}")
-    assert "item 0 has inputs of different batch sizes" in message_of(spec, [vector(), vector("y")])
 
 
 def test_a_script_that_is_not_there(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 
 from trtq.backends.builders import package_of
 from trtq.backends.interface import Gpu, find_gpu
-from trtq.data.batches import Arrays, Batch, batches
+from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.model import load_model
-from trtq.simulation.outputs import BatchLimits, Outputs, gathered, rows_for
+from trtq.simulation.outputs import BatchLimits, Outputs, gathered, in_turn
 from trtq.simulation.rows import naming_rows
 from trtq.simulation.session import simulation_fingerprint
 
@@ -51,16 +51,15 @@ def run_engine(
         raise InputError("the data has no rows")
     with _polygraphy_errors(engine), engine_runner(Path(engine)) as runner:
         inputs = list(runner.get_input_metadata(use_numpy_dtypes=False))
-        limits = _profile_limits(runner.engine, inputs)
-        rows = rows_for(inputs, samples, engine)
-        parts = batches(rows, limits.size(batch_size, engine), limits.lowest)
+        limits = _profile_limits(runner.engine, inputs, samples)
 
         def run(batch: Batch) -> Arrays:
             with naming_rows(runner.infer, batch, samples, str(engine)):
                 found: Arrays = runner.infer(batch.feed)
                 return found
 
-        return Outputs(gathered(run, parts, len(samples), engine, progress), "engine")
+        run_next, parts = in_turn(run, inputs, samples, limits, engine, batch_size)
+        return Outputs(gathered(run_next, parts, len(samples), engine, progress), "engine")
 
 
 def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
@@ -169,9 +168,15 @@ def _polygraphy_errors(engine: str | Path) -> Iterator[None]:
         raise InputError("the engine cannot be used", file=engine, cause=error) from error
 
 
-def _profile_limits(engine: Any, inputs: Sequence[str]) -> BatchLimits:
-    """Batch limits from the engine's first optimization profile."""
-    profiles = [engine.get_tensor_profile_shape(name, 0) for name in inputs]
-    return BatchLimits(
-        max(lowest[0] for lowest, _, _ in profiles), min(highest[0] for _, _, highest in profiles)
-    )
+def _profile_limits(engine: Any, inputs: Sequence[str], samples: Samples) -> BatchLimits:
+    """Batch limits from the engine's first optimization profile; any where no input has a batch axis."""
+    axes = samples.axes
+    ranges = [
+        (lowest[axis], highest[axis])
+        for name in inputs
+        if (axis := axes.get(name, 0)) is not None
+        for lowest, _, highest in [engine.get_tensor_profile_shape(name, 0)]
+    ]
+    if not ranges:
+        return BatchLimits(1, None)
+    return BatchLimits(max(low for low, _ in ranges), min(high for _, high in ranges))

@@ -66,14 +66,17 @@ def _write(table: Table, output: str, version: int | None, algorithm: str | None
 
 
 def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: Console) -> int:
-    from trtq.data.load import load_samples
     from trtq.graph.model import save_model
+    from trtq.job import open_cache, samples_of
     from trtq.migration.source import load_source
     from trtq.migration.to_qdq import converted
 
     required = recipe.require("model", "output")
     source = load_source(required.model, rest=recipe.rest)
-    samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess) if recipe.data else None
+    samples = None
+    if recipe.data is not None:
+        cache = open_cache(recipe, console)
+        samples = samples_of(recipe, recipe.data, source.model, cache, console)
     strict = given.source if given.strict else None
     quantization, _ = converted(source, table, recipe, samples, console, strict=strict)
     if samples is None:

@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import builder
 from trtq.backends.engine import engine_runner
-from trtq.backends.interface import Profile, find_gpu, profiles_from
+from trtq.backends.interface import Profile, find_gpu
 from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
 from trtq.errors import InputError
@@ -31,6 +31,7 @@ from trtq.graph.fold import fold
 from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model
 from trtq.graph.products import product
+from trtq.job import profile_from_samples
 from trtq.simulation.finite import compared
 from trtq.simulation.rows import Run, Runner, naming_rows, runs_on_several, taken
 from trtq.simulation.similarity import decibels
@@ -147,16 +148,16 @@ def compare_three(
     names = [tensor for tensor, _ in compared]
     gpu = find_gpu()
     if gpu is not None and profile is None:
-        dimensions = {spec.name: spec.shape for spec in quantized.inputs}
         only_one = not runs_on_several(fp32.graph, samples)
-        profile = profiles_from(dimensions, samples.row_shapes(), BATCH, only_one=only_one)
+        profile = profile_from_samples(quantized.inputs, [samples], BATCH, only_one=only_one)
     with contextlib.ExitStack() as stack:
         simulations = [Runner(model.graph, names, threads=threads) for model in (fp32, quantized)]
         runs: list[Run] = [simulation.run for simulation in simulations]
         if gpu is not None:
             runs.append(stack.enter_context(_engine(quantized, names, profile or {}, backend)))
-        fixed = fixed_batch(quantized.inputs)
-        parts = taken(simulations[0].run, batches(samples.rows(), fixed or BATCH, fixed or 1))
+        fixed = samples.fixed_batch or fixed_batch(quantized.inputs)
+        rows = batches(samples.rows(), fixed or BATCH, fixed or 1, samples.axes)
+        parts = taken(simulations[0].run, rows)
         sqnr = _sqnr(runs, names, samples, parts)
     return ThreeWay(
         tensors=tuple(

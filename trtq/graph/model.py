@@ -19,7 +19,7 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
-from trtq.graph.inputs import InputSpec
+from trtq.graph.inputs import InputSpec, guess_batch_axes
 from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
 from trtq.graph.weights import (
@@ -69,8 +69,9 @@ class Model:
 
     @property
     def inputs(self) -> list[InputSpec]:
-        """Name, dtype and shape of each model input; dynamic dimensions are strings or None."""
-        return [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape)) for t in self.graph.inputs]
+        """Each model input, with the batch axis that the model's shapes suggest."""
+        specs = [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape)) for t in self.graph.inputs]
+        return guess_batch_axes(specs, (tensor.shape for tensor in self.graph.outputs))
 
     @property
     def is_quantized(self) -> bool:
