@@ -7,14 +7,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from trtq.backends.interface import OPT_BATCH, Profile, Range, check_profile, profiles_from
 from trtq.cache import Cache, Key
 from trtq.console import Console
+from trtq.data.feeding import InputOptions
 from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.graph.fit import check_fits
+from trtq.graph.fixed import deciding_inputs, with_fixed
 from trtq.graph.fold import fold
 from trtq.graph.inputs import InputSpec
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
@@ -60,6 +64,8 @@ class Job:
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
         job = cls(recipe, model, data, cache, console)
+        if values := job._decided():
+            return cls.open(replace(recipe, inputs={**recipe.inputs, **values}), console)
         job._warn_of_few()
         return job
 
@@ -73,6 +79,23 @@ class Job:
                 f" {theirs} = calibration row {mine}): what was fitted on a row looks better on it than on"
                 " others; evaluate on different rows"
             )
+
+    def _decided(self) -> dict[str, InputOptions]:
+        """Inputs that decide an If and are the same in all data, as options that fix them; with a warning.
+
+        TensorRT fuses no quantizers in the branches of an If; with such an input as a constant there is none.
+        """
+        found = {}
+        sets = [self.data] if self.evaluation is None else [self.data, self.evaluation]
+        for name in sorted(deciding_inputs(self.model.graph)):
+            values = [value for samples in sets for value in samples.values_of(name, most=2)]
+            if all(np.array_equal(value, values[0]) for value in values):
+                found[name] = InputOptions(name, {"value": values[0].tolist()})
+                self.console.warn(
+                    f"input '{name}' is {values[0].tolist()} in all data and decides an If: what is made here"
+                    f" is for this value alone and does not take the input ([inputs.{name}] value)"
+                )
+        return found
 
     def _warn_of_few(self) -> None:
         """Warn of calibration data that are too few to hold some back, or few because they repeat."""
@@ -205,9 +228,10 @@ def prepare(recipe: Recipe) -> Model:
 
 
 def unfolded(recipe: Recipe) -> Model:
-    """The recipe's model as it is."""
+    """The recipe's model as it is, but for inputs that the recipe gives a value."""
     opset = FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET
-    return load_model(recipe.require("model").model, opset=opset)
+    model = load_model(recipe.require("model").model, opset=opset)
+    return with_fixed(model, recipe.feeding.constants(model.inputs))
 
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:

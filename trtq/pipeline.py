@@ -128,7 +128,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     metric_of(recipe)
     console = console.fresh()
     job = Job.open(recipe, console)
-    plan = job.place()
+    recipe, plan = job.recipe, job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console, job.evaluation)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job.warn_of_shared(evaluation.samples)

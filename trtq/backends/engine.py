@@ -17,8 +17,9 @@ from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.model import load_model
-from trtq.simulation.outputs import BatchLimits, Outputs, gathered, in_turn
+from trtq.simulation.outputs import BatchLimits, Outputs, batches_for, gathered
 from trtq.simulation.rows import naming_rows
+from trtq.simulation.sequences import following
 from trtq.simulation.session import simulation_fingerprint
 
 ENGINE_SUFFIXES = (".plan", ".engine")
@@ -58,8 +59,8 @@ def run_engine(
                 found: Arrays = runner.infer(batch.feed)
                 return found
 
-        run_next, parts = in_turn(run, inputs, samples, limits, engine, batch_size)
-        return Outputs(gathered(run_next, parts, len(samples), engine, progress), "engine")
+        parts = batches_for(inputs, samples, limits, batch_size, engine)
+        return Outputs(gathered(following(run, samples), parts, len(samples), engine, progress), "engine")
 
 
 def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:

@@ -172,6 +172,7 @@ def _assemble(
         raise InputError(f"targets have different lengths: {lengths}", file=source)
     columns: dict[str, Column] = {n: Mapped(raw[n], recipes[n]) if n in recipes else raw[n] for n in raw}
     columns |= {name: Repeated(value, rows) for name, value in constants.items() if name in made}
+    _check_constants(columns, constants, source)
     columns |= {s.name: Repeated(first_state(s), rows) for s in specs if s.name in made - constants.keys()}
     fed = [settled(spec, columns[spec.name], feeding) for spec in specs]
     specs, columns = tuple(spec for spec, _ in fed), {spec.name: column for spec, column in fed}
@@ -183,6 +184,19 @@ def _assemble(
     samples = Samples(source, specs, columns, targets, digest, sequences=sequences)
     next(samples.rows())  # what is wrong with every row is best said before anything runs
     return samples
+
+
+def _check_constants(columns: Mapping[str, Column], constants: Mapping[str, NDArray], source: str) -> None:
+    """Refuse data that have another value for an input than the recipe."""
+    for name, value in constants.items():
+        for index in range(len(columns[name])):
+            row = np.asarray(columns[name][index])
+            if row.size != value.size or not np.array_equal(row.reshape(value.shape), value):
+                raise InputError(
+                    f"row {index} of input '{name}' is not the value of the recipe's [inputs.{name}]",
+                    file=source,
+                    remedy="leave out the rows with other values, or the option",
+                )
 
 
 def _starts(

@@ -129,6 +129,17 @@ class Samples:
             spec.name: self._fed(spec, index) for spec in self.specs if names is None or spec.name in names
         }
 
+    def values_of(self, name: str, most: int) -> list[NDArray]:
+        """The different values of an input, as it is fed a row; up to `most` of them."""
+        found: list[NDArray] = []
+        for index in range(len(self)):
+            value = self.row(index, [name])[name]
+            if not any(np.array_equal(value, other) for other in found):
+                found.append(value)
+                if len(found) == most:
+                    break
+        return found
+
     @property
     def axes(self) -> Axes:
         """The inputs' batch axes."""

@@ -60,18 +60,20 @@ class Model:
         graph: every node has a unique name.
         sha256: hash of the file and of its external data.
         quantizers: the operators by which the model as read is quantized, also those in subgraphs.
+        fixed: inputs of the file that are constants in the graph (see `trtq.graph.fixed`).
     """
 
     path: Path
     graph: gs.Graph
     sha256: str
     quantizers: tuple[str, ...] = ()
+    fixed: tuple[InputSpec, ...] = ()
 
     @property
     def inputs(self) -> list[InputSpec]:
-        """Each model input, with the batch axis that the model's shapes suggest."""
+        """Each input of the file, with the batch axis that the model's shapes suggest."""
         specs = [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape)) for t in self.graph.inputs]
-        return guess_batch_axes(specs, (tensor.shape for tensor in self.graph.outputs))
+        return guess_batch_axes([*specs, *self.fixed], (tensor.shape for tensor in self.graph.outputs))
 
     @property
     def is_quantized(self) -> bool:

@@ -122,10 +122,10 @@ def run_model(
         raise InputError("the data has no rows")
     runner = runner or Runner(model, threads=threads)
     limits = _limits(runner.inputs, samples)
-    run_alone = functools.partial(runner.on, samples=samples)
-    run, parts = in_turn(run_alone, list(runner.inputs), samples, limits, model, batch_size)
-    if batch_size is None and samples.sequences is None:
+    parts = batches_for(list(runner.inputs), samples, limits, batch_size, model)
+    if batch_size is None:
         parts = runner.taken(parts)
+    run = following(functools.partial(runner.on, samples=samples), samples)
     return Outputs(gathered(run, parts, len(samples), model, progress), "simulation")
 
 
@@ -153,28 +153,6 @@ def run_sharded(
     return outputs
 
 
-def in_turn(
-    run: Callable[[Batch], Arrays],
-    inputs: Sequence[str],
-    samples: Samples,
-    limits: BatchLimits,
-    model: str | Path,
-    batch_size: int | None,
-) -> tuple[Callable[[Batch], Arrays], Iterable[Batch]]:
-    """The batches that a model runs on, and how: those of sequences one row after the other.
-
-    Args:
-        run: a model's outputs for a batch.
-        inputs: names of its inputs.
-        limits: on the rows of a batch; `batch_size` as for `run_model`.
-    """
-    size = limits.size(batch_size, model)
-    if samples.sequences is not None:
-        return following(run, samples), one_by_one(samples, inputs, limits.lowest)
-    rows = _rows_for(inputs, samples, model)
-    return run, batches(rows, 1 if samples.alone else size, limits.lowest, samples.axes)
-
-
 def gathered(
     run: Callable[[Batch], Arrays],
     parts: Iterable[Batch],
@@ -198,6 +176,8 @@ def gathered(
         if done > total:
             break
         for name, output in run(batch).items():
+            if batch.rows + batch.padding == 1 and output.shape[:1] != (1,):
+                output = np.asarray(output)[None]  # the row's value as it stands
             _check_output(name, output, batch.rows + batch.padding, arrays.get(name), model)
             if name not in arrays:
                 arrays[name] = np.empty((total, *output.shape[1:]), output.dtype)
@@ -209,16 +189,26 @@ def gathered(
     return arrays
 
 
-def _rows_for(inputs: Sequence[str], samples: Samples, model: str | Path) -> Iterator[Arrays]:
-    """The rows without arrays that the model does not take."""
-    for index, row in enumerate(samples.rows()):
-        if missing := [name for name in inputs if name not in row]:
-            raise InputError(
-                f"row {index} of the data has no array for input {missing[0]!r}",
-                file=model,
-                cause=f"the model's inputs are {', '.join(inputs)}; the row has {', '.join(row)}",
-            )
-        yield {name: row[name] for name in inputs}
+def batches_for(
+    inputs: Sequence[str], samples: Samples, limits: BatchLimits, batch_size: int | None, model: str | Path
+) -> Iterable[Batch]:
+    """The batches that a model with these inputs runs on; the rows of sequences one by one.
+
+    Args:
+        limits: on the rows of a batch; `batch_size` as for `run_model`.
+        model: its file, for messages.
+    """
+    size = limits.size(batch_size, model)
+    if missing := [name for name in inputs if name not in samples.axes]:
+        raise InputError(
+            f"the data has no array for input {missing[0]!r}",
+            file=model,
+            cause=f"the model's inputs are {', '.join(inputs)}; the data has {', '.join(samples.axes)}",
+        )
+    if samples.sequences is not None:
+        return one_by_one(samples, inputs, limits.lowest)
+    rows = ({name: row[name] for name in inputs} for row in samples.rows())
+    return batches(rows, 1 if samples.alone else size, limits.lowest, samples.axes)
 
 
 def _check_output(

@@ -47,10 +47,13 @@ def one_by_one(
 def following(run: Callable[[Batch], Arrays], samples: Samples) -> Callable[[Batch], Arrays]:
     """`run` for the batches of `one_by_one` in their order: it adds the states that the row before left.
 
+    Where there are no sequences it is `run` itself.
+
     Raises:
         InputError: the model has no such output, or what it gives does not suit the input.
     """
-    assert samples.sequences is not None
+    if samples.sequences is None:
+        return run
     starts, state = frozenset(samples.sequences.starts), samples.sequences.state
     specs = {spec.name: spec for spec in samples.specs}
     left: Arrays = {}
