@@ -13,7 +13,7 @@ from trtq.console import Console
 from trtq.errors import ExitCode, InputError
 from trtq.recipe import Recipe
 
-OPTIONS = ("output", "data", "include", "exclude", "weights", "rest")
+OPTIONS = ("output", "data", "state", "include", "exclude", "weights", "rest")
 
 ARGUMENTS = (
     argument("source", nargs="?", metavar="SOURCE", help="convert: a table, or a Q/DQ model (.onnx)"),

@@ -51,7 +51,8 @@ def gap(job: Job, evaluation: Evaluation, verdict: Verdict, candidate: Path) -> 
     """What to warn of where a candidate does differently on the evaluation data than on calibration rows.
 
     There is a gap if the figures are `LEAST_GAP_DB` apart and those of single rows differ by their ranks,
-    too: one strange row among many, or an unlucky draw, does not make two kinds of data.
+    too: one strange row among many, or an unlucky draw, does not make two kinds of data. Rows of sequences
+    are compared with their models' own states in both data, or else with the float model's in both.
 
     Args:
         verdict: the gate's on the candidate.
@@ -71,10 +72,12 @@ def gap(job: Job, evaluation: Evaluation, verdict: Verdict, candidate: Path) -> 
     there = _overall(verdict.outputs, names)
     if abs(here - there) < LEAST_GAP_DB:
         return None
-    part = evaluation.samples.spread(MOST_ROWS)
-    rows_here = _row_figures(reference, found)
-    rows_there = _row_figures(_outputs(job, job.model.path, part), _outputs(job, candidate, part))
-    if not _part(rows_here, rows_there, here > there):
+    part = evaluation.samples if held_back.sequences else evaluation.samples.spread(MOST_ROWS)
+    references, others = _outputs(job, job.model.path, part), _outputs(job, candidate, part)
+    if evaluation.samples.sequences and not held_back.sequences:
+        there = _overall(compare(*all_compared(references, others)), names)  # rows with given states, too
+    rows_here, rows_there = _row_figures(reference, found), _row_figures(references, others)
+    if abs(here - there) < LEAST_GAP_DB or not _part(rows_here, rows_there, here > there):
         return None
     return "\n".join(
         [
