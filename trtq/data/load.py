@@ -154,9 +154,9 @@ def _assemble(
             f"the data has no array '{sources[missing[0]]}'",
             file=source,
             cause=f"the model takes {', '.join(map(str, specs))}; the data has {', '.join(arrays) or 'none'}",
-            remedy=f'rename the array, or name it in the recipe: [preprocess.{missing[0]}] from = "..."; where it'
-            f" is always the same, write [inputs.{missing[0]}] value = ...; where it is an output of the row"
-            f' before, [state] {missing[0]} = "OUTPUT"',
+            remedy=f"rename the array, or write into the recipe where it comes from:"
+            f' [preprocess.{missing[0]}] from = "ARRAY"; [inputs.{missing[0]}] value = ... if it never'
+            f' changes; [state] {missing[0]} = "OUTPUT" if it is an output of the row before',
         )
     raw = {name: arrays[key] for name, key in sources.items()}
     targets = {name: _target(column) for name, column in arrays.items() if name not in sources.values()}

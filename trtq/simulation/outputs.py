@@ -21,7 +21,7 @@ from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.simulation.rows import Runner
-from trtq.simulation.sequences import following, one_by_one
+from trtq.simulation.sequences import following, step_by_step
 from trtq.simulation.workers import KEPT_BYTES, Shipped, Work, cut
 
 Executor = Literal["engine", "simulation"]
@@ -206,7 +206,7 @@ def batches_for(
             cause=f"the model's inputs are {', '.join(inputs)}; the data has {', '.join(samples.axes)}",
         )
     if samples.sequences is not None:
-        return one_by_one(samples, inputs, limits.lowest)
+        return step_by_step(samples, inputs, limits.lowest)
     rows = ({name: row[name] for name in inputs} for row in samples.rows())
     return batches(rows, 1 if samples.alone else size, limits.lowest, samples.axes)
 

@@ -26,7 +26,7 @@ MOST_BYTES = 1 << 28
 """States above this size are not cached."""
 
 
-def one_by_one(
+def step_by_step(
     samples: Samples, inputs: Sequence[str], lowest: int = 1, rows: Iterable[int] | None = None
 ) -> Iterator[Batch]:
     """The rows of sequences, each as a batch of its own; of a state only what sequences start from.
@@ -45,7 +45,7 @@ def one_by_one(
 
 
 def following(run: Callable[[Batch], Arrays], samples: Samples) -> Callable[[Batch], Arrays]:
-    """`run` for the batches of `one_by_one` in their order: it adds the states that the row before left.
+    """`run` for the batches of `step_by_step` in their order: it adds the states that the row before left.
 
     Where there are no sequences it is `run` itself.
 
@@ -116,7 +116,7 @@ def _run(model: Path, samples: Samples, console: Console, workers: int | None) -
             return runner.on(batch, samples)
 
         run_next = following(run, samples)
-        for batch in one_by_one(samples, list(runner.inputs), samples.fixed_batch or 1, range(*bounds)):
+        for batch in step_by_step(samples, list(runner.inputs), samples.fixed_batch or 1, range(*bounds)):
             run_next(batch)
         return fed
 
