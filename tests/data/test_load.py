@@ -136,7 +136,7 @@ def test_a_missing_input_lists_what_is_there_and_how_to_name_it(npz: Path) -> No
     message = message_of(npz, [vector(), vector("mask")])
     assert "no array 'mask'" in message
     assert "the data has x, label" in message
-    assert '[preprocess.mask] from = "..."' in message
+    assert '[preprocess.mask] from = "ARRAY"' in message
     assert "no array 'pixels'" in message_of(npz, [vector()], parsed(x={"from": "pixels"}))
     assert "names no input" in message_of(npz, [vector()], parsed(y={"scale": 2}))
 

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from trtq.data.layout import (
     as_one_sample,
     first_state,
     is_one_sample,
+    part_rows,
     rows_first,
     settled,
     unclear_axis,
@@ -112,15 +114,16 @@ def _load(
         )
     path = Path(spec)
     own = [i for i in specs if i.name not in recipes]
+    computed = [recipe.source for recipe in recipes.values()]
     starts: tuple[int, ...] | None = (0,)
     if ".py:" in spec:
-        arrays, _ = _put_together(_from_script(spec), own, feeding, path)
+        arrays, _ = _put_together(_from_script(spec), own, computed, feeding, path)
         starts = None
     elif path.suffix == ".npz":
         arrays = dict(rows_first(_from_npz(path), own, feeding, spec))
     elif path.is_dir() and (files := sorted(path.glob("*.npz"))):
         parts = [_from_npz(file, IN_MEMORY // len(files)) for file in files]
-        arrays, starts = _put_together(parts, own, feeding, path)
+        arrays, starts = _put_together(parts, own, computed, feeding, path)
     elif path.suffix == ".csv" or path.is_dir():
         arrays = _from_images(path, specs, recipes)
     else:
@@ -410,28 +413,52 @@ def _from_script(spec: str) -> list[dict[str, NDArray]]:
 
 
 def _put_together(
-    parts: Sequence[Mapping[str, Array]], specs: Sequence[InputSpec], feeding: Feeding, source: Path
+    parts: Sequence[Mapping[str, Array]],
+    specs: Sequence[InputSpec],
+    computed: Sequence[str],
+    feeding: Feeding,
+    source: Path,
 ) -> tuple[dict[str, Column], tuple[int, ...]]:
     """The rows of several parts, one after another, and the first row of each part.
 
     Where a part's inputs have batches of different sizes, every part is one sample as it stands.
+
+    Args:
+        specs: of the inputs that are fed as the data have them.
+        computed: the arrays that the other inputs are computed from, row by row.
     """
     one_sample = any(is_one_sample(part, specs, feeding) for part in parts)
-    laid_out, starts = [], [0]
-    for part in parts:
-        if one_sample:
-            part = as_one_sample(part, specs)
-        made = rows_first(part, specs, feeding, str(source))
-        known = [made[spec.name] for spec in specs if spec.name in made and spec.name not in feeding.state]
-        rows = len(known[0]) if known and known[0].shape else 1
-        laid_out.append({name: _of_rows(array, rows) for name, array in made.items()})
-        starts.append(starts[-1] + rows)
-    return _concatenate(laid_out, source), tuple(starts[:-1])
+    parts = [as_one_sample(part, specs) if one_sample else part for part in parts]
+    counts = [_count(part, specs, feeding, computed) for part in parts]
+    laid_out = [rows_first(part, specs, feeding, str(source)) for part in parts]
+    alone = {  # arrays that hold the one value of a row in some part
+        name
+        for part, rows in zip(laid_out, counts, strict=True)
+        for name, array in part.items()
+        if rows == 1 and array.shape[:1] != (1,)
+    }
+    rows_of_parts = [
+        {name: _of_rows(array, rows, name in alone) for name, array in part.items()}
+        for part, rows in zip(laid_out, counts, strict=True)
+    ]
+    return _concatenate(rows_of_parts, source), tuple(accumulate([0, *counts[:-1]]))
 
 
-def _of_rows(array: Array | Repeated, rows: int) -> Array | Repeated:
-    """A part's array with its rows first: one of a part of one row may be that row's value."""
-    if rows == 1 and array.shape[:1] != (1,):
+def _count(
+    part: Mapping[str, Array], specs: Sequence[InputSpec], feeding: Feeding, computed: Sequence[str]
+) -> int:
+    """How many rows a part has."""
+    lengths = [len(part[name]) for name in computed if name in part and part[name].shape]
+    return lengths[0] if lengths else part_rows(part, specs, feeding)
+
+
+def _of_rows(array: Array | Repeated, rows: int, alone: bool) -> Array | Repeated:
+    """A part's array with its rows first.
+
+    Args:
+        alone: in a part of one row, the array is that row's value.
+    """
+    if rows == 1 and alone:
         return np.asarray(array)[None]
     return array if array.shape else np.full(rows, array)
 
