@@ -27,8 +27,8 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.rows import runs_on_several
-from trtq.simulation.sequences import with_states
 from trtq.simulation.session import simulation_fingerprint
+from trtq.simulation.states import with_states
 
 FEWEST_TO_SPLIT = 16
 """With fewer samples, what is fitted on the data is measured on the same rows."""

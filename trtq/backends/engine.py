@@ -19,8 +19,8 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.graph.model import load_model
 from trtq.simulation.outputs import BatchLimits, Outputs, batches_for, gathered
 from trtq.simulation.rows import naming_rows
-from trtq.simulation.sequences import following
 from trtq.simulation.session import simulation_fingerprint
+from trtq.simulation.states import following
 
 ENGINE_SUFFIXES = (".plan", ".engine")
 

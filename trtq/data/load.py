@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.data.feeding import NO_FEEDING, Feeding
-from trtq.data.layout import (
+from trtq.data.axes import (
     Array,
     as_one_sample,
     first_state,
@@ -26,6 +25,7 @@ from trtq.data.layout import (
     settled,
     unclear_axis,
 )
+from trtq.data.feeding import NO_FEEDING, Feeding
 from trtq.data.preprocess import VERSION, Preprocess, decode_image
 from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, Mapped, Origin, Samples, rows_of
@@ -52,7 +52,7 @@ def load_samples(
     Args:
         spec: one of
             - `FILE.npz`: arrays named like model inputs are inputs, the first axis is the rows, of an array
-              with one axis more than the input as they stand (see `layout.rows_first`); every other array is
+              with one axis more than the input as they stand (see `axes.rows_first`); every other array is
               a target; large arrays that are not compressed are read row by row;
             - a folder of `.npz`, in the order of their names; shapes may differ from file to file;
             - a folder of images, with `<folder>.csv` beside it or one `.csv` in it, or that CSV itself:

@@ -31,7 +31,7 @@ from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.finite import check_reference
 from trtq.simulation.outputs import Outputs, run_sharded
-from trtq.simulation.sequences import with_states
+from trtq.simulation.states import with_states
 from trtq.simulation.workers import KEPT_BYTES, Work
 
 

@@ -21,7 +21,7 @@ from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.simulation.rows import Runner
-from trtq.simulation.sequences import following, step_by_step
+from trtq.simulation.states import following, step_by_step
 from trtq.simulation.workers import KEPT_BYTES, Shipped, Work, cut
 
 Executor = Literal["engine", "simulation"]
