@@ -163,6 +163,16 @@ def test_the_recipe_says_where_the_batch_is(tmp_path: Path) -> None:
     assert [batch.rows for batch in along.batches(4)] == [1] * ROWS
 
 
+@pytest.mark.parametrize("layout", ["along", "apart"])
+def test_a_batch_is_known_by_its_name(layout: str, tmp_path: Path) -> None:
+    x, h = values(ROWS, 4), values(2, ROWS, 3)
+    each = h.transpose(1, 0, 2)[:, :, None]
+    arrays = {"x": x, "h": h if layout == "along" else each}
+    samples = load_samples(saved(tmp_path, arrays), inputs(x=("N", 4), h=(2, "N", 3)))
+    assert samples.axes == {"x": 0, "h": 1}
+    check_feeds(feeds(samples), {"x": x[:, None], "h": each})
+
+
 def test_a_fixed_batch_along_axis_1_is_filled(tmp_path: Path) -> None:
     x = values(7, 5, 3)
     samples = load_samples(saved(tmp_path, {"x": x}), inputs(x=(7, 4, 3)), None, options(x={"batch_axis": 1}))

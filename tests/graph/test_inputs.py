@@ -27,6 +27,7 @@ def specs(*shapes: Dims) -> list[InputSpec]:
         ([(6, 3, 4), (6, 4, 4), ()], [(1, 6, 4)], [None, None, None]),  # six cameras, one answer
         ([(1, 40), (2, 1, 32)], [(1, 10), (2, 1, 32)], [0, None]),  # a state of two layers
         ([(None, None), (2, None, 128), ()], [(None, 1)], [0, None, None]),  # Silero VAD
+        ([("N", 576), (2, "N", 128), (2, "M", 4)], [None], [0, 1, None]),  # the batch by its name
         ([("N", "T"), ("N",), (3,)], [("N", 1, "S")], [0, 0, None]),  # Piper: tokens, lengths, scales
     ],
 )

@@ -124,11 +124,11 @@ def settled(spec: InputSpec, column: Column, feeding: Feeding) -> tuple[InputSpe
     """
     rank, decided = len(spec.shape), feeding.decides(spec.name)
     row_rank = np.ndim(column[0])
-    if row_rank == rank - 1 and not decided:
+    if row_rank == rank - 1 and spec.batch_axis is None and not decided:
         return spec._replace(batch_axis=0), column
     if row_rank != rank:
         return spec, column
-    axis = spec.batch_axis if decided else 0 if rank and not _is_more(spec.shape[0]) else None
+    axis = spec.batch_axis
     if axis is None or any(shape[axis] != 1 for shape in _row_shapes(column)):
         return spec._replace(batch_axis=None), column
     return spec._replace(batch_axis=axis), Mapped(column, partial(np.squeeze, axis=axis))
@@ -164,10 +164,6 @@ def _row_shapes(column: Column) -> set[tuple[int, ...]]:
     if isinstance(column, Mapped):
         return {np.shape(column[0])}
     return {np.shape(row) for row in rows_of(column)}
-
-
-def _is_more(size: int | str | None) -> bool:
-    return isinstance(size, int) and size > 1
 
 
 def _dynamic_sizes(spec: InputSpec, shape: Sequence[int]) -> list[int]:

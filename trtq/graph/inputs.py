@@ -68,9 +68,11 @@ def guess_batch_axes(inputs: Sequence[InputSpec], outputs: Iterable[Dims | None]
 
     The first axis is the batch where it is dynamic or 1. One of a fixed size above 1 is the batch if it is
     that of all inputs, and if each output's fixed first axis is a multiple of it: six cameras that give one
-    answer are no batch of six. A scalar has none.
+    answer are no batch of six. Where it is not, an axis named like another input's batch is (2xNx128 beside
+    Nx576). A scalar has none.
     """
     leads = {spec.shape[0] for spec in inputs if spec.shape}
+    named = {lead for lead in leads if isinstance(lead, str)}
     made = [dims[0] for dims in outputs if dims]
 
     def axis(spec: InputSpec) -> int | None:
@@ -80,7 +82,9 @@ def guess_batch_axes(inputs: Sequence[InputSpec], outputs: Iterable[Dims | None]
         if not isinstance(lead, int) or lead == 1:
             return 0
         divided = all(size % lead == 0 for size in made if isinstance(size, int))
-        return 0 if len(leads) == 1 and divided else None
+        if len(leads) == 1 and divided:
+            return 0
+        return next((axis for axis, dim in enumerate(spec.shape) if dim in named), None)
 
     return [spec._replace(batch_axis=axis(spec)) for spec in inputs]
 
