@@ -81,19 +81,18 @@ class Job:
             )
 
     def _decided(self) -> dict[str, InputOptions]:
-        """Inputs that decide an If and are the same in all data, as options that fix them; with a warning.
-
-        TensorRT fuses no quantizers in the branches of an If; with such an input as a constant there is none.
-        """
+        """Inputs of a fixed shape that decide an If or sizes and are the same in all data, as options that
+        make them constants; with a warning."""
         found = {}
         sets = [self.data] if self.evaluation is None else [self.data, self.evaluation]
-        for name in sorted(deciding_inputs(self.model.graph)):
+        fixed = {spec.name for spec in self.model.inputs if all(isinstance(d, int) for d in spec.shape)}
+        for name in sorted(deciding_inputs(self.model.graph) & fixed - self.recipe.state.keys()):
             values = [value for samples in sets for value in samples.values_of(name, most=2)]
             if all(np.array_equal(value, values[0]) for value in values):
                 found[name] = InputOptions(name, {"value": values[0].tolist()})
                 self.console.warn(
-                    f"input '{name}' is {values[0].tolist()} in all data and decides an If: what is made here"
-                    f" is for this value alone and does not take the input ([inputs.{name}] value)"
+                    f"input '{name}' is {values[0].tolist()} in all data and decides an If or sizes: what is"
+                    f" made here is for this value alone and does not take the input ([inputs.{name}] value)"
                 )
         return found
 
@@ -274,7 +273,7 @@ def profile_from_samples(
             specs[spec.name] = spec
     dimensions = {name: (spec.batch_dim, *spec.row_dims) for name, spec in specs.items()}
     shapes = {
-        name: {spec.row_shape(shape) for samples in data for shape in samples.fed_shapes(name)}
+        name: [spec.row_shape(shape) for samples in data for shape in samples.fed_shapes(name)]
         for name, spec in specs.items()
     }
     ranges = profiles_from(dimensions, shapes, batch, only_one=only_one)

@@ -46,3 +46,15 @@ def test_without_values_nothing_changes(tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(BRANCHES), path := tmp_path / "m.onnx")
     model = load_model(path)
     assert with_fixed(model, {}) is model
+
+
+def test_inputs_that_decide_sizes(tmp_path: Path) -> None:
+    """What is computed from a tensor's shape depends on no values."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]>
+        g (float[N,6] x, float[2] size, float[6] gain) => (float[a,b] y, float[N,6] z) {
+          whole = Cast<to=7>(size)  y = Reshape(x, whole)  s = Shape(gain)  e = Expand(gain, s)  z = Mul(x, e)
+        }"""
+    )
+    onnx.save(proto, path := tmp_path / "m.onnx")
+    assert deciding_inputs(load_model(path).graph) == {"size"}

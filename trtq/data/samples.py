@@ -170,10 +170,10 @@ class Samples:
         """Input name -> shapes of its rows, without the batch axis."""
         return {spec.name: self._shapes(spec) for spec in self.specs}
 
-    def fed_shapes(self, name: str) -> set[tuple[int, ...]]:
-        """The shapes in which an input is fed a row."""
+    def fed_shapes(self, name: str) -> list[tuple[int, ...]]:
+        """The different shapes in which an input is fed a row."""
         (spec,) = (spec for spec in self.specs if spec.name == name)
-        return {spec.fed_shape(row) for row in self._shapes(spec)}
+        return sorted({spec.fed_shape(row) for row in self._shapes(spec)})
 
     def subset(self, groups: Sequence[int]) -> Samples:
         """The samples at positions `groups`, each with its k rows, and their targets.

@@ -30,16 +30,42 @@ def with_fixed(model: Model, values: Mapping[str, NDArray]) -> Model:
     return replace(model, sha256=digest, fixed=(*model.fixed, *specs))
 
 
+_DECIDING: Mapping[str, tuple[int, ...]] = {
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "If": (0,),
+    "OneHot": (1,),
+    "Pad": (1, 3),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+}
+"""Inputs of operators that say which branch is taken, or how large the output is."""
+
+
 def deciding_inputs(graph: gs.Graph) -> set[str]:
-    """The inputs that the conditions of the graph's Ifs are computed from."""
-    waiting = [node.inputs[0] for node in graph.nodes if node.op == "If"]
-    inputs, seen, found = {tensor.name for tensor in graph.inputs}, set(), set()
+    """The inputs from whose values the conditions of Ifs, or sizes of tensors, are computed.
+
+    TensorRT wants ranges of such values, and fuses no quantizers in the branches of an If.
+    """
+    waiting = [
+        node.inputs[index]
+        for node in graph.nodes
+        for index in _DECIDING.get(node.op, ())
+        if index < len(node.inputs)
+    ]
+    inputs, found = {tensor.name for tensor in graph.inputs}, set()
+    seen = set()
     while waiting:
         tensor = waiting.pop()
         if tensor.name in inputs:
             found.add(tensor.name)
         for node in tensor.inputs:
-            if node.name not in seen:
+            if node.name not in seen and node.op not in ("Shape", "Size"):
                 seen.add(node.name)
                 waiting += node.inputs
     return found
