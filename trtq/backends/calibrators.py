@@ -440,7 +440,7 @@ def _batch_shapes(samples: Samples, batch_size: int) -> dict[str, Shape]:
         )
     if batch_size < 1:
         raise InputError(f"the batch size must be at least 1, not {batch_size}")
-    seen = samples.row_shapes()
+    seen = {name: set(shapes) for name, shapes in samples.row_shapes().items()}
     for spec in samples.specs:
         name, size = spec.name, spec.batch_dim
         if spec.batch_axis is not None and isinstance(size, int) and size != batch_size:

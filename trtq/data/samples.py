@@ -166,14 +166,14 @@ class Samples:
         fixed = self.fixed_batch
         return batches(self.rows(), fixed or highest, fixed or 1, self.axes)
 
-    def row_shapes(self) -> dict[str, set[tuple[int, ...]]]:
-        """Input name -> shapes of its rows, without the batch axis."""
+    def row_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """Input name -> the shape of each of its rows, without the batch axis."""
         return {spec.name: self._shapes(spec) for spec in self.specs}
 
     def fed_shapes(self, name: str) -> list[tuple[int, ...]]:
-        """The different shapes in which an input is fed a row."""
+        """The shape in which an input is fed each row."""
         (spec,) = (spec for spec in self.specs if spec.name == name)
-        return sorted({spec.fed_shape(row) for row in self._shapes(spec)})
+        return [spec.fed_shape(row) for row in self._shapes(spec)]
 
     def subset(self, groups: Sequence[int]) -> Samples:
         """The samples at positions `groups`, each with its k rows, and their targets.
@@ -249,14 +249,14 @@ class Samples:
             return None
         return [number_of(row, self.sequences.starts) for row in range(0, len(self), self.group)]
 
-    def _shapes(self, spec: InputSpec) -> set[tuple[int, ...]]:
+    def _shapes(self, spec: InputSpec) -> list[tuple[int, ...]]:
         static = tuple(d for d in spec.row_dims if isinstance(d, int))
         if len(static) == len(spec.row_dims):
-            return {static}
+            return [static] * len(self)
         column = self.columns[spec.name]
         if shape := getattr(column, "shape", None):
-            return {shape[1:]}
-        return {np.shape(column[index]) for index in range(len(column))}
+            return [shape[1:]] * len(self)
+        return [np.shape(column[index]) for index in range(len(column))]
 
     def _fed(self, spec: InputSpec, index: int) -> NDArray:
         row = self._row(spec, index)
