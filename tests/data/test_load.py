@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trtq.data.feeding import Feeding, InputOptions
 from trtq.data.load import load_samples
 from trtq.data.preprocess import Preprocess
 from trtq.data.samples import Samples
@@ -309,6 +310,22 @@ def test_what_can_be_wrong_with_a_script(body: str, words: str, tmp_path: Path) 
 
 def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     assert "does not exist" in message_of(f"{tmp_path}/none.py:feeds", [vector()])
+
+
+def test_images_beside_a_constant(folder: Path) -> None:
+    specs = [*IMAGE, InputSpec("size", np.dtype(np.int64), (2,), None)]
+    assert "takes .npz" in message_of(folder, specs, SPEC)
+    feeding = Feeding({"size": InputOptions.parse("size", {"value": [4, 5]})})
+    samples = load_samples(str(folder), specs, SPEC, feeding)
+    np.testing.assert_allclose(stacked(samples, "input"), EXPECTED, rtol=0, atol=1e-6)
+    assert all(feed["size"].tolist() == [4, 5] for feed in samples.rows())
+
+
+def test_targets_of_different_shapes(tmp_path: Path) -> None:
+    body = "def feeds():\n    for n in (2, 3):\n        yield {'x': np.zeros((1, 3)), 't': [[0] * n]}"
+    samples = load_samples(script(tmp_path, body), [vector()])
+    assert [target.shape for target in samples.targets["t"]] == [(2,), (3,)]
+    assert samples.subset([1]).targets["t"][0].shape == (3,)
 
 
 # --- the zoo ------------------------------------------------------------------------------------------

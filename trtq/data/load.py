@@ -125,7 +125,8 @@ def _load(
         parts = [_from_npz(file, IN_MEMORY // len(files)) for file in files]
         arrays, starts = _put_together(parts, own, computed, feeding, path)
     elif path.suffix == ".csv" or path.is_dir():
-        arrays = _from_images(path, specs, recipes)
+        constants = feeding.constants(specs)
+        arrays = _from_images(path, [spec for spec in specs if spec.name not in constants], recipes)
     else:
         raise InputError(
             "the data does not exist" if not path.exists() else "this kind of data is not supported",
