@@ -28,6 +28,11 @@ def specs(*shapes: Dims) -> list[InputSpec]:
         ([(1, 40), (2, 1, 32)], [(1, 10), (2, 1, 32)], [0, None]),  # a state of two layers
         ([(None, None), (2, None, 128), ()], [(None, 1)], [0, None, None]),  # Silero VAD
         ([("N", 576), (2, "N", 128), (2, "M", 4)], [None], [0, 1, None]),  # the batch by its name
+        ([("T", "N", 24), (1, "N", 32)], [("T", "N", 20)], [1, 1]),  # time first
+        ([("time", "batch", 24)], [("time", "batch", 20)], [1]),
+        ([("N", "L"), ("N", "L")], [("N", 5)], [0, 0]),
+        ([("N", 3, "H", "W"), ("M", 2)], [None], [0, 0]),
+        ([("batch", 3), ("2*batch", 4)], [None], [0, 0]),
         ([("N", "T"), ("N",), (3,)], [("N", 1, "S")], [0, 0, None]),  # Piper: tokens, lengths, scales
     ],
 )

@@ -192,6 +192,13 @@ class Samples:
             sequences=self.sequences and self.sequences.of(rows, len(self)),
         )
 
+    def apart(self) -> Samples:
+        """The rows, each for itself with the state that it holds; the samples themselves where they are no
+        sequences."""
+        if self.sequences is None:
+            return self
+        return replace(self, sequences=None, hash=sha256_json([self.hash, "apart"]))
+
     def class_numbers(self, name: str) -> NDArray[np.int64]:
         """The target that holds a class number for each row, int64 (rows,).
 

@@ -66,27 +66,43 @@ def fits(dims: Dims, shape: Sequence[int]) -> bool:
 def guess_batch_axes(inputs: Sequence[InputSpec], outputs: Iterable[Dims | None]) -> list[InputSpec]:
     """The inputs with the batch axes that the model's shapes suggest; the data may show another.
 
-    The first axis is the batch where it is dynamic or 1. One of a fixed size above 1 is the batch if it is
-    that of all inputs, and if each output's fixed first axis is a multiple of it: six cameras that give one
-    answer are no batch of six. Where it is not, an axis named like another input's batch is (2xNx128 beside
-    Nx576). A scalar has none.
+    An axis named like the batch (see `_batch_name`) is it: of Nx576 and 2xNx128 both have one. Else the first
+    axis is the batch where it is dynamic or 1. One of a fixed size above 1 is the batch if it is that of all
+    inputs, and if each output's fixed first axis is a multiple of it: six cameras that give one answer are no
+    batch of six. A scalar has none.
     """
     leads = {spec.shape[0] for spec in inputs if spec.shape}
-    named = {lead for lead in leads if isinstance(lead, str)}
     made = [dims[0] for dims in outputs if dims]
+    batch = _batch_name(inputs)
 
     def axis(spec: InputSpec) -> int | None:
+        if batch is not None and batch in spec.shape:
+            return spec.shape.index(batch)
         if not spec.shape:
             return None
         lead = spec.shape[0]
         if not isinstance(lead, int) or lead == 1:
             return 0
         divided = all(size % lead == 0 for size in made if isinstance(size, int))
-        if len(leads) == 1 and divided:
-            return 0
-        return next((axis for axis, dim in enumerate(spec.shape) if dim in named), None)
+        return 0 if len(leads) == 1 and divided else None
 
     return [spec._replace(batch_axis=axis(spec)) for spec in inputs]
+
+
+def _batch_name(inputs: Sequence[InputSpec]) -> str | None:
+    """The name of the dynamic batch, if it can be told: the one that speaks of a batch, or the one that some
+    input has first, or, where no first one is in all inputs with named axes, another one that is."""
+    named = [[dim for dim in spec.shape if isinstance(dim, str)] for spec in inputs]
+    every = [dim for dims in named for dim in dims]
+    spoken = {dim for dim in every if "batch" in dim.lower()}
+    if len(spoken) == 1:
+        return spoken.pop()
+    first = {spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)}
+    common = set.intersection(*(set(dims) for dims in named if dims)) if every else set()
+    inner = common - first
+    if len(inner) == 1 and not common & first and len([dims for dims in named if dims]) > 1:
+        return inner.pop()
+    return first.pop() if len(first) == 1 else None
 
 
 def fixed_batch(inputs: Iterable[InputSpec]) -> int | None:
