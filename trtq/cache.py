@@ -63,10 +63,10 @@ _SHARDED = ("trtq.calibration.collect", "trtq.simulation.outputs")
 _PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "pillow")
 
 KINDS: Mapping[str, Kind] = {
+    "states": Kind("npz", 1, ("trtq.simulation.states", "trtq.data.load"), _PACKAGES),
     "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
     "table": Kind("cache", 2, ("trtq.calibration.calibrate", *_READING), (*_PACKAGES, "numba")),
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
-    "states": Kind("npz", 1, ("trtq.simulation.states", "trtq.data.load"), _PACKAGES),
     "outputs": Kind("npz", 2, (*_RUNNING, "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
     "sensitivity": Kind(
