@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from trtq import Recipe
 from trtq.backends.interface import Range
 from trtq.console import SILENT
-from trtq.job import Job
+from trtq.job import Job, samples_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -105,8 +105,10 @@ def test_the_engine_takes_the_shapes_of_both_data_sets(tmp_path: Path) -> None:
             x, h = np.ones((1, 3, height, 8), np.float32), np.ones((2, 1, 4), np.float32)
             np.savez(tmp_path / part / f"{height}.npz", x=x, h=h)
     names = {name: str(tmp_path / name) for name in ("calib", "eval")}
-    recipe = Recipe(model=str(tmp_path / "model.onnx"), data=names["calib"], eval=names["eval"])
-    profile = Job.open(recipe, SILENT).profile
+    recipe = Recipe(model=str(tmp_path / "model.onnx"), data=names["calib"])
+    job = Job.open(recipe, SILENT)
+    both = samples_of(recipe, names["eval"], job.model, job.cache, SILENT)
+    profile = replace(job, evaluation=both).profile
     assert (profile["x"].min, profile["x"].max) == ((1, 3, 8, 8), (1, 3, 40, 8))
     assert profile["h"] == Range((2, 1, 4), (2, 1, 4), (2, 1, 4))
     several = Job.open(replace(recipe, batch=8), SILENT).profile

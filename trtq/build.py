@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,12 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
 
 def _data(recipe: Recipe, model: Model) -> Samples | None:
     """The recipe's calibration data, if it names some."""
-    if recipe.data is None:
+    if (source := recipe.data) is None:
         return None
-    return samples_of(recipe, recipe.data, model, open_cache(recipe, SILENT), SILENT)
+    if model.is_quantized:  # what had a fixed value when it was made is no input of it
+        taken = {spec.name for spec in model.inputs}
+        recipe = replace(recipe, inputs={n: table for n, table in recipe.inputs.items() if n in taken})
+    return samples_of(recipe, source, model, open_cache(recipe, SILENT), SILENT)
 
 
 @contextlib.contextmanager

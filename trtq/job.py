@@ -40,8 +40,8 @@ class Job:
 
     Attributes:
         model: folded, not quantized.
-        data: the calibration rows. Of the evaluation data a job takes nothing but their shapes, so nothing is
-            fitted on them.
+        data: the calibration rows.
+        evaluation: rows that the engine must take as well; nothing is fitted on them.
     """
 
     recipe: Recipe
@@ -49,6 +49,7 @@ class Job:
     data: Samples
     cache: Cache
     console: Console
+    evaluation: Samples | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, console: Console) -> Job:
@@ -83,10 +84,12 @@ class Job:
     def _decided(self) -> dict[str, InputOptions]:
         """Inputs of a fixed shape that decide an If or sizes and are the same in all data, as options that
         make them constants; with a warning."""
-        found = {}
-        sets = [self.data] if self.evaluation is None else [self.data, self.evaluation]
         fixed = {spec.name for spec in self.model.inputs if all(isinstance(d, int) for d in spec.shape)}
-        for name in sorted(deciding_inputs(self.model.graph) & fixed - self.recipe.state.keys()):
+        names = deciding_inputs(self.model.graph) & fixed - self.recipe.state.keys()
+        found, sets = {}, [self.data]
+        if names and self.recipe.eval is not None:
+            sets.append(samples_of(self.recipe, self.recipe.eval, self.model, self.cache, self.console))
+        for name in sorted(names):
             values = [value for samples in sets for value in samples.values_of(name, most=2)]
             if all(np.array_equal(value, values[0]) for value in values):
                 found[name] = InputOptions(name, {"value": values[0].tolist()})
@@ -112,13 +115,6 @@ class Job:
                 f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others are"
                 " copies: ranges and choices rest on these alone; check how the data were made"
             )
-
-    @cached_property
-    def evaluation(self) -> Samples | None:
-        """The recipe's evaluation data."""
-        if self.recipe.eval is None:
-            return None
-        return samples_of(self.recipe, self.recipe.eval, self.model, self.cache, self.console)
 
     @cached_property
     def profile(self) -> Profile:

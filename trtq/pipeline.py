@@ -25,7 +25,7 @@ from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.job import Job, open_cache, planned, prepare
+from trtq.job import Job, open_cache, planned, prepare, samples_of
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
@@ -129,7 +129,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     console = console.fresh()
     job = Job.open(recipe, console)
     recipe, plan = job.recipe, job.place()
-    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console, job.evaluation)
+    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
+    job = dataclasses.replace(job, evaluation=evaluation.samples)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job.warn_of_shared(evaluation.samples)
     console.say("plan", plan.text())
@@ -234,8 +235,9 @@ def sensitivity(
             remedy="give both, or neither: the outputs are then compared on the calibration data",
         )
     job = Job.open(recipe, console)
-    samples = job.evaluation or job.data
-    if job.evaluation is not None:
+    samples = job.data
+    if recipe.eval is not None:
+        samples = samples_of(job.recipe, recipe.eval, job.model, job.cache, console)
         job.warn_of_shared(samples)
     if metric is not None and metric.needs_targets and not samples.targets:
         raise InputError(

@@ -131,7 +131,7 @@ def study(recipe: Recipe, console: Console) -> Study:
     budget = Budget.of(recipe.budget)
     metric_of(recipe)
     job = Job.open(recipe, console)
-    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console, job.evaluation)
+    evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     job.warn_of_shared(evaluation.samples)
     return _Study(job, evaluation, budget).run()
 

@@ -69,6 +69,19 @@ def test_a_given_start(given: NDArray, expected: NDArray, tmp_path: Path) -> Non
     np.testing.assert_array_equal(starts_of(samples), expected)
 
 
+def test_a_start_beside_as_many_sequences_as_layers(tmp_path: Path) -> None:
+    """A state 2x1x4 given once, and two sequences."""
+    samples = load(tmp_path, {"x": X, "sequence": np.repeat([0, 1], [3, 4]), "h": STATES[5]})
+    np.testing.assert_array_equal(starts_of(samples), STATES[[5, 5]])
+
+
+def test_a_start_in_each_file(tmp_path: Path) -> None:
+    for index, part in enumerate(np.split(X, STARTS[1:])):
+        np.savez(tmp_path / f"{index}.npz", x=part, h=STATES[index] if index else STATES[:1])
+    samples = load_samples(str(tmp_path), SPECS, None, FEEDING)
+    np.testing.assert_array_equal(starts_of(samples), STATES[:3])
+
+
 @pytest.mark.parametrize(
     ("shape", "zeros"),
     [((2, None, 4), (2, 1, 4)), (("N", 4), (1, 4)), (("N", 2, "past", 4), (1, 2, 0, 4)), ((1, 4), (1, 4))],

@@ -47,7 +47,7 @@ def rows_first(
     for spec in given:
         array = part[spec.name]
         if spec.name in feeding.state:
-            array = _for_each_row(array, rows, part)
+            array = _for_each_row(spec, array, rows, part)
         decided = feeding.decides(spec.name)
         found[spec.name] = _rows(spec, array, rows, source, decided=decided)
     return found
@@ -145,14 +145,14 @@ def first_state(spec: InputSpec) -> NDArray:
     return np.zeros([d if isinstance(d, int) else 0 for d in dims], spec.dtype)
 
 
-def _for_each_row(array: Array, rows: int, part: Mapping[str, Array]) -> Array:
+def _for_each_row(spec: InputSpec, array: Array, rows: int, part: Mapping[str, Array]) -> Array:
     """A state's array with one entry for each row where it has one for each sequence of the part."""
-    if not array.shape or array.shape[0] == rows or ARRAY not in part:
+    shape, rank = array.shape, len(spec.shape)
+    if len(shape) != rank + 1 and not (len(shape) == rank and spec.batch_axis == 0):
         return array
-    numbers = _read(part[ARRAY])
-    _, which = np.unique(numbers, return_index=True)
-    starts = sorted(which.tolist())
-    if numbers.shape != (rows,) or array.shape[0] != len(starts):
+    numbers = _read(part[ARRAY]) if ARRAY in part else np.zeros(rows)
+    starts = sorted(np.unique(numbers, return_index=True)[1].tolist())
+    if shape[0] == rows or shape[0] != len(starts) or numbers.shape != (rows,):
         return array
     return _read(array)[[number_of(row, starts) for row in range(rows)]]
 

@@ -72,9 +72,6 @@ class Feeding:
     inputs: Mapping[str, InputOptions] = field(default_factory=dict)
     state: Mapping[str, str] = field(default_factory=dict)
 
-    def __bool__(self) -> bool:
-        return bool(self.inputs or self.state)
-
     def specs(self, inputs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
         """The inputs with the batch axes that the recipe gives.
 

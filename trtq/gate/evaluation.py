@@ -120,13 +120,9 @@ class Evaluation:
         inputs: Iterable[InputSpec],
         cache: Cache,
         console: Console,
-        samples: Samples | None = None,
     ) -> Evaluation:
         """Load the data, run the reference on them and score it: what is wrong with data, labels, metric or
         margin is found before anything takes long.
-
-        Args:
-            samples: the recipe's evaluation data, where they are loaded already (`job.samples_of`).
 
         Raises:
             InputError: an option is missing, the metric cannot decide, the data have no targets for it,
@@ -135,10 +131,9 @@ class Evaluation:
         """
         given = recipe.require("eval", "metric")
         metric = metric_of(recipe)
-        if samples is None:
-            samples = load_samples(given.eval, tuple(inputs), recipe.preprocess, recipe.feeding)
-            if not is_engine(reference):
-                samples = with_states(reference, samples, cache, console, workers=recipe.threads)
+        samples = load_samples(given.eval, tuple(inputs), recipe.preprocess, recipe.feeding)
+        if not is_engine(reference):
+            samples = with_states(reference, samples, cache, console, workers=recipe.threads)
         if metric.needs_targets and not samples.targets:
             raise InputError(
                 f"the metric '{metric.name}' needs targets, and the evaluation data has none",
