@@ -73,6 +73,13 @@ drawn: dict[str, st.SearchStrategy] = {
     "refit": st.booleans(),
     "strip_weights": st.booleans(),
     "lower_precision": maybe(st.sampled_from(["fp16", "bf16"])),
+    "state": st.dictionaries(text, text, max_size=2),
+    "inputs": st.dictionaries(
+        text,
+        st.fixed_dictionaries({"batch_axis": st.just("none") | st.integers(0, 3)})
+        | st.fixed_dictionaries({"value": st.integers(0, 9) | st.just([0.5, 2.0])}),
+        max_size=2,
+    ),
     "preprocess": st.dictionaries(
         text,
         st.fixed_dictionaries(

@@ -17,7 +17,6 @@ from trtq.backends.interface import Build
 from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.console import SILENT, Console
-from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
@@ -28,7 +27,7 @@ from trtq.graph.half_rules import half_by_rules, unquantized_float32
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place, placed
 from trtq.graph.plan import Plan
-from trtq.job import for_builder, opt_shapes, prepare, profile_for, settled
+from trtq.job import for_builder, open_cache, opt_shapes, prepare, profile_for, samples_of, settled
 from trtq.migration.implied import Implied, implied
 from trtq.migration.source import load_source
 from trtq.pipeline import quantize
@@ -93,7 +92,7 @@ def build_explicit(recipe: Recipe, console: Console) -> tuple[Build, Plan]:
     elif recipe.rest == "auto":
         recipe = replace(recipe, rest="fp32")  # it stays in its precision
     recipe = for_builder(recipe)
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    data = _data(recipe, model)
     profile = profile_for(model, recipe, data)
     plan = placed(model, opt_shapes(model, profile))
     float32 = _float32(model, data) if recipe.lower_precision == "fp16" else []
@@ -134,7 +133,7 @@ def build_implicit(
     recipe = for_builder(recipe, implicit=True)
     source = load_source(recipe.require("model").model)
     model, notes = source.model, tuple[str, ...]()
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    data = _data(recipe, model)
     profile = profile_for(model, recipe, data)
     plan = place(
         model, include=recipe.include, exclude=recipe.exclude, input_shapes=opt_shapes(model, profile)
@@ -188,6 +187,16 @@ def _float32(model: Model, samples: Samples | None) -> list[str]:
     graph = model.graph.copy()
     fold(graph)
     return unquantized_float32(graph, measure_extents(graph, samples) if samples else {})
+
+
+def _data(recipe: Recipe, model: Model) -> Samples | None:
+    """The recipe's calibration data, if it names some."""
+    if (source := recipe.data) is None:
+        return None
+    if model.is_quantized:  # what had a fixed value when it was made is no input of it
+        taken = {spec.name for spec in model.inputs}
+        recipe = replace(recipe, inputs={n: table for n, table in recipe.inputs.items() if n in taken})
+    return samples_of(recipe, source, model, open_cache(recipe, SILENT), SILENT)
 
 
 @contextlib.contextmanager
@@ -251,7 +260,7 @@ def build_three(
         raise InputError("engines are compared at one optimization profile", remedy="give one --profile each")
     recipe = for_builder(recipe)
     model = prepare(recipe)
-    data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
+    data = _data(recipe, model)
     profile = profile_for(model, recipe, data)
     if int8 is None:
         int8 = folder / "model.int8.onnx"

@@ -63,6 +63,7 @@ _SHARDED = ("trtq.calibration.collect", "trtq.simulation.outputs")
 _PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "pillow")
 
 KINDS: Mapping[str, Kind] = {
+    "states": Kind("npz", 1, ("trtq.simulation.states", "trtq.data.load"), _PACKAGES),
     "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
     "table": Kind("cache", 2, ("trtq.calibration.calibrate", *_READING), (*_PACKAGES, "numba")),
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from trtq.backends.builders import builder, chosen
-from trtq.backends.interface import (
-    OPT_BATCH,
-    Profile,
-    Shape,
-    check_profile,
-    find_gpu,
-    profiles_from,
-)
+from trtq.backends.interface import OPT_BATCH, Profile, Range, Shape, check_profile, find_gpu, profiles_from
 from trtq.cache import Cache, Key
 from trtq.console import Console
+from trtq.data.feeding import InputOptions
 from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_json
 from trtq.graph.fit import check_fits
+from trtq.graph.fixed import deciding_inputs, with_fixed
 from trtq.graph.fold import fold
 from trtq.graph.half import check_dtypes
+from trtq.graph.inputs import InputSpec
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
@@ -34,6 +32,7 @@ from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.rows import runs_on_several
 from trtq.simulation.session import simulation_fingerprint
+from trtq.simulation.states import with_states
 
 FEWEST_TO_SPLIT = 16
 """With fewer samples, what is fitted on the data is measured on the same rows."""
@@ -45,8 +44,8 @@ class Job:
 
     Attributes:
         model: folded, not quantized.
-        data: the calibration rows; the evaluation data are no part of a job, so nothing is fitted on them.
-        evaluated: input name -> shapes of the evaluation's rows, which the engine must take as well.
+        data: the calibration rows.
+        evaluation: rows that the engine must take as well; nothing is fitted on them.
     """
 
     recipe: Recipe
@@ -54,7 +53,7 @@ class Job:
     data: Samples
     cache: Cache
     console: Console
-    evaluated: Mapping[str, Sequence[Shape]] = field(default_factory=dict)
+    evaluation: Samples | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, console: Console) -> Job:
@@ -65,10 +64,13 @@ class Job:
         """
         given = recipe.require("model", "data")
         recipe, model = settled(recipe, console)
-        data = load_samples(given.data, model.inputs, recipe.preprocess)
+        cache = open_cache(recipe, console)
+        data = samples_of(recipe, given.data, model, cache, console)
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
-        job = cls(recipe, model, data, open_cache(recipe, console), console)
+        job = cls(recipe, model, data, cache, console)
+        if values := job._decided():
+            return cls.open(replace(recipe, inputs={**recipe.inputs, **values}), console)
         job._warn_of_few()
         return job
 
@@ -82,6 +84,24 @@ class Job:
                 f" {theirs} = calibration row {mine}): what was fitted on a row looks better on it than on"
                 " others; evaluate on different rows"
             )
+
+    def _decided(self) -> dict[str, InputOptions]:
+        """Inputs of a fixed shape that decide an If or sizes and are the same in all data, as options that
+        make them constants; with a warning."""
+        fixed = {spec.name for spec in self.model.inputs if all(isinstance(d, int) for d in spec.shape)}
+        names = deciding_inputs(self.model.graph) & fixed - self.recipe.state.keys()
+        found, sets = {}, [self.data]
+        if names and self.recipe.eval is not None:
+            sets.append(samples_of(self.recipe, self.recipe.eval, self.model, self.cache, self.console))
+        for name in sorted(names):
+            values = [value for samples in sets for value in samples.values_of(name, most=2)]
+            if all(np.array_equal(value, values[0]) for value in values):
+                found[name] = InputOptions(name, {"value": values[0].tolist()})
+                self.console.warn(
+                    f"input '{name}' is {values[0].tolist()} in all data and decides an If or sizes: what is"
+                    f" made here is for this value alone and does not take the input ([inputs.{name}] value)"
+                )
+        return found
 
     def _warn_of_few(self) -> None:
         """Warn of calibration data that are too few to hold some back, or few because they repeat."""
@@ -102,8 +122,8 @@ class Job:
 
     @cached_property
     def profile(self) -> Profile:
-        """The optimization profile of the engine."""
-        return profile_for(self.model, self.recipe, self.data, self.evaluated)
+        """The optimization profile of the engine: for the shapes of the calibration and evaluation data."""
+        return profile_for(self.model, self.recipe, self.data, self.evaluation)
 
     def place(self) -> Plan:
         """The plan that the recipe names, or what the placement rules say (see `planned`)."""
@@ -235,9 +255,10 @@ def prepare(recipe: Recipe) -> Model:
 
 
 def unfolded(recipe: Recipe) -> Model:
-    """The recipe's model as it is."""
+    """The recipe's model as it is, but for inputs that the recipe gives a value."""
     opset = FP16_SCALE_OPSET if recipe.precision == "fp16" else LOWEST_OPSET
-    return load_model(recipe.require("model").model, opset=opset)
+    model = load_model(recipe.require("model").model, opset=opset)
+    return with_fixed(model, recipe.feeding.constants(model.inputs))
 
 
 def for_builder(recipe: Recipe, *, implicit: bool = False) -> Recipe:
@@ -284,29 +305,64 @@ def open_cache(recipe: Recipe, console: Console) -> Cache:
     return Cache.at(recipe.cache, console.warn)
 
 
-def profile_for(
-    model: Model,
-    recipe: Recipe,
-    data: Samples | None,
-    evaluated: Mapping[str, Sequence[Shape]] | None = None,
-) -> Profile:
+def samples_of(recipe: Recipe, source: str, model: Model, cache: Cache, console: Console) -> Samples:
+    """The samples of a source for a recipe's model, with the states that occur where it has some.
+
+    Raises:
+        InputError, MissingBackendError: as `load_samples` and `with_states`.
+    """
+    samples = load_samples(source, model.inputs, recipe.preprocess, recipe.feeding)
+    return with_states(model.path, samples, cache, console, sha256=model.sha256, workers=recipe.threads)
+
+
+def profile_for(model: Model, recipe: Recipe, *data: Samples | None) -> Profile:
     """The recipe's first optimization profile, or one from the model's dynamic axes and the data's shapes.
 
     Args:
-        evaluated: input name -> shapes of other rows that the engine must take.
+        data: the engine takes the shapes of all, and is tuned for those of the first.
 
     Raises:
         InputError: a profile of the recipe does not fit the model, or nothing tells an axis's size.
     """
-    dimensions = {spec.name: spec.shape for spec in model.inputs}
     if recipe.profiles:
+        dimensions = {spec.name: spec.shape for spec in model.inputs}
         for profile in recipe.profiles:
             check_profile(profile, dimensions, model.path)
         return recipe.profiles[0]
-    shapes = data.row_shapes() if data is not None else {}
-    only_one = recipe.batch is None and data is not None and not runs_on_several(model.graph, data)
-    batch = recipe.batch or OPT_BATCH
-    return profiles_from(dimensions, shapes, batch, also=evaluated, only_one=only_one)
+    known = [samples for samples in data if samples is not None]
+    only_one = recipe.batch is None and not all(runs_on_several(model.graph, samples) for samples in known)
+    return profile_from_samples(model.inputs, known, recipe.batch or OPT_BATCH, only_one=only_one)
+
+
+def profile_from_samples(
+    inputs: Sequence[InputSpec], data: Sequence[Samples], batch: int, *, only_one: bool
+) -> Profile:
+    """The optimization profile for the shapes of some samples, with the batch where each input has it.
+
+    Args:
+        inputs: of the model, for where there are no samples.
+        data: the profile takes the shapes of all, and its optimum is the first's.
+        only_one: as for `profiles_from`.
+    """
+    specs = {spec.name: spec for spec in inputs}
+    for spec in (spec for samples in data for spec in samples.specs):
+        if spec.batch_axis is None or specs[spec.name] in inputs:
+            specs[spec.name] = spec
+    dimensions = {name: (spec.batch_dim, *spec.row_dims) for name, spec in specs.items()}
+
+    def row_shapes(some: Sequence[Samples]) -> dict[str, list[Shape]]:
+        return {
+            name: [spec.row_shape(shape) for samples in some for shape in samples.fed_shapes(name)]
+            for name, spec in specs.items()
+        }
+
+    ranges = profiles_from(
+        dimensions, row_shapes(data[:1]), batch, also=row_shapes(data[1:]), only_one=only_one
+    )
+    return {
+        name: Range(*(specs[name].fed_shape(row, size) for size, *row in sizes))
+        for name, sizes in ranges.items()
+    }
 
 
 def opt_shapes(model: Model, profile: Profile) -> Mapping[str, tuple[int, ...]]:

@@ -20,7 +20,6 @@ from trtq.calibration.extents import measure_extents
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
-from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, staged_folder, write_json, write_text
@@ -31,7 +30,16 @@ from trtq.graph.half_rules import Extent
 from trtq.graph.model import Model
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.job import Job, for_builder, open_cache, planned, prepare, say_without_data, with_timing_cache
+from trtq.job import (
+    Job,
+    for_builder,
+    open_cache,
+    planned,
+    prepare,
+    samples_of,
+    say_without_data,
+    with_timing_cache,
+)
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
@@ -137,8 +145,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     job = Job.open(recipe, console)
     recipe, plan = job.recipe, job.place()
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
+    job = dataclasses.replace(job, evaluation=evaluation.samples)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
-    job = dataclasses.replace(job, evaluated=evaluation.samples.row_shapes())
     job.warn_of_shared(evaluation.samples)
     console.say("plan", plan.text())
     started = time.perf_counter()
@@ -211,7 +219,7 @@ def _extents(recipe: Recipe, model: Model) -> dict[str, Extent]:
     """How far the tensors of a folded model reach on the recipe's data, where that is asked for."""
     if recipe.data is None or recipe.precision == "fp32":
         return {}
-    samples = load_samples(recipe.data, model.inputs, recipe.preprocess)
+    samples = samples_of(recipe, recipe.data, model, open_cache(recipe, SILENT), SILENT)
     return measure_extents(model.graph, samples, workers=recipe.threads)
 
 
@@ -265,7 +273,7 @@ def sensitivity(
     job = Job.open(recipe, console)
     samples = job.data
     if recipe.eval is not None:
-        samples = load_samples(recipe.eval, tuple(job.model.inputs), recipe.preprocess)
+        samples = samples_of(job.recipe, recipe.eval, job.model, job.cache, console)
         job.warn_of_shared(samples)
     if metric is not None and metric.needs_targets and not samples.targets:
         raise InputError(

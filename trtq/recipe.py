@@ -2,8 +2,8 @@
 
 Every option is one field of `Recipe`, which the command line makes its arguments from. What the command line,
 a TOML file and a Python caller give is read by the same `Kind`, so that nothing further in is text to be
-parsed. A recipe may also hold `[preprocess.<input>]` tables (see `trtq.data.preprocess`), which have no
-command-line form.
+parsed. A recipe may also hold `[preprocess.<input>]` and `[inputs.<input>]` tables (see
+`trtq.data.preprocess`, `trtq.data.feeding`), which have no command-line form.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from trtq.backends.interface import (
     several_profiles,
 )
 from trtq.calibration.methods import AUTO, Method, parse_method
+from trtq.data.feeding import Feeding, InputOptions
 from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError, about
 from trtq.files import PathLike
@@ -59,6 +60,7 @@ class Kind:
         from_text: from the command line's text to what `read` takes; raises ValueError.
         choices: all values that are allowed, where they are few.
         many: how items are gathered where an option takes several; `read` and `write` are for one of them.
+        table: several items are written as a TOML table.
     """
 
     read: Callable[[Any], Any]
@@ -67,6 +69,7 @@ class Kind:
     from_text: Callable[[str], Any] = str
     choices: tuple[str, ...] | None = None
     many: Callable[[Iterable[Any]], Any] | None = None
+    table: bool = False
 
     def read_all(self, given: Any) -> Any:
         """The value of an option: `read`, item by item where there may be several."""
@@ -80,6 +83,8 @@ class Kind:
         """TOML's form of an option's value."""
         if self.many is None:
             return self.write(value)
+        if self.table:
+            return dict(value)
         return [self.write(item) for item in (value.items() if isinstance(value, Mapping) else value)]
 
 
@@ -204,6 +209,23 @@ def _read_preprocess(value: Any) -> dict[str, Preprocess]:
     }
 
 
+def _read_inputs(value: Any) -> dict[str, InputOptions]:
+    if not isinstance(value, Mapping):
+        raise ValueError
+    return {
+        name: given if isinstance(given, InputOptions) else InputOptions.parse(name, given)
+        for name, given in value.items()
+    }
+
+
+def _read_state(value: Any) -> tuple[str, str]:
+    """An input and the output that it is at the next row, from a TOML table or from text such as "h=hn"."""
+    names = value if isinstance(value, tuple) else _instance(str)(value).split("=")
+    if len(names) != 2 or not all(isinstance(name, str) and name for name in names):
+        raise ValueError
+    return names[0], names[1]
+
+
 def _read_text(value: Any) -> str:
     """Text that says something: an empty path would be the folder at hand."""
     if not _instance(str)(value):
@@ -233,6 +255,12 @@ PREPROCESS = Kind(
     "write tables [preprocess.<input>]",
     lambda tables: {name: dict(table.options) for name, table in tables.items()},
 )
+INPUTS = Kind(
+    _read_inputs,
+    "write tables [inputs.<input>]",
+    lambda tables: {name: dict(table.options) for name, table in tables.items()},
+)
+STATE = Kind(_read_state, "write INPUT=OUTPUT, or a table [state]", many=dict, table=True)
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 """What the builders' sizes and bytes go up to."""
 
@@ -389,7 +417,11 @@ class Recipe:
         " fp16 sets it where TensorRT takes half in no other way: with --table, --calibrator, and 8.6",
         _choice("fp16", "bf16"),
     )
+    state: Mapping[str, str] = _option(
+        "INPUT=OUTPUT: at the next row of a sequence the input is what the output was (repeatable)", STATE
+    )
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict, metadata={"kind": PREPROCESS})
+    inputs: Mapping[str, InputOptions] = field(default_factory=dict, metadata={"kind": INPUTS})
 
     def __post_init__(self) -> None:
         for name in KINDS:
@@ -469,6 +501,11 @@ class Recipe:
         """
         return several_profiles(self.profile)
 
+    @property
+    def feeding(self) -> Feeding:
+        """What is said of the inputs beside preprocessing."""
+        return Feeding(self.inputs, self.state)
+
     def build_options(self) -> BuildOptions:
         """The options of the builder."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(BuildOptions)}
@@ -535,7 +572,7 @@ def read(name: str, given: Any, spelled: str) -> Any:
     except (ValueError, OverflowError) as error:
         raise InputError(f"{spelled} is {given!r}", remedy=kind.allowed) from error
     except InputError as error:
-        if name == "preprocess":  # which names itself
+        if name in ("preprocess", "inputs"):  # which name themselves
             raise
         raise InputError(f"{spelled}: {error.problem}", cause=error.cause, remedy=error.remedy) from error
 

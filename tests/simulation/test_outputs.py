@@ -12,10 +12,13 @@ from trtq.simulation.outputs import run_model
 class Rows:
     """Samples over a list of rows."""
 
+    alone, sequences = False, None
+
     def __init__(self, rows):
         self._rows = rows
         self.source = "rows"
         self.length = len(rows)
+        self.axes = dict.fromkeys(rows[0] if rows else (), 0)
 
     def __len__(self):
         return self.length

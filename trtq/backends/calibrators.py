@@ -203,7 +203,7 @@ class DataCalibrator(Calibrator):
         self.shapes = shapes
         self.batch_size = batch_size
         self._source = samples.source
-        self._batches = batches(samples.rows(), batch_size, batch_size)
+        self._batches = batches(samples.rows(), batch_size, batch_size, samples.axes)
         self._cache = cache
         self._device = (device or CudaDevice()) if self.table is None else None
         self._buffers: dict[str, int] = {}
@@ -440,11 +440,12 @@ def _batch_shapes(samples: Samples, batch_size: int) -> dict[str, Shape]:
     if batch_size < 1:
         raise InputError(f"the batch size must be at least 1, not {batch_size}")
     seen = {name: set(shapes) for name, shapes in samples.row_shapes().items()}
-    for name, _, dims in samples.specs:
-        if isinstance(dims[0], int) and dims[0] != batch_size:
+    for spec in samples.specs:
+        name, size = spec.name, spec.batch_dim
+        if spec.batch_axis is not None and isinstance(size, int) and size != batch_size:
             raise InputError(
-                f"input '{name}' takes batches of {dims[0]}, not of {batch_size}",
-                remedy=f"calibrate with a batch size of {dims[0]}",
+                f"input '{name}' takes batches of {size}, not of {batch_size}",
+                remedy=f"calibrate with a batch size of {size}",
             )
         if len(seen[name]) > 1:
             raise InputError(
@@ -454,4 +455,4 @@ def _batch_shapes(samples: Samples, batch_size: int) -> dict[str, Shape]:
                 remedy="pad or crop the rows to one shape; or calibrate with `trtq calibrate` and build with"
                 " its table",
             )
-    return {name: (batch_size, *shapes.pop()) for name, shapes in seen.items()}
+    return {spec.name: spec.fed_shape(seen[spec.name].pop(), batch_size) for spec in samples.specs}

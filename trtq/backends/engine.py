@@ -7,13 +7,14 @@ from pathlib import Path
 
 from trtq.backends.builders import package_of
 from trtq.backends.runner import Profile, open_engine, required_gpu, tensorrt_module
-from trtq.data.batches import Arrays, Batch, batches
+from trtq.data.batches import Arrays, Axes, Batch
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, TrtqError
 from trtq.graph.model import load_model
-from trtq.simulation.outputs import BatchLimits, Outputs, gathered, rows_for
+from trtq.simulation.outputs import BatchLimits, Outputs, batches_for, gathered
 from trtq.simulation.rows import naming_rows
 from trtq.simulation.session import simulation_fingerprint
+from trtq.simulation.states import following
 
 ENGINE_SUFFIXES = (".plan", ".engine")
 
@@ -46,20 +47,25 @@ def run_engine(
     if len(samples) == 0:
         raise InputError("the data has no rows")
     with open_engine(Path(engine), plugins) as loaded:
-        limits = batch_limits(loaded.profiles)
-        rows = rows_for(list(loaded.inputs), samples, engine)
-        parts = batches(rows, limits.size(batch_size, engine), limits.lowest)
+        limits = batch_limits(loaded.profiles, samples.axes)
+        parts = batches_for(list(loaded.inputs), samples, limits, batch_size, engine)
 
         def run(batch: Batch) -> Arrays:
             with naming_rows(loaded.infer, batch, samples, str(engine)):
                 return loaded.infer(batch.feed)
 
-        return Outputs(gathered(run, parts, len(samples), engine, progress), "engine")
+        return Outputs(gathered(following(run, samples), parts, len(samples), engine, progress), "engine")
 
 
-def batch_limits(profiles: Sequence[Profile]) -> BatchLimits:
-    """The numbers of rows that every profile takes; where they have none in common, the largest's."""
-    limits = [_limits(profile) for profile in profiles]
+def batch_limits(profiles: Sequence[Profile], axes: Axes) -> BatchLimits:
+    """The numbers of rows that every profile takes; where they have none in common, the largest's.
+
+    Args:
+        axes: the inputs' batch axes; first where one is not named. Any number will do where none has one.
+    """
+    limits = [found for profile in profiles if (found := _limits(profile, axes)) is not None]
+    if not limits:
+        return BatchLimits(1, None)
     lowest, highest = max(low for low, _ in limits), min(high for _, high in limits)
     if lowest > highest:
         lowest, highest = max(limits, key=lambda pair: pair[1])
@@ -114,7 +120,11 @@ def fingerprint(model: str | Path) -> dict[str, str]:
     }
 
 
-def _limits(profile: Profile) -> tuple[int, int]:
-    """Fewest and most rows that a profile takes; 1 where it has scalars only."""
-    ranges = [sizes for sizes in profile.shapes.values() if sizes.min]
-    return max((r.min[0] for r in ranges), default=1), min((r.max[0] for r in ranges), default=1)
+def _limits(profile: Profile, axes: Axes) -> tuple[int, int] | None:
+    """Fewest and most rows that a profile takes; None where no input has a batch axis."""
+    ranges = [
+        (sizes.min[axis], sizes.max[axis])
+        for name, sizes in profile.shapes.items()
+        if sizes.min and (axis := axes.get(name, 0)) is not None
+    ]
+    return (max(low for low, _ in ranges), min(high for _, high in ranges)) if ranges else None

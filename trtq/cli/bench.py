@@ -60,7 +60,7 @@ BENCH = Command(
     " you built or trust",
     _bench,
     (
-        *("output", "data", "method", "cache", "threads"),
+        *("output", "data", "state", "method", "cache", "threads"),
         *("include", "exclude", "weights", "rest"),
         *("backend", "target", "profile", "batch"),
         *BUILD_OPTIONS,

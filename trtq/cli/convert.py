@@ -13,7 +13,7 @@ from trtq.console import Console
 from trtq.errors import ExitCode, InputError
 from trtq.recipe import Recipe
 
-OPTIONS = ("output", "data", "include", "exclude", "weights", "rest")
+OPTIONS = ("output", "data", "state", "include", "exclude", "weights", "rest")
 
 ARGUMENTS = (
     argument("source", nargs="?", metavar="SOURCE", help="convert: a table, or a Q/DQ model (.onnx)"),
@@ -66,8 +66,8 @@ def _write(table: Table, output: str, version: int | None, algorithm: str | None
 
 
 def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: Console) -> int:
-    from trtq.data.load import load_samples
     from trtq.graph.model import save_model
+    from trtq.job import open_cache, samples_of
     from trtq.migration.source import load_source
     from trtq.migration.to_qdq import converted
 
@@ -75,7 +75,10 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     if recipe.rest == "auto":
         recipe = dataclasses.replace(recipe, rest="fp32")
     source = load_source(required.model, rest=recipe.precision)
-    samples = load_samples(recipe.data, source.model.inputs, recipe.preprocess) if recipe.data else None
+    samples = None
+    if recipe.data is not None:
+        cache = open_cache(recipe, console)
+        samples = samples_of(recipe, recipe.data, source.model, cache, console)
     strict = given.source if given.strict else None
     quantization, _ = converted(source, table, recipe, samples, console, strict=strict)
     if samples is None:

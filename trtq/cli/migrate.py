@@ -33,7 +33,7 @@ MIGRATE = Command(
     "from TensorRT 10: an fp32 model and its calibration table become an explicit model and an engine",
     _migrate,
     (
-        "model", "output", "data", "eval", "metric", "max_drop", "confidence", "require_engine",
+        "model", "output", "data", "state", "eval", "metric", "max_drop", "confidence", "require_engine",
         "min_reference", "ignore_nonfinite", "include", "exclude", "weights", "rest", "backend", "target",
         "profile", "batch", "min_int8", "threads", "cache",
         *BUILD_OPTIONS,

@@ -24,7 +24,7 @@ SENSITIVITY = Command(
     "rank the layers by what INT8 in each of them does to the outputs",
     _sensitivity,
     (
-        *("model", "output", "data", "method", "eval", "metric", "ignore_nonfinite"),
+        *("model", "output", "data", "state", "method", "eval", "metric", "ignore_nonfinite"),
         *("plan", "include", "exclude", "cache", "threads", "parallel"),
     ),
     (

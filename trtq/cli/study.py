@@ -25,7 +25,7 @@ STUDY = Command(
     "the paper's tables for your model: methods, weights, partial quantization, learning",
     _study,
     (
-        *("model", "output", "data", "eval", "metric", "method", "plan", "include", "exclude"),
+        *("model", "output", "data", "state", "eval", "metric", "method", "plan", "include", "exclude"),
         *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "cache", "threads", "parallel"),
     ),
 )

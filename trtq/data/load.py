@@ -7,19 +7,31 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.data.axes import (
+    Array,
+    as_one_sample,
+    first_state,
+    is_one_sample,
+    part_rows,
+    rows_first,
+    settled,
+    unclear_axis,
+)
+from trtq.data.feeding import NO_FEEDING, Feeding
 from trtq.data.preprocess import VERSION, Preprocess, decode_image
 from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, Mapped, Origin, Samples, rows_of
 from trtq.data.scripts import load_function
-from trtq.data.stored import IN_MEMORY, Chained, StoredRows, read_npz
+from trtq.data.sequences import ARRAY, Sequences, Starts, starts_of
+from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npz
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
@@ -30,22 +42,29 @@ EXAMPLE = '[preprocess.{name}] with scale = "1/255", mean = [...], std = [...], 
 
 
 def load_samples(
-    spec: str, inputs: Sequence[InputSpec], preprocess: Mapping[str, Preprocess] | None = None
+    spec: str,
+    inputs: Sequence[InputSpec],
+    preprocess: Mapping[str, Preprocess] | None = None,
+    feeding: Feeding = NO_FEEDING,
 ) -> Samples:
     """The samples that `spec` names, for a model with the given inputs.
 
     Args:
         spec: one of
-            - `FILE.npz`: arrays named like model inputs are inputs, the first axis is the rows; every
-              other array is a target; large arrays that are not compressed are read row by row;
+            - `FILE.npz`: arrays named like model inputs are inputs, the first axis is the rows, of an array
+              with one axis more than the input as they stand (see `axes.rows_first`); every other array is
+              a target; large arrays that are not compressed are read row by row;
             - a folder of `.npz`, in the order of their names; shapes may differ from file to file;
             - a folder of images, with `<folder>.csv` beside it or one `.csv` in it, or that CSV itself:
               a header, a column `file`, and numeric columns that are targets; without a CSV there are no
               targets;
-            - `SCRIPT.py:FUNCTION`: returns an iterable of dicts with the batch axis first (Polygraphy's
-              data-loader convention); entries that are not model inputs are targets. It is read whole;
+            - `SCRIPT.py:FUNCTION`: returns an iterable of dicts, feeds of the model as they stand
+              (Polygraphy's data-loader convention); entries that are not model inputs are targets, with one
+              entry for each row of a feed's batch. It is read whole;
             - a URL of one of the first three (see `trtq.data.remote`).
         preprocess: input name -> how its rows are made.
+        feeding: what else the recipe says of the inputs. With a state, rows are sequences: those that the
+            array `sequence` of the data names, or else one for each `.npz`.
 
     Raises:
         InputError: nothing is there, it cannot be read, or it does not fit the model.
@@ -53,13 +72,13 @@ def load_samples(
     """
     copy = str(download(spec)) if is_url(spec) else spec
     try:
-        samples = _load(copy, inputs, preprocess or {})
+        samples = _load(copy, feeding.specs(inputs), preprocess or {}, feeding)
     except InputError as error:
         if spec == copy:
             raise
         file = error.file and error.file.replace(os.path.dirname(copy), os.path.dirname(spec), 1)
         raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
-    origin = Origin(spec, copy, tuple(inputs), dict(preprocess or {}), samples.hash)
+    origin = Origin(spec, copy, tuple(inputs), dict(preprocess or {}), feeding, samples.hash)
     return replace(samples, source=spec, origin=origin)
 
 
@@ -74,7 +93,7 @@ def reload(origin: Origin) -> Samples:
         MissingBackendError: as `load_samples`.
     """
     spec = origin.copy if os.path.exists(origin.copy) else origin.source
-    samples = load_samples(spec, origin.specs, origin.preprocess)
+    samples = load_samples(spec, origin.specs, origin.preprocess, origin.feeding)
     if samples.hash != origin.hash:
         raise InputError(
             "a worker reads other data than the process that started the work",
@@ -84,52 +103,68 @@ def reload(origin: Origin) -> Samples:
     return replace(samples, source=origin.source)
 
 
-def _load(spec: str, inputs: Sequence[InputSpec], recipes: Mapping[str, Preprocess]) -> Samples:
-    known = [i.name for i in inputs]
+def _load(
+    spec: str, specs: tuple[InputSpec, ...], recipes: Mapping[str, Preprocess], feeding: Feeding
+) -> Samples:
+    known = [i.name for i in specs]
     if unknown := [name for name in recipes if name not in known]:
         raise InputError(
             f"[preprocess.{unknown[0]}] names no input of the model",
             remedy=f"the inputs are {', '.join(known)}",
         )
     path = Path(spec)
+    own = [i for i in specs if i.name not in recipes]
+    computed = [recipe.source for recipe in recipes.values()]
+    starts: tuple[int, ...] | None = (0,)
     if ".py:" in spec:
-        arrays = _from_script(spec, known)
+        arrays, _ = _put_together(_from_script(spec), own, computed, feeding, path)
+        starts = None
     elif path.suffix == ".npz":
-        arrays = dict(_from_npz(path))
+        arrays = dict(rows_first(_from_npz(path), own, feeding, spec))
+    elif path.is_dir() and (files := sorted(path.glob("*.npz"))):
+        parts = [_from_npz(file, IN_MEMORY // len(files)) for file in files]
+        arrays, starts = _put_together(parts, own, computed, feeding, path)
     elif path.suffix == ".csv" or path.is_dir():
-        arrays = _from_folder(path, inputs, recipes)
+        constants = feeding.constants(specs)
+        arrays = _from_images(path, [spec for spec in specs if spec.name not in constants], recipes)
     else:
         raise InputError(
             "the data does not exist" if not path.exists() else "this kind of data is not supported",
             file=spec,
             remedy="give a .npz, a folder of .npz, a folder of images with a CSV, or script.py:function",
         )
-    return _assemble(spec, tuple(inputs), recipes, arrays)
+    if scalars := [
+        name for name, array in arrays.items() if isinstance(array, np.ndarray) and not array.shape
+    ]:
+        raise InputError(f"array '{scalars[0]}' has no rows: it is a single value", file=path)
+    return _assemble(spec, specs, recipes, feeding, arrays, starts)
 
 
 def _assemble(
     source: str,
     specs: tuple[InputSpec, ...],
     recipes: Mapping[str, Preprocess],
-    arrays: Mapping[str, Column],
+    feeding: Feeding,
+    arrays: dict[str, Column],
+    starts: tuple[int, ...] | None,
 ) -> Samples:
+    numbers = arrays.pop(ARRAY, None) if feeding.state else None
+    constants = feeding.constants(specs)
     sources = {s.name: recipes[s.name].source if s.name in recipes else s.name for s in specs}
+    made = {name for name in (*constants, *feeding.state) if sources[name] not in arrays}
+    sources = {name: array for name, array in sources.items() if name not in made}
     if missing := [name for name, array in sources.items() if array not in arrays]:
         raise InputError(
             f"the data has no array '{sources[missing[0]]}'",
             file=source,
             cause=f"the model takes {', '.join(map(str, specs))}; the data has {', '.join(arrays) or 'none'}",
-            remedy=f'rename the array, or name it in the recipe: [preprocess.{missing[0]}] from = "..."',
+            remedy=f"rename the array, or write into the recipe where it comes from:"
+            f' [preprocess.{missing[0]}] from = "ARRAY"; [inputs.{missing[0]}] value = ... if it never'
+            f' changes; [state] {missing[0]} = "OUTPUT" if it is an output of the row before',
         )
     raw = {name: arrays[key] for name, key in sources.items()}
-    targets = {
-        name: _target(name, column, source) for name, column in arrays.items() if name not in sources.values()
-    }
-    lengths = {name: len(column) for name, column in raw.items()}
-    rows = next(iter(lengths.values()))
-    if rows == 0 or len(set(lengths.values())) != 1:
-        problem = "the data has no rows" if rows == 0 else f"inputs have different numbers of rows: {lengths}"
-        raise InputError(problem, file=source)
+    targets = {name: _target(column) for name, column in arrays.items() if name not in sources.values()}
+    rows = _row_count(raw, specs, source)
     for name, target in targets.items():
         if target.ndim == 0 or len(target) == 0 or rows % len(target):
             raise InputError(
@@ -140,25 +175,85 @@ def _assemble(
     if len({len(t) for t in targets.values()}) > 1:
         lengths = {name: len(t) for name, t in targets.items()}
         raise InputError(f"targets have different lengths: {lengths}", file=source)
-    columns = {n: Mapped(raw[n], recipes[n]) if n in recipes else raw[n] for n in sources}
-    samples = Samples(source, specs, columns, targets, _hash(raw, targets, recipes))
+    columns: dict[str, Column] = {n: Mapped(raw[n], recipes[n]) if n in recipes else raw[n] for n in raw}
+    columns |= {name: Repeated(value, rows) for name, value in constants.items() if name in made}
+    _check_constants(columns, constants, source)
+    columns |= {s.name: Repeated(first_state(s), rows) for s in specs if s.name in made - constants.keys()}
+    fed = [settled(spec, columns[spec.name], feeding) for spec in specs]
+    specs, columns = tuple(spec for spec, _ in fed), {spec.name: column for spec, column in fed}
+    sequences = None
+    if feeding.state:
+        sequences = Sequences(feeding.state, _starts(numbers, starts, rows, source))
+        columns |= {name: Starts(columns[name], sequences.starts, name) for name in feeding.state}
+    digest = _hash(raw, targets, recipes, specs, feeding, sequences)
+    samples = Samples(source, specs, columns, targets, digest, sequences=sequences)
     next(samples.rows())  # what is wrong with every row is best said before anything runs
     return samples
 
 
-def _target(name: str, column: Column, source: str) -> NDArray:
+def _check_constants(columns: Mapping[str, Column], constants: Mapping[str, NDArray], source: str) -> None:
+    """Refuse data that have another value for an input than the recipe."""
+    for name, value in constants.items():
+        for index in range(len(columns[name])):
+            row = np.asarray(columns[name][index])
+            if row.size != value.size or not np.array_equal(row.reshape(value.shape), value):
+                raise InputError(
+                    f"row {index} of input '{name}' is not the value of the recipe's [inputs.{name}]",
+                    file=source,
+                    remedy="leave out the rows with other values, or the option",
+                )
+
+
+def _starts(
+    numbers: Column | None, starts: tuple[int, ...] | None, rows: int, source: str
+) -> tuple[int, ...]:
+    """Where sequences start: as the data say it, or else at the given rows."""
+    if numbers is not None:
+        return starts_of(np.asarray(rows_of(numbers)), rows, source)
+    if starts is None:
+        raise InputError(
+            "it cannot be told where the sequences start",
+            file=source,
+            remedy=f"give every item an entry '{ARRAY}': the number of its sequence",
+        )
+    return starts
+
+
+def _row_count(raw: Mapping[str, Column], specs: Sequence[InputSpec], source: str) -> int:
+    """How many rows the inputs have, all of them as many."""
+    lengths = {name: len(column) for name, column in raw.items()}
+    rows = max(lengths.values(), default=0)
+    if rows == 0:
+        raise InputError("the data has no rows", file=source)
+    if len(set(lengths.values())) == 1:
+        return rows
+    problem = f"inputs have different numbers of rows: {lengths}"
+    for spec in specs:
+        shape = getattr(raw.get(spec.name), "shape", None)
+        if shape and shape[0] != rows:
+            raise unclear_axis(spec, shape, rows, source, problem)
+    raise InputError(problem, file=source)
+
+
+def _target(column: Column) -> NDArray:
+    """A target as an array; of arrays, as an array of objects, where their shapes differ."""
     if isinstance(column, np.ndarray):
         return column
     rows = rows_of(column)
-    if len({np.shape(row) for row in rows}) > 1:
-        raise InputError(
-            f"target '{name}' changes its shape from row to row", file=source, remedy="pad it to one shape"
-        )
-    return np.asarray(rows)
+    if len({np.shape(row) for row in rows}) == 1:
+        return np.asarray(rows)
+    ragged = np.empty(len(rows), object)
+    ragged[:] = rows
+    return ragged
 
 
 def _hash(
-    raw: Mapping[str, Column], targets: Mapping[str, NDArray], recipes: Mapping[str, Preprocess]
+    raw: Mapping[str, Column],
+    targets: Mapping[str, NDArray],
+    recipes: Mapping[str, Preprocess],
+    specs: Sequence[InputSpec],
+    feeding: Feeding,
+    sequences: Sequences | None,
 ) -> str:
     digest = hashlib.sha256()
     for kind, named in (("input", raw), ("target", targets)):
@@ -168,19 +263,27 @@ def _hash(
                 for path in column.paths:
                     digest.update(sha256_file(path).encode())
             elif (
-                isinstance(column, StoredRows | Chained) and column.dtype and column.shape
+                isinstance(column, StoredRows | Chained | Repeated) and column.dtype and column.shape
             ):  # as an array of the same values
                 digest.update(f"{column.dtype.str}{column.shape}\n".encode())
                 for index in range(len(column)):
                     digest.update(column[index].tobytes())
             else:
+                whole = isinstance(column, np.ndarray) and column.dtype != object
                 rows = (column[index] for index in range(len(column)))
-                for array in [column] if isinstance(column, np.ndarray) else rows:
+                for array in [column] if whole else rows:
                     array = np.ascontiguousarray(array)
                     digest.update(f"{array.dtype.str}{array.shape}\n".encode())
                     digest.update(array.tobytes() if array.dtype.kind in "UMm" else array.data)
     for name, recipe in sorted(recipes.items()):
         digest.update(f"preprocess {VERSION} {name} {json.dumps(recipe.options, sort_keys=True)}\n".encode())
+    for spec in specs:
+        if spec.batch_axis != 0:
+            digest.update(f"batch axis {spec.name} {spec.batch_axis}\n".encode())
+    for name, options in sorted(feeding.inputs.items()):
+        digest.update(f"input {name} {json.dumps(options.options, sort_keys=True)}\n".encode())
+    if sequences is not None:
+        digest.update(f"sequences {json.dumps(sequences.to_json(), sort_keys=True)}\n".encode())
     return digest.hexdigest()
 
 
@@ -199,16 +302,12 @@ def _from_npz(path: Path, in_memory: int | None = None) -> dict[str, NDArray | S
             cause=error,
             remedy="write it with numpy.savez; arrays of Python objects are not read",
         ) from error
-    if scalars := [name for name, array in arrays.items() if not array.shape]:
-        raise InputError(f"array '{scalars[0]}' has no rows: it is a single value", file=path)
     return arrays
 
 
-def _from_folder(
+def _from_images(
     path: Path, inputs: Sequence[InputSpec], recipes: Mapping[str, Preprocess]
 ) -> dict[str, Column]:
-    if path.is_dir() and (files := sorted(path.glob("*.npz"))):
-        return _concatenate([_from_npz(file, IN_MEMORY // len(files)) for file in files], path)
     folder, table = _image_folder(path)
     target_columns: dict[str, Column] = {}
     if table is None:
@@ -297,7 +396,7 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
     return [record["file"] for record in records], targets
 
 
-def _from_script(spec: str, inputs: Sequence[str]) -> dict[str, Column]:
+def _from_script(spec: str) -> list[dict[str, NDArray]]:
     path, name, function = load_function(spec, "data")
     try:
         # copied: loaders may fill one buffer again and again
@@ -311,21 +410,62 @@ def _from_script(spec: str, inputs: Sequence[str]) -> dict[str, Column]:
     for index, feed in enumerate(feeds):
         if objects := [key for key, array in feed.items() if array.dtype == object]:
             raise InputError(f"item {index} has '{objects[0]}', which is not an array of numbers", file=path)
-        if len({len(feed[i]) if feed[i].ndim else -1 for i in inputs if i in feed}) > 1:
-            shapes = {i: feed[i].shape for i in inputs if i in feed}
-            raise InputError(f"item {index} has inputs of different batch sizes: {shapes}", file=path)
-    return _concatenate(feeds, path)
+    return feeds
 
 
-def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, Column]:
-    """The rows of several sets of arrays, one set after another; as one array where all shapes agree."""
-    parts = [
-        {
-            name: array if isinstance(array, StoredRows) else np.atleast_1d(array)
-            for name, array in part.items()
-        }
-        for part in parts
+def _put_together(
+    parts: Sequence[Mapping[str, Array]],
+    specs: Sequence[InputSpec],
+    computed: Sequence[str],
+    feeding: Feeding,
+    source: Path,
+) -> tuple[dict[str, Column], tuple[int, ...]]:
+    """The rows of several parts, one after another, and the first row of each part.
+
+    Where a part's inputs have batches of different sizes, every part is one sample as it stands.
+
+    Args:
+        specs: of the inputs that are fed as the data have them.
+        computed: the arrays that the other inputs are computed from, row by row.
+    """
+    one_sample = any(is_one_sample(part, specs, feeding) for part in parts)
+    parts = [as_one_sample(part, specs) if one_sample else part for part in parts]
+    counts = [_count(part, specs, feeding, computed) for part in parts]
+    laid_out = [rows_first(part, specs, feeding, str(source)) for part in parts]
+    alone = {  # arrays that hold the one value of a row in some part
+        name
+        for part, rows in zip(laid_out, counts, strict=True)
+        for name, array in part.items()
+        if rows == 1 and array.shape[:1] != (1,)
+    }
+    rows_of_parts = [
+        {name: _of_rows(array, rows, name in alone) for name, array in part.items()}
+        for part, rows in zip(laid_out, counts, strict=True)
     ]
+    return _concatenate(rows_of_parts, source), tuple(accumulate([0, *counts[:-1]]))
+
+
+def _count(
+    part: Mapping[str, Array], specs: Sequence[InputSpec], feeding: Feeding, computed: Sequence[str]
+) -> int:
+    """How many rows a part has."""
+    lengths = [len(part[name]) for name in computed if name in part and part[name].shape]
+    return lengths[0] if lengths else part_rows(part, specs, feeding)
+
+
+def _of_rows(array: Array | Repeated, rows: int, alone: bool) -> Array | Repeated:
+    """A part's array with its rows first.
+
+    Args:
+        alone: in a part of one row, the array is that row's value.
+    """
+    if rows == 1 and alone:
+        return np.asarray(array)[None]
+    return array if array.shape else np.full(rows, array)
+
+
+def _concatenate(parts: Sequence[Mapping[str, Array | Repeated]], source: Path) -> dict[str, Column]:
+    """The rows of several sets of arrays, one set after another; as one array where all shapes agree."""
     columns: dict[str, Column] = {}
     anchor = next(iter(parts[0]), "")
     for name in dict.fromkeys(name for part in parts for name in part):
@@ -341,7 +481,7 @@ def _concatenate(parts: Iterable[Mapping[str, Any]], source: Path) -> dict[str, 
         if any(isinstance(array, StoredRows) for array in arrays):
             columns[name] = Chained(arrays)
         elif len({(a.shape[1:], a.dtype) for a in arrays}) == 1:
-            columns[name] = np.concatenate(arrays)
+            columns[name] = np.concatenate([np.asarray(a) for a in arrays])
         else:
-            columns[name] = [row for array in arrays for row in array]
+            columns[name] = [array[index] for array in arrays for index in range(len(array))]
     return columns

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.data.batches import Arrays, Batch, batches
+from trtq.data.batches import Arrays, Axes, Batch, batches
+from trtq.data.feeding import Feeding
 from trtq.data.preprocess import Preprocess
+from trtq.data.sequences import Sequences, number_of
 from trtq.errors import InputError
 from trtq.files import sha256_json
-from trtq.graph.inputs import InputSpec, fixed_batch
+from trtq.graph.inputs import InputSpec, fits, fixed_batch
 
 
 class Column(Protocol):
@@ -63,6 +65,7 @@ class Origin:
         source: what the user named; `copy`: the same on this machine, where that is a URL.
         specs: the model's inputs.
         preprocess: input name -> how its rows are made; the hash stands for it, too.
+        feeding: what else the recipe says of the inputs; the hash stands for it, too.
         hash: SHA-256 of all samples of the source.
     """
 
@@ -70,6 +73,7 @@ class Origin:
     copy: str
     specs: tuple[InputSpec, ...]
     preprocess: Mapping[str, Preprocess] = field(compare=False)
+    feeding: Feeding = field(compare=False)
     hash: str
 
 
@@ -85,6 +89,8 @@ class Samples:
         hash: SHA-256 of rows, targets and preprocessing, whatever the files are called.
         origin: how they were loaded; None where they were made in memory.
         positions: positions of the samples in the source; None: all of them.
+        sequences: which rows follow each other, each with the state that the one before it leaves; None: all
+            rows stand for themselves, and what they hold of a state is given.
     """
 
     source: str
@@ -94,6 +100,7 @@ class Samples:
     hash: str
     origin: Origin | None = None
     positions: tuple[int, ...] | None = None
+    sequences: Sequences | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -104,13 +111,51 @@ class Samples:
         return len(self) // len(next(iter(self.targets.values()))) if self.targets else 1
 
     def rows(self) -> Iterator[Arrays]:
-        """One feed per row: input name -> array of the model's dtype, with a leading axis of 1.
+        """One feed per row: input name -> array of the model's dtype and rank, of 1 along its batch axis.
 
         Raises:
             InputError: a row's shape or dtype is not what the model takes, or it is not finite.
         """
         for index in range(len(self)):
-            yield {spec.name: self._row(spec, index)[None] for spec in self.specs}
+            yield self.row(index)
+
+    def row(self, index: int, names: Collection[str] | None = None) -> Arrays:
+        """One feed; of the named inputs only, where some are named.
+
+        Raises:
+            InputError: as `rows`.
+        """
+        return {
+            spec.name: self._fed(spec, index) for spec in self.specs if names is None or spec.name in names
+        }
+
+    def values_of(self, name: str, most: int) -> list[NDArray]:
+        """The different values of an input, as it is fed a row; up to `most` of them."""
+        found: list[NDArray] = []
+        for index in range(len(self)):
+            value = self.row(index, [name])[name]
+            if not any(np.array_equal(value, other) for other in found):
+                found.append(value)
+                if len(found) == most:
+                    break
+        return found
+
+    @property
+    def axes(self) -> Axes:
+        """The inputs' batch axes."""
+        return {spec.name: spec.batch_axis for spec in self.specs}
+
+    @property
+    def alone(self) -> bool:
+        """Whether each row runs alone: where no input has a batch axis, and where one has it elsewhere than
+        first, as outputs are told apart by their first axis."""
+        axes = set(self.axes.values())
+        return fixed_batch(self.specs) is None and (axes == {None} or not axes <= {None, 0})
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the inputs leave no choice of; None where any will do."""
+        return 1 if self.alone else fixed_batch(self.specs)
 
     def batches(self, highest: int = 1) -> Iterator[Batch]:
         """The rows in batches of the size that the model fixes, else of up to `highest`.
@@ -118,15 +163,23 @@ class Samples:
         Raises:
             InputError: as `rows`.
         """
-        fixed = fixed_batch(self.specs)
-        return batches(self.rows(), fixed or highest, fixed or 1)
+        fixed = self.fixed_batch
+        return batches(self.rows(), fixed or highest, fixed or 1, self.axes)
 
     def row_shapes(self) -> dict[str, list[tuple[int, ...]]]:
         """Input name -> the shape of each of its rows, without the batch axis."""
         return {spec.name: self._shapes(spec) for spec in self.specs}
 
+    def fed_shapes(self, name: str) -> list[tuple[int, ...]]:
+        """The shape in which an input is fed each row."""
+        (spec,) = (spec for spec in self.specs if spec.name == name)
+        return [spec.fed_shape(row) for row in self._shapes(spec)]
+
     def subset(self, groups: Sequence[int]) -> Samples:
-        """The samples at positions `groups`, each with its k rows, and their targets."""
+        """The samples at positions `groups`, each with its k rows, and their targets.
+
+        They are sequences where they are whole ones; else their rows stand for themselves.
+        """
         groups = [int(g) for g in groups]
         positions = range(len(self) // self.group) if self.positions is None else self.positions
         rows = [self.group * g + i for g in groups for i in range(self.group)]
@@ -136,7 +189,15 @@ class Samples:
             targets={name: array[groups] for name, array in self.targets.items()},
             hash=sha256_json([self.hash, groups]),
             positions=tuple(positions[g] for g in groups),
+            sequences=self.sequences and self.sequences.of(rows, len(self)),
         )
+
+    def apart(self) -> Samples:
+        """The rows, each for itself with the state that it holds; the samples themselves where they are no
+        sequences."""
+        if self.sequences is None:
+            return self
+        return replace(self, sequences=None, hash=sha256_json([self.hash, "apart"]))
 
     def class_numbers(self, name: str) -> NDArray[np.int64]:
         """The target that holds a class number for each row, int64 (rows,).
@@ -177,32 +238,47 @@ class Samples:
         return self.subset([i * groups // wanted for i in range(wanted)])
 
     def split(self, every: int = 4) -> tuple[Samples, Samples]:
-        """The samples without every `every`-th one, and those; nothing is random."""
-        groups = range(len(self) // self.group)
-        held_back = [g for g in groups if g % every == every - 1]
-        return self.subset([g for g in groups if g % every != every - 1]), self.subset(held_back)
+        """The samples without every `every`-th one, and those; nothing is random.
+
+        Where there are enough sequences, every `every`-th sequence, as their rows are much alike.
+        """
+        kind = self._sequence_of_groups(every) or list(range(len(self) // self.group))
+        held_back = [g for g, number in enumerate(kind) if number % every == every - 1]
+        kept = [g for g, number in enumerate(kind) if number % every != every - 1]
+        return self.subset(kept), self.subset(held_back)
+
+    def _sequence_of_groups(self, least: int) -> list[int] | None:
+        """The number of each sample's sequence; None where there are fewer than `least`, or a sample lies in
+        several."""
+        if self.sequences is None or len(self.sequences.starts) < least:
+            return None
+        if any(start % self.group for start in self.sequences.starts):
+            return None
+        return [number_of(row, self.sequences.starts) for row in range(0, len(self), self.group)]
 
     def _shapes(self, spec: InputSpec) -> list[tuple[int, ...]]:
-        static = tuple(d for d in spec.shape[1:] if isinstance(d, int))
-        if len(static) == len(spec.shape) - 1:
+        static = tuple(d for d in spec.row_dims if isinstance(d, int))
+        if len(static) == len(spec.row_dims):
             return [static] * len(self)
         column = self.columns[spec.name]
         if shape := getattr(column, "shape", None):
             return [shape[1:]] * len(self)
         return [np.shape(column[index]) for index in range(len(column))]
 
+    def _fed(self, spec: InputSpec, index: int) -> NDArray:
+        row = self._row(spec, index)
+        return row if spec.batch_axis is None else np.expand_dims(row, spec.batch_axis)
+
     def _row(self, spec: InputSpec, index: int) -> NDArray:
         row = np.asarray(self.columns[spec.name][index])
         where = f"row {self.row_number(index)} of input '{spec.name}'"
-        expected = spec.shape[1:]
-        if len(row.shape) != len(expected) or any(
-            isinstance(want, int) and want != got for want, got in zip(expected, row.shape, strict=True)
-        ):
+        if not fits(spec.row_dims, row.shape):
             raise InputError(
                 f"{where} has shape {row.shape}; the model takes {spec}",
                 file=self.source,
                 remedy="the first axis of the data is the rows; images may need `layout`, `resize` or `crop`"
-                f" in the recipe's [preprocess.{spec.name}]",
+                f" in the recipe's [preprocess.{spec.name}]; an input whose batch is not its first axis needs"
+                f' [inputs.{spec.name}] batch_axis = 1 there, one that has no batch batch_axis = "none"',
             )
         if not _castable(row.dtype, spec.dtype):
             raise InputError(
@@ -218,8 +294,8 @@ class Samples:
             )
         with np.errstate(over="ignore"):
             cast = np.asarray(row, dtype=spec.dtype, order="C")
-        fits = np.isfinite(cast).all() if spec.dtype.kind == "f" else np.array_equal(cast, row)
-        if not fits:
+        kept = np.isfinite(cast).all() if spec.dtype.kind == "f" else np.array_equal(cast, row)
+        if not kept:
             raise InputError(
                 f"{where} holds {row.dtype} values beyond the model's {spec.dtype}", file=self.source
             )

@@ -54,6 +54,26 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+class Repeated:
+    """One value as the rows of an array.
+
+    Attributes:
+        dtype, shape: those of all rows as one array.
+    """
+
+    def __init__(self, value: NDArray, rows: int) -> None:
+        self.dtype, self.shape = value.dtype, (rows, *value.shape)
+        self._value = value
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> NDArray:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._value
+
+
 class Chained:
     """Arrays or stored rows, one after another, as one column.
 
@@ -61,7 +81,7 @@ class Chained:
         dtype, shape: those of all of them as one array; None where there is none.
     """
 
-    def __init__(self, parts: Sequence[NDArray | StoredRows]) -> None:
+    def __init__(self, parts: Sequence[NDArray | StoredRows | Repeated]) -> None:
         self._parts, self._ends = parts, list(accumulate(map(len, parts)))
         alike = len({(part.shape[1:], part.dtype) for part in parts}) == 1
         self.dtype = parts[0].dtype if alike else None

@@ -31,6 +31,7 @@ from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.finite import check_reference
 from trtq.simulation.outputs import Outputs, run_sharded
+from trtq.simulation.states import with_states
 from trtq.simulation.workers import KEPT_BYTES, Work
 
 
@@ -130,7 +131,9 @@ class Evaluation:
         """
         given = recipe.require("eval", "metric")
         metric = metric_of(recipe)
-        samples = load_samples(given.eval, tuple(inputs), recipe.preprocess)
+        samples = load_samples(given.eval, tuple(inputs), recipe.preprocess, recipe.feeding)
+        if not is_engine(reference):
+            samples = with_states(reference, samples, cache, console, workers=recipe.threads)
         if metric.needs_targets and not samples.targets:
             raise InputError(
                 f"the metric '{metric.name}' needs targets, and the evaluation data has none",

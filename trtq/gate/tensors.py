@@ -21,7 +21,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import builder
-from trtq.backends.interface import Profile, find_gpu, profiles_from
+from trtq.backends.interface import Profile, find_gpu
 from trtq.backends.runner import open_engine
 from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
@@ -31,6 +31,7 @@ from trtq.graph.fold import fold
 from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model
 from trtq.graph.products import product
+from trtq.job import profile_from_samples
 from trtq.simulation.finite import compared
 from trtq.simulation.rows import Run, Runner, naming_rows, runs_on_several, taken
 from trtq.simulation.similarity import decibels
@@ -156,11 +157,14 @@ def compare_three(
         )
     names = [tensor for tensor, _ in compared]
     simulations: list[Run] = [Runner(model.graph, names, threads=threads).run for model in (fp32, quantized)]
-    fixed = fixed_batch(quantized.inputs)
-    parts = list(taken(simulations[0], batches(samples.rows(), fixed or BATCH, fixed or 1)))
+    fixed = samples.fixed_batch or fixed_batch(quantized.inputs)
+    rows = batches(samples.rows(), fixed or BATCH, fixed or 1, samples.axes)
+    parts = list(taken(simulations[0], rows))
     gpu, failure, sqnr = find_gpu(), None, None
     if gpu is not None:
-        profile = profile or _profile(fp32, quantized, samples)
+        if profile is None:
+            only_one = not runs_on_several(fp32.graph, samples)
+            profile = profile_from_samples(quantized.inputs, [samples], BATCH, only_one=only_one)
         try:
             with _engine(quantized, names, profile, backend) as engine:
                 sqnr = _sqnr([*simulations, engine], names, samples, parts)
@@ -176,13 +180,6 @@ def compare_three(
         engine=gpu.name if gpu is not None and on_engine else None,
         failure=failure,
     )
-
-
-def _profile(fp32: Model, quantized: Model, samples: Samples) -> Profile:
-    """Batches of up to 8 of the samples' shapes; of 1 where the model runs on no more."""
-    dimensions = {spec.name: spec.shape for spec in quantized.inputs}
-    only_one = not runs_on_several(fp32.graph, samples)
-    return profiles_from(dimensions, samples.row_shapes(), BATCH, only_one=only_one)
 
 
 def _tensors(model: Model, known: set[str]) -> list[tuple[str, gs.Node]]:

@@ -19,7 +19,7 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
-from trtq.graph.inputs import InputSpec
+from trtq.graph.inputs import InputSpec, guess_batch_axes
 from trtq.graph.local import inline_functions
 from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
@@ -65,6 +65,7 @@ class Model:
         sha256: hash of the file and of its external data.
         quantizers: the operators by which the model as read is quantized, also those in subgraphs.
         mended: the file holds what TensorRT's parser refuses, and the graph does not.
+        fixed: inputs of the file that are constants in the graph (see `trtq.graph.fixed`).
     """
 
     path: Path
@@ -72,11 +73,13 @@ class Model:
     sha256: str
     quantizers: tuple[str, ...] = ()
     mended: bool = False
+    fixed: tuple[InputSpec, ...] = ()
 
     @property
     def inputs(self) -> list[InputSpec]:
-        """Name, dtype and shape of each model input; dynamic dimensions are strings or None."""
-        return [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape)) for t in self.graph.inputs]
+        """Each input of the file, with the batch axis that the model's shapes suggest."""
+        specs = [InputSpec(t.name, np.dtype(t.dtype), tuple(t.shape)) for t in self.graph.inputs]
+        return guess_batch_axes([*specs, *self.fixed], (tensor.shape for tensor in self.graph.outputs))
 
     @property
     def is_quantized(self) -> bool:

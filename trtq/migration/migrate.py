@@ -16,7 +16,6 @@ from trtq.cache import Cache
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
-from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, sha256_file, staged_folder, write_json
@@ -24,7 +23,7 @@ from trtq.gate.evaluation import Evaluation, outputs_of
 from trtq.gate.verdict import Check, Outcome, Verdict, overall
 from trtq.graph.model import save_model
 from trtq.graph.quantization import Quantization
-from trtq.job import for_builder, open_cache, opt_shapes, profile_for
+from trtq.job import for_builder, open_cache, opt_shapes, profile_for, samples_of
 from trtq.migration.fit import Fit
 from trtq.migration.implied import implied, implied_model
 from trtq.migration.source import Source, load_source
@@ -205,8 +204,9 @@ class _Given:
         model = source.model
         if "caution" in table.metadata:
             console.warn(table.metadata["caution"])
-        data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
-        cache, evaluation = open_cache(recipe, console), None
+        cache, data, evaluation = open_cache(recipe, console), None, None
+        if recipe.data is not None:
+            data = samples_of(recipe, recipe.data, model, cache, console)
         if recipe.eval is not None:
             evaluation = Evaluation.open(recipe, model.path, model.inputs, cache, console)
         return cls(recipe, file, source, table, data, evaluation, cache, console)
@@ -219,7 +219,7 @@ class _Given:
     @cached_property
     def profile(self) -> Profile:
         """The optimization profile of the engine."""
-        evaluated = {} if self.evaluation is None else self.evaluation.samples.row_shapes()
+        evaluated = None if self.evaluation is None else self.evaluation.samples
         return profile_for(self.source.model, self.recipe, self.data or self.samples, evaluated)
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +21,7 @@ from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.simulation.rows import Runner
+from trtq.simulation.states import following, step_by_step
 from trtq.simulation.workers import KEPT_BYTES, Shipped, Work, cut
 
 Executor = Literal["engine", "simulation"]
@@ -103,7 +104,8 @@ def run_model(
     """The outputs of an ONNX model on every row of `samples`, simulated on the CPU.
 
     Consecutive rows of equal shapes run as one batch. A batch smaller than the model takes is filled up by
-    repeating its last row; those outputs are dropped.
+    repeating its last row; those outputs are dropped. The rows of a sequence run one after the other, each
+    with the states that the model left at the one before.
 
     Args:
         batch_size: rows at once; None: the model's fixed batch, else `DEFAULT_BATCH_SIZE`, or 1 where the
@@ -119,12 +121,11 @@ def run_model(
     if len(samples) == 0:
         raise InputError("the data has no rows")
     runner = runner or Runner(model, threads=threads)
-    limits = _limits(runner.inputs)
-    rows = rows_for(list(runner.inputs), samples, model)
-    parts: Iterable[Batch] = batches(rows, limits.size(batch_size, model), limits.lowest)
+    limits = _limits(runner.inputs, samples)
+    parts = batches_for(list(runner.inputs), samples, limits, batch_size, model)
     if batch_size is None:
         parts = runner.taken(parts)
-    run = functools.partial(runner.on, samples=samples)
+    run = following(functools.partial(runner.on, samples=samples), samples)
     return Outputs(gathered(run, parts, len(samples), model, progress), "simulation")
 
 
@@ -175,6 +176,8 @@ def gathered(
         if done > total:
             break
         for name, output in run(batch).items():
+            if batch.rows + batch.padding == 1 and output.shape[:1] != (1,):
+                output = np.asarray(output)[None]  # the row's value as it stands
             _check_output(name, output, batch.rows + batch.padding, arrays.get(name), model)
             if name not in arrays:
                 arrays[name] = np.empty((total, *output.shape[1:]), output.dtype)
@@ -186,16 +189,26 @@ def gathered(
     return arrays
 
 
-def rows_for(inputs: Sequence[str], samples: Samples, model: str | Path) -> Iterator[Arrays]:
-    """The rows without arrays that the model does not take."""
-    for index, row in enumerate(samples.rows()):
-        if missing := [name for name in inputs if name not in row]:
-            raise InputError(
-                f"row {index} of the data has no array for input {missing[0]!r}",
-                file=model,
-                cause=f"the model's inputs are {', '.join(inputs)}; the row has {', '.join(row)}",
-            )
-        yield {name: row[name] for name in inputs}
+def batches_for(
+    inputs: Sequence[str], samples: Samples, limits: BatchLimits, batch_size: int | None, model: str | Path
+) -> Iterable[Batch]:
+    """The batches that a model with these inputs runs on; the rows of sequences one by one.
+
+    Args:
+        limits: on the rows of a batch; `batch_size` as for `run_model`.
+        model: its file, for messages.
+    """
+    size = limits.size(batch_size, model)
+    if missing := [name for name in inputs if name not in samples.axes]:
+        raise InputError(
+            f"the data has no array for input {missing[0]!r}",
+            file=model,
+            cause=f"the model's inputs are {', '.join(inputs)}; the data has {', '.join(samples.axes)}",
+        )
+    if samples.sequences is not None:
+        return step_by_step(samples, inputs, limits.lowest)
+    rows = ({name: row[name] for name in inputs} for row in samples.rows())
+    return batches(rows, 1 if samples.alone else size, limits.lowest, samples.axes)
 
 
 def _check_output(
@@ -223,10 +236,15 @@ def _check_shape(name: str, output: NDArray, collected: NDArray, model: str | Pa
         )
 
 
-def _limits(inputs: dict[str, tuple[int | str | None, ...]]) -> BatchLimits:
-    """Batch limits from input shapes: a static first dimension N is a batch of exactly N."""
-    first = [shape[0] for shape in inputs.values() if shape]
-    static = [size for size in first if isinstance(size, int) and size > 0]
+def _limits(inputs: dict[str, tuple[int | str | None, ...]], samples: Samples) -> BatchLimits:
+    """Batch limits from input shapes: a static batch dimension N is a batch of exactly N."""
+    axes = samples.axes
+    sizes = [
+        shape[axis]
+        for name, shape in inputs.items()
+        if (axis := axes.get(name, 0)) is not None and axis < len(shape)
+    ]
+    static = [size for size in sizes if isinstance(size, int) and size > 0]
     return BatchLimits(max(static), min(static)) if static else BatchLimits(1, None)
 
 

@@ -17,14 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import numpy as np
 import onnx_graphsurgeon as gs
 import onnxruntime
 
-from trtq.data.batches import Arrays, Batch, single_rows
+from trtq.data.batches import Arrays, Batch, repeated, single_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
-from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import serialized
 from trtq.simulation.processors import processors
 from trtq.simulation.session import simulation_session
@@ -210,12 +208,10 @@ def runs_on_several(model: gs.Graph, samples: Samples) -> bool:
     Only one row of the samples is read. True for a model that does not run at all: the caller's own run
     reports the error.
     """
-    if fixed_batch(samples.specs) is not None:
-        return True
-    row = next(samples.rows())
-    feed = {name: np.concatenate([array, array]) for name, array in row.items()}
+    if samples.fixed_batch is not None:
+        return not samples.alone
     try:
-        return _takes(Runner(model).run, Batch(feed, 0, 2, 0))
+        return _takes(Runner(model).run, repeated(next(samples.rows()), 2, samples.axes))
     except InputError:
         return True
 

@@ -16,26 +16,27 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib
+import itertools
 import math
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 import trtq
 from trtq.cache import Cache, Key, remove
 from trtq.code_hash import code_sha256
 from trtq.console import Advance, Console
 from trtq.data.load import reload
-from trtq.data.samples import Origin, Samples
+from trtq.data.samples import Origin, Samples, rows_of
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
-from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import model_files, model_sha256, save_model
 from trtq.simulation.pool import Pool
 from trtq.simulation.processors import processors
@@ -120,28 +121,40 @@ class Shard:
         first, last = (self.samples.row_number(i) for i in (0, len(self.samples) - 1))
         return f"rows {first} to {last} of {self.samples.source}"
 
-    def sent(self) -> tuple[Origin, Sequence[int], str, tuple[Any, ...]]:
-        """What a worker needs to read the samples itself, and the arguments."""
+    def sent(self) -> tuple[Origin, Sequence[int], Mapping[str, list[NDArray]], str, tuple[Any, ...]]:
+        """What a worker needs to read the samples itself, with the states that no file has, and the
+        arguments."""
         if self.samples.origin is None or self.samples.positions is None:
             raise InputError(
                 "workers cannot read samples that were made in memory",
                 remedy="load them from a file, a folder or a URL, or leave --parallel out",
             )
-        return self.samples.origin, self.samples.positions, self.rows, self.arguments
+        states = {name: rows_of(self.samples.columns[name]) for name in self.samples.origin.feeding.state}
+        return self.samples.origin, self.samples.positions, states, self.rows, self.arguments
 
 
 def cut(samples: Samples, key: Key, batch: int) -> list[Shard]:
-    """The shards: whole samples, and whole batches but for the last."""
-    step = math.lcm(samples.group, batch, fixed_batch(samples.specs) or 1)
-    groups = math.ceil(SHARD_ROWS / step) * step // samples.group
+    """The shards: whole samples, whole sequences, and whole batches but for the last."""
+    step = math.lcm(samples.group, batch, samples.fixed_batch or 1)
+    rows = math.ceil(SHARD_ROWS / step) * step
     of, shards = sha256_json(key.to_json()), []
-    for first in range(0, len(samples) // samples.group, groups):
-        part = samples.subset(range(first, min(first + groups, len(samples) // samples.group)))
-        shard = Key.of(
-            "shard", model=key.model, data=key.data, of=of, first=first * samples.group, rows=len(part)
-        )
+    for first, end in itertools.pairwise([*_cuts(samples, rows), len(samples)]):
+        part = samples.subset(range(first // samples.group, end // samples.group))
+        shard = Key.of("shard", model=key.model, data=key.data, of=of, first=first, rows=len(part))
         shards.append(Shard(part, shard, len(part)))
     return shards
+
+
+def _cuts(samples: Samples, rows: int) -> Iterator[int]:
+    """The first row of each shard: every `rows` rows, or at the first sequence that starts behind those."""
+    if samples.sequences is None:
+        yield from range(0, len(samples), rows)
+        return
+    last = -rows
+    for start in samples.sequences.starts:
+        if start - last >= rows and start % samples.group == 0:
+            yield start
+            last = start
 
 
 def results(
@@ -289,6 +302,7 @@ def _work(
     index: int,
     origin: Origin,
     positions: Sequence[int],
+    states: Mapping[str, list[NDArray]],
     rows: str,
     arguments: tuple[Any, ...],
 ) -> tuple[int, bytes]:
@@ -304,7 +318,9 @@ def _work(
                 cause=f"{versions}; the worker: {_versions(task)}",
                 remedy="install the same versions on all machines",
             )
-        return index, task(reload(origin).subset(positions), None, *arguments)
+        samples = reload(origin).subset(positions)
+        samples = replace(samples, columns=dict(samples.columns) | dict(states))
+        return index, task(samples, None, *arguments)
     except MissingBackendError:
         raise
     except Exception as error:

@@ -118,7 +118,7 @@ def test_rows_at_once(profiles: list[tuple[int, int]], limits: tuple[int, int]) 
     from trtq.backends.interface import Range
 
     made = [Profile({"x": Range((low, 3), (low, 3), (high, 3))}, {}) for low, high in profiles]
-    assert batch_limits(made) == limits
+    assert batch_limits(made, {}) == limits
 
 
 @pytest.mark.parametrize(("kind", "most"), [("FLOAT", 0), ("HALF", 2**-10), ("BF16", 2**-7)])
@@ -170,7 +170,7 @@ def test_a_static_engine(plan: Any) -> None:
 def test_scalars(plan: Any) -> None:
     path = plan(model("(float x) => (float y) { y = Neg(x) }"), profiles=[{}])
     with open_engine(path) as engine:
-        assert batch_limits(engine.profiles) == (1, 1)
+        assert batch_limits(engine.profiles, {}) == (1, None)
         found = engine.infer({"x": np.array(2, np.float32)})["y"]
         assert found.shape == ()
         assert found == -2
