@@ -22,6 +22,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.gate.verdict import Check
+from trtq.graph import references
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
@@ -74,6 +75,7 @@ def build_explicit(recipe: Recipe) -> tuple[Build, Plan]:
         InputError, MissingBackendError: as the builder.
     """
     required = recipe.require("model", "output")
+    references.use(recipe.op_reference)
     model = load_model(required.model)
     data = load_samples(recipe.data, model.inputs, recipe.preprocess) if recipe.data else None
     profile = profile_for(model, recipe, data)

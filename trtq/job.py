@@ -14,8 +14,10 @@ from trtq.data.load import load_samples
 from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
+from trtq.graph import references
 from trtq.graph.fit import check_fits
 from trtq.graph.fold import fold
+from trtq.graph.foreign import View
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
@@ -57,6 +59,7 @@ class Job:
             data.class_numbers(recipe.labels)
         job = cls(recipe, model, data, open_cache(recipe, console), console)
         job._warn_of_few()
+        job._warn_of_walls()
         return job
 
     def warn_of_shared(self, evaluation: Samples) -> None:
@@ -86,6 +89,11 @@ class Job:
                 f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others are"
                 " copies: ranges and choices rest on these alone; check how the data were made"
             )
+
+    def _warn_of_walls(self) -> None:
+        """Warn of operators that cannot be computed here."""
+        if remark := View.of(self.model.graph).remark():
+            self.console.warn(remark)
 
     @cached_property
     def profile(self) -> Profile:
@@ -194,7 +202,8 @@ def prepare(recipe: Recipe) -> Model:
 
 
 def unfolded(recipe: Recipe) -> Model:
-    """The recipe's model as it is."""
+    """The recipe's model as it is, with the recipe's references of operators in use."""
+    references.use(recipe.op_reference)
     opset = FP16_SCALE_OPSET if recipe.rest == "fp16" else LOWEST_OPSET
     return load_model(recipe.require("model").model, opset=opset)
 

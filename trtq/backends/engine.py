@@ -13,6 +13,7 @@ import numpy as np
 
 from trtq.backends.builders import package_of
 from trtq.backends.interface import Gpu, find_gpu
+from trtq.backends.network import load_plugins, logger
 from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
@@ -35,12 +36,14 @@ def run_engine(
     *,
     batch_size: int | None = None,
     progress: Callable[[int], object] | None = None,
+    plugins: Sequence[str] = (),
 ) -> Outputs:
     """The outputs of an engine on every row of `samples`.
 
     Args:
         batch_size: rows at once; None: as many as its first optimization profile takes.
         progress: called with the number of rows just done.
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         InputError: the engine does not load, does not take these inputs or this batch size, or has outputs
@@ -49,7 +52,7 @@ def run_engine(
     """
     if len(samples) == 0:
         raise InputError("the data has no rows")
-    with _polygraphy_errors(engine), engine_runner(Path(engine)) as runner:
+    with _polygraphy_errors(engine), engine_runner(Path(engine), plugins) as runner:
         inputs = list(runner.get_input_metadata(use_numpy_dtypes=False))
         limits = _profile_limits(runner.engine, inputs)
         rows = rows_for(inputs, samples, engine)
@@ -103,8 +106,11 @@ def fingerprint(model: str | Path) -> dict[str, str]:
     }
 
 
-def engine_runner(model: Path) -> Any:
+def engine_runner(model: Path, plugins: Sequence[str] = ()) -> Any:
     """Polygraphy's runner of an engine, with the TensorRT that the plan is for.
+
+    Args:
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         InputError: the file cannot be read, or this process runs engines of the other TensorRT.
@@ -112,7 +118,8 @@ def engine_runner(model: Path) -> Any:
     """
     package = package_of(model)
     _required_gpu(model)
-    _tensorrt(package)
+    trt = _tensorrt(package)
+    load_plugins(trt, logger(trt), plugins)
     _choose_package(package, model)
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 

@@ -8,11 +8,12 @@ read from a VERBOSE log (see `trtq.backends.compiled`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from trtq.files import write_bytes
 
 _NO_DRIVER = "cudaError 35"  # logged on machines without a GPU, whatever else went wrong
 
-_UNSUPPORTED = "TensorRT has no such operator: replace it in the model, or keep it out of the engine"
+_UNSUPPORTED = (
+    "load the library that has the operator's plugin: --plugin-lib LIB.so; NVIDIA's own come with TensorRT"
+    " (--backend tensorrt), and few of them with TensorRT for RTX; or replace the node in the model"
+)
 _REMEDIES = (
     ("Non-zero zero point", "quantize symmetrically (zero-point 0), as `trtq quantize` does"),
     (
@@ -104,6 +108,7 @@ def compile_plan(
     if not model.is_file():
         raise InputError("the model does not exist", file=model, remedy="check the path")
     log = logger(trt)
+    load_plugins(trt, log, options.plugin_lib)
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt, dialect, strongly_typed))
     _parse(trt, dialect, network, log, model)
@@ -127,6 +132,27 @@ def compile_plan(
     if options.timing_cache is not None:
         write_bytes(options.timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
     return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)))
+
+
+def load_plugins(trt: Any, log: Any, libraries: Sequence[str]) -> None:
+    """Make TensorRT's own plugins and those of some libraries known to it.
+
+    A library registers its plugins when it is loaded (REGISTER_TENSORRT_PLUGIN), or TensorRT's registry asks
+    it for them (`getCreators`, `getPluginCreators`).
+
+    Raises:
+        InputError: a library is missing or cannot be loaded.
+    """
+    trt.init_libnvinfer_plugins(log, "")
+    for library in libraries:
+        try:
+            loaded = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise InputError("the plugin library cannot be loaded", file=library, cause=error) from error
+        asked = hasattr(loaded, "getCreators") or hasattr(loaded, "getPluginCreators")
+        if asked and trt.get_plugin_registry().load_library(library) is None:
+            cause = "\n".join(log.errors)
+            raise InputError("TensorRT refuses the plugin library", file=library, cause=cause)
 
 
 def logger(trt: Any) -> Any:

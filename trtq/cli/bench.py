@@ -54,7 +54,7 @@ BENCH = Command(
     " you built or trust",
     _bench,
     (
-        *("output", "data", "method", "cache", "threads"),
+        *("output", "data", "method", "op_reference", "cache", "threads"),
         *("include", "exclude", "weights", "rest"),
         *("backend", "target", "profile", "batch"),
         *BUILD_OPTIONS,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -19,9 +19,11 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.foreign import all_nodes, bodies, import_domains, is_foreign, needs_reference
 from trtq.graph.inputs import InputSpec
 from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
+from trtq.graph.references import named
 from trtq.graph.weights import (
     Light,
     export_light,
@@ -93,6 +95,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     _read_external_data(proto, path)
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
+    import_domains(proto)
     _check_operators(proto, path)
     proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
     try:
@@ -304,26 +307,30 @@ def _opset(proto: ModelProto) -> int:
 
 
 def _check_operators(proto: ModelProto, path: Path) -> None:
+    """Refuse operators that another tool quantized by, those that ONNX has in other versions only, and in
+    bodies of control flow those that only TensorRT can compute."""
     versions = {o.domain: o.version for o in proto.opset_import}
-    for node in _all_nodes(proto.graph):
+    for node in all_nodes(proto.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
-        if not onnx.defs.has(node.op_type, versions.get(domain, _opset(proto)), domain):
-            where = f"node '{node.name}'" if node.name else f"the node that makes '{node.output[0]}'"
+        foreign = is_foreign(node.op_type, domain)
+        if foreign and not is_quantizer(node.op_type):
+            continue
+        if foreign or not onnx.defs.has(node.op_type, versions.get(domain, _opset(proto)), domain):
             kind = f"operator '{node.op_type}' of domain '{domain or 'ai.onnx'}'"
-            already = "; the model is quantized already" if is_quantizer(node.op_type) else ""
+            already = "; the model is quantized already" if foreign else ""
             raise InputError(
                 f"unknown {kind}",
                 file=path,
-                cause=f"{where} uses it, and ONNX does not define it{already}",
+                cause=f"{named(node)} uses it, and ONNX does not define it{already}"
+                if foreign
+                else f"{named(node)} uses it, and the model's opset, {_opset(proto)}, does not have it",
                 remedy="export the model with standard ONNX operators",
             )
-
-
-def _all_nodes(graph: Any) -> Iterable[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _all_nodes(attribute.g)
-            for subgraph in attribute.graphs:
-                yield from _all_nodes(subgraph)
+    for node in (inner for outer in proto.graph.node for inner in all_nodes(*bodies(outer))):
+        if needs_reference(node):
+            raise InputError(
+                f"operator '{node.op_type}' is in the body of an If, Loop or Scan",
+                file=path,
+                cause=f"{named(node)} can be computed by TensorRT only, so the body cannot be run here",
+                remedy="export the model without that control flow, or with the node outside of it",
+            )

@@ -8,9 +8,14 @@ from math import prod
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from trtq.errors import InputError
+from trtq.graph import references
 from trtq.graph.evaluate import fold_constants
+from trtq.graph.foreign import is_foreign_node
 from trtq.graph.model import export
+from trtq.graph.weights import values_of
 
 _SHAPE_VALUES = 1024  # constants up to this size may be shapes, which inference needs to see
 
@@ -21,8 +26,18 @@ _SHAPED_AS_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"}
 def infer_types(graph: gs.Graph) -> None:
     """Write the dtype and shape that ONNX shape inference finds onto the graph's variables, in place.
 
-    Large weights are left out of what is inferred, so this costs no more on large models.
+    Large weights are left out of what is inferred, so this costs no more on large models. Of an operator that
+    ONNX does not define, the reference tells them, run on ones; without one, nothing is known.
     """
+    _infer(graph)
+    tried: set[int] = set()
+    while node := next((n for n in graph.nodes if id(n) not in tried and _is_untyped(n)), None):
+        tried.add(id(node))
+        if _type_by_reference(node):
+            _infer(graph)
+
+
+def _infer(graph: gs.Graph) -> None:
     light = _without_weights(graph)
     for node in light.nodes:
         if node.op in _SHAPED_AS_INPUT:
@@ -37,6 +52,50 @@ def infer_types(graph: gs.Graph) -> None:
             if kind.HasField("shape"):
                 dims = kind.shape.dim
                 tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims]
+
+
+def _is_untyped(node: gs.Node) -> bool:
+    """Whether an operator that ONNX does not define has inputs of known types, and outputs of others."""
+    if not is_foreign_node(node):
+        return False
+    inputs, outputs = (
+        [tensor.dtype is not None and tensor.shape is not None for tensor in side if tensor.name]
+        for side in (node.inputs, node.outputs)
+    )
+    return all(inputs) and not all(outputs)
+
+
+def _type_by_reference(node: gs.Node) -> bool:
+    """Write the types of what a node's reference makes of ones onto its outputs; whether it has a reference.
+
+    Where it does not take ones, its outputs are taken for tensors of the first floating-point input's type.
+    """
+    if references.find(node.op, node.domain) is None:
+        return False
+    inputs = [_example(tensor) if tensor.name else None for tensor in node.inputs]
+    sizes = [size for tensor in node.inputs if tensor.name for size in tensor.shape]
+    static = all(isinstance(size, (int, np.integer)) for size in sizes)
+    outputs = [tensor for tensor in node.outputs if tensor.name]
+    try:
+        found = references.compute(OnnxExporter.export_node(node), inputs, {})
+    except InputError:
+        floats = (t.dtype for t in node.inputs if t.name and np.dtype(t.dtype).kind == "f")
+        for tensor in outputs:
+            tensor.dtype = next(floats, np.dtype(np.float32)) if tensor.dtype is None else tensor.dtype
+        return True
+    for tensor in outputs:
+        array = found[tensor.name]
+        tensor.dtype = array.dtype
+        tensor.shape = list(array.shape) if static else [None] * array.ndim
+    return True
+
+
+def _example(tensor: gs.Tensor) -> np.ndarray:
+    """A constant's values, or ones of a variable's type; 1 stands for sizes that are not known."""
+    if isinstance(tensor, gs.Constant):
+        return values_of(tensor)
+    shape = [size if isinstance(size, (int, np.integer)) else 1 for size in tensor.shape]
+    return np.ones(shape, tensor.dtype)
 
 
 def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

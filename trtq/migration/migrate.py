@@ -22,6 +22,7 @@ from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, sha256_file, staged_folder, write_json
 from trtq.gate.evaluation import Evaluation, outputs_of
 from trtq.gate.verdict import Check, Outcome, Verdict, overall
+from trtq.graph import references
 from trtq.graph.model import save_model
 from trtq.graph.quantization import Quantization
 from trtq.job import open_cache, opt_shapes, profile_for
@@ -191,6 +192,7 @@ class _Given:
     @classmethod
     def open(cls, recipe: Recipe, file: PathLike, encoding: str, console: Console) -> _Given:
         """Read the model, the table and the data, and score the reference where there is a metric."""
+        references.use(recipe.op_reference)
         source = load_source(recipe.require("model").model, rest=recipe.rest)
         table = read_table(file, encoding)
         model = source.model
