@@ -23,6 +23,7 @@ from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.gate.verdict import Check
 from trtq.graph import references
+from trtq.graph.contrib import expand_contrib, holds_contrib
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
@@ -147,7 +148,9 @@ def build_implicit(recipe: Recipe, table: PathLike | None, algorithm: str | None
 
 @contextlib.contextmanager
 def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Iterator[Path]:
-    """The file of a model in fp32 as it is, or of its conversion to fp16 while the context lasts.
+    """The file of a model in fp32, or of its conversion to fp16 while the context lasts.
+
+    In fp32 the model is as it is, but for ONNX Runtime's fused operators.
 
     Args:
         samples: rows on which to measure what has to stay float32.
@@ -156,7 +159,8 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
         InputError: fp16 is asked for and the model is quantized already, or cannot be converted.
     """
     if rest == "fp32":
-        yield model.path
+        with _expanded(model) as path:
+            yield path
         return
     if model.is_quantized:
         raise InputError(
@@ -170,6 +174,20 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
         path = Path(folder) / model.path.name
         extents = measure_extents(upgraded.graph, samples) if samples else {}
         save_model(half_by_rules(upgraded.graph, extents), path)
+        yield path
+
+
+@contextlib.contextmanager
+def _expanded(model: Model) -> Iterator[Path]:
+    """The model's file, or one without ONNX Runtime's fused operators while the context lasts."""
+    if not holds_contrib(model.graph):
+        yield model.path
+        return
+    graph = model.graph.copy()
+    expand_contrib(graph)
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        path = Path(folder) / model.path.name
+        save_model(graph, path)
         yield path
 
 

@@ -12,6 +12,7 @@ MODULES = {
     "EfficientNMS_TRT": "efficient_nms",
     "EfficientNMS_ONNX_TRT": "efficient_nms",
     "GridSample": "grid_sample",
+    "GroupNorm": "group_norm",
     "grid_sampler": "grid_sample",
     "InstanceNormalization_TRT": "instance_normalization",
     "MultiscaleDeformableAttnPlugin_TRT": "deformable_attention",

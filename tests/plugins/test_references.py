@@ -67,7 +67,7 @@ def test_every_listed_operator_has_its_function() -> None:
 
 
 def test_efficient_nms_by_hand() -> None:
-    """Of class 0, the second box overlaps the first by 1/2 and goes; class 1 is on its own; 0.2 is too low."""
+    """Of class 0 the second box overlaps the first by 1/2 and goes; class 1 is on its own."""
     boxes = np.array([[[0, 0, 2, 2], [0, 1, 2, 2], [3, 3, 4, 4]]], F)
     scores = np.array([[[0.9, 0.3], [0.8, 0.7], [0.2, 0.6]]], F)
     numbers, found, values, labels = EfficientNMS_TRT(

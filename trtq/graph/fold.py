@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.graph.contrib import expand_contrib
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.names import Names
 from trtq.graph.shapes import infer_types
@@ -107,6 +108,7 @@ def fold_zero_pad(graph: gs.Graph) -> None:
 
 
 PASSES: list[Callable[[gs.Graph], None]] = [
+    expand_contrib,
     einsum_to_matmul,
     fold_constants,
     fold_batch_norm,

@@ -19,6 +19,8 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.contrib import LOWEST_OPSET as CONTRIB_OPSET
+from trtq.graph.contrib import is_contrib
 from trtq.graph.foreign import all_nodes, bodies, import_domains, is_foreign, needs_reference
 from trtq.graph.inputs import InputSpec
 from trtq.graph.names import Names
@@ -83,8 +85,9 @@ class Model:
 def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     """Read an ONNX model, upgrade its opset where Q/DQ needs it, and give every node a unique name.
 
-    Local functions are inlined; opsets below `opset` are converted to it, and to `FP16_SCALE_OPSET` where
-    the model computes in float16. Large weights stay in their files (see `trtq.graph.weights`).
+    Local functions are inlined; opsets below `opset` are converted to it, to `FP16_SCALE_OPSET` where the
+    model computes in float16, and to what ONNX Runtime's fused operators become where it holds some. Large
+    weights stay in their files (see `trtq.graph.weights`).
 
     Raises:
         InputError: the file is missing, not ONNX or truncated; external data is missing; an operator is
@@ -97,7 +100,11 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
         proto = onnx.inliner.inline_local_functions(proto)
     import_domains(proto)
     _check_operators(proto, path)
-    proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
+    opset = max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset
+    opset = (
+        max(opset, CONTRIB_OPSET) if any(is_contrib(n.op_type, n.domain) for n in proto.graph.node) else opset
+    )
+    proto = upgrade_opset(proto, opset, path)
     try:
         graph = gs.import_onnx(_inferred(proto))
         leave_in_files(graph, path.parent)
