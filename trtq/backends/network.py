@@ -38,6 +38,11 @@ _REMEDIES = (
     ("Plugin not found", _UNSUPPORTED),
     ("plugin creator", _UNSUPPORTED),
     ("no runners that implement it", _UNSUPPORTED),
+    (
+        "Could not create the plugin",
+        "check the node's attributes and inputs by the plugin's documentation; some plugins need a GPU even"
+        " to be parsed",
+    ),
     ("Turing (SM75)", "leave 7.5 out of the targets, or convert the layers that are not quantized to fp16"),
     (
         "Attention operation was not supported by a dedicated kernel",
@@ -218,12 +223,21 @@ def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, model: Path) -> N
         raise InputError("not an ONNX model", file=model, remedy="export the model again")
     if not parsed:
         cause = "\n".join(_describe(dialect, error) for error in errors) or "\n".join(log.errors)
-        raise InputError(
-            f"{dialect.name} cannot parse the model",
-            file=model,
-            cause=cause,
-            remedy=_remedy(cause, "change the node so that TensorRT's ONNX parser accepts it"),
-        )
+        remedy = _remedy(cause, "change the node so that TensorRT's ONNX parser accepts it")
+        if remedy == _UNSUPPORTED and dialect.named_parser_errors:
+            remedy = _other_version(trt, [error.node_operator() for error in errors]) or remedy
+        raise InputError(f"{dialect.name} cannot parse the model", file=model, cause=cause, remedy=remedy)
+
+
+def _other_version(trt: Any, operators: Sequence[str]) -> str | None:
+    """What to do where TensorRT has a plugin of that name, in another version than the node asks for."""
+    for creator in trt.get_plugin_registry().all_creators:
+        if creator.name in operators:
+            return (
+                f"TensorRT has {creator.name} in version {creator.plugin_version}: set the node's attribute"
+                f' plugin_version to "{creator.plugin_version}", if its attributes are those of that version'
+            )
+    return None
 
 
 def _describe(dialect: Dialect, error: Any) -> str:

@@ -7,8 +7,9 @@ second another, and so on; between them the operators' references compute in Num
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,16 +92,31 @@ class Chain:
         known = dict(feed)
         for position, stage in enumerate(self._stages):
             if stage.nodes:
-                session = stage.session or self._started(stage, known)
-                read = {item.name: known[item.name] for item in session.get_inputs()}
-                made = [item.name for item in session.get_outputs()]
-                known |= zip(made, session.run(made, read, options), strict=True)
+                with self._naming_references(position):
+                    session = stage.session or self._started(stage, known)
+                    read = {item.name: known[item.name] for item in session.get_inputs()}
+                    made = [item.name for item in session.get_outputs()]
+                    known |= zip(made, session.run(made, read, options), strict=True)
             for node in stage.foreign:
                 inputs = [self._value(name, known) if name else None for name in node.input]
                 known |= references.compute(node, inputs, self._types)
             for name in [name for name in known if self._last.get(name, -1) <= position]:
                 del known[name]
         return [self._value(name, known) for name in names or self._outputs]
+
+    @contextlib.contextmanager
+    def _naming_references(self, position: int) -> Iterator[None]:
+        """Adds to ONNX Runtime's errors in a stage whose results it reads."""
+        try:
+            yield
+        except Exception as error:
+            if not position:
+                raise
+            operators = dict.fromkeys(node.op_type for node in self._stages[position - 1].foreign)
+            raise RuntimeError(
+                f"behind the references of {', '.join(operators)}, whose results may be of a wrong shape or"
+                f" type: {error}"
+            ) from error
 
     def _value(self, name: str, known: Arrays) -> Any:
         """A tensor's value: computed, or an initializer's."""
