@@ -120,12 +120,19 @@ def test_a_domain_that_is_not_imported_is(tmp_path: Path) -> None:
     assert {o.domain: o.version for o in model.opset_import} == {"": 17, "ai.onnx": 17}
 
 
-def test_an_old_opset_is_upgraded_around_the_node(tmp_path: Path) -> None:
-    model = middle()
+@pytest.mark.parametrize("domain", ["custom", "", "ai.onnx"])
+def test_an_old_opset_is_upgraded_around_the_node(domain: str, tmp_path: Path) -> None:
+    model = middle("" if domain == "ai.onnx" else domain)
     model.opset_import[0].version = 11
+    model.graph.node[1].domain = domain
     graph = loaded(model, tmp_path).graph
     assert graph.opset == 13
-    assert [node.op for node in graph.nodes] == ["Conv", "Scaled", "Relu", "Conv"]
+    assert [(node.op, node.domain or "") for node in graph.nodes] == [
+        ("Conv", ""), ("Scaled", domain), ("Relu", ""), ("Conv", ""),
+    ]  # fmt: skip
+    standard = {o.domain: o.version for o in export(graph).opset_import if o.domain in ("", "ai.onnx")}
+    assert set(standard.values()) == {13}
+    assert {o.domain for o in export(graph).opset_import} == {"", domain}
 
 
 def test_inside_a_body_it_is_refused(tmp_path: Path) -> None:

@@ -73,8 +73,12 @@ class View:
         return cls.of(onnx.shape_inference.infer_shapes(model).graph)
 
     @classmethod
-    def of(cls, graph: gs.Graph | GraphProto) -> View:
-        """The view of a graph whose nodes are in an order that they can run in."""
+    def of(cls, graph: gs.Graph | GraphProto, *, references_too: bool = True) -> View:
+        """The view of a graph whose nodes are in an order that they can run in.
+
+        Args:
+            references_too: what references compute counts, not only ONNX's operators.
+        """
         if isinstance(graph, gs.Graph):
             if not any(map(is_foreign_node, graph.nodes)):
                 return cls(tuple(tensor.name for tensor in graph.outputs), (), {})
@@ -83,7 +87,7 @@ class View:
         walls = []
         for node in graph.node:
             wall = next((hidden[name] for name in reads(node) if name in hidden), None)
-            if wall is None and not is_computable(node):
+            if wall is None and not (is_computable(node) if references_too else _is_standard(node)):
                 wall = node
                 walls.append(node)
             if wall is not None:
@@ -112,6 +116,10 @@ def needs_reference(node: NodeProto) -> bool:
 def is_computable(node: NodeProto) -> bool:
     """Whether a node can be computed without TensorRT."""
     return not needs_reference(node) or references.find(node.op_type, node.domain) is not None
+
+
+def _is_standard(node: NodeProto) -> bool:
+    return not is_foreign(node.op_type, node.domain)
 
 
 def reads(node: NodeProto) -> Iterator[str]:

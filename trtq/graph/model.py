@@ -52,6 +52,9 @@ FP16_SCALE_OPSET = 19
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Models above this many bytes need their weights in a file of their own."""
 
+_ASIDE = {"": "trtq.aside", "ai.onnx": "trtq.aside.ai.onnx"}
+"""ONNX's domain, by both of its names -> that of operators which ONNX's version converter must not see."""
+
 QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
@@ -151,7 +154,7 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
     try:
         for tensor in filter(onnx.external_data_helper.uses_external_data, proto.graph.initializer):
             inline(tensor, Path(path).parent)
-        converted = onnx.version_converter.convert_version(proto, opset)
+        converted = _converted(proto, opset)
     except Exception as error:
         raise InputError(
             f"the model's opset {_opset(proto)} cannot be upgraded to {opset}, which Q/DQ needs",
@@ -160,6 +163,27 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
             remedy=f"export the model again at opset {opset} or above",
         ) from error
     converted.ir_version = max(converted.ir_version, 8)
+    return converted
+
+
+def _converted(proto: ModelProto, opset: int) -> ModelProto:
+    """`proto`, which is changed, at another opset.
+
+    ONNX's converter leaves operators of other domains alone, and fails on unknown ones in its own: those have
+    another domain meanwhile.
+    """
+    for node in all_nodes(proto.graph):
+        if node.domain in _ASIDE and is_foreign(node.op_type, node.domain):
+            node.domain = _ASIDE[node.domain]
+    import_domains(proto)
+    converted = onnx.version_converter.convert_version(proto, opset)
+    back = {aside: domain for domain, aside in _ASIDE.items()}
+    for node in all_nodes(converted.graph):
+        node.domain = back.get(node.domain, node.domain)
+    imports = {o.domain: o.version for o in converted.opset_import if o.domain not in back}
+    imports |= {domain: opset for domain in _ASIDE if domain in imports}
+    del converted.opset_import[:]
+    converted.opset_import.extend(onnx.helper.make_opsetid(*item) for item in imports.items())
     return converted
 
 

@@ -75,13 +75,13 @@ def _type_by_reference(node: gs.Node) -> bool:
     inputs = [_example(tensor) if tensor.name else None for tensor in node.inputs]
     sizes = [size for tensor in node.inputs if tensor.name for size in tensor.shape]
     static = all(isinstance(size, (int, np.integer)) for size in sizes)
-    outputs = [tensor for tensor in node.outputs if tensor.name]
+    outputs = [t for t in node.outputs if t.name and (t.dtype is None or t.shape is None)]
     try:
         found = references.compute(OnnxExporter.export_node(node), inputs, {})
     except InputError:
         floats = (t.dtype for t in node.inputs if t.name and np.dtype(t.dtype).kind == "f")
         for tensor in outputs:
-            tensor.dtype = next(floats, np.dtype(np.float32)) if tensor.dtype is None else tensor.dtype
+            tensor.dtype = tensor.dtype or next(floats, np.dtype(np.float32))
         return True
     for tensor in outputs:
         array = found[tensor.name]
