@@ -64,6 +64,16 @@ def test_with_references_all_of_it_is_computed(tmp_path: Path) -> None:
     assert (view.outputs, view.walls, view.hidden, view.remark()) == (("y", "s"), (), {}, None)
 
 
+def test_all_that_goes_into_the_hidden_part_is_compared() -> None:
+    """Not only what the wall reads: an error of b would show nowhere else."""
+    model = foreign_net(
+        "g (float[N,4] x) => (float[N,4] y) { a = Neg(x) b = Abs(x) k = Unknown(a) c = Unknown(z)"
+        " d = Add(c, k) y = Add(b, d) }",
+        z=np.ones(4, np.float32),
+    )
+    assert View.of(model.graph).outputs == ("a", "b")
+
+
 def test_outputs_beside_a_wall_stay_outputs() -> None:
     model = foreign_net(
         "g (float[N,4] x) => (float[N,4] y, float[N,4] z) { z = Relu(x) a = Neg(x) y = Unknown(a) }"
@@ -92,7 +102,9 @@ def test_the_node_stays_as_it_is(domain: str, tmp_path: Path) -> None:
     model.graph.node[1].attribute.append(
         onnx.helper.make_attribute("tensor", onnx.numpy_helper.from_array(np.arange(3.0, dtype=np.float32)))
     )
-    before = model.graph.node[1]
+    before = onnx.NodeProto.FromString(model.graph.node[1].SerializeToString())
+    empty = onnx.AttributeProto(name="none", type=onnx.AttributeProto.INTS)
+    model.graph.node[1].attribute.append(empty)  # which says nothing, and is left out
     given = loaded(model, tmp_path)
     fold(given.graph)
     save_model(given.graph, tmp_path / "again.onnx")
@@ -188,3 +200,14 @@ def test_in_half_what_lies_behind_stays_float32(tmp_path: Path) -> None:
     assert nodes["a"].outputs[0].dtype == np.float16
     assert (nodes["m"].inputs[0].name, nodes["m"].inputs[0].dtype) == ("a", np.float32)
     assert nodes["y"].inputs[1].dtype == np.float32
+
+
+def test_in_half_what_goes_in_keeps_its_name_wherever_it_goes_in(tmp_path: Path) -> None:
+    model = foreign_net(
+        "g (float[N,3,8,8] x) => (float[N,4,8,8] y) { a = Conv<pads = [1,1,1,1]>(x, w1) b = Abs(x)"
+        " m = Scaled(b) y = Add(a, m) }"
+    )
+    given = load_model(saved(model, tmp_path), opset=19)
+    fold(given.graph)
+    assert View.of(given.graph).outputs == ("b", "a")
+    assert View.of(export(convert_to_half(given.graph)).graph).outputs == ("b", "a")

@@ -35,7 +35,7 @@ class View:
     """What can be computed of a graph.
 
     Attributes:
-        outputs: names of the outputs that can be computed; where an operator cannot, what goes into it, too.
+        outputs: names of the outputs that can be computed, and of what goes into the part that cannot.
         walls: the nodes that cannot be computed although their inputs can.
         hidden: tensor -> the wall that it lies behind.
     """
@@ -60,9 +60,10 @@ class View:
             return None
         operators = dict.fromkeys(f"{wall.op_type} ({references.named(wall)})" for wall in self.walls)
         which = ", ".join([*operators][:_MOST_NAMED]) + (", …" if len(operators) > _MOST_NAMED else "")
+        at = f"the model is compared at {', '.join(self.outputs)}" if self.outputs else "nothing can be run"
         return (
-            f"{which} can be computed by TensorRT only: what lies behind stays in floating point, and"
-            f" the model is compared at {', '.join(self.outputs)}; --op-reference file.py gives a reference"
+            f"{which} can be computed by TensorRT only: what lies behind stays in floating point, and {at};"
+            " --op-reference file.py gives a reference"
         )
 
     @classmethod
@@ -93,7 +94,7 @@ class View:
             if wall is not None:
                 hidden.update((name, wall) for name in node.output if name)
         outputs = [value.name for value in graph.output if value.name not in hidden]
-        return cls(tuple(dict.fromkeys([*outputs, *_in_front(graph, walls)])), tuple(walls), hidden)
+        return cls(tuple(dict.fromkeys([*outputs, *_in_front(graph, hidden)])), tuple(walls), hidden)
 
 
 @functools.cache
@@ -160,8 +161,8 @@ def all_nodes(*graphs: GraphProto) -> Iterator[NodeProto]:
             yield from all_nodes(*bodies(node))
 
 
-def _in_front(graph: GraphProto, walls: list[NodeProto]) -> Iterator[str]:
-    """The floating-point tensors that walls read and that follow from the values of the model's inputs.
+def _in_front(graph: GraphProto, hidden: Mapping[str, NodeProto]) -> Iterator[str]:
+    """The floating-point tensors that hidden nodes read and that follow from values of the model's inputs.
 
     Not those that follow from their shapes alone, such as anchors: a folded model has them as constants.
     """
@@ -172,10 +173,11 @@ def _in_front(graph: GraphProto, walls: list[NodeProto]) -> Iterator[str]:
         if node.op_type not in ("Shape", "Size") and not varying.isdisjoint(reads(node)):
             made.update(node.output)
             varying.update(node.output)
-    for wall in walls:
-        for name in wall.input:
-            if name in made and kinds.get(name, TensorProto.UNDEFINED) in _FLOATS:
-                yield name
+    for node in graph.node:
+        if not hidden.keys().isdisjoint(node.output):
+            for name in reads(node):
+                if name in made - hidden.keys() and kinds.get(name, TensorProto.UNDEFINED) in _FLOATS:
+                    yield name
 
 
 @functools.cache

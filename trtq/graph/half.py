@@ -75,7 +75,8 @@ def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
         if output.dtype == np.float16:
             graph.outputs[index] = _restore_output(graph, names, output)
     added = {id(cast) for cast in casts.values()}
-    for tensor in [tensor for node in nodes if is_foreign_node(node) for tensor in node.inputs]:
+    foreign = [node for node in nodes if is_foreign_node(node) or view.hides(node)]
+    for tensor in [tensor for node in foreign for tensor in node.inputs]:
         if id(tensor) in added and isinstance(tensor, gs.Variable):
             _restore_name(names, tensor)
     return graph.toposort()

@@ -15,6 +15,8 @@ import onnx.external_data_helper
 import onnx.inliner
 import onnx.version_converter
 import onnx_graphsurgeon as gs
+from onnx import AttributeProto
+from onnx.helper import get_attribute_value
 from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
@@ -54,6 +56,8 @@ PROTOBUF_LIMIT = 2**31 - 2**20
 
 _ASIDE = {"": "trtq.aside", "ai.onnx": "trtq.aside.ai.onnx"}
 """ONNX's domain, by both of its names -> that of operators which ONNX's version converter must not see."""
+
+_LISTS = (AttributeProto.FLOATS, AttributeProto.INTS, AttributeProto.STRINGS)
 
 QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
@@ -102,6 +106,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     if proto.functions:
         proto = onnx.inliner.inline_local_functions(proto)
     import_domains(proto)
+    _drop_empty_attributes(proto)
     _check_operators(proto, path)
     opset = max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset
     opset = (
@@ -335,6 +340,15 @@ def _external_files(proto: ModelProto) -> set[str]:
 
 def _opset(proto: ModelProto) -> int:
     return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+
+
+def _drop_empty_attributes(proto: ModelProto) -> None:
+    """Leave out empty lists of operators that ONNX does not define: GraphSurgeon would lose their types."""
+    for node in all_nodes(proto.graph):
+        if is_foreign(node.op_type, node.domain):
+            empty = [a for a in node.attribute if a.type in _LISTS and not get_attribute_value(a)]
+            for attribute in empty:
+                node.attribute.remove(attribute)
 
 
 def _check_operators(proto: ModelProto, path: Path) -> None:
