@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from nets import net
 from numpy.typing import NDArray
 from trtq_references.group_norm import GroupNorm
 
@@ -321,6 +322,39 @@ def test_a_chain_keeps_its_names_and_types(tmp_path: Path) -> None:
     tensors = loaded.graph.tensors()
     assert {tensors[name].dtype for name in ("a", "b", "y")} == {np.dtype(np.float16)}
     assert run(export(loaded.graph), {"x": X.astype(np.float16)})[0].dtype == np.float16
+
+
+def test_an_attention_behind_fused_operators_knows_its_sizes(tmp_path: Path) -> None:
+    x, gamma, w = normal(2, 4, 8), normal(8, seed=1), normal(8, 8, seed=2)
+    make = onnx.helper.make_node
+    nodes = [
+        make("SkipLayerNormalization", ["x", "x", "gamma"], ["a"], "norm", domain="com.microsoft"),
+        *(make("MatMul", ["a", "w"], [name], name) for name in "qkv"),
+        make("MultiHeadAttention", list("qkv"), ["y"], "attention", domain="com.microsoft", num_heads=2),
+    ]
+    kinds = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", 4, 8]) for n in "xy"]
+    weights = [onnx.numpy_helper.from_array(a, n) for n, a in (("gamma", gamma), ("w", w))]
+    graph = onnx.helper.make_graph(nodes, "g", kinds[:1], kinds[1:], weights)
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    assert same(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), {"x": x}, tmp_path)
+
+
+def test_bodies_of_control_flow_are_expanded_too(tmp_path: Path) -> None:
+    model = net(
+        "g (float[N,4] x, bool c) => (float[N,4] y) {"
+        " y = If(c) <then_branch = t () => (float[N,4] a) { a = QuickGelu(x) },"
+        "           else_branch = e () => (float[N,4] b) { b = BiasGelu(x, k) }> }",
+        k=normal(4),
+    )
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    for attribute in model.graph.node[0].attribute:
+        attribute.g.node[0].domain = "com.microsoft"
+    graph = folded(model, tmp_path).graph
+    assert {node.domain for body in graph.subgraphs() for node in body.nodes} <= {None, ""}
+    x = normal(3, 4, seed=1)
+    for condition in (True, False):
+        feed = {"x": x, "c": np.array(condition)}
+        np.testing.assert_allclose(run(export(graph), feed)[0], run(model, feed)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_every_expansion_is_tested() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from trtq.graph.foreign import all_nodes, bodies
 from trtq.graph.names import Names
 from trtq.graph.weights import export_light
 
@@ -33,8 +34,8 @@ def is_contrib(op: str, domain: str | None) -> bool:
 
 
 def holds_contrib(graph: gs.Graph) -> bool:
-    """Whether the graph holds such operators."""
-    return any(is_contrib(node.op, node.domain) for node in graph.nodes)
+    """Whether the graph, or a body in it, holds such operators."""
+    return any(is_contrib(node.op, node.domain) for body in _bodies(graph) for node in body.nodes)
 
 
 def expand_contrib(graph: gs.Graph) -> None:
@@ -42,19 +43,28 @@ def expand_contrib(graph: gs.Graph) -> None:
     if not holds_contrib(graph):
         return
     names, types = Names(graph), _types(graph)
-    for node in [node for node in graph.nodes if is_contrib(node.op, node.domain)]:
-        write = _Writer(names, node, types, graph.opset)
-        results = EXPANSIONS[node.op](node, write)
-        if results is None:
-            write.discard()
-            continue
-        outputs = [tensor for tensor in node.outputs if tensor.name]
-        node.outputs.clear()
-        node.inputs.clear()
-        for output, result in zip(outputs, results, strict=False):
-            write.rename(result, output)
-        graph.nodes.extend(write.nodes)
+    for body in _bodies(graph):
+        for node in [node for node in body.nodes if is_contrib(node.op, node.domain)]:
+            _expand(node, body, _Writer(names, node, types, graph.opset))
     graph.cleanup().toposort()
+
+
+def _bodies(graph: gs.Graph) -> list[gs.Graph]:
+    return [graph, *graph.subgraphs(recursive=True)]
+
+
+def _expand(node: gs.Node, body: gs.Graph, write: _Writer) -> None:
+    results = EXPANSIONS[node.op](node, write)
+    if results is None:
+        write.discard()
+        return
+    outputs = [tensor for tensor in node.outputs if tensor.name]
+    node.outputs.clear()
+    node.inputs.clear()
+    for output, result in zip(outputs, results, strict=False):
+        write.rename(result, output)
+    position = next(i for i, other in enumerate(body.nodes) if other is node)
+    body.nodes[position : position + 1] = write.nodes
 
 
 class _Writer:
@@ -111,12 +121,19 @@ class _Writer:
         kind = self._types[tensor.name].tensor_type.elem_type if tensor.name in self._types else 0
         return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else None
 
+    def shape(self, tensor: gs.Tensor) -> list[int | None] | None:
+        """A tensor's shape, None for sizes that are not known; None where nothing is."""
+        if tensor.shape is not None:
+            return [size if isinstance(size, int) else None for size in tensor.shape]
+        kind = self._types[tensor.name].tensor_type if tensor.name in self._types else None
+        if kind is None or not kind.HasField("shape"):
+            return None
+        return [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+
     def rank(self, tensor: gs.Tensor) -> int | None:
         """How many axes a tensor has; None where it is not known."""
-        if tensor.shape is not None:
-            return len(tensor.shape)
-        kind = self._types[tensor.name].tensor_type if tensor.name in self._types else None
-        return len(kind.shape.dim) if kind is not None and kind.HasField("shape") else None
+        shape = self.shape(tensor)
+        return None if shape is None else len(shape)
 
     def rename(self, made: gs.Tensor, output: gs.Tensor) -> None:
         """Make a tensor the node's output: one that was written here, or a copy of another."""
@@ -143,13 +160,14 @@ Results = Sequence[gs.Tensor] | None
 def _types(graph: gs.Graph) -> Types:
     """Types of tensors as ONNX infers them where each fused operator gives what its main input is."""
     model = export_light(graph)[0]
-    for node in model.graph.node:
+    for node in all_nodes(model.graph):
         if is_contrib(node.op_type, node.domain):
             main = _MAIN_INPUT.get(node.op_type, 0)
             node.op_type, node.domain, node.input[:] = "Identity", "", [node.input[main]]
             del node.attribute[:], node.output[1:]
-    inferred = onnx.shape_inference.infer_shapes(model)
-    return {v.name: v.type for v in (*inferred.graph.value_info, *inferred.graph.input)}
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    graphs = [inferred, *(body for node in all_nodes(inferred) for body in bodies(node))]
+    return {v.name: v.type for g in graphs for v in (*g.value_info, *g.input, *g.output)}
 
 
 def _given(node: gs.Node, index: int) -> gs.Tensor | None:
@@ -383,14 +401,13 @@ def _multi_head(node: gs.Node, write: _Writer) -> Results:
     ranks = [write.rank(tensor) for tensor in (query, key, value)]
     if ranks[0] != 3 or ranks[1] not in (3, 4) or ranks[1] != ranks[2]:
         return None
-    hidden = bias.shape[0] if bias is not None and bias.shape is not None else None
-    heads = node.attrs["num_heads"]
-    size = query.shape[-1] if query.shape is not None else None
-    if not isinstance(size, int):
+    hidden = (write.shape(bias) or [None])[0] if bias is not None else None
+    heads, size = node.attrs["num_heads"], (write.shape(query) or [None])[-1]
+    if size is None:
         return None
     parts: list[gs.Tensor] = [query, key, value]
     if bias is not None:
-        if not isinstance(hidden, int) or ranks[1] != 3:
+        if hidden is None or ranks[1] != 3:
             return None
         shares = write("Split", bias, write.integers(size, size, hidden - 2 * size), outputs=3, axis=0)
         parts = [write("Add", part, share) for part, share in zip(parts, shares, strict=True)]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
@@ -19,7 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_opkernel_def
 
 from trtq.graph import references
-from trtq.graph.weights import export_light, read_light
+from trtq.graph.weights import read_light
 
 _STANDARD = ("", "ai.onnx")
 
@@ -83,7 +84,7 @@ class View:
         if isinstance(graph, gs.Graph):
             if not any(map(is_foreign_node, graph.nodes)):
                 return cls(tuple(tensor.name for tensor in graph.outputs), (), {})
-            graph = export_light(graph)[0].graph
+            graph = _skeleton(graph)
         hidden: dict[str, NodeProto] = {}
         walls = []
         for node in graph.node:
@@ -159,6 +160,33 @@ def all_nodes(*graphs: GraphProto) -> Iterator[NodeProto]:
         for node in graph.node:
             yield node
             yield from all_nodes(*bodies(node))
+
+
+def _skeleton(graph: gs.Graph) -> GraphProto:
+    """A graph's nodes and types without weights and attributes; what bodies read is among the inputs."""
+    skeleton = GraphProto(
+        input=[_typed(tensor) for tensor in graph.inputs],
+        output=[_typed(tensor) for tensor in graph.outputs],
+        value_info=[_typed(t) for t in graph.tensors().values() if isinstance(t, gs.Variable)],
+    )
+    for node in graph.nodes:
+        inner = [body.tensors() for body in node.attrs.values() if isinstance(body, gs.Graph)]
+        skeleton.node.add(
+            op_type=node.op,
+            domain=node.domain,
+            name=node.name,
+            input=[*(tensor.name for tensor in node.inputs), *(name for names in inner for name in names)],
+            output=[tensor.name for tensor in node.outputs],
+        )
+    return skeleton
+
+
+def _typed(tensor: gs.Tensor) -> onnx.ValueInfoProto:
+    kind = tensor.dtype
+    if kind is not None and not isinstance(kind, int):
+        kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    elem = onnx.TypeProto.Tensor(elem_type=kind or TensorProto.UNDEFINED)
+    return onnx.ValueInfoProto(name=tensor.name, type=onnx.TypeProto(tensor_type=elem))
 
 
 def _in_front(graph: GraphProto, hidden: Mapping[str, NodeProto]) -> Iterator[str]:

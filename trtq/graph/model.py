@@ -109,9 +109,8 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     _drop_empty_attributes(proto)
     _check_operators(proto, path)
     opset = max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset
-    opset = (
-        max(opset, CONTRIB_OPSET) if any(is_contrib(n.op_type, n.domain) for n in proto.graph.node) else opset
-    )
+    if any(is_contrib(node.op_type, node.domain) for node in all_nodes(proto.graph)):
+        opset = max(opset, CONTRIB_OPSET)
     proto = upgrade_opset(proto, opset, path)
     try:
         graph = gs.import_onnx(_inferred(proto))
