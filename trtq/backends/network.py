@@ -26,8 +26,8 @@ from trtq.files import write_bytes
 _NO_DRIVER = "cudaError 35"  # logged on machines without a GPU, whatever else went wrong
 
 _UNSUPPORTED = (
-    "load the library that has the operator's plugin: --plugin-lib LIB.so; NVIDIA's own come with TensorRT"
-    " (--backend tensorrt), and few of them with TensorRT for RTX; or replace the node in the model"
+    "TensorRT has no such operator: load the library that has its plugin (--plugin-lib LIB.so), or replace it"
+    " in the model; NVIDIA's own plugins come with TensorRT (--backend tensorrt), few with TensorRT for RTX"
 )
 _REMEDIES = (
     ("Non-zero zero point", "quantize symmetrically (zero-point 0), as `trtq quantize` does"),
