@@ -73,7 +73,8 @@ def test_any_tensor_can_be_fetched_and_what_it_does_not_need_does_not_run(tmp_pa
 def test_without_a_reference_the_model_ends_in_front_and_the_rest_is_refused() -> None:
     references.use([])
     session = simulation_session(chain().SerializeToString())
-    assert [item.name for item in session.get_outputs()] == ["a"]
+    (output,) = session.get_outputs()
+    assert (output.name, output.shape, output.type) == ("a", ["N", 4, 8, 8], "tensor(float)")
     with pytest.raises(InputError, match=r"'Scaled' \(node 'm'\) can be computed by TensorRT only"):
         simulation_session(chain().SerializeToString(), outputs=["y"])
     nothing = foreign_net("g (float[N,4] x) => (float[N,4] y) { y = Unknown(x) }")

@@ -200,7 +200,7 @@ class _Foreign:
         model: in float32 where it held narrow types.
         folder: of its external weights; None where it has none.
         outputs: what of it is computed.
-        types: tensor -> what the model said of it.
+        types: tensor -> what the model said of it, or implies.
     """
 
     model: onnx.ModelProto
@@ -233,8 +233,9 @@ def _simulable(
     types: dict[str, onnx.TypeProto] = {}
     if foreign:
         import_domains(proto)
-        outputs = _computable(proto, outputs)
-        types = {v.name: v.type for v in (*proto.graph.value_info, *proto.graph.output)}
+        inferred = onnx.shape_inference.infer_shapes(proto).graph
+        outputs = _computable(inferred, outputs)
+        types = {v.name: v.type for v in (*inferred.value_info, *inferred.output)}
     if narrow:
         proto = in_float32(proto)
     if foreign:
@@ -246,13 +247,13 @@ def _simulable(
     return content if folder is None else Light(content, folder)
 
 
-def _computable(model: onnx.ModelProto, outputs: Sequence[str] | None) -> Sequence[str]:
-    """The named outputs, or without names those that can be computed of a model with foreign operators.
+def _computable(graph: onnx.GraphProto, outputs: Sequence[str] | None) -> Sequence[str]:
+    """The named outputs, or without names those that can be computed of a graph with foreign operators.
 
     Raises:
         InputError: one of them, or all, lie behind an operator without a reference.
     """
-    view = View.of(onnx.shape_inference.infer_shapes(model).graph)
+    view = View.of(graph)
     for name in outputs or ():
         if name in view.hidden:
             raise references.missing(view.hidden[name])
