@@ -143,7 +143,8 @@ class Evaluation:
                 remedy="add an array of labels, or use the metric 'cosine', which needs none",
             )
         outputs = _outputs(reference, "reference", recipe, samples, cache, console)
-        if not is_engine(reference) and (remark := View.of_file(reference).remark()):
+        remark = None if is_engine(reference) else View.of_file(reference).remark()
+        if remark is not None and remark not in console.warnings:
             console.warn(remark)
         check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
         with about(samples.source):

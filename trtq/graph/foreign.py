@@ -69,10 +69,13 @@ class View:
 
     @classmethod
     def of_file(cls, path: Path) -> View:
-        """The view of a model's file, whose own functions are inlined."""
-        model = onnx.inliner.inline_local_functions(read_light(path))
-        import_domains(model)
-        return cls.of(onnx.shape_inference.infer_shapes(model).graph)
+        """The view of a model's file."""
+        model = read_light(path)
+        if any(map(needs_reference, model.graph.node)):  # or they call the model's own functions
+            model = onnx.inliner.inline_local_functions(model)
+            import_domains(model)
+            model = onnx.shape_inference.infer_shapes(model)
+        return cls.of(model.graph)
 
     @classmethod
     def of(cls, graph: gs.Graph | GraphProto, *, references_too: bool = True) -> View:

@@ -20,7 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
-from trtq.graph.foreign import View
+from trtq.graph.foreign import View, is_foreign_node
 from trtq.graph.model import Model
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
 from trtq.graph.products import macs, product
@@ -298,7 +298,9 @@ def _excluded(node: gs.Node, placement: Placement) -> str | None:
 
 
 def _never_seen(node: gs.Node, placement: Placement) -> str | None:
-    return placement.view.reason(node) if placement.view.hides(node) else None
+    if is_foreign_node(node) or not placement.view.hides(node):
+        return None
+    return placement.view.reason(node)
 
 
 def _no_int8_kernel(node: gs.Node, placement: Placement) -> str | None:

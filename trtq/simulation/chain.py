@@ -93,7 +93,7 @@ class Chain:
         for position, stage in enumerate(self._stages):
             if stage.nodes:
                 with self._naming_references(position):
-                    session = stage.session or self._started(stage, known)
+                    session = stage.session or self._started(position, known)
                     read = {item.name: known[item.name] for item in session.get_inputs()}
                     made = [item.name for item in session.get_outputs()]
                     known |= zip(made, session.run(made, read, options), strict=True)
@@ -126,23 +126,21 @@ class Chain:
             self._constants[name] = self._read(self._initializers[name])
         return self._constants[name]
 
-    def _started(self, stage: _Stage, known: Mapping[str, Any]) -> onnxruntime.InferenceSession:
+    def _started(self, position: int, known: Mapping[str, Any]) -> onnxruntime.InferenceSession:
         """The session of a stage, whose inputs have the types of the arrays that are known now."""
+        stage = self._stages[position]
         with self._lock:
             if stage.session is None:
-                stage.session = self._start(self._part(stage, known))
+                stage.session = self._start(self._part(position, known))
             return stage.session
 
-    def _part(self, stage: _Stage, known: Mapping[str, Any]) -> ModelProto:
-        """The nodes of a stage as a model."""
-        own = {name for node in stage.nodes for name in node.output if name}
+    def _part(self, position: int, known: Mapping[str, Any]) -> ModelProto:
+        """The nodes of a stage as a model, which gives what references and later stages read."""
+        stage = self._stages[position]
         read = {name for node in stage.nodes for name in reads(node)}
-        position = self._stages.index(stage)
-        wanted = [
-            name
-            for name in sorted(own)
-            if self._last.get(name, -1) > position or any(name in reads(n) for n in stage.foreign)
-        ]
+        given = {name for node in stage.foreign for name in reads(node)}
+        made = [name for node in stage.nodes for name in node.output if name]
+        wanted = [name for name in made if name in given or self._last.get(name, -1) > position]
         graph = onnx.helper.make_graph(
             stage.nodes,
             "stage",

@@ -257,7 +257,7 @@ def _computable(graph: onnx.GraphProto, outputs: Sequence[str] | None) -> Sequen
     for name in outputs or ():
         if name in view.hidden:
             raise references.missing(view.hidden[name])
-    if not view.outputs:
+    if outputs is None and not view.outputs:
         raise references.missing(view.walls[0])
     return view.outputs if outputs is None else outputs
 
