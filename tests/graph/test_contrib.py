@@ -357,6 +357,13 @@ def test_bodies_of_control_flow_are_expanded_too(tmp_path: Path) -> None:
         np.testing.assert_allclose(run(export(graph), feed)[0], run(model, feed)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_normalization_in_an_older_opset_is_onnxs(tmp_path: Path) -> None:
+    weights = {"gamma": normal(8, seed=1), "beta": normal(8, seed=2)}
+    model = contrib("LayerNormalization", {"x": X, **weights}, weights, opset=12, domain="", epsilon=1e-3)
+    assert same(model, {"x": X}, tmp_path) == ["LayerNormalization"]
+    assert load_model(tmp_path / "model.onnx").graph.opset == 17
+
+
 def test_every_expansion_is_tested() -> None:
     text = Path(__file__).read_text()
     assert [op for op in EXPANSIONS if f'"{op}"' not in text] == []

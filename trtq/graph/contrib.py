@@ -28,6 +28,10 @@ LOWEST_OPSET = 17
 """LayerNormalization, which some operators become, starts here."""
 
 
+EARLY = frozenset({"LayerNormalization"})
+"""ONNX's operators that ONNX Runtime writes into models of older opsets, which do not have them."""
+
+
 def is_contrib(op: str, domain: str | None) -> bool:
     """Whether an operator is one that `expand_contrib` may replace."""
     return op in EXPANSIONS and (domain == DOMAIN or op in _IN_ONNX_DOMAIN)

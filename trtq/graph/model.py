@@ -21,8 +21,8 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.contrib import EARLY, is_contrib
 from trtq.graph.contrib import LOWEST_OPSET as CONTRIB_OPSET
-from trtq.graph.contrib import is_contrib
 from trtq.graph.foreign import all_nodes, bodies, import_domains, is_foreign, needs_reference
 from trtq.graph.inputs import InputSpec
 from trtq.graph.names import Names
@@ -109,7 +109,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     _drop_empty_attributes(proto)
     _check_operators(proto, path)
     opset = max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset
-    if any(is_contrib(node.op_type, node.domain) for node in all_nodes(proto.graph)):
+    if any(is_contrib(node.op_type, node.domain) or node.op_type in EARLY for node in all_nodes(proto.graph)):
         opset = max(opset, CONTRIB_OPSET)
     proto = upgrade_opset(proto, opset, path)
     try:
@@ -173,11 +173,12 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
 def _converted(proto: ModelProto, opset: int) -> ModelProto:
     """`proto`, which is changed, at another opset.
 
-    ONNX's converter leaves operators of other domains alone, and fails on unknown ones in its own: those have
-    another domain meanwhile.
+    ONNX's converter leaves operators of other domains alone, and fails on those in its own that the old opset
+    does not have: they have another domain meanwhile.
     """
     for node in all_nodes(proto.graph):
-        if node.domain in _ASIDE and is_foreign(node.op_type, node.domain):
+        unknown = is_foreign(node.op_type, node.domain) or node.op_type in EARLY
+        if node.domain in _ASIDE and unknown:
             node.domain = _ASIDE[node.domain]
     import_domains(proto)
     converted = onnx.version_converter.convert_version(proto, opset)
@@ -357,7 +358,7 @@ def _check_operators(proto: ModelProto, path: Path) -> None:
     for node in all_nodes(proto.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
         foreign = is_foreign(node.op_type, domain)
-        if foreign and not is_quantizer(node.op_type):
+        if (foreign and not is_quantizer(node.op_type)) or node.op_type in EARLY:
             continue
         if foreign or not onnx.defs.has(node.op_type, versions.get(domain, _opset(proto)), domain):
             kind = f"operator '{node.op_type}' of domain '{domain or 'ai.onnx'}'"
