@@ -339,6 +339,27 @@ def test_an_attention_behind_fused_operators_knows_its_sizes(tmp_path: Path) -> 
     assert same(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), {"x": x}, tmp_path)
 
 
+def test_what_needs_shapes_from_others_is_expanded_after_them(tmp_path: Path) -> None:
+    """The rank of b is known once the convolution is: its height of 1 then goes away."""
+    x, w, k = normal(2, 3, 4, 6), normal(5, 3, 4, 1, seed=1), normal(5, 7, seed=2)
+    make = onnx.helper.make_node
+    nodes = [
+        make("FusedConv", ["x", "w"], ["a"], "conv", domain="com.microsoft", activation="Relu"),
+        make("Squeeze", ["a", "two"], ["b"], "squeeze"),
+        make("FusedMatMul", ["b", "k"], ["y"], "product", domain="com.microsoft", transA=1),
+    ]
+    values = [
+        onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["N", 3, 4, 6]),
+        onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None),
+    ]
+    constants = {"w": w, "k": k, "two": np.array([2])}
+    weights = [onnx.numpy_helper.from_array(a, n) for n, a in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "g", values[:1], values[1:], weights)
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    assert "MatMul" in same(model, {"x": x}, tmp_path)
+
+
 def test_bodies_of_control_flow_are_expanded_too(tmp_path: Path) -> None:
     model = net(
         "g (float[N,4] x, bool c) => (float[N,4] y) {"

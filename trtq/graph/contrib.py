@@ -16,25 +16,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from trtq.graph.foreign import all_nodes, bodies
+from trtq.graph.foreign import CONTRIB_DOMAIN, all_nodes, bodies
+from trtq.graph.model import export
 from trtq.graph.names import Names
-from trtq.graph.weights import export_light
-
-DOMAIN = "com.microsoft"
+from trtq.graph.shapes import without_weights
 
 Types = Mapping[str, onnx.TypeProto]
-
-LOWEST_OPSET = 17
-"""LayerNormalization, which some operators become, starts here."""
-
-
-EARLY = frozenset({"LayerNormalization"})
-"""ONNX's operators that ONNX Runtime writes into models of older opsets, which do not have them."""
 
 
 def is_contrib(op: str, domain: str | None) -> bool:
     """Whether an operator is one that `expand_contrib` may replace."""
-    return op in EXPANSIONS and (domain == DOMAIN or op in _IN_ONNX_DOMAIN)
+    return op in EXPANSIONS and (domain == CONTRIB_DOMAIN or op in _IN_ONNX_DOMAIN)
 
 
 def holds_contrib(graph: gs.Graph) -> bool:
@@ -43,25 +35,37 @@ def holds_contrib(graph: gs.Graph) -> bool:
 
 
 def expand_contrib(graph: gs.Graph) -> None:
-    """Replace each fused operator by ONNX's own, in place, where its form is one that is handled."""
+    """Replace each fused operator by ONNX's own, in place, where its form is one that is handled.
+
+    What is known of a tensor's shape may depend on operators in front of it, so what is left is tried again.
+    """
     if not holds_contrib(graph):
         return
-    names, types = Names(graph), _types(graph)
+    names = Names(graph)
+    while _expand_once(graph, names):
+        pass
+    graph.cleanup().toposort()
+
+
+def _expand_once(graph: gs.Graph, names: Names) -> bool:
+    """Replace what can be; whether there was something, and something is left."""
+    types, found = _types(graph), False
     for body in _bodies(graph):
         for node in [node for node in body.nodes if is_contrib(node.op, node.domain)]:
-            _expand(node, body, _Writer(names, node, types, graph.opset))
-    graph.cleanup().toposort()
+            found |= _expand(node, body, _Writer(names, node, types, graph.opset))
+    return found and holds_contrib(graph)
 
 
 def _bodies(graph: gs.Graph) -> list[gs.Graph]:
     return [graph, *graph.subgraphs(recursive=True)]
 
 
-def _expand(node: gs.Node, body: gs.Graph, write: _Writer) -> None:
+def _expand(node: gs.Node, body: gs.Graph, write: _Writer) -> bool:
+    """Put what stands for a node in its place; whether its form is handled."""
     results = EXPANSIONS[node.op](node, write)
     if results is None:
         write.discard()
-        return
+        return False
     outputs = [tensor for tensor in node.outputs if tensor.name]
     node.outputs.clear()
     node.inputs.clear()
@@ -69,6 +73,7 @@ def _expand(node: gs.Node, body: gs.Graph, write: _Writer) -> None:
         write.rename(result, output)
     position = next(i for i, other in enumerate(body.nodes) if other is node)
     body.nodes[position : position + 1] = write.nodes
+    return True
 
 
 class _Writer:
@@ -163,13 +168,13 @@ Results = Sequence[gs.Tensor] | None
 
 def _types(graph: gs.Graph) -> Types:
     """Types of tensors as ONNX infers them where each fused operator gives what its main input is."""
-    model = export_light(graph)[0]
+    model = export(without_weights(graph))
     for node in all_nodes(model.graph):
         if is_contrib(node.op_type, node.domain):
             main = _MAIN_INPUT.get(node.op_type, 0)
             node.op_type, node.domain, node.input[:] = "Identity", "", [node.input[main]]
             del node.attribute[:], node.output[1:]
-    inferred = onnx.shape_inference.infer_shapes(model).graph
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     graphs = [inferred, *(body for node in all_nodes(inferred) for body in bodies(node))]
     return {v.name: v.type for g in graphs for v in (*g.value_info, *g.input, *g.output)}
 

@@ -24,6 +24,15 @@ from trtq.graph.weights import read_light
 
 _STANDARD = ("", "ai.onnx")
 
+CONTRIB_DOMAIN = "com.microsoft"
+"""Of ONNX Runtime's own operators, most of them fused (see `trtq.graph.contrib`)."""
+
+CONTRIB_OPSET = 17
+"""LayerNormalization, which some of them become, starts here."""
+
+EARLY = frozenset({"LayerNormalization"})
+"""ONNX's operators that ONNX Runtime writes into models of older opsets, which do not have them."""
+
 _MOST_NAMED = 3
 
 _FLOATS = frozenset(

@@ -21,9 +21,16 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
-from trtq.graph.contrib import EARLY, is_contrib
-from trtq.graph.contrib import LOWEST_OPSET as CONTRIB_OPSET
-from trtq.graph.foreign import all_nodes, bodies, import_domains, is_foreign, needs_reference
+from trtq.graph.foreign import (
+    CONTRIB_DOMAIN,
+    CONTRIB_OPSET,
+    EARLY,
+    all_nodes,
+    bodies,
+    import_domains,
+    is_foreign,
+    needs_reference,
+)
 from trtq.graph.inputs import InputSpec
 from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
@@ -109,7 +116,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     _drop_empty_attributes(proto)
     _check_operators(proto, path)
     opset = max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset
-    if any(is_contrib(node.op_type, node.domain) or node.op_type in EARLY for node in all_nodes(proto.graph)):
+    if any(node.domain == CONTRIB_DOMAIN or node.op_type in EARLY for node in all_nodes(proto.graph)):
         opset = max(opset, CONTRIB_OPSET)
     proto = upgrade_opset(proto, opset, path)
     try:

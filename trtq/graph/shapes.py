@@ -38,7 +38,7 @@ def infer_types(graph: gs.Graph) -> None:
 
 
 def _infer(graph: gs.Graph) -> None:
-    light = _without_weights(graph)
+    light = without_weights(graph)
     for node in light.nodes:
         if node.op in _SHAPED_AS_INPUT:
             node.op, node.domain, node.attrs, node.inputs = "Identity", None, {}, node.inputs[:1]
@@ -105,7 +105,7 @@ def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dic
         graph: is not changed.
         inputs: model input name -> shape without dynamic dimensions.
     """
-    concrete = _without_weights(graph)
+    concrete = without_weights(graph)
     for tensor in concrete.inputs:
         if tensor.name in inputs:
             tensor.shape = list(inputs[tensor.name])
@@ -125,7 +125,7 @@ def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dic
     }
 
 
-def _without_weights(graph: gs.Graph) -> gs.Graph:
+def without_weights(graph: gs.Graph) -> gs.Graph:
     """A copy whose large constants are graph inputs of the same dtype and shape."""
     light = graph.copy()
     for tensor in list(light.tensors().values()):
