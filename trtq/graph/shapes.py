@@ -55,7 +55,7 @@ def _infer(graph: gs.Graph) -> None:
 
 
 def _is_untyped(node: gs.Node) -> bool:
-    """Whether an operator that ONNX does not define has inputs of known types, and outputs of others."""
+    """Whether an operator that ONNX does not define has inputs of known types, and an output of unknown."""
     if not is_foreign_node(node):
         return False
     inputs, outputs = (
@@ -79,7 +79,7 @@ def _type_by_reference(node: gs.Node) -> bool:
     try:
         found = references.compute(OnnxExporter.export_node(node), inputs, {})
     except InputError:
-        floats = (t.dtype for t in node.inputs if t.name and np.dtype(t.dtype).kind == "f")
+        floats = (t.dtype for t in node.inputs if t.name and _numpy_dtype(t).kind == "f")
         for tensor in outputs:
             tensor.dtype = tensor.dtype or next(floats, np.dtype(np.float32))
         return True
@@ -95,7 +95,13 @@ def _example(tensor: gs.Tensor) -> np.ndarray:
     if isinstance(tensor, gs.Constant):
         return values_of(tensor)
     shape = [size if isinstance(size, (int, np.integer)) else 1 for size in tensor.shape]
-    return np.ones(shape, tensor.dtype)
+    return np.ones(shape, _numpy_dtype(tensor))
+
+
+def _numpy_dtype(tensor: gs.Tensor) -> np.dtype:
+    """A tensor's dtype; GraphSurgeon has ONNX's number for those that NumPy lacks."""
+    kind = tensor.dtype
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else kind)
 
 
 def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
