@@ -68,6 +68,13 @@ def test_attributes_are_keywords_and_inputs_left_out_are_none(tmp_path: Path) ->
     np.testing.assert_array_equal(found["y"], X + np.float32(7.5))
 
 
+def test_scalars_and_arrays_in_any_layout_are_results(tmp_path: Path) -> None:
+    use(tmp_path, "def Op(x): return x.sum(), x.T")
+    found = computed("s t", X)
+    assert (found["s"].shape, found["t"].shape) == ((), (3, 2))
+    assert found["t"].flags.c_contiguous
+
+
 def test_outputs_that_are_left_out_are_dropped(tmp_path: Path) -> None:
     use(tmp_path, "def Op(x): return x, x")
     node = onnx.helper.make_node("Op", ["x"], ["y", ""], "n")
@@ -86,6 +93,7 @@ def test_outputs_that_are_left_out_are_dropped(tmp_path: Path) -> None:
         ("return 'x'", "gives str, not an array"),
         ("return x / missing", "fails on node 'n'[\\s\\S]*NameError[\\s\\S]*float32\\[2, 3\\]"),
         ("raise SystemError('no')", "SystemError: no"),
+        ("x *= 2; return x", "read-only"),
     ],
 )
 def test_a_wrong_result_is_one_message(body: str, message: str, tmp_path: Path) -> None:

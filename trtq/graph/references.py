@@ -95,7 +95,7 @@ def compute(
     if reference is None:
         raise missing(node)
     try:
-        results = reference.function(*inputs, **_attributes(node))
+        results = reference.function(*map(_read_only, inputs), **_attributes(node))
     except Exception as error:
         shapes = ", ".join("none" if a is None else f"{a.dtype}{list(a.shape)}" for a in inputs)
         raise InputError(
@@ -113,7 +113,7 @@ def compute(
         if wrong := _problem(value, types.get(name)):
             problem = f"gives {wrong} as output '{name}'"
             raise _unfit(node, reference, problem, "return what the plugin does")
-    return outputs
+    return {name: np.asarray(value, order="C") for name, value in outputs.items()}
 
 
 def missing(node: onnx.NodeProto) -> InputError:
@@ -168,6 +168,15 @@ def _packaged_sha256() -> str:
     assert trtq_references.__file__ is not None
     folder = Path(trtq_references.__file__).parent
     return sha256_json([sha256_file(file) for file in sorted(folder.glob("*.py"))])
+
+
+def _read_only(array: NDArray | None) -> NDArray | None:
+    """An input as a reference gets it: others read the same memory."""
+    if array is None:
+        return None
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
