@@ -17,6 +17,7 @@ trtq.numerics
 trtq.console
 trtq.code_hash
 trtq.cache
+trtq.scripts
 trtq.graph
 trtq.data
 trtq.simulation

@@ -58,6 +58,8 @@ drawn: dict[str, st.SearchStrategy] = {
     "exclude": texts,
     "weights": st.sampled_from(["int8", "qdq"]),
     "rest": st.sampled_from(["auto", "fp32", "fp16"]),
+    "op_reference": st.lists(path, max_size=2).map(tuple),
+    "plugin_lib": st.lists(path, max_size=2).map(tuple),
     "target": texts,
     "profile": st.lists(st.tuples(text, ranges), max_size=3),
     "batch": maybe(st.integers(1, 64)),

@@ -21,6 +21,8 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.gate.verdict import Check
+from trtq.graph import references
+from trtq.graph.contrib import expand_contrib, holds_contrib
 from trtq.graph.fold import fold, fold_functions
 from trtq.graph.functions import holds_functions
 from trtq.graph.half_rules import half_by_rules, unquantized_float32
@@ -86,6 +88,7 @@ def build_explicit(recipe: Recipe, console: Console) -> tuple[Build, Plan]:
         InputError, MissingBackendError: as the builder.
     """
     required = recipe.require("model", "output")
+    references.use(recipe.op_reference)
     model = load_model(required.model)
     if not model.is_quantized:
         recipe, _ = settled(recipe, console)
@@ -233,10 +236,11 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
 @contextlib.contextmanager
 def _as_tensorrt_takes_it(model: Model) -> Iterator[Path]:
     """The model's file, or one without what TensorRT's parser refuses while the context lasts."""
-    if not (model.mended or holds_functions(model.graph)):
+    if not (model.mended or holds_functions(model.graph) or holds_contrib(model.graph)):
         yield model.path
         return
     graph = model.graph.copy()
+    expand_contrib(graph)
     fold_functions(graph)
     with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
         path = Path(folder) / model.path.name

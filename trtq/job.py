@@ -20,9 +20,11 @@ from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_json
+from trtq.graph import references
 from trtq.graph.fit import check_fits
 from trtq.graph.fixed import deciding_inputs, with_fixed
 from trtq.graph.fold import fold
+from trtq.graph.foreign import View
 from trtq.graph.half import check_dtypes
 from trtq.graph.inputs import InputSpec
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
@@ -72,6 +74,7 @@ class Job:
         if values := job._decided():
             return cls.open(replace(recipe, inputs={**recipe.inputs, **values}), console)
         job._warn_of_few()
+        job._warn_of_walls()
         return job
 
     def warn_of_shared(self, evaluation: Samples) -> None:
@@ -119,6 +122,11 @@ class Job:
                 f"only {distinct} of the {len(self.data)} calibration rows {are} distinct, the others are"
                 " copies: ranges and choices rest on these alone; check how the data were made"
             )
+
+    def _warn_of_walls(self) -> None:
+        """Warn of operators that cannot be computed here."""
+        if remark := View.of(self.model.graph).remark():
+            self.console.warn(remark)
 
     @cached_property
     def profile(self) -> Profile:
@@ -255,7 +263,11 @@ def prepare(recipe: Recipe) -> Model:
 
 
 def unfolded(recipe: Recipe) -> Model:
-    """The recipe's model as it is, but for inputs that the recipe gives a value."""
+    """The recipe's model as it is, but for inputs that the recipe gives a value.
+
+    The recipe's references of operators are in use from then on.
+    """
+    references.use(recipe.op_reference)
     opset = FP16_SCALE_OPSET if recipe.precision == "fp16" else LOWEST_OPSET
     model = load_model(recipe.require("model").model, opset=opset)
     return with_fixed(model, recipe.feeding.constants(model.inputs))

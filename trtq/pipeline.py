@@ -26,6 +26,7 @@ from trtq.files import PathLike, staged_folder, write_json, write_text
 from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
+from trtq.graph import references
 from trtq.graph.half_rules import Extent
 from trtq.graph.model import Model
 from trtq.graph.plan import Plan
@@ -198,6 +199,7 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> tuple[
 def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantization:
     """The recipe's model with scales from a table, which must have all that the plan needs."""
     given = _read_table(table, console)
+    references.use(recipe.op_reference)
     if recipe.plan is None:
         source = load_source(recipe.require("model").model, rest=recipe.precision)
         quantization, fit = quantize_with_table(

@@ -236,6 +236,7 @@ def _read_text(value: Any) -> str:
 TEXT = Kind(_read_text, "use text that is not empty")
 FLAG = Kind(_instance(bool), "use true or false")
 PATTERNS = Kind(_read_text, "write text, or a list of strings, none of them empty", many=tuple)
+FILES = Kind(_read_text, "write a path, or a list of paths, none of them empty", many=tuple)
 MARGIN = _fraction(lambda part: 0 <= part < 1, "1% or 0.01, below 100%")
 SHARE = _fraction(lambda part: 0 <= part <= 1, "90% or 0.9, up to 100%")
 DURATION = Kind(_read_duration, "write it as 90s, 10m or 1h", _write_duration)
@@ -356,8 +357,18 @@ class Recipe:
         "quantize only nodes that match: name with * and ?, or op:Type (repeatable)", PATTERNS
     )
     exclude: tuple[str, ...] = _option("leave nodes that match in floating point (repeatable)", PATTERNS)
+    op_reference: tuple[str, ...] = _option(
+        "Python file with NumPy references of operators that only TensorRT has (repeatable)",
+        FILES,
+        path=True,
+    )
+    plugin_lib: tuple[str, ...] = _option(
+        "library of TensorRT plugins, for building and running engines (repeatable)",
+        FILES,
+        path=True,
+    )
     weights: str | None = _option(
-        "form of the weights: int8 initializers (default), or float + Q/DQ (default for TensorRT 8.6)",
+        "form of the weights: int8 initializers (default), or float + Q/DQ (default for TensorRT 8)",
         _choice("int8", "qdq"),
     )
     rest: str = _option(
@@ -521,7 +532,10 @@ class Recipe:
         changes = dict(values)
         for option in options(values):
             if option.metadata["path"] and changes[option.name] is not None:
-                changes[option.name] = _absolute(changes[option.name], base, option.name == "metric")
+                many = option.metadata["kind"].many is not None
+                paths = changes[option.name] if many else [changes[option.name]]
+                found = tuple(_absolute(path, base, option.name == "metric") for path in paths)
+                changes[option.name] = found if many else found[0]
         return dataclasses.replace(self, **changes)
 
 

@@ -83,17 +83,17 @@ def test_truncated_external_data(tmp_path: Path) -> None:
         load_model(path)
 
 
-def test_an_unknown_operator_names_its_node(tmp_path: Path) -> None:
+def test_an_operator_of_another_opset_names_its_node(tmp_path: Path) -> None:
     model = conv()
-    model.graph.node[0].op_type = "Convolve"
-    with pytest.raises(InputError, match=r"unknown operator 'Convolve'[\s\S]*node 'y'"):
+    model.graph.node[0].op_type = "Gelu"
+    with pytest.raises(InputError, match=r"unknown operator 'Gelu'[\s\S]*node 'y'[\s\S]*opset, 17,"):
         loaded(model, tmp_path)
     model.graph.node[0].name = ""
     with pytest.raises(InputError, match="the node that makes 'y'"):
         loaded(model, tmp_path)
 
 
-def test_a_custom_domain_is_unknown_inside_a_body_too(tmp_path: Path) -> None:
+def test_a_custom_domain_is_refused_inside_a_body(tmp_path: Path) -> None:
     model = net(
         "g (float[N,4] x, bool c) => (float[N,4] y) {"
         " y = If(c) <then_branch = t () => (float[N,4] a) { a = Relu(x) },"
@@ -101,7 +101,7 @@ def test_a_custom_domain_is_unknown_inside_a_body_too(tmp_path: Path) -> None:
     )
     model.opset_import.append(onnx.helper.make_opsetid("com.example", 1))
     model.graph.node[0].attribute[1].g.node[0].domain = "com.example"
-    with pytest.raises(InputError, match=r"'Relu' of domain 'com\.example'"):
+    with pytest.raises(InputError, match=r"'Relu' is in the body of an If"):
         loaded(model, tmp_path)
 
 
@@ -243,16 +243,13 @@ def test_a_quantized_model_is_recognised(tmp_path: Path) -> None:
     assert not loaded(conv(), tmp_path).is_quantized
 
 
-@pytest.mark.parametrize(("op", "already"), [("QLinearAdd", True), ("MatMulNBits", True), ("Gelu", False)])
-def test_other_tools_operators_say_that_the_model_is_quantized(
-    op: str, already: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("op", ["QLinearAdd", "MatMulNBits"])
+def test_other_tools_operators_say_that_the_model_is_quantized(op: str, tmp_path: Path) -> None:
     model = conv()
     model.graph.node[0].op_type, model.graph.node[0].domain = op, "com.microsoft"
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    with pytest.raises(InputError, match=f"unknown operator '{op}'") as caught:
+    with pytest.raises(InputError, match=rf"unknown operator '{op}'[\s\S]*quantized already"):
         loaded(model, tmp_path)
-    assert ("quantized already" in str(caught.value)) == already
 
 
 # -- writing

@@ -64,7 +64,7 @@ RTX = Dialect(
     weak_typing=False,
     strong_typing=True,
     flags=frozenset({"REFIT", "STRIP_PLAN"}),
-    options=frozenset({"workspace", "refit", "strip_weights"}),
+    options=frozenset({"workspace", "refit", "strip_weights", "plugin_lib"}),
     named_parser_errors=True,
 )
 

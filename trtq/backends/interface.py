@@ -70,6 +70,7 @@ class BuildOptions:
         strip_weights: leave the weights out of the plan; it must be refitted before it runs.
         lower_precision: "fp16" or "bf16": a type that TensorRT may choose for what is not INT8. Versions
             without this option take the types from the ONNX model (`trtq.graph.half`).
+        plugin_lib: libraries of plugins, for operators that TensorRT lacks.
     """
 
     timing_cache: Path | None = None
@@ -81,6 +82,7 @@ class BuildOptions:
     refit: bool = False
     strip_weights: bool = False
     lower_precision: str | None = None
+    plugin_lib: tuple[str, ...] = ()
 
     def given(self) -> list[str]:
         """Names of the options that differ from their defaults."""

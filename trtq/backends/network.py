@@ -26,7 +26,10 @@ from trtq.files import write_bytes
 
 _NO_DRIVER = "cudaError 35"  # logged on machines without a GPU, whatever else went wrong
 
-_UNSUPPORTED = "TensorRT has no such operator: replace it in the model, or keep it out of the engine"
+_UNSUPPORTED = (
+    "TensorRT has no such operator: load the library that has its plugin (--plugin-lib LIB.so), or replace it"
+    " in the model; NVIDIA's own plugins come with TensorRT (--backend tensorrt), few with TensorRT for RTX"
+)
 _REMEDIES = (
     ("Non-zero zero point", "quantize symmetrically (zero-point 0), as `trtq quantize` does"),
     (
@@ -37,6 +40,11 @@ _REMEDIES = (
     ("plugin creator", _UNSUPPORTED),
     ("no runners that implement it", _UNSUPPORTED),
     ("): false", _UNSUPPORTED),  # all that the parser says of an operator that it does not know
+    (
+        "Could not create the plugin",
+        "check the node's attributes and inputs by the plugin's documentation; some plugins need a GPU even"
+        " to be parsed",
+    ),
     ("Turing (SM75)", "leave 7.5 out of the targets, or convert the layers that are not quantized to fp16"),
     (
         "Attention operation was not supported by a dedicated kernel",
@@ -112,6 +120,7 @@ def compile_plan(
     if not model.is_file():
         raise InputError("the model does not exist", file=model, remedy="check the path")
     log = logger(trt)
+    load_plugins(trt, log, options.plugin_lib)
     builder = started(trt.Builder, log)
     network = builder.create_network(_network_flags(trt, dialect, strongly_typed))
     _parse(trt, dialect, network, log, model)
@@ -274,12 +283,21 @@ def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, model: Path) -> N
         raise InputError("not an ONNX model", file=model, remedy="export the model again")
     if not parsed:
         cause = "\n".join(_describe(dialect, error) for error in errors) or "\n".join(log.errors)
-        raise InputError(
-            f"{dialect.name} cannot parse the model",
-            file=model,
-            cause=cause,
-            remedy=_remedy(cause, "change the node so that TensorRT's ONNX parser accepts it"),
-        )
+        remedy = _remedy(cause, "change the node so that TensorRT's ONNX parser accepts it")
+        if remedy == _UNSUPPORTED and dialect.named_parser_errors:
+            remedy = _other_version(trt, [error.node_operator() for error in errors]) or remedy
+        raise InputError(f"{dialect.name} cannot parse the model", file=model, cause=cause, remedy=remedy)
+
+
+def _other_version(trt: Any, operators: Sequence[str]) -> str | None:
+    """What to do where TensorRT has a plugin of that name, in another version than the node asks for."""
+    for creator in trt.get_plugin_registry().all_creators:
+        if creator.name in operators:
+            return (
+                f"TensorRT has {creator.name} in version {creator.plugin_version}: set the node's attribute"
+                f' plugin_version to "{creator.plugin_version}", if its attributes are those of that version'
+            )
+    return None
 
 
 def _keep_input_names(network: Any) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
+from trtq.graph.foreign import View
 from trtq.graph.half_rules import Extent, reads_singular
 from trtq.graph.names import Names
 from trtq.simulation.rows import Runner
@@ -79,7 +80,8 @@ def _probed(graph: gs.Graph) -> tuple[gs.Graph, Mapping[str, _Figures]]:
     """A copy of the graph that has the figures of its float32 tensors as its outputs."""
     probed = graph.copy()
     made = [tensor for node in probed.nodes for tensor in node.outputs if tensor.name]
-    tensors = [t for t in [*probed.inputs, *made] if t.dtype == np.float32]
+    hidden = View.of(graph).hidden
+    tensors = [t for t in [*probed.inputs, *made] if t.dtype == np.float32 and t.name not in hidden]
     probe = _Probe(probed)
     figures = {tensor.name: probe.of(tensor) for tensor in tensors}
     probed.outputs = probe.outputs

@@ -60,7 +60,7 @@ BENCH = Command(
     " you built or trust",
     _bench,
     (
-        *("output", "data", "state", "method", "cache", "threads"),
+        *("output", "data", "state", "method", "op_reference", "cache", "threads"),
         *("include", "exclude", "weights", "rest"),
         *("backend", "target", "profile", "batch"),
         *BUILD_OPTIONS,

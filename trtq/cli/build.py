@@ -28,7 +28,11 @@ BUILD = Command(
     "build",
     "build an engine from an ONNX model and say what it runs in INT8",
     _build,
-    ("model", "output", "data", "state", "rest", "include", "exclude", *ENGINE, *BUILD_OPTIONS),
+    (
+        *("model", "output", "data", "state", "rest", "op_reference", "include", "exclude"),
+        *ENGINE,
+        *BUILD_OPTIONS,
+    ),
     (
         argument("--table", metavar="TABLE", help="implicit INT8 with this table (TensorRT ≤ 10.16)"),
         argument(

@@ -41,7 +41,7 @@ GATE = Command(
     "gate",
     "compare a candidate's accuracy with a reference's and decide",
     _gate,
-    (*OPTIONS, "state", "batch", "threads", "parallel", "cache"),
+    (*OPTIONS, "state", "op_reference", "plugin_lib", "batch", "threads", "parallel", "cache"),
     (
         argument("reference", metavar="REFERENCE", help="the fp32 ONNX model, or an engine"),
         argument("candidate", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"),

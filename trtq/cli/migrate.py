@@ -35,7 +35,7 @@ MIGRATE = Command(
     (
         "model", "output", "data", "state", "eval", "metric", "max_drop", "confidence", "require_engine",
         "min_reference", "ignore_nonfinite", "include", "exclude", "weights", "rest", "backend", "target",
-        "profile", "batch", "min_int8", "threads", "cache",
+        "profile", "batch", "min_int8", "op_reference", "threads", "cache",
         *BUILD_OPTIONS,
     ),
     (

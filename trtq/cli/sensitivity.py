@@ -25,7 +25,7 @@ SENSITIVITY = Command(
     _sensitivity,
     (
         *("model", "output", "data", "state", "method", "eval", "metric", "ignore_nonfinite"),
-        *("plan", "include", "exclude", "cache", "threads", "parallel"),
+        *("plan", "include", "exclude", "op_reference", "cache", "threads", "parallel"),
     ),
     (
         argument("--fast", action="store_true", help="rank on a few rows, at the cost of a few passes"),

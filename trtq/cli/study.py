@@ -26,6 +26,7 @@ STUDY = Command(
     _study,
     (
         *("model", "output", "data", "state", "eval", "metric", "method", "plan", "include", "exclude"),
-        *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "cache", "threads", "parallel"),
+        *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "op_reference"),
+        *("cache", "threads", "parallel"),
     ),
 )

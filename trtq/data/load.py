@@ -29,12 +29,12 @@ from trtq.data.feeding import NO_FEEDING, Feeding
 from trtq.data.preprocess import VERSION, Preprocess, decode_image
 from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, Mapped, Origin, Samples, rows_of
-from trtq.data.scripts import load_function
 from trtq.data.sequences import ARRAY, Sequences, Starts, starts_of
 from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npz
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
+from trtq.scripts import load_function
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 

@@ -25,6 +25,8 @@ from trtq.gate.verdict import (
     decide,
     score_reference,
 )
+from trtq.graph import references
+from trtq.graph.foreign import View
 from trtq.graph.inputs import InputSpec
 from trtq.graph.model import model_sha256, save_model
 from trtq.graph.quantization import Quantization
@@ -71,7 +73,9 @@ def outputs_of(
         outputs = run_sharded(model, samples, work, batch_size=recipe.batch, threads=recipe.threads)
         return outputs, False
     with console.progress(label, len(samples)) as advance:
-        outputs = run_engine(model, samples, batch_size=recipe.batch, progress=advance)
+        outputs = run_engine(
+            model, samples, batch_size=recipe.batch, progress=advance, plugins=recipe.plugin_lib
+        )
     if outputs.nbytes <= KEPT_BYTES:
         cache.store(key, outputs.to_bytes())
     return outputs, False
@@ -130,6 +134,7 @@ class Evaluation:
                 recipe requires.
         """
         given = recipe.require("eval", "metric")
+        references.use(recipe.op_reference)
         metric = metric_of(recipe)
         samples = load_samples(given.eval, tuple(inputs), recipe.preprocess, recipe.feeding)
         if not is_engine(reference):
@@ -141,6 +146,9 @@ class Evaluation:
                 remedy="add an array of labels, or use the metric 'cosine', which needs none",
             )
         outputs = _outputs(reference, "reference", recipe, samples, cache, console)
+        remark = None if is_engine(reference) else View.of_file(reference).remark()
+        if remark is not None and remark not in console.warnings:
+            console.warn(remark)
         check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
         with about(samples.source):
             value = score_reference(outputs.arrays, dict(samples.targets), metric)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from trtq.code_hash import script_sha256
 from trtq.data.batches import Arrays
-from trtq.data.scripts import load_function
 from trtq.errors import InputError
+from trtq.scripts import load_function
 from trtq.simulation import similarity
 from trtq.simulation.finite import compared
 

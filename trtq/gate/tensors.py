@@ -28,6 +28,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
 from trtq.files import PathLike
 from trtq.graph.fold import fold
+from trtq.graph.foreign import View
 from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model
 from trtq.graph.products import product
@@ -148,7 +149,7 @@ def compare_three(
     """
     fp32, quantized = load_model(reference), load_model(int8)
     fold(fp32.graph)
-    compared = _tensors(quantized, set(fp32.graph.tensors()))
+    compared = _tensors(quantized, fp32.graph.tensors().keys() - View.of(fp32.graph).hidden.keys())
     if not compared:
         raise InputError(
             "the two models have no tensor in common",

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.graph.contrib import expand_contrib
 from trtq.graph.einsum import einsum_to_matmul
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.functions import expand_functions, holds_functions
@@ -93,6 +94,7 @@ def fold_zero_pad(graph: gs.Graph) -> None:
 
 
 PASSES: list[Callable[[gs.Graph], None]] = [
+    expand_contrib,
     fold_functions,
     einsum_to_matmul,
     fold_constants,

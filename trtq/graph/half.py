@@ -16,6 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
+from trtq.graph.foreign import View, is_foreign_node
 from trtq.graph.names import Names
 from trtq.graph.weights import values_of
 
@@ -36,16 +37,20 @@ def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
 
     Args:
         graph: folded, with the dtypes of all tensors known (`fold`), opset 19 or above for Q/DQ.
-        float32: names of nodes that stay float32; so do nodes with bodies, and nodes that bodies read.
+        float32: names of nodes that stay float32; so do nodes with bodies, nodes that bodies read, and
+            operators that ONNX does not define, with what can only be computed behind them by TensorRT.
 
     Raises:
         InputError: a tensor whose dtype is not known.
     """
     check_dtypes(graph)
     graph, names = graph.copy(), Names(graph)
-    captured = read_by_bodies(graph)
+    captured, view = read_by_bodies(graph), View.of(graph)
     kept = {*float32}
     for node in graph.nodes:
+        if is_foreign_node(node) or view.hides(node):
+            kept.add(node.name)
+            continue
         if has_body(node) or not captured.isdisjoint(tensor.name for tensor in node.outputs):
             kept.add(node.name)
     casts: dict[tuple[int, np.dtype], gs.Variable] = {}
@@ -68,6 +73,11 @@ def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
     for index, output in enumerate(graph.outputs):
         if output.dtype == np.float16:
             graph.outputs[index] = _restore_output(graph, names, output)
+    added = {id(cast) for cast in casts.values()}
+    foreign = [node for node in nodes if is_foreign_node(node) or view.hides(node)]
+    for tensor in [tensor for node in foreign for tensor in node.inputs]:
+        if id(tensor) in added and isinstance(tensor, gs.Variable):
+            _restore_name(names, tensor)
     return graph.toposort()
 
 
@@ -161,6 +171,14 @@ def _restore_output(graph: gs.Graph, names: Names, output: gs.Variable) -> gs.Va
     node = names.node(f"{restored.name}/Cast")
     graph.nodes.append(gs.Node("Cast", node, {"to": onnx.TensorProto.FLOAT}, [output], [restored]))
     return restored
+
+
+def _restore_name(names: Names, cast: gs.Variable) -> None:
+    """Give a tensor that was cast to float32 the name that the float16 one has: it is what the float32 model
+    calls it. Not where that one is an output of the model, which has got the name."""
+    (half,) = cast.inputs[0].inputs
+    if cast.name == f"{half.name}/float32":
+        cast.name, half.name = half.name, names.tensor(f"{half.name}/float16")
 
 
 def _to_half(values: np.ndarray) -> np.ndarray:

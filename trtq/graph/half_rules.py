@@ -20,6 +20,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.graph.foreign import View, is_foreign_node
 from trtq.graph.half import convert_to_half, has_body, read_by_bodies, takes_half
 from trtq.graph.plan import Float32Node, Plan
 from trtq.graph.weights import values_of
@@ -119,6 +120,11 @@ class Scene:
         return frozenset(found)
 
     @cached_property
+    def view(self) -> View:
+        """What can be computed of the graph."""
+        return View.of(self.graph)
+
+    @cached_property
     def captured(self) -> frozenset[str]:
         """Tensors that bodies of control flow read."""
         return read_by_bodies(self.graph)
@@ -216,6 +222,12 @@ def _has_body(node: gs.Node, scene: Scene) -> str | None:
     if not scene.captured.isdisjoint(tensor.name for tensor in node.outputs):
         return "the body of a control-flow node reads its output"
     return None
+
+
+def _foreign(node: gs.Node, scene: Scene) -> str | None:
+    if is_foreign_node(node):
+        return "it is not an ONNX operator: it keeps its types"
+    return scene.view.reason(node) if scene.view.hides(node) else None
 
 
 def _index(node: gs.Node, scene: Scene) -> str | None:
@@ -405,6 +417,7 @@ def _products(node: gs.Node, scene: Scene) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule("foreign", _foreign),
     Rule("control-flow", _has_body),
     Rule("index", _index),
     Rule("range", _range),

@@ -5,24 +5,37 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnx.external_data_helper
 import onnx.version_converter
 import onnx_graphsurgeon as gs
+from onnx import AttributeProto
+from onnx.helper import get_attribute_value
 from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.foreign import (
+    CONTRIB_DOMAIN,
+    CONTRIB_OPSET,
+    EARLY,
+    all_nodes,
+    bodies,
+    import_domains,
+    is_foreign,
+    needs_reference,
+)
 from trtq.graph.inputs import InputSpec, guess_batch_axes
 from trtq.graph.local import inline_functions
 from trtq.graph.names import Names
 from trtq.graph.products import is_quantizer, quantizers
+from trtq.graph.references import named
 from trtq.graph.weights import (
     Light,
     export_light,
@@ -51,6 +64,11 @@ FP16_SCALE_OPSET = 19
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Models above this many bytes need their weights in a file of their own."""
+
+_ASIDE = {"": "trtq.aside", "ai.onnx": "trtq.aside.ai.onnx"}
+"""ONNX's domain, by both of its names -> that of operators which ONNX's version converter must not see."""
+
+_LISTS = (AttributeProto.FLOATS, AttributeProto.INTS, AttributeProto.STRINGS)
 
 QDQ_OPS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
@@ -91,8 +109,9 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     """Read an ONNX model, upgrade its opset where Q/DQ needs it, and give every node a unique name.
 
     Local functions are inlined, and inputs that are left out at a node's end are dropped; opsets below
-    `opset` are converted to it, and to `FP16_SCALE_OPSET` where the model computes in float16. Large weights
-    stay in their files (see `trtq.graph.weights`).
+    `opset` are converted to it, to `FP16_SCALE_OPSET` where the model computes in float16, and to what ONNX
+    Runtime's fused operators become where it holds some. Large weights stay in their files (see
+    `trtq.graph.weights`).
 
     Raises:
         InputError: the file is missing, not ONNX or truncated; external data is missing; an operator is
@@ -102,9 +121,14 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     proto, data_files = _read(path)
     _read_external_data(proto, path)
     proto = inline_functions(proto, path)
+    import_domains(proto)
+    _drop_empty_attributes(proto)
     _check_operators(proto, path)
     _check_ends(proto.graph, path)
-    proto = upgrade_opset(proto, max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset, path)
+    opset = max(opset, FP16_SCALE_OPSET) if _holds_half(proto) else opset
+    if any(node.domain == CONTRIB_DOMAIN or node.op_type in EARLY for node in all_nodes(proto.graph)):
+        opset = max(opset, CONTRIB_OPSET)
+    proto = upgrade_opset(proto, opset, path)
     try:
         graph = gs.import_onnx(_inferred(proto))
         leave_in_files(graph, path.parent)
@@ -153,7 +177,7 @@ def upgrade_opset(proto: ModelProto, opset: int, path: PathLike) -> ModelProto:
         return proto
     apart = _set_apart(proto.graph, Path(path).parent)
     try:
-        converted = onnx.version_converter.convert_version(proto, opset)
+        converted = _converted(proto, opset)
     except Exception as error:
         raise InputError(
             f"the model's opset {_opset(proto)} cannot be upgraded to {opset}, which Q/DQ needs",
@@ -190,6 +214,28 @@ def _put_back(graph: onnx.GraphProto, apart: Mapping[str, onnx.TensorProto]) -> 
     for value in [value for value in graph.input if value.name in apart]:
         graph.input.remove(value)
     graph.initializer.extend(apart.values())
+
+
+def _converted(proto: ModelProto, opset: int) -> ModelProto:
+    """`proto`, which is changed, at another opset.
+
+    ONNX's converter leaves operators of other domains alone, and fails on those in its own that the old opset
+    does not have: they have another domain meanwhile.
+    """
+    for node in all_nodes(proto.graph):
+        unknown = is_foreign(node.op_type, node.domain) or node.op_type in EARLY
+        if node.domain in _ASIDE and unknown:
+            node.domain = _ASIDE[node.domain]
+    import_domains(proto)
+    converted = onnx.version_converter.convert_version(proto, opset)
+    back = {aside: domain for domain, aside in _ASIDE.items()}
+    for node in all_nodes(converted.graph):
+        node.domain = back.get(node.domain, node.domain)
+    imports = {o.domain: o.version for o in converted.opset_import if o.domain not in back}
+    imports |= {domain: opset for domain in _ASIDE if domain in imports}
+    del converted.opset_import[:]
+    converted.opset_import.extend(onnx.helper.make_opsetid(*item) for item in imports.items())
+    return converted
 
 
 def name_nodes(graph: gs.Graph) -> None:
@@ -364,28 +410,55 @@ def _opset(proto: ModelProto) -> int:
     return max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
 
 
+def _drop_empty_attributes(proto: ModelProto) -> None:
+    """Leave out empty lists of operators that ONNX does not define: GraphSurgeon would lose their types."""
+    for node in all_nodes(proto.graph):
+        if is_foreign(node.op_type, node.domain):
+            empty = [a for a in node.attribute if a.type in _LISTS and not get_attribute_value(a)]
+            for attribute in empty:
+                node.attribute.remove(attribute)
+
+
 def _check_operators(proto: ModelProto, path: Path) -> None:
+    """Refuse operators that another tool quantized by, those that ONNX has in other versions only, and in
+    bodies of control flow those that only TensorRT can compute."""
     versions = {o.domain: o.version for o in proto.opset_import}
-    for node in _all_nodes(proto.graph):
+    for node in all_nodes(proto.graph):
         domain = "" if node.domain == "ai.onnx" else node.domain
-        if not onnx.defs.has(node.op_type, versions.get(domain, _opset(proto)), domain):
-            where = f"node '{node.name}'" if node.name else f"the node that makes '{node.output[0]}'"
+        foreign = is_foreign(node.op_type, domain)
+        if (foreign and not is_quantizer(node.op_type)) or node.op_type in EARLY:
+            continue
+        if foreign or not onnx.defs.has(node.op_type, versions.get(domain, _opset(proto)), domain):
             kind = f"operator '{node.op_type}' of domain '{domain or 'ai.onnx'}'"
-            already = "; the model is quantized already" if is_quantizer(node.op_type) else ""
+            already = "; the model is quantized already" if foreign else ""
             raise InputError(
                 f"unknown {kind}",
                 file=path,
-                cause=f"{where} uses it, and ONNX does not define it{already}",
+                cause=f"{named(node)} uses it, and ONNX does not define it{already}"
+                if foreign
+                else f"{named(node)} uses it, and the model's opset, {_opset(proto)}, does not have it",
                 remedy="export the model with standard ONNX operators",
+            )
+    for node in (inner for outer in proto.graph.node for inner in all_nodes(*bodies(outer))):
+        if needs_reference(node):
+            raise InputError(
+                f"operator '{node.op_type}' is in the body of an If, Loop or Scan",
+                file=path,
+                cause=f"{named(node)} can be computed by TensorRT only, so the body cannot be run here",
+                remedy="export the model without that control flow, or with the node outside of it",
             )
 
 
 def _check_ends(graph: onnx.GraphProto, path: Path) -> None:
     """What goes into the model and comes out of it, and out of its bodies, are tensors."""
-    bodies = [a.g for node in _all_nodes(graph) for a in node.attribute if a.HasField("g")]
     ends = [("model input", value) for value in graph.input]
     ends += [("model output", value) for value in graph.output]
-    ends += [("a body's output", value) for body in bodies for value in body.output]
+    ends += [
+        ("a body's output", value)
+        for node in all_nodes(graph)
+        for body in bodies(node)
+        for value in body.output
+    ]
     for end, value in ends:
         kind = value.type.WhichOneof("value") or "tensor_type"
         if kind == "optional_type" or (kind != "tensor_type" and end != "a body's output"):
@@ -394,13 +467,3 @@ def _check_ends(graph: onnx.GraphProto, path: Path) -> None:
                 file=path,
                 remedy="export the model with tensors in its place",
             )
-
-
-def _all_nodes(graph: Any) -> Iterable[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _all_nodes(attribute.g)
-            for subgraph in attribute.graphs:
-                yield from _all_nodes(subgraph)

@@ -21,6 +21,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
+from trtq.graph.foreign import View, is_foreign_node
 from trtq.graph.model import Model
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
 from trtq.graph.products import macs, product
@@ -51,6 +52,11 @@ class Placement:
     exclude: Sequence[str] = ()
     quantized: set[str] = field(default_factory=set)
     spared: Collection[str] = ()
+
+    @cached_property
+    def view(self) -> View:
+        """What can be computed of the graph."""
+        return View.of(self.graph)
 
     @cached_property
     def order(self) -> Mapping[str, int]:
@@ -296,6 +302,12 @@ def _excluded(node: gs.Node, placement: Placement) -> str | None:
     return None
 
 
+def _never_seen(node: gs.Node, placement: Placement) -> str | None:
+    if is_foreign_node(node) or not placement.view.hides(node):
+        return None
+    return placement.view.reason(node)
+
+
 def _no_int8_kernel(node: gs.Node, placement: Placement) -> str | None:
     found = product(node)
     return found.float_reason if found else None
@@ -332,6 +344,7 @@ def _is_grid(tensor: gs.Tensor) -> bool:
 
 SKIP_RULES: tuple[SkipRule, ...] = (
     SkipRule("excluded", _excluded),
+    SkipRule("never-seen", _never_seen),
     SkipRule("no-int8-kernel", _no_int8_kernel),
     SkipRule("not-floating-point", _not_floating_point),
     SkipRule("vector-operand", _vector_operand),
@@ -382,6 +395,7 @@ def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
     for index, residual in enumerate(node.inputs):
         wanted = index != fused if fused is not None else _read_in_int8(residual, node, placement)
         variable = not isinstance(residual, gs.Constant) and residual.dtype in FLOATS
+        variable = variable and residual.name not in placement.view.hidden
         if wanted and variable and _whole(residual.shape, node.inputs[1 - index].shape):
             yield Edge(residual.name, node.name, index, RESIDUAL, residual.name)
 

@@ -13,6 +13,8 @@ from math import prod
 
 import onnx_graphsurgeon as gs
 
+from trtq.graph.foreign import is_foreign_node
+
 Shapes = Mapping[str, Sequence[int]]
 """Tensor -> its shape, as far as it is known."""
 
@@ -42,7 +44,7 @@ def product(node: gs.Node) -> Product | None:
 
     Operators of domains that ONNX does not define go by their name; their multiply-accumulates are not known.
     """
-    if (node.domain or "ai.onnx") in _ONNX_DOMAINS:
+    if not is_foreign_node(node):
         return PRODUCTS.get(node.op)
     return _FOREIGN if _FOREIGN_PRODUCT.search(node.op) else None
 
@@ -204,8 +206,6 @@ PRODUCTS: Mapping[str, Product] = {
 Not among them: element-wise operators, reductions (sums of squares too), normalization, pooling, and
 interpolation (Resize, GridSample, RoiAlign).
 """
-
-_ONNX_DOMAINS = frozenset({"ai.onnx", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training"})
 
 _FOREIGN = Product(_unknown, 0, "it is not an ONNX operator: what it multiplies is not known")
 _FOREIGN_PRODUCT = re.compile(

@@ -21,6 +21,7 @@ from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, sha256_file, staged_folder, write_json
 from trtq.gate.evaluation import Evaluation, outputs_of
 from trtq.gate.verdict import Check, Outcome, Verdict, overall
+from trtq.graph import references
 from trtq.graph.model import save_model
 from trtq.graph.quantization import Quantization
 from trtq.job import for_builder, open_cache, opt_shapes, profile_for, samples_of
@@ -162,7 +163,7 @@ def migrate(
         console.warn(may_run.text())
     with staged_folder(output) as folder:
         migration = _built(given, quantization, fit, folder)
-        here = engine_runs_here(folder / "model.plan", console)
+        here = engine_runs_here(folder / "model.plan", recipe.plugin_lib, console)
         migration = _compared(given, migration, folder / ("model.plan" if here else "model.int8.onnx"))
         if migration.verdict is not None:
             write_verdict(folder, migration.verdict)
@@ -199,6 +200,7 @@ class _Given:
     @classmethod
     def open(cls, recipe: Recipe, file: PathLike, encoding: str, console: Console) -> _Given:
         """Read the model, the table and the data, and score the reference where there is a metric."""
+        references.use(recipe.op_reference)
         source = load_source(recipe.require("model").model, rest=recipe.precision)
         table = read_table(file, encoding)
         model = source.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trtq.calibration.table import Table
 from trtq.console import Console
 from trtq.gate.evaluation import Evaluation
 from trtq.gate.verdict import Check, Outcome, Verdict
+from trtq.graph.foreign import View
 from trtq.graph.model import save_model
 from trtq.graph.plan import percent
 from trtq.graph.quantization import Quantization
@@ -113,7 +115,8 @@ def attempt(
     covered = coverage(quantization.plan, build.compiled)
     size = build.engine.stat().st_size / 1e6
     console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
-    runs_here = engine_runs_here(build.engine, console)
+    comparable = not View.of(job.model.graph).walls
+    runs_here = comparable and engine_runs_here(build.engine, recipe.plugin_lib, console)
     accuracy = evaluation.verdict(build.engine if runs_here else folder / "model.int8.onnx")
     on_engine = () if recipe.min_int8 is None else (share_check(covered, recipe.min_int8),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
@@ -154,12 +157,12 @@ def share_check(covered: Coverage, least: float) -> Check:
     return Check(f"int8 share at least {least:.1%}", outcome, message)
 
 
-def engine_runs_here(engine: Path, console: Console) -> bool:
+def engine_runs_here(engine: Path, plugins: Sequence[str], console: Console) -> bool:
     """Whether the engine itself can be gated here; warns where there is a GPU and it does not load."""
     gpu = find_gpu()
     if gpu is None:
         return False
-    problem = why_not_loaded(engine)
+    problem = why_not_loaded(engine, plugins)
     if problem is not None:
         console.warn(f"the gate simulates the engine, which does not run on {gpu.name}: {problem}")
     return problem is None

@@ -307,8 +307,11 @@ class _Buffered:
         return dict(zip(self._names, self._session.run(self._names, feed), strict=True))
 
     def _bound(self) -> Any:
-        """A binding of the outputs to the values' memory; None where they are not all plain arrays."""
-        if any(not array.flags.c_contiguous or array.size == 0 for array in self._values.values()):
+        """A binding of the outputs to the values' memory; None where they are not all plain arrays, or the
+        session is a chain."""
+        if not hasattr(self._session, "io_binding") or any(
+            not array.flags.c_contiguous or array.size == 0 for array in self._values.values()
+        ):
             return None
         binding = self._session.io_binding()
         for name, array in self._values.items():

@@ -7,15 +7,23 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
+from numpy.typing import NDArray
 
-from trtq.errors import InputError
+from trtq.errors import InputError, TrtqError
+from trtq.graph import references
+from trtq.graph.foreign import View, import_domains, needs_reference
 from trtq.graph.model import model_files
 from trtq.graph.weights import IN_MEMORY, Light, read_light
+from trtq.simulation.chain import Chain
 from trtq.simulation.narrow import holds_narrow, in_float32
 from trtq.simulation.processors import processors
 
@@ -40,16 +48,21 @@ _FATAL = 4
 """ONNX Runtime's log level: errors are raised, so they are not logged as well."""
 
 
+Session: TypeAlias = onnxruntime.InferenceSession | Chain
+
+
 def simulation_session(
     model: str | Path | bytes | Light,
     threads: int | None = None,
     outputs: Sequence[str] | None = None,
     weights: Mapping[str, onnxruntime.OrtValue] | None = None,
-) -> onnxruntime.InferenceSession:
+) -> Session:
     """A session that runs Q/DQ faithfully: floating-point operators between exact quantizers.
 
     What is float16 or bfloat16 in the model is rounded to that, and overflows (see `trtq.simulation.narrow`).
-    It runs on the GPU where ONNX Runtime can (see `execution_providers`), else on the CPU.
+    It runs on the GPU where ONNX Runtime can (see `execution_providers`), else on the CPU. Operators that
+    ONNX Runtime does not know are computed by their references, in float32 (`trtq.simulation.chain`); where
+    one has none, the model ends in front of it (`trtq.graph.foreign.View`).
 
     Args:
         model: an ONNX file, or a serialized model (see `trtq.graph.model.serialized`).
@@ -59,8 +72,26 @@ def simulation_session(
         weights: values of the initializers that the model says are external, shared and not copied.
 
     Raises:
-        InputError: ONNX Runtime cannot load the model.
+        InputError: ONNX Runtime cannot load the model, or an output cannot be computed.
     """
+    file = None if isinstance(model, bytes | Light) else model
+    try:
+        source = _simulable(model, outputs)
+        if isinstance(source, _Foreign):
+            folder, shared = source.folder, weights or {}
+            start = partial(_started, large=_is_large(model), threads=threads, weights=shared, folder=folder)
+            read = partial(_values, weights=shared, folder=folder)
+            return Chain(source.model, source.outputs, source.types, start, read)
+        return _session(source, _options(_is_large(model), threads, weights))
+    except TrtqError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        raise InputError("ONNX Runtime cannot load the model", file=file, cause=error) from error
+
+
+def _options(
+    large: bool, threads: int | None, weights: Mapping[str, onnxruntime.OrtValue] | None
+) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or _every_thread()
@@ -68,21 +99,46 @@ def simulation_session(
     options.log_severity_level = _FATAL
     for key, value in _SESSION_CONFIG.items():
         options.add_session_config_entry(key, value)
-    if _is_large(model):
+    if large:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if weights:
         options.add_external_initializers(list(weights), list(weights.values()))
-    file = None if isinstance(model, bytes | Light) else model
-    try:
-        source = _simulable(model, outputs)
-        if isinstance(source, Light):
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(source.folder))
-            source = source.model
-        return onnxruntime.InferenceSession(
-            source if isinstance(source, bytes) else str(source), options, providers=execution_providers()
-        )
-    except Exception as error:  # ONNX Runtime's exceptions have no common base class
-        raise InputError("ONNX Runtime cannot load the model", file=file, cause=error) from error
+    return options
+
+
+def _session(
+    source: str | Path | bytes | Light, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    if isinstance(source, Light):
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(source.folder))
+        source = source.model
+    return onnxruntime.InferenceSession(
+        source if isinstance(source, bytes) else str(source), options, providers=execution_providers()
+    )
+
+
+def _started(
+    model: onnx.ModelProto,
+    large: bool,
+    threads: int | None,
+    weights: Mapping[str, onnxruntime.OrtValue],
+    folder: Path | None,
+) -> onnxruntime.InferenceSession:
+    """A session of a part of a model, which reads some of its weights only."""
+    own = {tensor.name for tensor in model.graph.initializer}
+    shared = {name: value for name, value in weights.items() if name in own}
+    content = model.SerializeToString()
+    source = content if folder is None else Light(content, folder)
+    return _session(source, _options(large, threads, shared))
+
+
+def _values(
+    tensor: onnx.TensorProto, weights: Mapping[str, onnxruntime.OrtValue], folder: Path | None
+) -> NDArray:
+    """The values of an initializer: shared, in a file, or its own."""
+    if tensor.name in weights:
+        return np.asarray(weights[tensor.name].numpy())
+    return onnx.numpy_helper.to_array(tensor, str(folder or ""))
 
 
 def _every_thread() -> int:
@@ -128,15 +184,34 @@ def execution_providers() -> list[Any]:
 
 
 def simulation_fingerprint() -> str:
-    """Changes when a simulated result may: ONNX Runtime's version, the session's settings, and the GPU."""
+    """Changes when a simulated result may: ONNX Runtime's version, the session's settings, the references of
+    operators that it lacks, and the GPU."""
     settings = ",".join(f"{key}={value}" for key, value in _SESSION_CONFIG.items())
     device = ":cuda" if len(execution_providers()) > 1 else ""
-    return f"onnxruntime-{onnxruntime.__version__}:{settings}:narrow-types-rounded{device}"
+    operators = f"references-{references.fingerprint()}"
+    return f"onnxruntime-{onnxruntime.__version__}:{settings}:narrow-types-rounded:{operators}{device}"
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """A model with operators that ONNX Runtime does not know.
+
+    Attributes:
+        model: in float32 where it held narrow types.
+        folder: of its external weights; None where it has none.
+        outputs: what of it is computed.
+        types: tensor -> what the model said of it, or implies.
+    """
+
+    model: onnx.ModelProto
+    folder: Path | None
+    outputs: tuple[str, ...]
+    types: Mapping[str, onnx.TypeProto]
 
 
 def _simulable(
     model: str | Path | bytes | Light, outputs: Sequence[str] | None
-) -> str | Path | bytes | Light:
+) -> str | Path | bytes | Light | _Foreign:
     """The model in float32 where it holds narrow types, with other outputs where some are named.
 
     A model that needs neither stays as it is.
@@ -147,16 +222,44 @@ def _simulable(
         proto, folder = onnx.load_from_string(model.model), model.folder
     else:
         proto, folder = read_light(Path(model)), Path(model).absolute().parent
+    foreign = any(map(needs_reference, proto.graph.node))
+    if foreign and proto.functions:  # calls of the model's own functions look like foreign operators
+        inlined = onnx.inliner.inline_local_functions(proto)
+        foreign = any(map(needs_reference, inlined.graph.node))
+        proto = inlined if foreign else proto
     narrow = holds_narrow(proto)
-    if not narrow and outputs is None:
+    if not narrow and outputs is None and not foreign:
         return model
+    types: dict[str, onnx.TypeProto] = {}
+    if foreign:
+        import_domains(proto)
+        inferred = onnx.shape_inference.infer_shapes(proto).graph
+        outputs = _computable(inferred, outputs)
+        types = {v.name: v.type for v in (*inferred.value_info, *inferred.output)}
     if narrow:
         proto = in_float32(proto)
+    if foreign:
+        return _Foreign(proto, folder, tuple(outputs or ()), types)
     if outputs is not None:
         del proto.graph.output[:]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     content = proto.SerializeToString()
     return content if folder is None else Light(content, folder)
+
+
+def _computable(graph: onnx.GraphProto, outputs: Sequence[str] | None) -> Sequence[str]:
+    """The named outputs, or without names those that can be computed of a graph with foreign operators.
+
+    Raises:
+        InputError: one of them, or all, lie behind an operator without a reference.
+    """
+    view = View.of(graph)
+    for name in outputs or ():
+        if name in view.hidden:
+            raise references.missing(view.hidden[name])
+    if outputs is None and not view.outputs:
+        raise references.missing(view.walls[0])
+    return view.outputs if outputs is None else outputs
 
 
 def _identity() -> bytes:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.graph.foreign import View, reads
 from trtq.graph.groups import Group, groups
 from trtq.graph.model import QDQ_OPS, export
 from trtq.graph.place import leave_out
@@ -317,7 +318,7 @@ class _Program:
 
     Attributes:
         nodes: of the float graph.
-        outputs: names of the graph's outputs.
+        outputs: names of the graph's outputs, as far as they can be computed (`graph.foreign.View`).
         quantized: (node, index of input) -> the tensor that the input reads when it is quantized.
         changing: positions of the nodes with such inputs.
     """
@@ -327,7 +328,7 @@ class _Program:
         rewritten = quantization.rewritten()
         plain, full = export(graph), export(rewritten)
         self.nodes = [_copy(node) for node in plain.graph.node]
-        self.outputs = [tensor.name for tensor in graph.outputs]
+        self.outputs = list(View.of(plain.graph).outputs)
         opsets = [onnx.helper.make_opsetid(opset.domain, opset.version) for opset in plain.opset_import]
         self._header = {"opset_imports": opsets, "ir_version": plain.ir_version}
         self._position = {node.name: position for position, node in enumerate(self.nodes)}
@@ -392,7 +393,7 @@ class _Program:
             if not needed.isdisjoint(node.output):
                 chain = [*self._switched(node, switches)]
                 nodes += reversed(chain)
-                needed.update(name for each in chain for name in _reads(each))
+                needed.update(name for each in chain for name in reads(each))
         unique = {node.name: node for node in reversed(nodes)}
         graph = onnx.helper.make_graph(
             list(unique.values()),
@@ -430,7 +431,7 @@ class _Program:
         made = {name: position for position, node in enumerate(self.nodes) for name in node.output if name}
         last = dict.fromkeys(self.outputs, len(self.nodes))
         for position, node in enumerate(self.nodes):
-            for name in _reads(node):
+            for name in reads(node):
                 last[name] = max(last.get(name, 0), position)
         return {
             position: frozenset(
@@ -445,16 +446,6 @@ def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
     alone = onnx.NodeProto()
     alone.CopyFrom(node)
     return alone
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node reads, those that the bodies of an If, Loop or Scan take from outside among them."""
-    yield from filter(None, node.input)
-    for attribute in node.attribute:
-        for body in (attribute.g, *attribute.graphs):
-            for inner in body.node:
-                yield from _reads(inner)
-            yield from (output.name for output in body.output)
 
 
 def _codes(tensor: gs.Constant) -> bool:

@@ -37,6 +37,7 @@ from trtq.data.load import reload
 from trtq.data.samples import Origin, Samples, rows_of
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
+from trtq.graph import references
 from trtq.graph.model import model_files, model_sha256, save_model
 from trtq.simulation.pool import Pool
 from trtq.simulation.processors import processors
@@ -229,7 +230,7 @@ def _run_in(
     """Run shards in a pool; those that were lost with a worker are run again."""
     joblib = _required("joblib", "pip install 'trtq[parallel]'")
     work = joblib.delayed(_work)
-    waiting = {index: (index, *shards[index].sent()) for index in wanted}
+    waiting = {index: (references.files(), index, *shards[index].sent()) for index in wanted}
     left = ATTEMPTS
     while waiting:
         calls = [work(task, _versions(task), *arguments) for arguments in waiting.values()]
@@ -299,6 +300,7 @@ def _deaths() -> tuple[type[BaseException], ...]:
 def _work(
     task: Task,
     versions: str,
+    files: Sequence[str],
     index: int,
     origin: Origin,
     positions: Sequence[int],
@@ -308,10 +310,14 @@ def _work(
 ) -> tuple[int, bytes]:
     """Do a task for the samples at some positions of a source.
 
+    Args:
+        files: with references of operators.
+
     Raises:
         InputError: it failed; the problem names the rows.
     """
     try:
+        references.use(files)
         if versions != _versions(task):
             raise InputError(
                 "a worker runs different software from the process that started the work",

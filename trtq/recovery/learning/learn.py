@@ -184,9 +184,12 @@ class _Run:
         self.codes = _own_weights(quantization)
         self.teacher = TorchGraph(teacher).to(device)
         fitting, held_back = fitting.spread(MOST_ROWS), held_back.spread(MOST_ROWS)
-        if (labels := recipe.labels) is not None and len(quantization.graph.outputs) != 1:
-            outputs = ", ".join(tensor.name for tensor in quantization.graph.outputs)
-            raise InputError("labels need a model with one output", cause=f"this one has {outputs}")
+        outputs = [tensor.name for tensor in quantization.graph.outputs]
+        if (labels := recipe.labels) is not None and (len(outputs) != 1 or outputs != self.pupil.outputs):
+            where = (
+                f"this one has {', '.join(outputs)}, and can be learned up to {', '.join(self.pupil.outputs)}"
+            )
+            raise InputError("labels need a model with one output that can be learned", cause=where)
         numbers = None if labels is None else fitting.class_numbers(labels)
         self.lessons = list(self._lessons(fitting, numbers))
         if numbers is not None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trtq.errors import InputError
+from trtq.graph.foreign import View
 from trtq.graph.weights import values_of
 
 Attributes = Mapping[str, Any]
@@ -32,6 +33,8 @@ OPERATORS: dict[str, Operator] = {}
 class TorchGraph(torch.nn.Module):
     """A graph as a module. Its constants are buffers; `constant` gives one by its name.
 
+    It ends in front of operators that ONNX does not define: what goes into them is then among its outputs.
+
     Args:
         graph: folded, float32; is not changed.
 
@@ -41,18 +44,19 @@ class TorchGraph(torch.nn.Module):
 
     def __init__(self, graph: gs.Graph) -> None:
         super().__init__()
-        for node in graph.nodes:
+        graph = graph.copy().toposort()
+        view = View.of(graph, references_too=False)
+        self.nodes: list[gs.Node] = [node for node in graph.nodes if not view.hides(node)]
+        for node in self.nodes:
             if node.op not in OPERATORS or node.domain not in (None, "", "ai.onnx"):
                 raise InputError(
                     f"node '{node.name}' ({node.op}) has no PyTorch counterpart here",
                     cause="learning needs every operator's gradient",
                 )
-        graph = graph.copy().toposort()
-        self.nodes: list[gs.Node] = list(graph.nodes)
         for node in self.nodes:
             if node.op == "Split":  # opsets below 18 know it from the node alone
                 node.attrs.setdefault("num_outputs", len(node.outputs))
-        self.outputs: list[str] = [tensor.name for tensor in graph.outputs]
+        self.outputs: list[str] = list(view.outputs)
         constants = [t for t in graph.tensors().values() if isinstance(t, gs.Constant)]
         self._slots = {tensor.name: f"constant{i}" for i, tensor in enumerate(constants)}
         for tensor in constants:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trtq.data.scripts import load_function
 from trtq.errors import InputError
+from trtq.scripts import load_function
 
 
 def write(folder: Path, body: str, name: str = "mine.py") -> str:

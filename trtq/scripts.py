@@ -1,4 +1,4 @@
-"""The user's own Python: `FILE.py:FUNCTION`, for metrics and data."""
+"""The user's own Python: `FILE.py:FUNCTION`, for metrics and data, and whole files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from trtq.errors import InputError
@@ -22,11 +23,26 @@ def load_function(spec: str, what: str) -> tuple[Path, str, Callable[..., Any]]:
     """
     file, _, name = spec.rpartition(":")
     path = Path(file)
+    function = getattr(load_module(path, what), name, None)
+    if not callable(function):
+        raise InputError(f"the {what}'s file has no function '{name}'", file=path)
+    return path, name, function
+
+
+def load_module(path: Path, what: str) -> ModuleType:
+    """A file as a module; importing it runs it.
+
+    Args:
+        what: what it is for, as it stands in errors.
+
+    Raises:
+        InputError: the file is missing, or does not import.
+    """
     if not path.is_file():
         raise InputError(f"the {what}'s file does not exist", file=path, remedy="check the path")
     module_spec = importlib.util.spec_from_file_location(f"trtq_script_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"the {what}'s file is not Python's", file=path, remedy="give a .py file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up
     try:
@@ -34,7 +50,4 @@ def load_function(spec: str, what: str) -> tuple[Path, str, Callable[..., Any]]:
     except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}"
         raise InputError(f"the {what}'s file does not import", file=path, cause=cause) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"the {what}'s file has no function '{name}'", file=path)
-    return path, name, function
+    return module
