@@ -24,7 +24,7 @@ from trtq.console import SILENT
 from trtq.gate.evaluation import Evaluation
 from trtq.graph.groups import groups
 from trtq.job import Job
-from trtq.recovery.budget import Budget
+from trtq.budget import Budget
 from trtq.recovery.partial import Search
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from trtq.backends.interface import OPT_BATCH, Profile, check_profile, profiles_from
+from trtq.budget import NO_BUDGET, Budget
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.load import load_samples
@@ -35,6 +36,7 @@ class Job:
     Attributes:
         model: folded, not quantized.
         data: the calibration rows; the evaluation data are no part of a job, so nothing is fitted on them.
+        budget: the time that is left for what the job may do without.
     """
 
     recipe: Recipe
@@ -42,20 +44,21 @@ class Job:
     data: Samples
     cache: Cache
     console: Console
+    budget: Budget = NO_BUDGET
 
     @classmethod
     def open(cls, recipe: Recipe, console: Console) -> Job:
-        """Load the recipe's model and calibration data.
+        """Load the recipe's model and calibration data; its budget begins to run.
 
         Raises:
             InputError: one is missing or cannot be used, or the data have no such labels.
         """
-        given = recipe.require("model", "data")
+        given, budget = recipe.require("model", "data"), Budget.of(recipe.budget)
         model = prepare(recipe)
         data = load_samples(given.data, model.inputs, recipe.preprocess)
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
-        job = cls(recipe, model, data, open_cache(recipe, console), console)
+        job = cls(recipe, model, data, open_cache(recipe, console), console, budget)
         job._warn_of_few()
         return job
 

@@ -13,6 +13,7 @@ from trtq.backends.builders import builder
 from trtq.backends.coverage import Coverage
 from trtq.backends.engine import input_specs
 from trtq.backends.interface import Build
+from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.calibration.foreign import read_table
 from trtq.calibration.table import Table
@@ -32,7 +33,6 @@ from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless
-from trtq.recovery.budget import Budget
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.workflow import recover

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from trtq.budget import Budget
 from trtq.calibration.calibrate import FloatGraph, calibrate, rangeless, statistics_of, without_ranges_of
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.statistics import Statistics
@@ -24,7 +25,6 @@ from trtq.graph.shapes import infer_types
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
 from trtq.recipe import Recipe
-from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 from trtq.recovery.workflow import learned
 from trtq.simulation.similarity import overall_sqnr_db

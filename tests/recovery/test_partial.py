@@ -18,7 +18,7 @@ from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.recovery.budget import Budget
+from trtq.budget import Budget
 from trtq.recovery.partial import Search, cheapest_set
 
 GROUPS = "abcdefgh"

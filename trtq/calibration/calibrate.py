@@ -15,7 +15,8 @@ from trtq.cache import Key
 from trtq.calibration.collect import collect_sharded
 from trtq.calibration.extents import measure_extents
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
-from trtq.calibration.search import CANDIDATES, Choice, Rows, choose_method, refine_ranges
+from trtq.calibration.refine import refine_ranges
+from trtq.calibration.search import CANDIDATES, Choice, Rows, choose_method
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
 from trtq.data.samples import Samples
@@ -33,6 +34,9 @@ from trtq.simulation.workers import Work
 
 NEVER_SEEN = "never-seen"
 """Rule of the plan for nodes that stay in floating point because calibration gives an input no range."""
+
+CUT_SHORT = "cut-short"
+"""Note on ranges that more time might have made better; the cache does not keep them."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def _calibrated(job: Job, plan: Plan, source: FloatGraph) -> Quantization:
         made = replace(bare, scales=scales_from(whole, method), notes={"method": str(method)})
     scales = {name: made.scales[name] for name in made.plan.tensors}
     notes |= made.notes
-    job.cache.store(key, Table(scales).to_bytes(), notes)
+    if CUT_SHORT not in notes:
+        job.cache.store(key, Table(scales).to_bytes(), notes)
     return replace(bare, scales=scales, notes=notes)
 
 
@@ -259,17 +264,22 @@ def held_back(job: Job) -> Rows:
 def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statistics) -> Quantization:
     """`--method auto`: the best method for all, and for each tensor another if it does better with it.
 
-    The ranges that the search changed are kept only if they do better on the rows held back, too.
+    Of the ranges that the search changed all are kept, the first half, quarter and so on, or none: whatever
+    does best on the rows held back.
 
     Args:
         statistics: of the rows to fit on, which the search goes by.
         whole: of all rows, which the ranges are then made from.
+
+    Returns:
+        with the note `CUT_SHORT` where the budget was spent meanwhile.
     """
     plan, console = bare.plan, job.console
     rows = held_back(job)
-    choice = choose_method(rows, bare, statistics, console)
+    choice = choose_method(rows, bare, statistics, console, job.budget)
     console.say("method", _choice_text(choice))
     others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
+    started = time.perf_counter()
     refined = refine_ranges(
         bare,
         statistics,
@@ -279,15 +289,22 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         console,
         workers=job.recipe.threads,
         ignore_nonfinite=job.recipe.ignore_nonfinite,
+        budget=job.budget,
     )
     before = choice.sqnr_db[str(choice.method)]
-    own = scales_from(statistics, choice.method, refined.exceptions)
-    after = rows.sqnr_db(replace(bare, scales=own), console, "ranges")
-    exceptions = refined.exceptions if after > before else {}
+    tried = {0: before}
+    found, count = list(refined.exceptions.items()), len(refined.exceptions)
+    while count:
+        own = scales_from(statistics, choice.method, dict(found[:count]))
+        tried[count] = rows.sqnr_db(replace(bare, scales=own), console, "ranges")
+        count //= 2
+    kept = max(tried, key=tried.__getitem__)
+    after, exceptions = tried[kept], dict(found[:kept])
     console.say(
         "ranges",
         f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own: "
-        f"{before:.1f} -> {max(before, after):.1f} dB on the rows held back",
+        f"{before:.1f} -> {after:.1f} dB on the rows held back; {refined.runs} runs"
+        f" ({refined.passes:.1f} passes over the data) in {time.perf_counter() - started:.1f} s",
     )
     notes: dict[str, Any] = {
         "method": str(choice.method),
@@ -295,7 +312,12 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         "sqnr_db_with_exceptions": after,
         "held_back": choice.rows,
         "exceptions": {tensor: str(method) for tensor, method in exceptions.items()},
+        "runs": refined.runs,
+        "passes": round(refined.passes, 1),
     }
+    if not refined.whole or len(choice.sqnr_db) < len(CANDIDATES):
+        console.warn("the budget was spent before the search for ranges was complete")
+        notes[CUT_SHORT] = True
     return replace(bare, scales=scales_from(whole, choice.method, exceptions), notes=notes)
 
 

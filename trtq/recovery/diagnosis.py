@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.gate.evaluation import Evaluation
 from trtq.gate.in_the_way import InTheWay, Obstacle
@@ -24,7 +25,6 @@ from trtq.graph.plan import NodePlan, Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job, planned
 from trtq.recovery.attempt import Attempt
-from trtq.recovery.budget import Budget
 from trtq.recovery.partial import MOST_ROWS
 from trtq.recovery.sensitivity import fast_rows, known, measured
 from trtq.simulation.simulator import Effect, Simulator

@@ -15,13 +15,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from trtq.budget import Budget
 from trtq.cache import Key
 from trtq.graph.groups import Group, groups
 from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
-from trtq.recovery.budget import Budget
 from trtq.recovery.sensitivity import measured
 from trtq.simulation.similarity import decibels
 from trtq.simulation.simulator import Simulator

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trtq.budget import Budget
 from trtq.cache import remove
 from trtq.calibration.calibrate import calibrate
 from trtq.errors import InputError, MissingBackendError
@@ -33,7 +34,6 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import Attempt, Fruitless, attempt
-from trtq.recovery.budget import Budget
 from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made

@@ -26,6 +26,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.budget import NO_BUDGET, Budget
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
@@ -33,7 +34,6 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
-from trtq.recovery.budget import NO_BUDGET, Budget
 from trtq.simulation.finite import check_reference
 from trtq.simulation.processors import processors
 from trtq.simulation.rows import taken
