@@ -19,12 +19,12 @@ import numpy as np
 from compare_peers import CASES, zoo_parser
 
 from trtq import Recipe
+from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
 from trtq.gate.evaluation import Evaluation
 from trtq.graph.groups import groups
 from trtq.job import Job
-from trtq.budget import Budget
 from trtq.recovery.partial import Search
 
 

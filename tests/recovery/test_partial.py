@@ -14,11 +14,11 @@ from mixed import mixed_net
 from nets import normal
 
 import trtq
+from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.budget import Budget
 from trtq.recovery.partial import Search, cheapest_set
 
 GROUPS = "abcdefgh"

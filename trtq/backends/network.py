@@ -19,7 +19,7 @@ from typing import Any
 from trtq.backends.compiled import HEADER
 from trtq.backends.dialect import Dialect
 from trtq.backends.interface import BuildOptions, Profile, check_profile
-from trtq.errors import InputError
+from trtq.errors import BuildError, InputError
 from trtq.files import write_bytes
 
 _NO_DRIVER = "cudaError 35"  # logged on machines without a GPU, whatever else went wrong
@@ -97,8 +97,9 @@ def compile_plan(
         strongly_typed: the ONNX model's types are the engine's.
 
     Raises:
-        InputError: no such file; a file that is not ONNX; a model that TensorRT cannot parse or build; a
-            profile that does not fit; options that this version does not have.
+        BuildError: a model that TensorRT cannot parse or build.
+        InputError: no such file; a file that is not ONNX; a profile that does not fit; options that this
+            version does not have.
     """
     dialect.check(options)
     if not model.is_file():
@@ -118,7 +119,7 @@ def compile_plan(
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         cause = "\n".join(log.errors) or "the builder gives no reason"
-        raise InputError(
+        raise BuildError(
             f"{dialect.name} cannot build an engine from the model",
             file=model,
             cause=cause,
@@ -192,7 +193,7 @@ def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, model: Path) -> N
         raise InputError("not an ONNX model", file=model, remedy="export the model again")
     if not parsed:
         cause = "\n".join(_describe(dialect, error) for error in errors) or "\n".join(log.errors)
-        raise InputError(
+        raise BuildError(
             f"{dialect.name} cannot parse the model",
             file=model,
             cause=cause,

@@ -129,6 +129,11 @@ def _calibrated(job: Job, plan: Plan, source: FloatGraph) -> Quantization:
     return replace(bare, scales=scales, notes=notes)
 
 
+def is_calibrated(job: Job, plan: Plan) -> bool:
+    """Whether the cache has the ranges of the plan's tensors, so that `calibrate` runs nothing."""
+    return job.cache.fetch(_table_key(job, plan, FloatGraph.of(job.model))) is not None
+
+
 def rangeless(statistics: Statistics, method: Method | None = None) -> dict[str, str]:
     """Tensor -> why calibration gives it no range; a scale made up for it would pass unseen.
 

@@ -44,14 +44,12 @@ def diagnose(
     evaluation: Evaluation,
     attempts: Sequence[Attempt],
     kept: Attempt,
-    budget: Budget,
     seconds: float,
 ) -> InTheWay | None:
     """What stands in the way of the attempt that is kept; None where that passes.
 
     Args:
-        budget: once it is spent, no set of layers is tried any more.
-        seconds: that the workflow took.
+        seconds: that the workflow took. Once the job's budget is spent, no set of layers is tried any more.
 
     Raises:
         InputError: as the simulator and the gate.
@@ -65,7 +63,7 @@ def diagnose(
     whole = max(
         (a for a in attempts if "left_out" not in a.quantization.notes), key=lambda a: a.accuracy.rank
     )
-    diagnosis = _Diagnosis(job, evaluation, whole, budget, limit)
+    diagnosis = _Diagnosis(job, evaluation, whole, limit)
     without = diagnosis.without_int8()
     if without is not None and not without.passed:
         return InTheWay(
@@ -84,13 +82,12 @@ class _Diagnosis:
     job: Job
     evaluation: Evaluation
     whole: Attempt
-    budget: Budget
     limit: Budget
 
     @property
     def over(self) -> bool:
         """Whether there is no time to try more sets."""
-        return self.budget.over or self.limit.over
+        return self.job.budget.over or self.limit.over
 
     def without_int8(self) -> Verdict | None:
         """What the gate says with every layer in floating point, in the precision that the rest has; None

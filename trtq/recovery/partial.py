@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from trtq.budget import Budget
 from trtq.cache import Key
 from trtq.graph.groups import Group, groups
 from trtq.graph.place import SPARING, leave_out
@@ -128,8 +127,8 @@ class Search:
         key: what the groups' noises are cached by; what an interrupted run has measured is not run again.
     """
 
-    def __init__(self, job: Job, start: Quantization, budget: Budget, key: Key) -> None:
-        self._start, self._budget = start, budget
+    def __init__(self, job: Job, start: Quantization, key: Key) -> None:
+        self._start, self._budget = start, job.budget
         rows = job.parts[0].spread(MOST_ROWS)
         self._simulator = Simulator(
             start,

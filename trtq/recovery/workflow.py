@@ -20,10 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trtq.budget import Budget
 from trtq.cache import remove
 from trtq.calibration.calibrate import calibrate
-from trtq.errors import InputError, MissingBackendError
+from trtq.errors import BuildError, InputError, MissingBackendError
 from trtq.files import sha256_json
 from trtq.gate.drift import gap
 from trtq.gate.evaluation import Evaluation
@@ -47,18 +46,24 @@ MOST_GATES, CLOSE = 8, 1.25
 
 
 def recover(
-    job: Job, plan: Plan, evaluation: Evaluation, steps: Collection[str], budget: Budget, folder: Path
+    job: Job,
+    plan: Plan,
+    evaluation: Evaluation,
+    steps: Collection[str],
+    folder: Path,
+    refusal: BuildError | None = None,
 ) -> list[Attempt | Fruitless]:
     """Every step that was tried, in order; the workflow stops at the first that passes the gate and checks.
 
     Args:
         steps: those of `recipe.STEPS` that may be taken.
         folder: each attempt's files go into a folder of their own in it.
+        refusal: what the builder said of the plan's model on trial.
 
     Raises:
         InputError, MissingBackendError: as calibrating, building and gating.
     """
-    workflow = _Workflow(job, evaluation, steps, budget, folder)
+    workflow = _Workflow(job, evaluation, steps, folder, refusal)
     whole = workflow.attempt("calibrate", lambda: Made(calibrate(job, plan), True))
     assert whole is not None
     start = whole
@@ -110,7 +115,7 @@ def can_leave_out(quantization: Quantization, least: float) -> bool:
     )
 
 
-def learned(job: Job, start: Quantization, budget: Budget) -> Made:
+def learned(job: Job, start: Quantization) -> Made:
     """A quantization with ranges, biases and weights learned on the job's data; None if it is no better.
 
     A run that was interrupted, or ended by the budget, goes on from its last epoch.
@@ -127,7 +132,7 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
         held_back,
         job.console,
         recipe=job.recipe,
-        budget=budget,
+        budget=job.budget,
         checkpoint=Checkpoint(job.cache.fetch(key), lambda state: job.cache.store(key, state)),
     )
     if result.whole:
@@ -150,8 +155,8 @@ class _Workflow:
     job: Job
     evaluation: Evaluation
     steps: Collection[str]
-    budget: Budget
     folder: Path
+    refusal: BuildError | None
     done: list[Attempt | Fruitless] = field(default_factory=list)
 
     def wants(self, step: str, name: str | None = None) -> bool:
@@ -163,7 +168,7 @@ class _Workflow:
         passed = any(isinstance(tried, Attempt) and tried.measured.passed for tried in self.done)
         if passed or step not in self.steps:
             return False
-        if self.budget.over:
+        if self.job.budget.over:
             self.job.console.warn(f"the budget is spent: '{name or step}' is not tried")
             self.done.append(Fruitless(name or step, "not tried: the budget was spent"))
             return False
@@ -171,7 +176,8 @@ class _Workflow:
 
     def warn_of_gap(self, done: Attempt) -> None:
         """Warn where an attempt does differently on the evaluation data and on calibration rows held back."""
-        ran = done.build.engine if done.measured.executor == "engine" else done.folder / "model.int8.onnx"
+        on_gpu = done.measured.executor == "engine"
+        ran = done.folder / ("model.plan" if on_gpu else "model.int8.onnx")
         if (text := gap(self.job, self.evaluation, done.measured, ran)) is not None:
             self.job.console.warn(text)
 
@@ -184,7 +190,7 @@ class _Workflow:
             self.done.append(Fruitless(step, reason, time.perf_counter() - started))
             return None
         folder = self.folder / f"attempt{len(self.done)}"
-        tried = attempt(step, quantization, self.job, self.evaluation, folder, started)
+        tried = attempt(step, quantization, self.job, self.evaluation, folder, started, self.refusal)
         self.done.append(tried)
         return tried
 
@@ -214,7 +220,7 @@ class _Workflow:
             return self.cached(
                 "learn",
                 start,
-                lambda first: learned(self.job, first, self.budget),
+                lambda first: learned(self.job, first),
                 labels=self.job.recipe.labels,
             )
         except (InputError, MissingBackendError) as error:
@@ -248,7 +254,7 @@ class _Workflow:
         taken, if it is better than the start.
         """
         job, recipe = self.job, self.job.recipe
-        search = Search(job, start.quantization, self.budget, job.key("sensitivity", start.quantization))
+        search = Search(job, start.quantization, job.key("sensitivity", start.quantization))
         if not search.whole:
             return Made(None, False, "the budget was spent before every layer was measured")
         needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
@@ -264,18 +270,18 @@ class _Workflow:
                 tried.append((verdict, candidate))
             else:
                 enough, best = ratio, candidate if verdict is not None else best
-            if self.budget.over or failing == LEAST_RATIO or (enough and failing < CLOSE * enough):
+            if self.job.budget.over or failing == LEAST_RATIO or (enough and failing < CLOSE * enough):
                 break
             if enough:
                 ratio = math.sqrt(failing * enough)
             elif verdict is not None:
                 ratio = max(ratio * min(needed(verdict), 0.5), LEAST_RATIO)
-        if best is None and search.free and not self.budget.over:
+        if best is None and search.free and not self.job.budget.over:
             candidate = search.leaving_out(search.free)
             verdict = self.simulated(candidate)
             best = candidate if verdict.passed else None
             tried.append((verdict, candidate))
-        whole = not self.budget.over
+        whole = not self.job.budget.over
         return Made(best, whole) if best is not None else _nearest(tried, start, least, whole)
 
     def simulated(self, candidate: Quantization) -> Verdict:
