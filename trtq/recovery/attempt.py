@@ -22,6 +22,7 @@ from trtq.graph.plan import percent
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recipe import Recipe
+from trtq.recovery.partial import given_away
 
 ENGINE_BUILT = "the builder makes an engine"
 """The check that fails where it does not."""
@@ -68,6 +69,7 @@ class Attempt:
             "sqnr_db": {name: output.sqnr_db for name, output in verdict.outputs.items()},
             "int8_nodes": len(self.quantization.plan.int8_nodes),
             "int8_share": self.coverage.share,
+            "given_away": given_away(self.quantization.plan),
             "checks": [check.to_json() for check in verdict.checks],
             "note": self.quantization.remark,
             "seconds": round(self.seconds, 1),
@@ -91,7 +93,8 @@ class Fruitless:
     def to_json(self) -> dict[str, Any]:
         """For `workflow.json`, with the keys of an attempt."""
         return {
-            **dict.fromkeys(("outcome", "gate", "metric", "relative_drop", "int8_nodes", "int8_share")),
+            **dict.fromkeys(("outcome", "gate", "metric", "relative_drop")),
+            **dict.fromkeys(("int8_nodes", "int8_share", "given_away")),
             "step": self.step,
             "sqnr_db": {},
             "checks": [],

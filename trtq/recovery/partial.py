@@ -200,3 +200,13 @@ class Search:
         nodes = self.groups[name].nodes
         whole = "it" if len(nodes) == 1 else f"the group {', '.join(nodes)}"
         return f"sensitive: with {whole} alone in INT8 the outputs have {alone:.1f} dB"
+
+
+def given_away(plan: Plan) -> float:
+    """Share of the multiply-accumulates (of the nodes, where those are not known) that partial quantization
+    left in floating point."""
+    left_out = [node for node in plan.nodes if node.rule == "sensitive"]
+    if any(node.macs is None for node in plan.nodes):
+        return len(left_out) / len(plan.nodes)
+    total = sum(node.macs or 0 for node in plan.nodes)
+    return sum(node.macs or 0 for node in left_out) / total if total else 0.0

@@ -38,11 +38,11 @@ def refusal(job: Job, plan: Plan) -> BuildError | None:
     if (error := _tried(job, ones)) is None:
         return None
     floating = _tried(job, Quantization(job.model.graph, replace(plan, edges=[], weights=[]), {}))
-    if floating is None:
-        also = "it builds the model without Q/DQ: --exclude the nodes that it names"
-    else:
-        also = "nor does it build the model in floating point, so this is no matter of quantization"
-    found = BuildError(error.problem, file=job.model.path, cause=error.cause, remedy=also)
+    also = "it builds the same model without Q/DQ: --exclude the nodes that it names"
+    if floating is not None:
+        also = "it does not build the model in floating point either, so this is not due to quantization"
+    remedy = "; ".join(filter(None, [error.remedy, also]))
+    found = BuildError(error.problem, file=job.model.path, cause=error.cause, remedy=remedy)
     job.console.warn(f"{one_line(found)}; the job goes on without an engine")
     return found
 

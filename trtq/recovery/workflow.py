@@ -36,7 +36,7 @@ from trtq.recovery.attempt import Attempt, Fruitless, attempt
 from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
-from trtq.recovery.partial import Search
+from trtq.recovery.partial import Search, given_away
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
@@ -71,11 +71,13 @@ def recover(
     if workflow.wants("fix"):
         start = workflow.attempt("fix", lambda: workflow.fix(whole)) or whole
     if workflow.wants("partial"):
-        workflow.attempt("partial", lambda: workflow.partial("partial", start))
+        workflow.attempt("partial", lambda: workflow.frugal(workflow.partial("partial", start)))
     if workflow.wants("learn"):
         taught = workflow.attempt("learn", lambda: workflow.learn(start))
         if taught is not None and workflow.wants("partial", "learn, partial"):
             workflow.attempt("learn, partial", lambda: workflow.partial("learn, partial", taught))
+    if workflow.set_aside is not None and not workflow.passed:
+        workflow.attempt("partial after all", lambda: Made(workflow.set_aside, True))
     return workflow.done
 
 
@@ -150,7 +152,11 @@ def learned(job: Job, start: Quantization) -> Made:
 
 @dataclass
 class _Workflow:
-    """The steps so far, and what they are made with."""
+    """The steps so far, and what they are made with.
+
+    Attributes:
+        set_aside: what partial quantization made before learning, where it gives away too much.
+    """
 
     job: Job
     evaluation: Evaluation
@@ -158,6 +164,12 @@ class _Workflow:
     folder: Path
     refusal: BuildError | None
     done: list[Attempt | Fruitless] = field(default_factory=list)
+    set_aside: Quantization | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether an attempt passes the gate and the checks."""
+        return any(isinstance(tried, Attempt) and tried.measured.passed for tried in self.done)
 
     def wants(self, step: str, name: str | None = None) -> bool:
         """Whether a step of `recipe.STEPS` is to be taken now; a step that there is no time for is recorded.
@@ -165,8 +177,7 @@ class _Workflow:
         Args:
             name: what this round of it is called, if not like the step.
         """
-        passed = any(isinstance(tried, Attempt) and tried.measured.passed for tried in self.done)
-        if passed or step not in self.steps:
+        if self.passed or step not in self.steps:
             return False
         if self.job.budget.over:
             self.job.console.warn(f"the budget is spent: '{name or step}' is not tried")
@@ -189,6 +200,7 @@ class _Workflow:
             self.job.console.say(step, reason)
             self.done.append(Fruitless(step, reason, time.perf_counter() - started))
             return None
+        self.warn_of_share(step, quantization.plan)
         folder = self.folder / f"attempt{len(self.done)}"
         tried = attempt(step, quantization, self.job, self.evaluation, folder, started, self.refusal)
         self.done.append(tried)
@@ -283,6 +295,32 @@ class _Workflow:
             tried.append((verdict, candidate))
         whole = not self.job.budget.over
         return Made(best, whole) if best is not None else _nearest(tried, start, least, whole)
+
+    def frugal(self, made: Made) -> Made:
+        """What partial quantization made; set aside for the time being where it gives away more than the
+        recipe's limit and learning may do better."""
+        limit = self.job.recipe.partial_limit
+        if made.quantization is None or "learn" not in self.steps or self.job.budget.over:
+            return made
+        if (share := given_away(made.quantization.plan)) <= limit:
+            return made
+        self.set_aside = made.quantization
+        return Made(
+            None,
+            made.whole,
+            f"set aside: it would give away {share:.1%} of the multiply-accumulates, more than"
+            f" --partial-limit {limit:.0%}; 'learn' is tried first",
+        )
+
+    def warn_of_share(self, step: str, plan: Plan) -> None:
+        """Warn of a plan that gives away more than the recipe's limit."""
+        share, limit = given_away(plan), self.job.recipe.partial_limit
+        if share > limit:
+            self.job.console.warn(
+                f"'{step}' gives away {share:.1%} of the multiply-accumulates to floating point, more than"
+                f" --partial-limit {limit:.0%}: there is little left for INT8 to speed up; look at the layers"
+                " that were left out, or set --min-int8"
+            )
 
     def simulated(self, candidate: Quantization) -> Verdict:
         """What the gate says of a candidate on the CPU."""

@@ -114,6 +114,7 @@ class RecordedStep:
     gate: Outcome | None = None
     metric: float | None = None
     int8_nodes: int | None = None
+    given_away: float | None = None
     note: str = ""
     seconds: float = 0.0
     in_the_way: Any = None
