@@ -19,7 +19,6 @@ import numpy as np
 from compare_peers import CASES, zoo_parser
 
 from trtq import Recipe
-from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
 from trtq.gate.evaluation import Evaluation
@@ -45,7 +44,7 @@ def compare(name: str, zoo: Path, gains: list[float]) -> None:
         job = Job.open(recipe, SILENT)
         evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, SILENT)
         start = calibrate(job, job.place())
-        search = Search(job, start, Budget(), job.key("sensitivity", start))
+        search = Search(job, start, job.key("sensitivity", start))
         order = [group.name for group in groups(start.graph, start.plan)]
         ranking = sorted(order, key=lambda group: -search.alone[group])
         naive: dict[str, Callable[[int], frozenset[str]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def searched(cache: Path, budget: Budget) -> Search:
     files = {"model": str(demo / "digits.onnx"), "data": str(demo / "calib.npz")}
     job = Job.open(Recipe(**files, method="max", cache=str(cache)), SILENT)
     start = calibrate(job, job.place())
-    return Search(job, start, budget, job.key("sensitivity", start))
+    return Search(replace(job, budget=budget), start, job.key("sensitivity", start))
 
 
 @pytest.fixture(scope="module")
@@ -149,5 +150,5 @@ def test_layers_are_left_out_for_scores_that_boxes_drown(tmp_path: Path) -> None
     files = {"model": str(tmp_path / "m.onnx"), "data": str(tmp_path / "x.npz")}
     job = Job.open(Recipe(**files, method="max", cache=str(tmp_path / "cache")), SILENT)
     start = calibrate(job, job.place())
-    found = Search(job, start, Budget(), job.key("sensitivity", start)).cheapest(0.1)
+    found = Search(job, start, job.key("sensitivity", start)).cheapest(0.1)
     assert list(found.notes["left_out"]) == ["cls"]

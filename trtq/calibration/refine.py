@@ -42,7 +42,7 @@ APART = 0.08
 BATCH = 4
 """Rows that run at once where the model leaves the choice."""
 
-MAC_BUDGET, MOST_PASSES = 4e12, 20
+MAC_BUDGET, MOST_PASSES = 1.5e12, 10
 """The search runs about as many rows as fit into this many multiply-accumulates, but not more than this many
 passes over the data have."""
 

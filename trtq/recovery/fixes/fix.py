@@ -46,7 +46,7 @@ def fix(job: Job, start: Quantization) -> Made:
     method and from all rows.
 
     Returns:
-        nothing where no fix helps, and what was tried: once the job's budget is spent, no further combination.
+        nothing where no fix helps, and what was tried; once the job's budget is spent, nothing more is.
     """
     fitting, _ = job.parts
     rows = held_back(job)
