@@ -14,7 +14,7 @@ from nets import normal
 
 from trtq.budget import NO_BUDGET, Budget
 from trtq.calibration.collect import collect
-from trtq.calibration.methods import parse_method, scales_from
+from trtq.calibration.methods import parse_method
 from trtq.calibration.refine import FACTORS, Alone, Refinement, refine_ranges
 from trtq.calibration.search import Rows
 from trtq.console import SILENT, Console
@@ -63,9 +63,7 @@ def refined(
     others = [parse_method(name) for name in methods]
     bare = Quantization(model.graph, plan, {})
     start = parse_method("max")
-    return refine_ranges(
-        bare, statistics, start, others, samples, console, workers=workers, budget=budget
-    )
+    return refine_ranges(bare, statistics, start, others, samples, console, workers=workers, budget=budget)
 
 
 def test_a_narrower_range_is_found_where_it_is_better(tmp_path: Path) -> None:
@@ -128,7 +126,7 @@ def test_the_noise_of_one_tensor_alone_is_that_of_the_arithmetic(tensor: str, tm
 
 
 def test_a_tensor_that_makes_next_to_no_noise_is_not_tried(tmp_path: Path) -> None:
-    """A second input adds a ten-thousandth to the output; an outlier in it would be worth a narrower range."""
+    """A second input adds a ten-thousandth to the output; its outlier would be worth a narrower range."""
     model = onnx.load(two_layers(tmp_path, outlier=10.0) / "m.onnx")
     graph = gs.import_onnx(model)
     z = gs.Variable("z", np.float32, ["N", 16])
