@@ -18,9 +18,10 @@ import trtq
 from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
+from trtq.graph.plan import NodePlan, Plan
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.recovery.partial import Search, cheapest_set
+from trtq.recovery.partial import Search, cheapest_set, given_away
 
 GROUPS = "abcdefgh"
 AMOUNT = st.integers(1, 1000).map(float)
@@ -152,3 +153,17 @@ def test_layers_are_left_out_for_scores_that_boxes_drown(tmp_path: Path) -> None
     start = calibrate(job, job.place())
     found = Search(job, start, job.key("sensitivity", start)).cheapest(0.1)
     assert list(found.notes["left_out"]) == ["cls"]
+
+
+@pytest.mark.parametrize(
+    ("macs", "expected"), [((60, 30, 10), 0.3), ((60, None, 10), 1 / 3), ((0, 0, 0), 0.0)]
+)
+def test_what_is_given_away_is_what_was_left_out_as_sensitive(
+    macs: tuple[int | None, ...], expected: float
+) -> None:
+    rules = ("weighted", "sensitive", "excluded")
+    nodes = [
+        NodePlan(rule, "Conv", rule == "weighted", rule, "reason", each)
+        for rule, each in zip(rules, macs, strict=True)
+    ]
+    assert given_away(Plan("hash", nodes, [], [])) == pytest.approx(expected)

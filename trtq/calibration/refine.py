@@ -43,14 +43,14 @@ BATCH = 4
 """Rows that run at once where the model leaves the choice."""
 
 MAC_BUDGET, MOST_PASSES = 1.5e12, 10
-"""The search runs about as many rows as fit into this many multiply-accumulates, but not more than this many
-passes over the data have."""
+"""The rows of a run are so many that the search should take this many multiply-accumulates, or passes over
+the data, whichever are fewer; at twice as many it ends."""
 
 RUNS_PER_TENSOR, SHARE_OF_ROWS = 2, 4
 """How many runs the number of rows is chosen for, and the part of them that a tensor alone is run on."""
 
-FEWEST_ROWS, MOST_ROWS = 8, 64
-"""Rows of a run, whatever the budget."""
+FEWEST_ROWS, MOST_ROWS, FEWEST_TENSORS = 8, 64, 8
+"""Rows of a run, and how many tensors try ranges of their own, whatever that takes."""
 
 LEAST_DB, LEAST_SUM_DB = 0.02, 0.1
 """The least gain of a range of its own, and of all tensors that are not looked at, together."""
@@ -108,11 +108,14 @@ def refine_ranges(
     Raises:
         InputError: they are not finite, and `ignore_nonfinite` is not set.
     """
-    part = _spread(samples, _row_count(quantization.plan, len(samples)))
+    affordable = _affordable_rows(quantization.plan, len(samples))
+    part = _spread(samples, _row_count(affordable, len(quantization.plan.tensors)))
+    batch = min(max(len(part) // SHARE_OF_ROWS, 1), BATCH)
     rows = Rows(
-        quantization.graph, part, batch=BATCH, threads=1, kept=True, ignore_nonfinite=ignore_nonfinite
+        quantization.graph, part, batch=batch, threads=1, kept=True, ignore_nonfinite=ignore_nonfinite
     )
-    current, runs = scales_from(statistics, start), _Runs(rows, console, budget, Workers(workers))
+    runs = _Runs(rows, 2 * affordable, console, budget, Workers(workers))
+    current = scales_from(statistics, start)
     shares = _shares(quantization, rows, current, runs)
     methods = [*methods, *(scaled(start, factor) for factor in FACTORS)]
     ladders = {tensor: _ladder(statistics.histograms[tensor], start, methods) for tensor in shares}
@@ -170,14 +173,20 @@ class _Runs:
 
     Attributes:
         count, rows: runs, and rows in them, so far.
+        most: rows after which the search ends.
         whole: False once the budget is spent and something was left.
     """
 
-    def __init__(self, rows: Rows, console: Console, budget: Budget, workers: Workers) -> None:
-        self._sizes = [batch.rows for batch in rows.batches()]
+    def __init__(self, rows: Rows, most: float, console: Console, budget: Budget, workers: Workers) -> None:
+        self._sizes, self.most = [batch.rows for batch in rows.batches()], most
         self._console, self._budget, self._workers = console, budget, workers
         self._seconds = 0.0
         self.count, self.rows, self.whole = 0, 0, True
+
+    @property
+    def left(self) -> int:
+        """How many runs of all rows end the search."""
+        return int(max(self.most - self.rows, 0) / sum(self._sizes))
 
     @property
     def few(self) -> int:
@@ -206,10 +215,8 @@ class _Runs:
 
 def _shares(quantization: Quantization, rows: Rows, scales: Scales, runs: _Runs) -> dict[str, float]:
     """Tensor -> its part of the noise that all tensors make alone; the largest first."""
-    alone, items = (
-        Alone(rows, quantization),
-        [(tensor, scales[tensor]) for tensor in quantization.plan.tensors],
-    )
+    alone = Alone(rows, quantization)
+    items = [(tensor, scales[tensor]) for tensor in quantization.plan.tensors]
     noises = list(runs.of(alone.noise, items[:1], runs.few))
     runs.announce(f"what each of {len(items)} tensors alone adds to the noise", len(items) - 1, runs.few)
     noises += runs.of(alone.noise, items[1:], runs.few) if runs.whole else []
@@ -236,9 +243,12 @@ def _climb(
     (best,) = runs.of(trials.noise, [(current,)])
     share = sum(shares[tensor] for tensor in ladders)
     text = f"{len(ladders)} of these, which add {share:.0%}, try ranges of their own"
-    runs.announce(text, sum(min(len(ladder) - 1, 4) for ladder in ladders.values()))
+    first = [min(len(ladder) - 1, 4) for ladder in ladders.values()]
+    runs.announce(text, min(sum(first), sum(first[:FEWEST_TENSORS]) + runs.left))
     found: dict[str, Method] = {}
-    for tensor, ladder in ladders.items():
+    for number, (tensor, ladder) in enumerate(ladders.items()):
+        if number >= FEWEST_TENSORS and runs.rows >= runs.most:
+            break
         steps, at, seen = list(ladder), list(ladder).index(start), {start}
         wanted = {0, at - 1, at + 1, len(steps) - 1}
         while runs.whole:
@@ -255,11 +265,15 @@ def _climb(
     return found
 
 
-def _row_count(plan: Plan, available: int) -> int:
+def _affordable_rows(plan: Plan, available: int) -> float:
+    """How many rows the search should run in all."""
     per_row = sum(node.macs or 0 for node in plan.nodes) / max(plan.batch, 1)
-    affordable = min(MAC_BUDGET / max(per_row, 1), MOST_PASSES * available)
-    affordable /= RUNS_PER_TENSOR * max(len(plan.tensors), 1)
-    return int(min(max(affordable, FEWEST_ROWS), MOST_ROWS, available))
+    return min(MAC_BUDGET / max(per_row, 1), MOST_PASSES * available)
+
+
+def _row_count(affordable: float, tensors: int) -> int:
+    """How many rows a run has, if there are so many."""
+    return int(min(max(affordable / RUNS_PER_TENSOR / max(tensors, 1), FEWEST_ROWS), MOST_ROWS))
 
 
 def _spread(samples: Samples, rows: int) -> Samples:
