@@ -267,8 +267,7 @@ def _climb(
 
 def _affordable_rows(plan: Plan, available: int) -> float:
     """How many rows the search should run in all."""
-    per_row = sum(node.macs or 0 for node in plan.nodes) / max(plan.batch, 1)
-    return min(MAC_BUDGET / max(per_row, 1), MOST_PASSES * available)
+    return min(MAC_BUDGET / max(plan.macs_per_row, 1), MOST_PASSES * available)
 
 
 def _row_count(affordable: float, tensors: int) -> int:

@@ -25,7 +25,7 @@ from trtq.graph.plan import NodePlan, Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job, planned
 from trtq.recovery.attempt import Attempt
-from trtq.recovery.partial import MOST_ROWS
+from trtq.recovery.partial import rows_to_search
 from trtq.recovery.sensitivity import fast_rows, known, measured
 from trtq.simulation.simulator import Effect, Simulator
 
@@ -130,7 +130,7 @@ class _Diagnosis:
         """The effect of each group alone, and on how many rows it was measured: on few, unless the workflow
         did already."""
         job, start = self.job, self.whole.quantization
-        rows = job.parts[0].spread(MOST_ROWS)
+        rows = rows_to_search(job, start)
         effects = known(start, job.cache, job.key("sensitivity", start))
         if len(effects) == count:
             return effects, len(rows)

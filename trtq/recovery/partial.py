@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from trtq.cache import Key
+from trtq.data.samples import Samples
 from trtq.graph.groups import Group, groups
 from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
@@ -106,8 +107,17 @@ class _Sets:
         return left_out
 
 
-MOST_ROWS = 64
-"""Rows that the noise is measured on, evenly spread over those to fit on."""
+FEWEST_ROWS, MOST_ROWS = 8, 64
+MAC_BUDGET, RUNS_PER_GROUP = 1e13, 1.5
+"""The noise is measured on as many rows, evenly spread over those to fit on, as let this many runs for each
+group fit into this many multiply-accumulates, within those bounds."""
+
+
+def rows_to_search(job: Job, start: Quantization) -> Samples:
+    """The calibration rows that the noise of a quantization's groups is measured on."""
+    runs = RUNS_PER_GROUP * len(groups(start.graph, start.plan))
+    affordable = MAC_BUDGET / max(runs * start.plan.macs_per_row, 1)
+    return job.parts[0].spread(int(min(max(affordable, FEWEST_ROWS), MOST_ROWS)))
 
 
 class Search:
@@ -129,10 +139,9 @@ class Search:
 
     def __init__(self, job: Job, start: Quantization, key: Key) -> None:
         self._start, self._budget = start, job.budget
-        rows = job.parts[0].spread(MOST_ROWS)
         self._simulator = Simulator(
             start,
-            rows,
+            rows_to_search(job, start),
             teacher=job.model.graph,
             workers=job.recipe.threads,
             ignore_nonfinite=job.recipe.ignore_nonfinite,

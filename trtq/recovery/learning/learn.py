@@ -394,8 +394,7 @@ def _error(expected: Tensor, found: Tensor) -> Tensor:
 
 
 def _steps(plan: Plan) -> int:
-    per_row = sum(node.macs or 0 for node in plan.nodes) / max(plan.batch, 1)
-    affordable = MAC_BUDGET / max(3 * BATCH * per_row, 1)
+    affordable = MAC_BUDGET / max(3 * BATCH * plan.macs_per_row, 1)
     return int(min(max(affordable, FEWEST_STEPS), MOST_STEPS))
 
 
