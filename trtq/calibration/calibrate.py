@@ -16,7 +16,7 @@ from trtq.calibration.collect import collect_sharded
 from trtq.calibration.extents import measure_extents
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.refine import refine_ranges
-from trtq.calibration.search import CANDIDATES, Choice, Rows, choose_method
+from trtq.calibration.search import CANDIDATES, Choice, Rows, Trials, choose_method
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
 from trtq.data.samples import Samples
@@ -269,8 +269,7 @@ def held_back(job: Job) -> Rows:
 def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statistics) -> Quantization:
     """`--method auto`: the best method for all, and for each tensor another if it does better with it.
 
-    Of the ranges that the search changed all are kept, the first half, quarter and so on, or none: whatever
-    does best on the rows held back.
+    Of the ranges that the search changed those are kept that do better on the rows held back, too.
 
     Args:
         statistics: of the rows to fit on, which the search goes by.
@@ -297,14 +296,7 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         budget=job.budget,
     )
     before = choice.sqnr_db[str(choice.method)]
-    tried = {0: before}
-    found, count = list(refined.exceptions.items()), len(refined.exceptions)
-    while count:
-        own = scales_from(statistics, choice.method, dict(found[:count]))
-        tried[count] = rows.sqnr_db(replace(bare, scales=own), console, "ranges")
-        count //= 2
-    kept = max(tried, key=tried.__getitem__)
-    after, exceptions = tried[kept], dict(found[:kept])
+    exceptions, after = _confirmed(job, rows, bare, statistics, choice, refined.exceptions)
     console.say(
         "ranges",
         f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own: "
@@ -320,10 +312,36 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         "runs": refined.runs,
         "passes": round(refined.passes, 1),
     }
-    if not refined.whole or len(choice.sqnr_db) < len(CANDIDATES):
+    if job.budget.over:
         console.warn("the budget was spent before the search for ranges was complete")
         notes[CUT_SHORT] = True
     return replace(bare, scales=scales_from(whole, choice.method, exceptions), notes=notes)
+
+
+def _confirmed(
+    job: Job,
+    rows: Rows,
+    bare: Quantization,
+    statistics: Statistics,
+    choice: Choice,
+    found: Mapping[str, Method],
+) -> tuple[dict[str, Method], float]:
+    """The tensors whose own methods do better on some rows, and the SQNR in dB that they reach there: all that
+    were found, or those that each do better than the ones before it alone, while the budget lasts."""
+    kept: dict[str, Method] = {}
+    best = choice.sqnr_db[str(choice.method)]
+    if not found:
+        return kept, best
+    trials = Trials(rows, bare)
+    together = trials.sqnr_db(scales_from(statistics, choice.method, found))
+    for tensor, method in found.items():
+        if job.budget.over:
+            break
+        tried = {**kept, tensor: method}
+        score = trials.sqnr_db(scales_from(statistics, choice.method, tried))
+        if score > best:
+            kept, best = tried, score
+    return (dict(found), together) if together > best else (kept, best)
 
 
 def _choice_text(choice: Choice) -> str:
