@@ -326,8 +326,8 @@ def _confirmed(
     choice: Choice,
     found: Mapping[str, Method],
 ) -> tuple[dict[str, Method], float]:
-    """The tensors whose own methods do better on some rows, and the SQNR in dB that they reach there: all that
-    were found, or those that each do better than the ones before it alone, while the budget lasts."""
+    """The tensors whose own methods do better on some rows, and the SQNR in dB that they reach there: all
+    that were found, or those that each do better with the ones before it, while the budget lasts."""
     kept: dict[str, Method] = {}
     best = choice.sqnr_db[str(choice.method)]
     if not found:
