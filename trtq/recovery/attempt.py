@@ -127,30 +127,37 @@ def attempt(
     recipe, console = job.recipe, job.console
     folder.mkdir()
     write(quantization, Table.of(quantization), recipe, folder)
-    build = None
-    if refusal is None:
-        try:
-            build = build_in(folder, recipe, job.profile)
-        except BuildError as error:
-            refusal = error
-            console.warn(one_line(error))
+    made = refusal or _build_or_refusal(job, folder)
+    build = made if isinstance(made, Build) else None
     covered = planned(quantization.plan) if build is None else coverage(quantization.plan, build.compiled)
-    if build is None:
-        console.say("engine", "none; the gate is simulated")
-    else:
-        size = build.engine.stat().st_size / 1e6
-        console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
+    console.say("engine", _engine_text(build, covered))
     on_gpu = build is not None and engine_runs_here(recipe, console)
     accuracy = evaluation.verdict(folder / ("model.plan" if on_gpu else "model.int8.onnx"))
     on_engine: tuple[Check, ...] = ()
     if build is not None and recipe.min_int8 is not None:
         on_engine = (share_check(covered, recipe.min_int8),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
-    if refusal is not None:
-        verdict = verdict.with_checks(Check(ENGINE_BUILT, Outcome.FAIL, one_line(refusal)))
+    if isinstance(made, BuildError):
+        verdict = verdict.with_checks(Check(ENGINE_BUILT, Outcome.FAIL, one_line(made)))
     console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
     return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
+
+
+def _build_or_refusal(job: Job, folder: Path) -> Build | BuildError:
+    """The engine of the model in a folder, or what the builder has against it, with a warning."""
+    try:
+        return build_in(folder, job.recipe, job.profile)
+    except BuildError as error:
+        job.console.warn(one_line(error))
+        return error
+
+
+def _engine_text(build: Build | None, covered: Coverage) -> str:
+    if build is None:
+        return "none; the gate is simulated"
+    size = build.engine.stat().st_size / 1e6
+    return f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}"
 
 
 def write(quantization: Quantization, table: Table, recipe: Recipe, folder: Path) -> None:
