@@ -93,6 +93,26 @@ def save_case(graph: gs.Graph, folder: Path, inputs: dict[str, np.ndarray]) -> C
     return Case(folder / "model.onnx", folder / "data.npz")
 
 
+def refused_case(folder: Path) -> Case:
+    """A product and a determinant, which TensorRT's parser does not take."""
+    random = np.random.default_rng(0)
+    x, h, m = (gs.Variable(name, np.float32) for name in "xhm")
+    x.shape = ["N", 32]
+    y = gs.Variable("y", np.float32, ["N"])
+    weight = gs.Constant("w", random.normal(size=(32, 16)).astype(np.float32))
+    nodes = [
+        gs.Node("MatMul", "product", {}, [x, weight], [h]),
+        gs.Node("Reshape", "square", {}, [h, gs.Constant("s", np.array([-1, 4, 4]))], [m]),
+        gs.Node("Det", "determinant", {}, [m], [y]),
+    ]
+    graph = gs.Graph(nodes, [x], [y], opset=17)
+    np.savez(folder / "data.npz", x=random.normal(size=(48, 32)).astype(np.float32))
+    proto = gs.export_onnx(graph)
+    proto.ir_version = 9
+    onnx.save(proto, folder / "model.onnx")
+    return Case(folder / "model.onnx", folder / "data.npz")
+
+
 def deploy_arguments(case: Case, output: Path, *more: object, metric: str = "cosine") -> Sequence[object]:
     """`deploy` of a case that is calibrated and evaluated on the same data."""
     return (

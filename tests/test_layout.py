@@ -15,6 +15,7 @@ trtq.errors
 trtq.files
 trtq.numerics
 trtq.console
+trtq.budget
 trtq.code_hash
 trtq.cache
 trtq.scripts

@@ -50,6 +50,7 @@ drawn: dict[str, st.SearchStrategy] = {
     "min_int8": maybe(st.floats(0, 1)),
     "min_sqnr": maybe(st.floats(-100, 200)),
     "recover": st.sampled_from(["fix,partial,learn", "partial", "none"]),
+    "partial_limit": st.floats(0, 1),
     "budget": maybe(st.floats(0, exclude_min=True, allow_infinity=False)),
     "labels": maybe(text),
     "plan": maybe(path),

@@ -11,6 +11,7 @@ memory       Peak resident memory of that command, as the operating system gives
 sharding     That command in one process, in two (loky), and on a local Dask cluster of two workers: seconds,
              and whether the calibration table is the same to the byte.
 thresholds   Every method for 500 tensors, from statistics of real models.
+search       See search_cost.py.
 sensitivity  See sensitivity_cost.py.
 big          See big_model.py.
 
@@ -39,6 +40,7 @@ import big_model
 import distributed
 import numpy as np
 import onnxruntime
+import search_cost
 import sensitivity_cost
 from compare_peers import CASES, zoo_parser
 from sensitivity_cost import BATCH_SIZES, fastest, plain_passes, timed
@@ -181,6 +183,12 @@ def thresholds(arguments: argparse.Namespace) -> str:
     return table([f"{TENSORS} tensors", "CPU s"], [*lines, ["all", f"**{sum(seconds.values()):.2f}**"]])
 
 
+def search(arguments: argparse.Namespace) -> str:
+    """The lines of search_cost.py."""
+    lines = [alone(search_cost.measure, name, arguments.zoo) for name in search_cost.NAMES]
+    return table(search_cost.HEADER, lines)
+
+
 def sensitivity(arguments: argparse.Namespace) -> str:
     """The lines of sensitivity_cost.py."""
     lines = [alone(sensitivity_cost.measure, name, arguments.zoo, None) for name in CASES]
@@ -198,6 +206,7 @@ SECTIONS: dict[str, tuple[str, Callable[[argparse.Namespace], str]]] = {
     "memory": ("Memory of calibration", memory),
     "sharding": ("Two worker processes", sharding),
     "thresholds": ("Choosing thresholds", thresholds),
+    "search": ("The measured choice of methods and ranges", search),
     "sensitivity": ("Sensitivity in plain passes", sensitivity),
     "big": ("Big models", big),
 }

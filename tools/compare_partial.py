@@ -24,7 +24,6 @@ from trtq.console import SILENT
 from trtq.gate.evaluation import Evaluation
 from trtq.graph.groups import groups
 from trtq.job import Job
-from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 
 
@@ -45,7 +44,7 @@ def compare(name: str, zoo: Path, gains: list[float]) -> None:
         job = Job.open(recipe, SILENT)
         evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, SILENT)
         start = calibrate(job, job.place())
-        search = Search(job, start, Budget(), job.key("sensitivity", start))
+        search = Search(job, start, job.key("sensitivity", start))
         order = [group.name for group in groups(start.graph, start.plan)]
         ranking = sorted(order, key=lambda group: -search.alone[group])
         naive: dict[str, Callable[[int], frozenset[str]]] = {

@@ -53,6 +53,10 @@ class InputError(TrtqError):
     """Bad usage or bad input: a model, data, a metric, an option or a path that cannot be used."""
 
 
+class BuildError(InputError):
+    """The builder cannot make an engine from a model; the model itself runs."""
+
+
 class MissingBackendError(TrtqError):
     """A package, a GPU or a driver that the job needs is missing."""
 

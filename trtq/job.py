@@ -12,6 +12,7 @@ import numpy as np
 
 from trtq.backends.builders import builder, chosen
 from trtq.backends.interface import OPT_BATCH, Profile, Range, Shape, check_profile, find_gpu, profiles_from
+from trtq.budget import NO_BUDGET, Budget
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.feeding import InputOptions
@@ -47,6 +48,7 @@ class Job:
     Attributes:
         model: folded, not quantized.
         data: the calibration rows.
+        budget: the time that is left for what the job may do without.
         evaluation: rows that the engine must take as well; nothing is fitted on them.
     """
 
@@ -55,22 +57,23 @@ class Job:
     data: Samples
     cache: Cache
     console: Console
+    budget: Budget = NO_BUDGET
     evaluation: Samples | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, console: Console) -> Job:
-        """Load the recipe's model and calibration data.
+        """Load the recipe's model and calibration data; its budget begins to run.
 
         Raises:
             InputError: one is missing or cannot be used, or the data have no such labels.
         """
-        given = recipe.require("model", "data")
+        given, budget = recipe.require("model", "data"), Budget.of(recipe.budget)
         recipe, model = settled(recipe, console)
         cache = open_cache(recipe, console)
         data = samples_of(recipe, given.data, model, cache, console)
         if recipe.labels is not None:
             data.class_numbers(recipe.labels)
-        job = cls(recipe, model, data, cache, console)
+        job = cls(recipe, model, data, cache, console, budget)
         if values := job._decided():
             return cls.open(replace(recipe, inputs={**recipe.inputs, **values}), console)
         job._warn_of_few()

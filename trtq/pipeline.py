@@ -46,9 +46,9 @@ from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless
-from trtq.recovery.budget import Budget
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.sensitivity import Sensitivity, analyse
+from trtq.recovery.trial import refusal
 from trtq.recovery.workflow import recover
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
@@ -89,13 +89,14 @@ class Deployment:
         return Table.load(self.folder / "calibration.cache")
 
     @property
-    def build(self) -> Build:
-        """The engine and what was compiled."""
-        return dataclasses.replace(self.best.build, engine=self.folder / "model.plan")
+    def build(self) -> Build | None:
+        """The engine and what was compiled; None where the builder makes none (the verdict says why)."""
+        build = self.best.build
+        return build and dataclasses.replace(build, engine=self.folder / "model.plan")
 
     @property
     def coverage(self) -> Coverage:
-        """What the engine runs in INT8."""
+        """What the engine runs in INT8, or what the plan says where there is none."""
         return self.best.coverage
 
     @property
@@ -127,8 +128,9 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     Files left in the recipe's output folder: `model.int8.onnx`, `model.plan` (+ `.json`: what the engine
     runs), `calibration.cache` (+ `.json`: where the scales come from), `plan.json`, `verdict.json`,
     `junit.xml`, `report.html`, `workflow.json` (every step tried), `recipe.toml`, `manifest.json`. They
-    appear together at the end: a job that fails or is interrupted leaves none, and goes on from its last
-    finished step when run again.
+    appear together at the end: a job that is interrupted leaves none, and goes on from its last finished
+    step when run again. Where the builder makes no engine, everything else is there, the gate is simulated,
+    and the verdict is a fail with the builder's message.
 
     Args:
         command: the command line, for the manifest.
@@ -139,7 +141,6 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     """
     output = recipe.require("model", "data", "eval", "metric", "output").output
     builder(recipe.backend).check_targets(recipe.target)
-    budget = Budget.of(recipe.budget)
     metric_of(recipe)
     console = console.fresh()
     given, recipe = recipe, with_timing_cache(for_builder(recipe))
@@ -150,12 +151,12 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job.warn_of_shared(evaluation.samples)
     console.say("plan", plan.text())
-    started = time.perf_counter()
+    started, refused = time.perf_counter(), refusal(job, plan)
     with staged_folder(output) as folder:
-        tried, job, evaluation = recover(job, plan, evaluation, recipe.recover, budget, folder)
+        tried, job, evaluation = recover(job, plan, evaluation, recipe.recover, folder, refused)
         attempts = [step for step in tried if isinstance(step, Attempt)]
-        kept = max(attempts, key=lambda attempt: attempt.measured.rank)
-        in_the_way = diagnose(job, evaluation, attempts, kept, budget, time.perf_counter() - started)
+        kept = max(attempts, key=lambda attempt: (attempt.build is not None, attempt.measured.rank))
+        in_the_way = diagnose(job, evaluation, attempts, kept, time.perf_counter() - started)
         verdict = dataclasses.replace(kept.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
         best = dataclasses.replace(kept, verdict=verdict)
         tried = [best if step is kept else step for step in tried]
@@ -170,6 +171,9 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         write_json(folder / "workflow.json", record)
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
+    if best.build is None:  # an engine of an earlier job would pass for this one's
+        for name in ("model.plan", "model.plan.json"):
+            (Path(output) / name).unlink(missing_ok=True)
     console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))
     return Deployment(Path(output), best, tuple(tried))
 

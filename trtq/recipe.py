@@ -344,8 +344,16 @@ class Recipe:
         metavar="STEPS",
         default=STEPS,
     )
+    partial_limit: float = _option(
+        "share of the multiply-accumulates that 'partial' may give away before 'learn' is tried; more is"
+        " warned of",
+        SHARE,
+        metavar="20%",
+        default=0.2,
+    )
     budget: float | None = _option(
-        "time after which no further step is begun, and searching and learning stop, such as 90s, 10m, 1h",
+        "time after which no further step is begun, and searching (for ranges, too) and learning stop, such"
+        " as 90s, 10m, 1h; collecting statistics, the build and the gate are not cut short",
         DURATION,
         metavar="TIME",
     )

@@ -24,7 +24,6 @@ from trtq.graph.shapes import infer_types
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
 from trtq.recipe import Recipe
-from trtq.recovery.budget import Budget
 from trtq.recovery.partial import Search
 from trtq.recovery.workflow import learned
 from trtq.simulation.similarity import overall_sqnr_db
@@ -128,13 +127,12 @@ def study(recipe: Recipe, console: Console) -> Study:
         InputError: an option, the model or the data cannot be used.
     """
     recipe.require("model", "data", "eval", "metric")
-    budget = Budget.of(recipe.budget)
     metric_of(recipe)
     recipe = replace(recipe, rest="fp32")  # as the paper
     job = Job.open(recipe, console)
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     job.warn_of_shared(evaluation.samples)
-    return _Study(job, evaluation, budget).run()
+    return _Study(job, evaluation).run()
 
 
 def write_study(study: Study, folder: PathLike, console: Console) -> list[str]:
@@ -153,7 +151,6 @@ def write_study(study: Study, folder: PathLike, console: Console) -> list[str]:
 class _Study:
     job: Job
     evaluation: Evaluation
-    budget: Budget
 
     def run(self) -> Study:
         job, plan = self.job, self.job.place()
@@ -223,24 +220,24 @@ class _Study:
 
     def curve(self, start: Quantization, notes: list[str]) -> Iterator[Row]:
         """Accuracy against the number of groups left in floating point: 0, 1, 2, 4, ... while time lasts."""
-        if self.budget.over:
+        if self.job.budget.over:
             notes.append("the budget was spent before partial quantization")
             return
-        search = Search(self.job, start, self.budget, self.job.key("sensitivity", start))
+        search = Search(self.job, start, self.job.key("sensitivity", start))
         count = 0
         while count <= len(search):
             yield self.row(f"{count} of {len(search)} groups", search.first(count))
             count = 2 * count or 1
-            if self.budget.over and count <= len(search):
+            if self.job.budget.over and count <= len(search):
                 notes.append("the budget was spent before the curve of partial quantization was complete")
                 return
 
     def learned(self, start: Quantization, notes: list[str]) -> Quantization | None:
-        if self.budget.over:
+        if self.job.budget.over:
             notes.append("the budget was spent before learning")
             return None
         try:
-            return learned(self.job, start, self.budget).quantization
+            return learned(self.job, start).quantization
         except (InputError, MissingBackendError) as error:
             notes.append(f"nothing was learned: {error.problem}")
             return None

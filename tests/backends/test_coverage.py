@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trtq.backends.compiled import Compiled, CompiledLayer, CompiledTensor
-from trtq.backends.coverage import coverage
+from trtq.backends.coverage import coverage, planned
 from trtq.graph.plan import NodePlan, Plan
 
 
@@ -71,3 +71,10 @@ def test_all_of_the_work_is_said_of_all_of_it_only(left: int, said: str) -> None
     plan = plan_of(("a", True, 10_000_000), ("b", False, left))
     text = coverage(plan, engine_of(a="Int8", b="Half")).text()
     assert text == f"1 of 2 weighted nodes in INT8, {said} of the multiply-accumulates"
+
+
+def test_without_an_engine_the_plan_says_what_is_int8() -> None:
+    found = planned(plan_of(("a", True, 60), ("b", True, 30), ("c", False, 10)))
+    assert (names(found.int8), names(found.missed), names(found.skipped)) == (["a", "b"], [], ["c"])
+    assert found.mac_share == pytest.approx(0.9)
+    assert found.node_share == pytest.approx(2 / 3)

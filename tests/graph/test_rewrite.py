@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trtq.graph.fold import fold
 from trtq.graph.model import Model, export
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
-from trtq.graph.rewrite import WEIGHT_FORMS, rewrite, scales_as_inputs, weight_scale
+from trtq.graph.rewrite import WEIGHT_FORMS, rewrite, scales_as_inputs, switches_as_inputs, weight_scale
 from trtq.numerics import fake_quantize
 
 
@@ -215,6 +216,21 @@ def test_scales_given_at_run_time_compute_the_same(tmp_path: Path) -> None:
         fixed = run(rewrite(model.graph, plan, {"x": scale}), {"x": x})["y"]
         given_now = run(open_graph, {"x": x, name: np.array(scale)})["y"]
         np.testing.assert_array_equal(given_now, fixed)
+
+
+def test_switches_as_inputs_quantize_one_tensor_or_another(tmp_path: Path) -> None:
+    model, plan = placed(net(RESIDUAL, w=normal(16, 16, 3, 3)), tmp_path)
+    plan = replace(plan, weights=[])
+    x = normal(1, 16, 8, 8, seed=3)
+    scales = dict.fromkeys(plan.tensors, np.float32(0.05))
+    switched = rewrite(model.graph, plan, scales)
+    switches = switches_as_inputs(switched, plan)
+    assert sorted(switches.values()) == sorted(plan.tensors)
+    for wanted in ([], plan.tensors, *([tensor] for tensor in plan.tensors)):
+        edges = [edge for edge in plan.edges if edge.range in wanted]
+        expected = run(rewrite(model.graph, replace(plan, edges=edges), scales), {"x": x})["y"]
+        given = {name: np.array(tensor in wanted) for name, tensor in switches.items()}
+        np.testing.assert_array_equal(run(switched, {"x": x, **given})["y"], expected)
 
 
 # -- the engine

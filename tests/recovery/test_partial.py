@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from mixed import mixed_net
 from nets import normal
 
 import trtq
+from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
+from trtq.graph.plan import NodePlan, Plan
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.recovery.budget import Budget
-from trtq.recovery.partial import Search, cheapest_set
+from trtq.recovery.partial import Search, cheapest_set, given_away
 
 GROUPS = "abcdefgh"
 AMOUNT = st.integers(1, 1000).map(float)
@@ -118,7 +120,7 @@ def searched(cache: Path, budget: Budget) -> Search:
     files = {"model": str(demo / "digits.onnx"), "data": str(demo / "calib.npz")}
     job = Job.open(Recipe(**files, method="max", cache=str(cache)), SILENT)
     start = calibrate(job, job.place())
-    return Search(job, start, budget, job.key("sensitivity", start))
+    return Search(replace(job, budget=budget), start, job.key("sensitivity", start))
 
 
 @pytest.fixture(scope="module")
@@ -149,5 +151,19 @@ def test_layers_are_left_out_for_scores_that_boxes_drown(tmp_path: Path) -> None
     files = {"model": str(tmp_path / "m.onnx"), "data": str(tmp_path / "x.npz")}
     job = Job.open(Recipe(**files, method="max", cache=str(tmp_path / "cache")), SILENT)
     start = calibrate(job, job.place())
-    found = Search(job, start, Budget(), job.key("sensitivity", start)).cheapest(0.1)
+    found = Search(job, start, job.key("sensitivity", start)).cheapest(0.1)
     assert list(found.notes["left_out"]) == ["cls"]
+
+
+@pytest.mark.parametrize(
+    ("macs", "expected"), [((60, 30, 10), 0.3), ((60, None, 10), 1 / 3), ((0, 0, 0), 0.0)]
+)
+def test_what_is_given_away_is_what_was_left_out_as_sensitive(
+    macs: tuple[int | None, ...], expected: float
+) -> None:
+    rules = ("weighted", "sensitive", "excluded")
+    nodes = [
+        NodePlan(rule, "Conv", rule == "weighted", rule, "reason", each)
+        for rule, each in zip(rules, macs, strict=True)
+    ]
+    assert given_away(Plan("hash", nodes, [], [])) == pytest.approx(expected)

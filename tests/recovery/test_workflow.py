@@ -155,6 +155,33 @@ def test_partial_leaves_out_what_makes_the_noise(hard: Case, tmp_path: Path) -> 
     assert Plan.load(tmp_path / "out" / "plan.json") == done.plan
 
 
+@pytest.mark.slow
+def test_what_partial_gives_away_is_recorded_and_warned_of(hard: Case, tmp_path: Path) -> None:
+    plain = run(hard, tmp_path / "plain", min_sqnr=60.0, recover="none")
+    options = {"min_sqnr": sqnr_db(plain) + 10, "recover": "partial"}
+    share = 32 * 24 / (16 * 32 + 32 * 24 + 24 * 8)
+    done = run(hard, tmp_path / "out", **options)
+    record = json.loads((tmp_path / "out" / "workflow.json").read_text())
+    assert [step["given_away"] for step in record] == [0, pytest.approx(share)]
+    (warning,) = [text for text in done.verdict.warnings if "--partial-limit" in text]
+    assert "'partial' gives away 52.2% of the multiply-accumulates" in warning
+    assert "52.2%" in (tmp_path / "out" / "report.html").read_text()
+    allowed = run(hard, tmp_path / "allowed", partial_limit="60%", **options)
+    assert not [text for text in allowed.verdict.warnings if "--partial-limit" in text]
+
+
+@pytest.mark.slow
+def test_learning_comes_first_where_partial_gives_away_too_much(hard: Case, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    plain = run(hard, tmp_path / "plain", min_sqnr=60.0, recover="none")
+    done = run(hard, tmp_path / "out", min_sqnr=sqnr_db(plain) + 10, recover="partial,learn")
+    record = json.loads((tmp_path / "out" / "workflow.json").read_text())
+    assert [step["step"] for step in record[:3]] == ["calibrate", "partial", "learn"]
+    assert record[1]["note"].startswith("set aside: it would give away 52.2% of the multiply-accumulates")
+    assert record[1]["outcome"] is None
+    assert done.exit_code is ExitCode.PASS  # by learning, or by what was set aside
+
+
 def test_partial_does_not_go_below_the_share(hard: Case, tmp_path: Path) -> None:
     done = run(hard, tmp_path / "out", min_sqnr=60.0, min_int8="100%", recover="partial")
     assert [attempt.step for attempt in done.attempts] == ["calibrate"]

@@ -60,3 +60,15 @@ def coverage(plan: Plan, compiled: Compiled) -> Coverage:
         node_share=len(running) / len(plan.nodes) if plan.nodes else 0.0,
         unread=len(compiled.unread),
     )
+
+
+def planned(plan: Plan) -> Coverage:
+    """What an engine would run in INT8 that does as the plan says; for where there is none to ask."""
+    int8 = plan.int8_nodes
+    return Coverage(
+        int8=[n for n in plan.nodes if n.int8],
+        missed=[],
+        skipped=[n for n in plan.nodes if not n.int8],
+        mac_share=plan.mac_share(),
+        node_share=len(int8) / len(plan.nodes) if plan.nodes else 0.0,
+    )

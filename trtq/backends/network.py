@@ -21,7 +21,7 @@ from typing import Any
 from trtq.backends.compiled import HEADER
 from trtq.backends.dialect import Dialect
 from trtq.backends.interface import BuildOptions, Profile, check_profile
-from trtq.errors import InputError, MissingBackendError
+from trtq.errors import BuildError, InputError, MissingBackendError
 from trtq.files import write_bytes
 
 _NO_DRIVER = "cudaError 35"  # logged on machines without a GPU, whatever else went wrong
@@ -113,8 +113,9 @@ def compile_plan(
 
     Raises:
         MissingBackendError: TensorRT does not start here.
-        InputError: no such file; a file that is not ONNX; a model that TensorRT cannot parse or build; a
-            profile that does not fit; options that this version does not have.
+        BuildError: a model that TensorRT cannot parse or build.
+        InputError: no such file; a file that is not ONNX; a profile that does not fit; options that this
+            version does not have.
     """
     dialect.check(options)
     if not model.is_file():
@@ -138,7 +139,7 @@ def compile_plan(
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         cause = "\n".join(log.errors) or "the builder gives no reason"
-        raise InputError(
+        raise BuildError(
             f"{dialect.name} cannot build an engine from the model",
             file=model,
             cause=cause,
@@ -286,7 +287,7 @@ def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, model: Path) -> N
         remedy = _remedy(cause, "change the node so that TensorRT's ONNX parser accepts it")
         if remedy == _UNSUPPORTED and dialect.named_parser_errors:
             remedy = _other_version(trt, [error.node_operator() for error in errors]) or remedy
-        raise InputError(f"{dialect.name} cannot parse the model", file=model, cause=cause, remedy=remedy)
+        raise BuildError(f"{dialect.name} cannot parse the model", file=model, cause=cause, remedy=remedy)
 
 
 def _other_version(trt: Any, operators: Sequence[str]) -> str | None:

@@ -16,7 +16,8 @@ from trtq.cache import Key
 from trtq.calibration.collect import collect_sharded
 from trtq.calibration.extents import MOST_ROWS, measure_extents
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
-from trtq.calibration.search import CANDIDATES, Choice, Rows, choose_method, refine_ranges
+from trtq.calibration.refine import refine_ranges
+from trtq.calibration.search import CANDIDATES, Choice, Rows, Trials, choose_method
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
 from trtq.data.samples import Samples
@@ -34,6 +35,9 @@ from trtq.simulation.workers import Work
 
 NEVER_SEEN = "never-seen"
 """Rule of the plan for nodes that stay in floating point because calibration gives an input no range."""
+
+CUT_SHORT = "cut-short"
+"""Note on ranges that more time might have made better; the cache does not keep them."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,14 @@ def _calibrated(job: Job, plan: Plan, source: FloatGraph) -> Quantization:
         made = replace(bare, scales=scales_from(whole, method), notes={"method": str(method)})
     scales = {name: made.scales[name] for name in made.plan.tensors}
     notes |= made.notes
-    job.cache.store(key, Table(scales).to_bytes(), notes)
+    if CUT_SHORT not in notes:
+        job.cache.store(key, Table(scales).to_bytes(), notes)
     return replace(bare, scales=scales, notes=notes)
+
+
+def is_calibrated(job: Job, plan: Plan) -> bool:
+    """Whether the cache has the ranges of the plan's tensors, so that `calibrate` runs nothing."""
+    return job.cache.fetch(_table_key(job, plan, FloatGraph.of(job.model))) is not None
 
 
 def rangeless(statistics: Statistics, method: Method | None = None) -> dict[str, str]:
@@ -285,17 +295,21 @@ def held_back(job: Job) -> Rows:
 def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statistics) -> Quantization:
     """`--method auto`: the best method for all, and for each tensor another if it does better with it.
 
-    The ranges that the search changed are kept only if they do better on the rows held back, too.
+    Of the ranges that the search changed those are kept that do better on the rows held back, too.
 
     Args:
         statistics: of the rows to fit on, which the search goes by.
         whole: of all rows, which the ranges are then made from.
+
+    Returns:
+        with the note `CUT_SHORT` where the budget was spent meanwhile.
     """
     plan, console = bare.plan, job.console
     rows = held_back(job)
-    choice = choose_method(rows, bare, statistics, console)
+    choice = choose_method(rows, bare, statistics, console, job.budget)
     console.say("method", _choice_text(choice))
     others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
+    started = time.perf_counter()
     refined = refine_ranges(
         bare,
         statistics,
@@ -305,15 +319,15 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         console,
         workers=job.recipe.threads,
         ignore_nonfinite=job.recipe.ignore_nonfinite,
+        budget=job.budget,
     )
     before = choice.sqnr_db[str(choice.method)]
-    own = scales_from(statistics, choice.method, refined.exceptions)
-    after = rows.sqnr_db(replace(bare, scales=own), console, "ranges")
-    exceptions = refined.exceptions if after > before else {}
+    exceptions, after = _confirmed(job, rows, bare, statistics, choice, refined.exceptions)
     console.say(
         "ranges",
         f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own: "
-        f"{before:.1f} -> {max(before, after):.1f} dB on the rows held back",
+        f"{before:.1f} -> {after:.1f} dB on the rows held back; {refined.runs} runs"
+        f" ({refined.passes:.1f} passes over the data) in {time.perf_counter() - started:.1f} s",
     )
     notes: dict[str, Any] = {
         "method": str(choice.method),
@@ -321,8 +335,39 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         "sqnr_db_with_exceptions": after,
         "held_back": choice.rows,
         "exceptions": {tensor: str(method) for tensor, method in exceptions.items()},
+        "runs": refined.runs,
+        "passes": round(refined.passes, 1),
     }
+    if job.budget.over:
+        console.warn("the budget was spent before the search for ranges was complete")
+        notes[CUT_SHORT] = True
     return replace(bare, scales=scales_from(whole, choice.method, exceptions), notes=notes)
+
+
+def _confirmed(
+    job: Job,
+    rows: Rows,
+    bare: Quantization,
+    statistics: Statistics,
+    choice: Choice,
+    found: Mapping[str, Method],
+) -> tuple[dict[str, Method], float]:
+    """The tensors whose own methods do better on some rows, and the SQNR in dB that they reach there: all
+    that were found, or those that each do better with the ones before it, while the budget lasts."""
+    kept: dict[str, Method] = {}
+    best = choice.sqnr_db[str(choice.method)]
+    if not found:
+        return kept, best
+    trials = Trials(rows, bare)
+    together = trials.sqnr_db(scales_from(statistics, choice.method, found))
+    for tensor, method in found.items():
+        if job.budget.over:
+            break
+        tried = {**kept, tensor: method}
+        score = trials.sqnr_db(scales_from(statistics, choice.method, tried))
+        if score > best:
+            kept, best = tried, score
+    return (dict(found), together) if together > best else (kept, best)
 
 
 def _choice_text(choice: Choice) -> str:

@@ -28,7 +28,7 @@ DEMO = Command(
     "run the main job on a bundled model and data: calibrate, quantize, build, gate",
     _demo,
     (
-        *("output", "method", "max_drop", "confidence", "min_int8"),
+        *("output", "method", "budget", "max_drop", "confidence", "min_int8"),
         *RECOVERY,
         *PLACEMENT,
         *("target", "batch", "threads", "cache"),

@@ -21,7 +21,8 @@ def run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
     if result.verdict.in_the_way is not None:
         print("\n".join(result.verdict.in_the_way.lines()))
     seconds = time.perf_counter() - started
-    print(f"{result.folder}/report.html and {result.folder}/model.plan, {seconds:.1f} s")
+    made = "model.int8.onnx" if result.build is None else "model.plan"
+    print(f"{result.folder}/report.html and {result.folder}/{made}, {seconds:.1f} s")
     print(result.verdict.headline())
     return result.exit_code
 

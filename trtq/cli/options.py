@@ -6,10 +6,10 @@ from trtq.calibration.table import ENCODINGS
 from trtq.cli.command import argument
 
 PLACEMENT = ("plan", "include", "exclude", "weights", "rest")
-CALIBRATION = ("data", "state", "method", "op_reference", "cache", "threads", "parallel")
+CALIBRATION = ("data", "state", "method", "op_reference", "budget", "cache", "threads", "parallel")
 ENGINE = ("backend", "target", "profile", "batch", "min_int8")
 GATE = ("eval", "metric", "max_drop", "confidence", "require_engine", "min_reference", "ignore_nonfinite")
-RECOVERY = ("min_sqnr", "recover", "budget", "labels")
+RECOVERY = ("min_sqnr", "recover", "partial_limit", "labels")
 
 TABLE_FORMAT = (
     argument(

@@ -96,6 +96,11 @@ class Plan:
         """The quantized inputs: node, and index of the input."""
         return {(edge.node, edge.index) for edge in self.edges} | {(w.node, w.index) for w in self.weights}
 
+    @property
+    def macs_per_row(self) -> float:
+        """Multiply-accumulates of one row; those that are not known count as 0."""
+        return sum(node.macs or 0 for node in self.nodes) / max(self.batch, 1)
+
     def float32_lines(self) -> list[str]:
         """What stays float32, one line for all nodes of a rule: the first of them, and how many more."""
         lines = []

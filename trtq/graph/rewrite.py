@@ -112,6 +112,36 @@ def scales_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
     return names
 
 
+def switches_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
+    """Let model inputs decide which activations of a rewritten graph are quantized, in place.
+
+    Args:
+        plan: that the graph was rewritten by.
+
+    Returns:
+        name of the input, a scalar bool -> tensor with whose range its Q/DQ pairs are used where it is true.
+    """
+    names, nodes = Names(graph), {node.name: node for node in graph.nodes}
+    switches: dict[str, gs.Variable] = {}
+    switched: dict[str, gs.Variable] = {}
+    for edge in plan.edges:
+        inputs = nodes[edge.node].inputs
+        dequantized = inputs[edge.index]
+        if edge.range not in switches:
+            switches[edge.range] = gs.Variable(names.tensor(f"{edge.range}/switch"), np.bool_, [])
+        if dequantized.name not in switched:
+            plain = dequantized.inputs[0].inputs[0].inputs[0].inputs[0]
+            output = gs.Variable(names.tensor(f"{dequantized.name}/switched"), dequantized.dtype)
+            node = names.node(f"{dequantized.name}/Where")
+            operands = [switches[edge.range], dequantized, plain]
+            graph.nodes.append(gs.Node("Where", node, {}, operands, [output]))
+            switched[dequantized.name] = output
+        inputs[edge.index] = switched[dequantized.name]
+    graph.inputs += switches.values()
+    graph.toposort()
+    return {variable.name: tensor for tensor, variable in switches.items()}
+
+
 def weight_scale(weight: NDArray, axis: int) -> NDArray[np.float32]:
     """Per-channel max scales of a weight, shape (channels,) along `axis` (paper 4.1)."""
     return scale_from_amax(amax_per_channel(weight, axis))

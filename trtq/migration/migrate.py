@@ -30,7 +30,7 @@ from trtq.migration.implied import implied, implied_model
 from trtq.migration.source import Source, load_source
 from trtq.migration.to_qdq import converted
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import engine_runs_here, share_check, write_and_build
+from trtq.recovery.attempt import build_in, engine_runs_here, share_check, write
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import hashes_of, versions
@@ -247,7 +247,8 @@ def _built(given: _Given, quantization: Quantization, fit: Fit, folder: Path) ->
     recipe = given.recipe
     output = Path(recipe.require("output").output)
     table = replace(Table.of(quantization), version=given.table.version, algorithm=given.table.algorithm)
-    build = write_and_build(quantization, table, recipe, given.profile, folder)
+    write(quantization, table, recipe, folder)
+    build = build_in(folder, recipe, given.profile, quantization.plan)
     covered = coverage(quantization.plan, build.compiled)
     least = recipe.min_int8
     return Migration(

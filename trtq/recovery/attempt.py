@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from trtq.backends.builders import builder
-from trtq.backends.coverage import Coverage, coverage
+from trtq.backends.coverage import Coverage, coverage, planned
 from trtq.backends.engine import why_not_loaded
 from trtq.backends.interface import Build, Profile, find_gpu
 from trtq.calibration.table import Table
 from trtq.console import Console
+from trtq.errors import BuildError
+from trtq.files import PathLike
 from trtq.gate.evaluation import Evaluation
 from trtq.gate.verdict import Check, Outcome, Verdict
 from trtq.graph.foreign import View
 from trtq.graph.model import save_model
-from trtq.graph.plan import percent
+from trtq.graph.plan import Plan, percent
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recipe import Recipe
+from trtq.recovery.partial import given_away
+
+ENGINE_BUILT = "the builder makes an engine"
+"""The check that fails where it does not."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Attempt:
     Attributes:
         step: which one.
         folder: where its `model.int8.onnx`, `model.plan`, `plan.json` and `calibration.cache` are.
+        build: None where the builder makes no engine; the verdict says why, and the coverage is the plan's.
         accuracy: what the gate says, with the checks on the outputs, on whatever it was measured.
         on_engine: the checks on what the engine runs.
         verdict: both together, or inconclusive where an engine is required and none ran.
@@ -40,7 +48,7 @@ class Attempt:
     step: str
     quantization: Quantization
     folder: Path
-    build: Build
+    build: Build | None
     coverage: Coverage
     accuracy: Verdict
     on_engine: tuple[Check, ...]
@@ -64,6 +72,7 @@ class Attempt:
             "sqnr_db": {name: output.sqnr_db for name, output in verdict.outputs.items()},
             "int8_nodes": len(self.quantization.plan.int8_nodes),
             "int8_share": self.coverage.share,
+            "given_away": given_away(self.quantization.plan),
             "checks": [check.to_json() for check in verdict.checks],
             "note": self.quantization.remark,
             "seconds": round(self.seconds, 1),
@@ -87,7 +96,8 @@ class Fruitless:
     def to_json(self) -> dict[str, Any]:
         """For `workflow.json`, with the keys of an attempt."""
         return {
-            **dict.fromkeys(("outcome", "gate", "metric", "relative_drop", "int8_nodes", "int8_share")),
+            **dict.fromkeys(("outcome", "gate", "metric", "relative_drop")),
+            **dict.fromkeys(("int8_nodes", "int8_share", "given_away")),
             "step": self.step,
             "sqnr_db": {},
             "checks": [],
@@ -98,54 +108,101 @@ class Fruitless:
 
 
 def attempt(
-    step: str, quantization: Quantization, job: Job, evaluation: Evaluation, folder: Path, started: float
+    step: str,
+    quantization: Quantization,
+    job: Job,
+    evaluation: Evaluation,
+    folder: Path,
+    started: float,
+    refusal: BuildError | None = None,
 ) -> Attempt:
     """Write, build and gate a quantization.
 
     Args:
         folder: made here.
         started: `time.perf_counter` when the step began.
+        refusal: what the builder said of this model before; it is not asked again.
 
     Raises:
-        InputError, MissingBackendError: as the builder and the gate.
+        InputError, MissingBackendError: as the builder and the gate, but for a `BuildError`: what the builder
+            does not make an engine of is gated on the CPU, and fails the check `ENGINE_BUILT`.
     """
     recipe, console = job.recipe, job.console
     folder.mkdir()
-    build = write_and_build(quantization, Table.of(quantization), recipe, job.profile, folder)
-    covered = coverage(quantization.plan, build.compiled)
-    size = build.engine.stat().st_size / 1e6
-    console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
-    comparable = not View.of(job.model.graph).walls
-    runs_here = comparable and engine_runs_here(build.engine, recipe.plugin_lib, console)
-    accuracy = evaluation.verdict(build.engine if runs_here else folder / "model.int8.onnx")
-    on_engine = () if recipe.min_int8 is None else (share_check(covered, recipe.min_int8),)
+    write(quantization, Table.of(quantization), recipe, folder)
+    made = refusal or _build_or_refusal(job, quantization.plan, folder)
+    build = made if isinstance(made, Build) else None
+    covered = planned(quantization.plan) if build is None else coverage(quantization.plan, build.compiled)
+    console.say("engine", _engine_text(build, covered))
+    comparable = build is not None and not View.of(job.model.graph).walls
+    on_gpu = comparable and engine_runs_here(folder / "model.plan", recipe.plugin_lib, console)
+    accuracy = evaluation.verdict(folder / ("model.plan" if on_gpu else "model.int8.onnx"))
+    on_engine: tuple[Check, ...] = ()
+    if build is not None and recipe.min_int8 is not None:
+        on_engine = (share_check(covered, recipe.min_int8),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
+    if isinstance(made, BuildError):
+        verdict = verdict.with_checks(Check(ENGINE_BUILT, Outcome.FAIL, one_line(made)))
     console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
     return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
 
 
-def write_and_build(
-    quantization: Quantization, table: Table, recipe: Recipe, profile: Profile, folder: Path
-) -> Build:
-    """Write a quantization's model, plan and table into a folder, and build the engine there.
+def _build_or_refusal(job: Job, plan: Plan, folder: Path) -> Build | BuildError:
+    """The engine of the model in a folder, or what the builder has against it, with a warning."""
+    try:
+        return build_in(folder, job.recipe, job.profile, plan)
+    except BuildError as error:
+        job.console.warn(one_line(error))
+        return error
 
-    Raises:
-        InputError, MissingBackendError: as the builder.
-    """
-    int8 = folder / "model.int8.onnx"
-    save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), int8)
+
+def _engine_text(build: Build | None, covered: Coverage) -> str:
+    if build is None:
+        return "none; the gate is simulated"
+    size = build.engine.stat().st_size / 1e6
+    return f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}"
+
+
+def write(quantization: Quantization, table: Table, recipe: Recipe, folder: Path) -> None:
+    """Write a quantization's model, plan and table into a folder."""
+    int8 = quantization.rewritten(weights=recipe.weights, rest=recipe.precision)
+    save_model(int8, folder / "model.int8.onnx")
     quantization.plan.save(folder / "plan.json")
     table.save(folder / "calibration.cache")
-    return builder(recipe.backend).build(
-        int8,
-        folder / "model.plan",
-        profile=profile,
-        further=recipe.profiles[1:],
-        targets=recipe.target,
-        options=recipe.build_options(),
-        float32=[node.name for node in quantization.plan.float32],
-    )
+
+
+def build_in(folder: Path, recipe: Recipe, profile: Profile, plan: Plan) -> Build:
+    """Build the engine of the model that `write` left in a folder, beside it.
+
+    Raises:
+        BuildError, InputError, MissingBackendError: as the builder; a `BuildError` names the recipe's model.
+    """
+    int8 = folder / "model.int8.onnx"
+    try:
+        return builder(recipe.backend).build(
+            int8,
+            folder / "model.plan",
+            profile=profile,
+            further=recipe.profiles[1:],
+            targets=recipe.target,
+            options=recipe.build_options(),
+            float32=[node.name for node in plan.float32],
+        )
+    except BuildError as error:
+        raise of_model(error, int8, recipe.require("model").model) from error
+
+
+def of_model(error: BuildError, tried: Path, model: PathLike) -> BuildError:
+    """An error about a file that will be gone, as one about the user's model."""
+    cause = None if error.cause is None else error.cause.replace(str(tried), os.fspath(model))
+    return BuildError(error.problem, file=model, cause=cause, remedy=error.remedy)
+
+
+def one_line(error: BuildError) -> str:
+    """What a builder says, in one line."""
+    cause = "; ".join((error.cause or "").split("\n"))
+    return ": ".join(filter(None, [error.problem, cause])) + (f" ({error.remedy})" if error.remedy else "")
 
 
 def share_check(covered: Coverage, least: float) -> Check:

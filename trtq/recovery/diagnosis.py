@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.gate.evaluation import Evaluation
 from trtq.gate.in_the_way import InTheWay, Obstacle
@@ -24,8 +25,7 @@ from trtq.graph.plan import NodePlan, Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job, planned
 from trtq.recovery.attempt import Attempt
-from trtq.recovery.budget import Budget
-from trtq.recovery.partial import MOST_ROWS
+from trtq.recovery.partial import rows_to_search
 from trtq.recovery.sensitivity import fast_rows, known, measured
 from trtq.simulation.simulator import Effect, Simulator
 
@@ -44,14 +44,12 @@ def diagnose(
     evaluation: Evaluation,
     attempts: Sequence[Attempt],
     kept: Attempt,
-    budget: Budget,
     seconds: float,
 ) -> InTheWay | None:
     """What stands in the way of the attempt that is kept; None where that passes.
 
     Args:
-        budget: once it is spent, no set of layers is tried any more.
-        seconds: that the workflow took.
+        seconds: that the workflow took. Once the job's budget is spent, no set of layers is tried any more.
 
     Raises:
         InputError: as the simulator and the gate.
@@ -65,7 +63,7 @@ def diagnose(
     whole = max(
         (a for a in attempts if "left_out" not in a.quantization.notes), key=lambda a: a.accuracy.rank
     )
-    diagnosis = _Diagnosis(job, evaluation, whole, budget, limit)
+    diagnosis = _Diagnosis(job, evaluation, whole, limit)
     without = diagnosis.without_int8()
     if without is not None and not without.passed:
         return InTheWay(
@@ -84,13 +82,12 @@ class _Diagnosis:
     job: Job
     evaluation: Evaluation
     whole: Attempt
-    budget: Budget
     limit: Budget
 
     @property
     def over(self) -> bool:
         """Whether there is no time to try more sets."""
-        return self.budget.over or self.limit.over
+        return self.job.budget.over or self.limit.over
 
     def without_int8(self) -> Verdict | None:
         """What the gate says with every layer in floating point, in the precision that the rest has; None
@@ -133,7 +130,7 @@ class _Diagnosis:
         """The effect of each group alone, and on how many rows it was measured: on few, unless the workflow
         did already."""
         job, start = self.job, self.whole.quantization
-        rows = job.parts[0].spread(MOST_ROWS)
+        rows = rows_to_search(job, start)
         effects = known(start, job.cache, job.key("sensitivity", start))
         if len(effects) == count:
             return effects, len(rows)

@@ -16,12 +16,12 @@ from dataclasses import replace
 import numpy as np
 
 from trtq.cache import Key
+from trtq.data.samples import Samples
 from trtq.graph.groups import Group, groups
 from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
-from trtq.recovery.budget import Budget
 from trtq.recovery.sensitivity import measured
 from trtq.simulation.similarity import decibels
 from trtq.simulation.simulator import Simulator
@@ -107,8 +107,17 @@ class _Sets:
         return left_out
 
 
-MOST_ROWS = 64
-"""Rows that the noise is measured on, evenly spread over those to fit on."""
+FEWEST_ROWS, MOST_ROWS = 8, 64
+MAC_BUDGET, RUNS_PER_GROUP = 1e13, 1.5
+"""The noise is measured on as many rows, evenly spread over those to fit on, as let this many runs for each
+group fit into this many multiply-accumulates, within those bounds."""
+
+
+def rows_to_search(job: Job, start: Quantization) -> Samples:
+    """The calibration rows that the noise of a quantization's groups is measured on."""
+    runs = RUNS_PER_GROUP * len(groups(start.graph, start.plan))
+    affordable = MAC_BUDGET / max(runs * start.plan.macs_per_row, 1)
+    return job.parts[0].spread(int(min(max(affordable, FEWEST_ROWS), MOST_ROWS)))
 
 
 class Search:
@@ -128,12 +137,11 @@ class Search:
         key: what the groups' noises are cached by; what an interrupted run has measured is not run again.
     """
 
-    def __init__(self, job: Job, start: Quantization, budget: Budget, key: Key) -> None:
-        self._start, self._budget = start, budget
-        rows = job.parts[0].spread(MOST_ROWS)
+    def __init__(self, job: Job, start: Quantization, key: Key) -> None:
+        self._start, self._budget = start, job.budget
         self._simulator = Simulator(
             start,
-            rows,
+            rows_to_search(job, start),
             teacher=job.model.graph,
             workers=job.recipe.threads,
             ignore_nonfinite=job.recipe.ignore_nonfinite,
@@ -201,3 +209,13 @@ class Search:
         nodes = self.groups[name].nodes
         whole = "it" if len(nodes) == 1 else f"the group {', '.join(nodes)}"
         return f"sensitive: with {whole} alone in INT8 the outputs have {alone:.1f} dB"
+
+
+def given_away(plan: Plan) -> float:
+    """Share of the multiply-accumulates (of the nodes, where those are not known) that partial quantization
+    left in floating point."""
+    left_out = [node for node in plan.nodes if node.rule == "sensitive"]
+    if any(node.macs is None for node in plan.nodes):
+        return len(left_out) / len(plan.nodes)
+    total = sum(node.macs or 0 for node in plan.nodes)
+    return sum(node.macs or 0 for node in left_out) / total if total else 0.0

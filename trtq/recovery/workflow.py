@@ -22,7 +22,7 @@ from typing import Any
 
 from trtq.cache import remove
 from trtq.calibration.calibrate import calibrate
-from trtq.errors import InputError, MissingBackendError
+from trtq.errors import BuildError, InputError, MissingBackendError
 from trtq.files import sha256_json
 from trtq.gate.drift import gap
 from trtq.gate.evaluation import Evaluation
@@ -33,11 +33,10 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import Attempt, Fruitless, attempt
-from trtq.recovery.budget import Budget
 from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
-from trtq.recovery.partial import Search
+from trtq.recovery.partial import Search, given_away
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
@@ -47,7 +46,12 @@ MOST_GATES, CLOSE = 8, 1.25
 
 
 def recover(
-    job: Job, plan: Plan, evaluation: Evaluation, steps: Collection[str], budget: Budget, folder: Path
+    job: Job,
+    plan: Plan,
+    evaluation: Evaluation,
+    steps: Collection[str],
+    folder: Path,
+    refusal: BuildError | None = None,
 ) -> tuple[list[Attempt | Fruitless], Job, Evaluation]:
     """Every step that was tried, in order, and the job and its gate as they were at last (`in_float32`); the
     workflow stops at the first step that passes the gate and checks.
@@ -55,11 +59,12 @@ def recover(
     Args:
         steps: those of `recipe.STEPS` that may be taken.
         folder: each attempt's files go into a folder of their own in it.
+        refusal: what the builder said of the plan's model on trial.
 
     Raises:
         InputError, MissingBackendError: as calibrating, building and gating.
     """
-    workflow = _Workflow(job, evaluation, steps, budget, folder)
+    workflow = _Workflow(job, evaluation, steps, folder, refusal)
     whole = workflow.attempt("calibrate", lambda: Made(calibrate(job, plan), True))
     assert whole is not None
     start = whole
@@ -67,11 +72,13 @@ def recover(
     if workflow.wants("fix"):
         start = workflow.attempt("fix", lambda: workflow.fix(whole)) or whole
     if workflow.wants("partial"):
-        workflow.attempt("partial", lambda: workflow.partial("partial", start))
+        workflow.attempt("partial", lambda: workflow.frugal(workflow.partial("partial", start)))
     if workflow.wants("learn"):
         taught = workflow.attempt("learn", lambda: workflow.learn(start))
         if taught is not None and workflow.wants("partial", "learn, partial"):
             workflow.attempt("learn, partial", lambda: workflow.partial("learn, partial", taught))
+    if workflow.set_aside is not None and not workflow.passed:
+        workflow.attempt("partial after all", lambda: Made(workflow.set_aside, True))
     return workflow.done, workflow.job, workflow.evaluation
 
 
@@ -117,7 +124,7 @@ def can_leave_out(quantization: Quantization, least: float) -> bool:
     )
 
 
-def learned(job: Job, start: Quantization, budget: Budget) -> Made:
+def learned(job: Job, start: Quantization) -> Made:
     """A quantization with ranges, biases and weights learned on the job's data; None if it is no better.
 
     A run that was interrupted, or ended by the budget, goes on from its last epoch.
@@ -134,7 +141,7 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
         held_back,
         job.console,
         recipe=job.recipe,
-        budget=budget,
+        budget=job.budget,
         checkpoint=Checkpoint(job.cache.fetch(key), lambda state: job.cache.store(key, state)),
     )
     if result.whole:
@@ -152,14 +159,24 @@ def learned(job: Job, start: Quantization, budget: Budget) -> Made:
 
 @dataclass
 class _Workflow:
-    """The steps so far, and what they are made with."""
+    """The steps so far, and what they are made with.
+
+    Attributes:
+        set_aside: what partial quantization made before learning, where it gives away too much.
+    """
 
     job: Job
     evaluation: Evaluation
     steps: Collection[str]
-    budget: Budget
     folder: Path
+    refusal: BuildError | None
     done: list[Attempt | Fruitless] = field(default_factory=list)
+    set_aside: Quantization | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether an attempt passes the gate and the checks."""
+        return any(isinstance(tried, Attempt) and tried.measured.passed for tried in self.done)
 
     def wants(self, step: str, name: str | None = None) -> bool:
         """Whether a step of `recipe.STEPS` is to be taken now; a step that there is no time for is recorded.
@@ -167,10 +184,9 @@ class _Workflow:
         Args:
             name: what this round of it is called, if not like the step.
         """
-        passed = any(isinstance(tried, Attempt) and tried.measured.passed for tried in self.done)
-        if passed or step not in self.steps:
+        if self.passed or step not in self.steps:
             return False
-        if self.budget.over:
+        if self.job.budget.over:
             self.job.console.warn(f"the budget is spent: '{name or step}' is not tried")
             self.done.append(Fruitless(name or step, "not tried: the budget was spent"))
             return False
@@ -178,7 +194,8 @@ class _Workflow:
 
     def warn_of_gap(self, done: Attempt) -> None:
         """Warn where an attempt does differently on the evaluation data and on calibration rows held back."""
-        ran = done.build.engine if done.measured.executor == "engine" else done.folder / "model.int8.onnx"
+        on_gpu = done.measured.executor == "engine"
+        ran = done.folder / ("model.plan" if on_gpu else "model.int8.onnx")
         if (text := gap(self.job, self.evaluation, done.measured, ran)) is not None:
             self.job.console.warn(text)
 
@@ -190,8 +207,9 @@ class _Workflow:
             self.job.console.say(step, reason)
             self.done.append(Fruitless(step, reason, time.perf_counter() - started))
             return None
+        self.warn_of_share(step, quantization.plan)
         folder = self.folder / f"attempt{len(self.done)}"
-        tried = attempt(step, quantization, self.job, self.evaluation, folder, started)
+        tried = attempt(step, quantization, self.job, self.evaluation, folder, started, self.refusal)
         self.done.append(tried)
         if not tried.measured.passed and self.leaves_half(quantization):
             return self.attempt(f"{step}, rest fp32", lambda: Made(_without_half(quantization), True))
@@ -246,7 +264,7 @@ class _Workflow:
             return self.cached(
                 "learn",
                 start,
-                lambda first: learned(self.job, first, self.budget),
+                lambda first: learned(self.job, first),
                 labels=self.job.recipe.labels,
             )
         except (InputError, MissingBackendError) as error:
@@ -280,7 +298,7 @@ class _Workflow:
         taken, if it is better than the start.
         """
         job, recipe = self.job, self.job.recipe
-        search = Search(job, start.quantization, self.budget, job.key("sensitivity", start.quantization))
+        search = Search(job, start.quantization, job.key("sensitivity", start.quantization))
         if not search.whole:
             return Made(None, False, "the budget was spent before every layer was measured")
         needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
@@ -296,19 +314,45 @@ class _Workflow:
                 tried.append((verdict, candidate))
             else:
                 enough, best = ratio, candidate if verdict is not None else best
-            if self.budget.over or failing == LEAST_RATIO or (enough and failing < CLOSE * enough):
+            if self.job.budget.over or failing == LEAST_RATIO or (enough and failing < CLOSE * enough):
                 break
             if enough:
                 ratio = math.sqrt(failing * enough)
             elif verdict is not None:
                 ratio = max(ratio * min(needed(verdict), 0.5), LEAST_RATIO)
-        if best is None and search.free and not self.budget.over:
+        if best is None and search.free and not self.job.budget.over:
             candidate = search.leaving_out(search.free)
             verdict = self.simulated(candidate)
             best = candidate if verdict.passed else None
             tried.append((verdict, candidate))
-        whole = not self.budget.over
+        whole = not self.job.budget.over
         return Made(best, whole) if best is not None else _nearest(tried, start, least, whole)
+
+    def frugal(self, made: Made) -> Made:
+        """What partial quantization made; set aside for the time being where it gives away more than the
+        recipe's limit and learning may do better."""
+        limit = self.job.recipe.partial_limit
+        if made.quantization is None or "learn" not in self.steps or self.job.budget.over:
+            return made
+        if (share := given_away(made.quantization.plan)) <= limit:
+            return made
+        self.set_aside = made.quantization
+        return Made(
+            None,
+            made.whole,
+            f"set aside: it would give away {share:.1%} of the multiply-accumulates, more than"
+            f" --partial-limit {limit:.0%}; 'learn' is tried first",
+        )
+
+    def warn_of_share(self, step: str, plan: Plan) -> None:
+        """Warn of a plan that gives away more than the recipe's limit."""
+        share, limit = given_away(plan), self.job.recipe.partial_limit
+        if share > limit:
+            self.job.console.warn(
+                f"'{step}' gives away {share:.1%} of the multiply-accumulates to floating point, more than"
+                f" --partial-limit {limit:.0%}: there is little left for INT8 to speed up; look at the layers"
+                " that were left out, or set --min-int8"
+            )
 
     def simulated(self, candidate: Quantization) -> Verdict:
         """What the gate says of a candidate on the CPU."""

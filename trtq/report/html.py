@@ -11,13 +11,14 @@ import jinja2
 
 from trtq.backends.builders import describe_engine
 from trtq.backends.compiled import Compiled
-from trtq.backends.coverage import Coverage, coverage
+from trtq.backends.coverage import Coverage, coverage, planned
 from trtq.calibration.table import Table, metadata_path
 from trtq.errors import InputError, about
 from trtq.files import PathLike, decode, read_json, read_own_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Float32Node, Plan, percent
 from trtq.numerics import INT8_MAX
+from trtq.recovery.attempt import ENGINE_BUILT
 
 _GREEN, _RED, _GREY = "#18794e", "#c62a2f", "#8888"
 
@@ -113,6 +114,7 @@ class RecordedStep:
     gate: Outcome | None = None
     metric: float | None = None
     int8_nodes: int | None = None
+    given_away: float | None = None
     note: str = ""
     seconds: float = 0.0
     in_the_way: Any = None
@@ -319,11 +321,7 @@ class Report:
         with about(folder / "verdict.json"):
             verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))
         plan, table = Plan.load(folder / "plan.json"), Table.load(folder / "calibration.cache")
-        engine = describe_engine(folder / "model.plan")
-        if engine["build"] is None:
-            raise InputError("the record of the engine is missing", file=folder / "model.plan.json")
-        compiled: Compiled = engine["build"]["compiled"]
-        covered = coverage(plan, compiled)
+        covered, engine_lines = _engine(folder / "model.plan", plan, verdict)
         metadata = table.metadata
         return cls(
             verdict=verdict,
@@ -332,7 +330,7 @@ class Report:
             interval=Interval.of(verdict),
             steps=_steps(folder / "workflow.json"),
             calibration=Calibration.of(metadata, folder / "calibration.cache"),
-            engine=_engine_lines(engine, compiled, covered),
+            engine=engine_lines,
             nodes=_nodes(plan, covered),
             float32=plan.float32,
             ranges=[
@@ -348,6 +346,27 @@ def _steps(path: Path) -> list[Step] | None:
         return None
     recorded = read_own_json(path, "record of the steps", lambda value: decode(value, list[RecordedStep]))
     return [Step.of(step) for step in recorded]
+
+
+def _engine(path: Path, plan: Plan, verdict: Verdict) -> tuple[Coverage, list[str]]:
+    """What the engine runs in INT8, and what there is to say of it; where the builder made none, why.
+
+    Raises:
+        InputError: it is missing or damaged, or the record beside it is.
+    """
+    if refused := [check.message for check in verdict.checks if check.name == ENGINE_BUILT]:
+        covered = planned(plan)
+        return covered, [
+            "no engine",
+            *refused,
+            *(f"as planned: {line}" for line in covered.text().splitlines()),
+        ]
+    engine = describe_engine(path)
+    if engine["build"] is None:
+        raise InputError("the record of the engine is missing", file=f"{path}.json")
+    compiled: Compiled = engine["build"]["compiled"]
+    covered = coverage(plan, compiled)
+    return covered, _engine_lines(engine, compiled, covered)
 
 
 def _engine_lines(engine: Mapping[str, Any], compiled: Compiled, covered: Coverage) -> list[str]:

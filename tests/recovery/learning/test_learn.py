@@ -21,7 +21,7 @@ from trtq.simulation.similarity import sqnr_db
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra qat)")
 
-from trtq.recovery.budget import Budget  # noqa: E402
+from trtq.budget import Budget  # noqa: E402
 from trtq.recovery.learning.learn import Checkpoint, learn  # noqa: E402 (needs torch)
 from trtq.recovery.learning.pupil import Pupil, fake_quantize  # noqa: E402
 

@@ -46,13 +46,15 @@ def fix(job: Job, start: Quantization) -> Made:
     method and from all rows.
 
     Returns:
-        nothing where no fix helps, and what was tried.
+        nothing where no fix helps, and what was tried; once the job's budget is spent, nothing more is.
     """
     fitting, _ = job.parts
     rows = held_back(job)
     found = {"as calibrated": rows.sqnr_db(start, job.console, "calibrated")}
     candidates: dict[str, Quantization] = {}
     for wanted in product((False, True), repeat=len(PASSES)):
+        if job.budget.over:
+            break
         names = [name for (name, _), use in zip(PASSES, wanted, strict=True) if use]
         changed = _changed(job, rows, start, names)
         if changed is None:
@@ -67,14 +69,15 @@ def fix(job: Job, start: Quantization) -> Made:
     best, after = ranked[0]
     tried = ", ".join(f"{label} {value:.1f} dB" for label, value in ranked)
     job.console.say("fixes", tried)
+    whole = not job.budget.over
     if after < found["as calibrated"] + LEAST_GAIN_DB:
-        return Made(None, True, f"nothing helped: {tried}")
+        return Made(None, whole, f"nothing helped: {tried}")
     kept = candidates[best]
     if kept.graph is not start.graph:
         kept = calibrate(job, start.plan, FloatGraph.changed(kept.graph))
     if best.endswith("bias"):
         kept = _corrected(job, kept, job.data)
-    return Made(replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found}), True)
+    return Made(replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found}), whole)
 
 
 def _changed(job: Job, rows: Rows, start: Quantization, names: list[str]) -> Quantization | None:
@@ -99,7 +102,7 @@ def _changed(job: Job, rows: Rows, start: Quantization, names: list[str]) -> Qua
     if not changed.plan.int8_nodes:
         return None
     if search:
-        method = choose_method(rows, changed, statistics, job.console).method
+        method = choose_method(rows, changed, statistics, job.console, job.budget).method
     return replace(changed, scales=scales_from(statistics, method))
 
 

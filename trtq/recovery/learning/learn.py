@@ -26,6 +26,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.budget import NO_BUDGET, Budget
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
@@ -34,7 +35,6 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.weights import is_plain
 from trtq.recipe import Recipe
-from trtq.recovery.budget import NO_BUDGET, Budget
 from trtq.simulation.finite import check_reference
 from trtq.simulation.processors import processors
 from trtq.simulation.rows import taken
@@ -401,8 +401,7 @@ def _error(expected: Tensor, found: Tensor) -> Tensor:
 
 
 def _steps(plan: Plan) -> int:
-    per_row = sum(node.macs or 0 for node in plan.nodes) / max(plan.batch, 1)
-    affordable = MAC_BUDGET / max(3 * BATCH * per_row, 1)
+    affordable = MAC_BUDGET / max(3 * BATCH * plan.macs_per_row, 1)
     return int(min(max(affordable, FEWEST_STEPS), MOST_STEPS))
 
 

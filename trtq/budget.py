@@ -1,4 +1,4 @@
-"""The time that recovering may take."""
+"""The time that a job may take."""
 
 from __future__ import annotations
 

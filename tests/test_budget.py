@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from trtq.recovery.budget import Budget
+from trtq.budget import Budget
 
 
 def test_a_budget_runs_from_now() -> None:

@@ -1,0 +1,77 @@
+"""A build in a process of its own: what crashes there, as NVIDIA's libraries may, does not end the job."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from trtq.backends.builders import builder, chosen
+from trtq.backends.interface import DEFAULT_OPTIONS, BuildOptions, Profile
+from trtq.errors import BuildError, InputError, MissingBackendError, TrtqError
+
+_KINDS = {kind.__name__: kind for kind in (BuildError, InputError, MissingBackendError)}
+
+
+def try_build(
+    name: str | None,
+    model: Path,
+    *,
+    profile: Profile | None = None,
+    targets: Sequence[str] = (),
+    options: BuildOptions = DEFAULT_OPTIONS,
+) -> None:
+    """Build an engine as `builder(name).build` does, and throw it away.
+
+    Raises:
+        BuildError: the builder cannot build the model, or crashes on it.
+        InputError, MissingBackendError: as the builder.
+    """
+    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        request, answer = Path(folder) / "request", Path(folder) / "answer"
+        engine = Path(folder) / "model.plan"
+        request.write_bytes(pickle.dumps((name, model, engine, profile, tuple(targets), options)))
+        code = f"import sys; sys.path[:] = {sys.path!r}; from trtq.backends.apart import serve; serve()"
+        command = [sys.executable, "-c", code, str(request), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if not answer.exists():
+            said = done.stderr.strip().splitlines()
+            raise BuildError(
+                f"{chosen(name)} crashed while it built an engine from the model",
+                file=model,
+                cause="; ".join([_ending(done.returncode), *said[-1:]]),
+                remedy="report it to NVIDIA with the model; another version or --exclude may get round it",
+            )
+        if (error := json.loads(answer.read_text())) is not None:
+            kind = _KINDS[error.pop("kind")]
+            raise kind(error.pop("problem"), **error)
+
+
+def serve() -> None:
+    """In the process of its own: build what the request file says, and answer with the error or null."""
+    request, answer = map(Path, sys.argv[1:])
+    name, model, engine, profile, targets, options = pickle.loads(request.read_bytes())
+    error = None
+    try:
+        builder(name).build(model, engine, profile=profile, targets=targets, options=options)
+    except TrtqError as raised:
+        error = {
+            "kind": next(kind for kind in _KINDS if isinstance(raised, _KINDS[kind])),
+            "problem": raised.problem,
+            "file": raised.file,
+            "cause": raised.cause,
+            "remedy": raised.remedy,
+        }
+    answer.write_text(json.dumps(error))
+
+
+def _ending(code: int) -> str:
+    """How a process ended that gave no answer."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
