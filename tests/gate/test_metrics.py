@@ -182,7 +182,7 @@ def test_rows_per_sample():
 
 
 def test_unknown_metric_lists_the_known():
-    with pytest.raises(InputError, match="top1, top5, accuracy, f1, miou, cosine, sqnr, kl"):
+    with pytest.raises(InputError, match="top1, top5, accuracy, f1, miou, cosine, sqnr, kl, detections, mAP"):
         load_metric("bleu")
 
 
@@ -239,7 +239,8 @@ def test_a_metrics_fingerprint_covers_the_users_modules_behind_it(tmp_path, monk
         ("def score(o, t): raise RuntimeError('boom')", "RuntimeError: boom"),
         ("def score(o, t): return float('nan')", "nan"),
         ("def score(o, t): return 'good'", "'good'"),
-        ("def score(o, t): return o['y']", "ValueError"),
+        ("def score(o, t): return o['y'][:2]", "its shape is (2,), and there are 3 samples"),
+        ("def score(o, t): return o['y'] * float('nan')", "[nan, nan, nan]"),
         ("def score(o, t):\n    o['y'][0] = 1\n    return 1.0", "read-only"),
         ("import not_there", "ModuleNotFoundError"),
         ("exit(3)", "SystemExit"),

@@ -25,6 +25,7 @@ from trtq.graph.model import Model
 from trtq.graph.place import without_ranges
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.graph.selecting import measured_tensors
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.numerics import has_scale
@@ -245,14 +246,16 @@ def held_back(job: Job) -> Rows:
     Raises:
         InputError: as `Rows`.
     """
-    rows, recipe = job.parts[1], job.recipe
+    rows, recipe, tensors = job.parts[1], job.recipe, measured_tensors(job.model.graph)
+    plain = tensors == [tensor.name for tensor in job.model.graph.outputs]
     with job.console.progress("fp32", len(rows)) as advance:
         return Rows(
-            job.model.path,
+            job.model.path if plain else job.model.graph,
             rows,
             threads=recipe.threads,
             ignore_nonfinite=recipe.ignore_nonfinite,
             advance=advance,
+            tensors=tensors,
         )
 
 

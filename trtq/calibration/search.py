@@ -29,6 +29,7 @@ from trtq.data.samples import Samples
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs
+from trtq.graph.selecting import measured_tensors
 from trtq.numerics import scale_from_amax
 from trtq.simulation.finite import check_reference
 from trtq.simulation.rows import Runner, Workers
@@ -56,6 +57,9 @@ Scales = Mapping[str, np.float32]
 class Rows:
     """Rows to score quantizations on: by their outputs, against those of the float model.
 
+    Attributes:
+        tensors: names of the tensors that are scored; None: the model's outputs.
+
     Args:
         model: the float model, a file or a graph. It runs once; its session, with all the weights, is closed
             before another one opens.
@@ -66,6 +70,7 @@ class Rows:
             every run reads them again and scores the outputs of all rows together.
         ignore_nonfinite: measure only where the float model's outputs are finite.
         advance: called with the number of rows that the float model just ran.
+        tensors: of both models, to score instead of the outputs (`selecting.measured_tensors`).
 
     Raises:
         InputError: the model does not run on the rows, or its outputs are not finite.
@@ -81,9 +86,10 @@ class Rows:
         kept: bool = False,
         ignore_nonfinite: bool = False,
         advance: Advance | None = None,
+        tensors: Sequence[str] | None = None,
     ) -> None:
-        self.samples, self.threads = samples, threads
-        runner, pairs = Runner(model, threads=threads), []
+        self.samples, self.threads, self.tensors = samples, threads, tensors
+        runner, pairs = Runner(model, tensors, threads=threads), []
         taken = list(runner.batches(samples, batch)) if kept else runner.batches(samples, batch)
         self._kept = taken if isinstance(taken, list) else None
         for part in taken:
@@ -138,7 +144,7 @@ class Trials:
         graph = replace(quantization, scales=dict.fromkeys(plan.tensors, np.float32(1))).rewritten()
         self._inputs = scales_as_inputs(graph, plan)
         self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
-        self._runner = Runner(graph, threads=rows.threads)
+        self._runner = Runner(graph, rows.tensors, threads=rows.threads)
 
     def sqnr_db(self, scales: Scales, first: int | None = None, advance: Advance | None = None) -> float:
         """SQNR of the outputs together.
@@ -251,6 +257,7 @@ def refine_ranges(
         threads=1,
         kept=True,
         ignore_nonfinite=ignore_nonfinite,
+        tensors=measured_tensors(quantization.graph),
     )
     trials, few = Trials(part, quantization), max(len(list(part.batches())) // 4, 1)
     current: Scales = scales_from(statistics, start)

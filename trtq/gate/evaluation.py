@@ -15,8 +15,9 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
-from trtq.gate.metrics import Metric, load_metric
+from trtq.gate.metrics import Metric, Scored, load_metric
 from trtq.gate.reference import doubt
+from trtq.gate.resampling import Resampling
 from trtq.gate.verdict import (
     Check,
     Outcome,
@@ -100,14 +101,14 @@ class Evaluation:
     """The gate of a recipe: its evaluation rows, and the reference's outputs on them.
 
     Attributes:
-        value: the reference's value of the metric.
+        scored: the reference's value of the metric.
     """
 
     recipe: Recipe
     samples: Samples
     metric: Metric
     reference: Outputs
-    value: float
+    scored: Scored
     cache: Cache
     console: Console
 
@@ -140,7 +141,8 @@ class Evaluation:
         outputs = _outputs(reference, "reference", recipe, samples, cache, console)
         check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
         with about(samples.source):
-            value = score_reference(outputs.arrays, dict(samples.targets), metric)
+            scored = score_reference(outputs.arrays, dict(samples.targets), metric)
+        value = scored.value
         doubtful = doubt(metric, outputs.arrays, dict(samples.targets), value)
         if recipe.min_reference is not None and value < recipe.min_reference:
             raise InputError(
@@ -152,14 +154,20 @@ class Evaluation:
             )
         if doubtful:
             console.warn(doubtful)
-        return cls(recipe, samples, metric, outputs, value, cache, console)
+        return cls(recipe, samples, metric, outputs, scored, cache, console)
 
-    def verdict(self, candidate: Path, against: Outputs | None = None) -> Verdict:
+    @property
+    def value(self) -> float:
+        """The reference's value of the metric."""
+        return self.scored.value
+
+    def verdict(self, candidate: Path, against: Outputs | None = None, *, final: bool = True) -> Verdict:
         """What the gate says of a candidate (ONNX model or engine), with the SQNR that the recipe asks for as
         a check; see `published`.
 
         Args:
             against: outputs to compare with instead of the reference's; their SQNR is not checked.
+            final: an interval is resampled although no confidence was asked for, whatever the metric.
         """
         outputs = self.outputs(candidate, "candidate")
         with about(candidate):
@@ -172,6 +180,8 @@ class Evaluation:
                 confidence=self.recipe.confidence,
                 executor=outputs.executor,
                 ignore_nonfinite=self.recipe.ignore_nonfinite,
+                scored=None if against else self.scored,
+                resampling=Resampling(self.console) if final or self.recipe.confidence is not None else None,
             )
         least = self.recipe.min_sqnr
         return verdict if least is None or against else verdict.with_checks(_sqnr_check(verdict, least))
@@ -179,7 +189,7 @@ class Evaluation:
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""
         with candidate_of(quantization, self.recipe.rest) as candidate:
-            return self.verdict(candidate)
+            return self.verdict(candidate, final=False)
 
     def published(self, verdict: Verdict) -> Verdict:
         """A verdict as the user gets it, with the warnings so far: inconclusive where the recipe requires an
@@ -193,12 +203,17 @@ class Evaluation:
 
 
 def _sqnr_check(verdict: Verdict, least: float) -> Check:
-    """Whether every output has an SQNR of at least `least` dB."""
+    """Whether every output has an SQNR of at least `least` dB; nobody knows where rows cannot be compared."""
     lowest = verdict.lowest_sqnr_db
     found = f"the outputs have {lowest:.1f} dB" if verdict.outputs else "the outputs are not finite"
+    outcome = Outcome.PASS if lowest >= least else Outcome.FAIL
+    if any(item.not_compared for item in verdict.outputs.values()):
+        compared = [item.sqnr_db for item in verdict.outputs.values() if item.not_compared < verdict.samples]
+        outcome = Outcome.INCONCLUSIVE if min(compared, default=least) >= least else Outcome.FAIL
+        found += " where they can be compared"
     return Check(
         f"SQNR at least {least:g} dB",
-        Outcome.PASS if lowest >= least else Outcome.FAIL,
+        outcome,
         f"--min-sqnr: {found}, at least {least:g} dB is required",
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +113,23 @@ def attempt(
     size = build.engine.stat().st_size / 1e6
     console.say("engine", f"{size:.1f} MB, {build.compiled.kernels} kernels\n{covered.text()}")
     runs_here = engine_runs_here(recipe, console)
-    accuracy = evaluation.verdict(build.engine if runs_here else folder / "model.int8.onnx")
+    accuracy = evaluation.verdict(build.engine if runs_here else folder / "model.int8.onnx", final=False)
     on_engine = () if recipe.min_int8 is None else (share_check(covered, recipe.min_int8),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
     console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
     return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
+
+
+def with_interval(kept: Attempt, evaluation: Evaluation) -> Attempt:
+    """The attempt with the interval of its drop, which only the one that is kept is worth where it has to be
+    resampled."""
+    if kept.accuracy.draws != 0:
+        return kept
+    engine = kept.accuracy.executor == "engine"
+    accuracy = evaluation.verdict(kept.build.engine if engine else kept.folder / "model.int8.onnx")
+    verdict = evaluation.published(accuracy).with_checks(*kept.on_engine)
+    return replace(kept, accuracy=accuracy, verdict=verdict)
 
 
 def write_and_build(
