@@ -78,7 +78,7 @@ def test_worst_samples_are_ordered_and_never_exact():
         ({"y": np.ones((0, 2))}, {"y": np.ones((0, 2))}, "no outputs"),
         ({"y": np.ones(2)}, {"z": np.ones(2)}, "no output 'y'"),
         ({"y": np.ones(2)}, {"y": np.ones(3)}, "2 rows.*3, each"),
-        ({"y": np.ones((2, 3))}, {"y": np.ones((2, 3, 1))}, r"2 rows, each \(3,\).*2, each \(3, 1\)"),
+        ({"y": np.ones((2, 3))}, {"y": np.ones((2, 3, 1, 1))}, r"2 rows, each \(3,\).*2, each \(3, 1, 1\)"),
         ({"y": np.array([1, np.nan])}, {"y": np.ones(2)}, "row 1"),
     ],
 )

@@ -357,9 +357,9 @@ def _role(name: str, shape: tuple[int, ...], kind: str) -> str | None:
     last = shape[-1] if shape else 0
     if kind in "iu" and len(shape) == 2 and last == 3:
         return "picked"
-    if kind == "f" and len(shape) == 2 and last in (5, 6, 7):
-        return "rows"
     named = _word(name)
+    if kind == "f" and len(shape) == 2 and last in (5, 6, 7) and named in (None, "boxes"):
+        return "rows"
     if named == "boxes" and last != 4:
         return None
     if named is None and kind == "f" and len(shape) == 2 and last == 4:

@@ -12,11 +12,8 @@ from numpy.typing import NDArray
 from trtq.console import SILENT, Console
 from trtq.gate.intervals import RESAMPLES_OF_FUNCTION, Float, bootstrap_calls
 
-SECONDS = 60.0
-"""Time for all draws of one interval; the fewest may take longer."""
-
-FEWEST, LONGEST = 20, 600.0
-"""An interval has so many draws at least, and none is made where those would take more seconds than this."""
+FEWEST = 20
+"""Draws that say something of an interval."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +22,13 @@ class Resampling:
 
     Attributes:
         console: shows the progress.
-        seconds: see `SECONDS`.
+        seconds: time for all draws, as long as there are `FEWEST`.
+        longest: seconds that those may take; where they would take longer, nothing is drawn.
     """
 
     console: Console = SILENT
-    seconds: float = SECONDS
+    seconds: float = 60.0
+    longest: float = 600.0
 
     def draws(
         self, samples: int, evaluate: Callable[[NDArray[np.int64]], tuple[float, float]], per_draw: float
@@ -39,14 +38,14 @@ class Resampling:
         Args:
             per_draw: seconds that a draw takes, by the calls on the samples themselves.
         """
-        if per_draw * FEWEST > LONGEST:
+        if per_draw * FEWEST > self.longest:
             return np.empty((2, 0))
         wanted = min(RESAMPLES_OF_FUNCTION, max(FEWEST, int(self.seconds / max(per_draw, 1e-9))))
         started = time.monotonic()
 
         def over(done: int) -> bool:
             spent = time.monotonic() - started
-            return spent > self.seconds and (done >= FEWEST or spent > LONGEST)
+            return spent > self.seconds and (done >= FEWEST or spent > self.longest)
 
         with self.console.progress("resample", wanted, "draw") as advance:
             found = bootstrap_calls(samples, evaluate, wanted, advance, over)

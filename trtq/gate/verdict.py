@@ -522,14 +522,14 @@ def _not_compared(outputs: Mapping[str, Similarity], reference: AllValues, metri
     for name, item in outputs.items():
         if item.not_compared:
             yield (
-                f"output {name!r}: {item.not_compared} of {len(reference[name])} rows have another shape in the"
-                " candidate, as behind what selects (NonMaxSuppression, NonZero): they cannot be compared"
+                f"output {name!r}: {item.not_compared} of {len(reference[name])} rows have another shape in"
+                " the candidate, as behind what selects (NonMaxSuppression, NonZero), and cannot be compared"
             )
     apart = [n for n, item in outputs.items() if item.not_compared or isinstance(reference[n], list)]
     if apart and metric.at_best is not None:
         yield (
-            f"{metric.name} compares {', '.join(apart)} entry by entry: boxes that change places are noise, and"
-            " rows of another shape are not alike at all; --metric detections matches boxes"
+            f"{metric.name} compares {', '.join(apart)} entry by entry: boxes that change places are noise,"
+            " and rows of another shape are not alike at all; --metric detections matches boxes"
         )
 
 

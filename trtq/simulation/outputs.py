@@ -207,8 +207,8 @@ def _one_by_one(
     run: Callable[[Batch], Arrays], batch: Batch, outputs: Arrays, apart: Collection[str]
 ) -> Callable[[Batch], Iterable[Batch]] | None:
     """How the rows of a batch run one by one, or None where they need not: every output of the batch has a
-    row for each of its rows, and one of that shape for a row alone (as many boxes, or time steps, may be there
-    by chance). A model that does not run on one row gets copies of it."""
+    row for each of its rows, and one of that shape for a row alone (as many boxes, or time steps, may be
+    there by chance). A model that does not run on one row gets copies of it."""
     size = batch.rows + batch.padding
     by_row = all(o.ndim and len(o) == size and name not in apart for name, o in outputs.items())
     try:

@@ -256,9 +256,9 @@ def check_comparable(reference: AllValues, candidate: AllValues, *, ignore_nonfi
                 cause=f"its outputs are {', '.join(candidate) or 'none'}",
                 remedy="compare a model with its own quantized version: the output names must be equal",
             )
-        found = candidate[name]
-        ranks = {row.ndim for row in map(np.asarray, values)}, {row.ndim for row in map(np.asarray, found)}
-        if len(found) != len(values) or max(ranks[0]) != max(ranks[1]):
+        found = candidate[name]  # of one rank less where each row has one entry: see `values.joined`
+        ranks = [max(row.ndim for row in map(np.asarray, side)) for side in (values, found)]
+        if len(found) != len(values) or abs(ranks[0] - ranks[1]) > 1:
             raise InputError(
                 f"output {name!r} has {len(values)} rows, each {shape_text(values)}, in the reference but"
                 f" {len(found)}, each {shape_text(found)}, in the candidate"
