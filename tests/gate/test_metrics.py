@@ -255,6 +255,12 @@ def test_a_metric_that_fails_names_file_and_cause(tmp_path, body, cause):
     assert str(path) in str(error.value)
 
 
+def test_the_divergence_of_one_class_would_always_be_none():
+    one = {"y": np.ones((3, 1))}
+    with pytest.raises(InputError, match="kl needs logits"):
+        load_metric("kl").value(one, {}, one)
+
+
 def test_missing_metric_file(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_metric(f"{tmp_path}/none.py:score")

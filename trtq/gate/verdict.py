@@ -329,13 +329,14 @@ def decide(
         note = f"output {name!r} of the candidate is NaN or infinite in sample {row // k}"
         return dataclasses.replace(verdict, worst_samples=(row // k,), notes=(note,))
     gate = _Gate(reference, candidate, targets, metric, scored, max_drop, confidence, resampling)
-    found = metric.scored(candidate, targets, reference)
-    evidence = gate.evidence(found)
     plain = finite.all_compared(reference, candidate)
     outputs = similarity.compare(*plain)
+    found = metric.scored(candidate, targets, reference)
+    best = gate.at_best(found, outputs.values())
+    evidence = gate.evidence(found, best)
     return dataclasses.replace(
         verdict,
-        gate=gate.outcome(found, evidence, all(item.not_compared == 0 for item in outputs.values())),
+        gate=gate.outcome(found, best, evidence),
         candidate=found.value,
         relative_drop=1 - found.value / scored.value,
         absolute_drop=scored.value - found.value,
@@ -377,21 +378,43 @@ class _Gate:
         """How far the candidate's value is above the least that is allowed."""
         return found.value - (1 - self.max_drop) * self.scored.value
 
-    def outcome(self, found: Scored, evidence: intervals.Evidence, all_compared: bool) -> Outcome:
-        """What the gate says.
+    def at_best(self, found: Scored, outputs: Iterable[Similarity]) -> Scored:
+        """What the candidate would score if what cannot be compared were like the reference."""
+        if self.metric.at_best is None or all(item.not_compared == 0 for item in outputs):
+            return found
+        hopeful = dataclasses.replace(self.metric, rows=self.metric.at_best)
+        return hopeful.scored(self.candidate, self.targets, self.reference)
+
+    def outcome(self, found: Scored, best: Scored, evidence: intervals.Evidence) -> Outcome:
+        """What the gate says: by the evidence where a confidence was asked for, else by the values, of which
+        the lower one has to pass and the higher one to fail.
 
         Args:
-            all_compared: whether every row of every output could be compared.
+            found, best: with what cannot be compared at worst, and at best.
         """
-        outcome = _outcome(self.margin(found), None if self.confidence is None else evidence)
-        if all_compared or outcome is not Outcome.FAIL or self.metric.at_best is None:
-            return outcome
-        hopeful = dataclasses.replace(self.metric, rows=self.metric.at_best)
-        best = hopeful.scored(self.candidate, self.targets, self.reference)
-        at_best = self.outcome(best, self.evidence(best), True)
-        return outcome if at_best is Outcome.FAIL else Outcome.INCONCLUSIVE
+        if self.confidence is not None:
+            passed, failed = evidence.proved, evidence.refuted
+        else:
+            # The tolerance is for a drop that is exactly the margin but for rounding.
+            passed, failed = self.margin(found) >= -1e-12, not self.margin(best) >= -1e-12
+        return Outcome.PASS if passed else Outcome.FAIL if failed else Outcome.INCONCLUSIVE
 
-    def evidence(self, found: Scored) -> intervals.Evidence:
+    def evidence(self, found: Scored, best: Scored) -> intervals.Evidence:
+        """What the samples say of the drop, whatever is true of what cannot be compared."""
+        worst = self._evidence(found)
+        if best is found:
+            return worst
+        hopeful = self._evidence(best)
+        relative, absolute = (
+            None if low is None or high is None else (low[0], high[1])
+            for low, high in (
+                (hopeful.relative, worst.relative),
+                (hopeful.absolute, worst.absolute),
+            )
+        )
+        return dataclasses.replace(worst, relative=relative, absolute=absolute, refuted=hopeful.refuted)
+
+    def _evidence(self, found: Scored) -> intervals.Evidence:
         """What the samples say of the drop, by the method that suits the metric."""
         metric, rows = self.metric, [self.scored.rows, found.rows]
         samples, _ = rows_per_sample(self.reference, self.targets)
@@ -454,20 +477,6 @@ def _unmeasured(
         outputs={},
         worst_samples=(),
     )
-
-
-def _outcome(margin: float, evidence: intervals.Evidence | None) -> Outcome:
-    """What the gate says: by the evidence where a confidence was asked for, else by the estimate.
-
-    Args:
-        margin: how far the candidate's value is above the least that is allowed.
-    """
-    if evidence is None:
-        # The tolerance is for a drop that is exactly the margin but for rounding.
-        return Outcome.PASS if margin >= -1e-12 else Outcome.FAIL
-    if evidence.proved:
-        return Outcome.PASS
-    return Outcome.FAIL if evidence.refuted else Outcome.INCONCLUSIVE
 
 
 def score_reference(reference: AllValues, targets: Arrays, metric: Metric) -> Scored:

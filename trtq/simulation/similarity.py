@@ -178,13 +178,17 @@ def scored(outputs: AllValues) -> list[str]:
 def cosine(reference: Values, candidate: Values, samples: int = 1) -> NDArray[np.float64]:
     """Cosine of the angle between reference and candidate; 1 if both are all zero, 0 if only one is.
 
-    Of each sample that of its worst component.
+    Of each sample that of its worst component. One value has no angle: there it is 1 - e²/2, as the cosine is
+    for a small error e, relative to the root mean square of the reference's values; -1 at least.
     """
     return _worst(_plain_cosine, reference, candidate, samples)
 
 
 def _plain_cosine(reference: NDArray, candidate: NDArray, samples: int) -> NDArray[np.float64]:
     r, c = _blocks(reference, samples), _blocks(candidate, samples)
+    if r.shape[1] == 1:
+        scale = np.mean(r**2, dtype=np.float64) or 0.5
+        return np.clip(1 - np.square(r - c, dtype=np.float64)[:, 0] / (2 * scale), -1.0, 1.0)
     norms = np.sqrt(_energy(r)) * np.sqrt(_energy(c))
     dot = np.einsum("ij,ij->i", r, c, dtype=np.float64)
     both_zero = (_energy(r) == 0) & (_energy(c) == 0)
@@ -200,7 +204,8 @@ def likelihood(reference: Values, candidate: Values, samples: int = 1) -> NDArra
     Raises:
         InputError: the outputs cannot be logits.
     """
-    if dtype_of(reference).kind != "f" or batches_of(reference)[0].ndim < 2:
+    first = batches_of(reference)[0]
+    if first.dtype.kind != "f" or first.ndim < 2 or first.shape[_class_axis(first)] == 1:
         raise InputError(
             "kl needs logits, one for each class",
             cause=f"the output is {dtype_of(reference)}, of each sample of shape {shape_text(reference)}",
@@ -218,7 +223,7 @@ def likelihood(reference: Values, candidate: Values, samples: int = 1) -> NDArra
 
 def _divergence(reference: NDArray, candidate: NDArray) -> NDArray[np.float64]:
     """KL at every position, in nats."""
-    axis = 1 if reference.ndim in (2, 4) else -1
+    axis = _class_axis(reference)
     p, q = (_log_softmax(array.astype(np.float64), axis) for array in (reference, candidate))
     return (np.exp(p) * (p - q)).sum(axis=axis)
 
@@ -316,6 +321,10 @@ def _relative(sqnr_db: NDArray[np.float64]) -> NDArray[np.float64]:
 def _energies(split: Components, array: NDArray) -> NDArray[np.float64]:
     """The energy of each component."""
     return np.array([_energy(_blocks(part, 1))[0] for part in split.parts(array)])
+
+
+def _class_axis(logits: NDArray) -> int:
+    return 1 if logits.ndim in (2, 4) else -1
 
 
 def _log_softmax(logits: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
