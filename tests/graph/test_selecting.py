@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from nets import graph_of, net, normal
+from nets import graph_of, net, normal, run, tensor
 
-from trtq.graph.selecting import measured_tensors
+from trtq.graph.selecting import measured_tensors, up_to_measured
 from trtq.graph.shapes import infer_types
 
 DETECTOR = """
@@ -45,6 +45,19 @@ def measured(text: str, **constants) -> list[str]:
 def test_what_goes_in_and_what_is_looked_up() -> None:
     found = measured(DETECTOR, **CONSTANTS)
     assert set(found) == {"raw", "boxes", "scores", "boxes2", "strength1"}
+
+
+def test_the_part_in_front_computes_the_same() -> None:
+    model = net(DETECTOR, **CONSTANTS)
+    graph = graph_of(model)
+    infer_types(graph)
+    part = up_to_measured(graph)
+    assert not {"NonMaxSuppression", "Gather"} & {node.op for node in part.nodes}
+    assert len(graph.nodes) == 13
+    feed = {"x": normal(1, 3, 8, 8, seed=1)}
+    for name, values in run(part, feed).items():
+        np.testing.assert_array_equal(values, tensor(model, name, feed))
+    assert up_to_measured(part) is part
 
 
 def test_without_what_selects_the_outputs_are_measured() -> None:

@@ -34,6 +34,18 @@ def measured_tensors(graph: gs.Graph) -> list[str]:
     return list(dict.fromkeys(found)) or [tensor.name for tensor in graph.outputs]
 
 
+def up_to_measured(graph: gs.Graph) -> gs.Graph:
+    """The graph with the measured tensors as its outputs, and without what only stands behind them; itself
+    where those are its outputs."""
+    names = measured_tensors(graph)
+    if names == [tensor.name for tensor in graph.outputs]:
+        return graph
+    part = graph.copy()
+    tensors = part.tensors()
+    part.outputs = [tensors[name] for name in names]
+    return part.cleanup()
+
+
 def _behind(graph: gs.Graph) -> set[str]:
     """Names of the tensors that depend on what selects without a product in between or after it."""
     ordered = graph.copy().toposort().nodes

@@ -32,6 +32,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.graph.selecting import up_to_measured
 from trtq.recipe import Recipe
 from trtq.recovery.budget import NO_BUDGET, Budget
 from trtq.simulation.finite import check_reference
@@ -176,10 +177,11 @@ class _Run:
 
         self.given, self.device, self.ignore_nonfinite = quantization, device, recipe.ignore_nonfinite
         self.start = quantization = quantization.with_corrections_inside()
-        self.pupil: Pupil = Pupil(quantization, device)
-        self.biases = {name: self.pupil.make_trainable(name) for name in _biases(quantization.graph)}
+        part = up_to_measured(quantization.graph)
+        self.pupil: Pupil = Pupil(replace(quantization, graph=part), device)
+        self.biases = {name: self.pupil.make_trainable(name) for name in _biases(part)}
         self.codes = _own_weights(quantization)
-        self.teacher = TorchGraph(teacher).to(device)
+        self.teacher = TorchGraph(up_to_measured(teacher)).to(device)
         fitting, held_back = fitting.spread(MOST_ROWS), held_back.spread(MOST_ROWS)
         if (labels := recipe.labels) is not None and len(quantization.graph.outputs) != 1:
             outputs = ", ".join(tensor.name for tensor in quantization.graph.outputs)
