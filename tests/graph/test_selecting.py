@@ -53,7 +53,7 @@ def test_the_part_in_front_computes_the_same() -> None:
     infer_types(graph)
     part = up_to_measured(graph)
     assert not {"NonMaxSuppression", "Gather"} & {node.op for node in part.nodes}
-    assert len(graph.nodes) == 13
+    assert len(graph.nodes) == 12
     feed = {"x": normal(1, 3, 8, 8, seed=1)}
     for name, values in run(part, feed).items():
         np.testing.assert_array_equal(values, tensor(model, name, feed))
