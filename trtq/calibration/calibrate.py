@@ -25,7 +25,7 @@ from trtq.graph.model import Model
 from trtq.graph.place import without_ranges
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.graph.selecting import measured_tensors
+from trtq.graph.selecting import instead_of_outputs
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.numerics import has_scale
@@ -246,11 +246,10 @@ def held_back(job: Job) -> Rows:
     Raises:
         InputError: as `Rows`.
     """
-    rows, recipe, tensors = job.parts[1], job.recipe, measured_tensors(job.model.graph)
-    plain = tensors == [tensor.name for tensor in job.model.graph.outputs]
+    rows, recipe, tensors = job.parts[1], job.recipe, instead_of_outputs(job.model.graph)
     with job.console.progress("fp32", len(rows)) as advance:
         return Rows(
-            job.model.path if plain else job.model.graph,
+            job.model.path if tensors is None else job.model.graph,
             rows,
             threads=recipe.threads,
             ignore_nonfinite=recipe.ignore_nonfinite,

@@ -29,7 +29,7 @@ from trtq.data.samples import Samples
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs
-from trtq.graph.selecting import measured_tensors
+from trtq.graph.selecting import instead_of_outputs
 from trtq.numerics import scale_from_amax
 from trtq.simulation.finite import check_reference
 from trtq.simulation.rows import Runner, Workers
@@ -70,7 +70,8 @@ class Rows:
             every run reads them again and scores the outputs of all rows together.
         ignore_nonfinite: measure only where the float model's outputs are finite.
         advance: called with the number of rows that the float model just ran.
-        tensors: of both models, to score instead of the outputs (`selecting.measured_tensors`).
+        tensors: of both models, to score instead of the outputs (`selecting.instead_of_outputs`), as far as
+            they are finite.
 
     Raises:
         InputError: the model does not run on the rows, or its outputs are not finite.
@@ -100,7 +101,8 @@ class Rows:
         outputs = list(self._parts([outputs for _, outputs in pairs]))
         origins = [part for part, _ in pairs] if len(outputs) == len(pairs) else [None]
         for origin, arrays in zip(origins, outputs, strict=True):
-            check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=origin)
+            ignored = ignore_nonfinite or tensors is not None
+            check_reference(arrays, ignore_nonfinite=ignored, samples=samples, batch=origin)
         self._reference = Reference(outputs)
 
     def sqnr_db(self, quantization: Quantization, console: Console, label: str) -> float:
@@ -257,7 +259,7 @@ def refine_ranges(
         threads=1,
         kept=True,
         ignore_nonfinite=ignore_nonfinite,
-        tensors=measured_tensors(quantization.graph),
+        tensors=instead_of_outputs(quantization.graph),
     )
     trials, few = Trials(part, quantization), max(len(list(part.batches())) // 4, 1)
     current: Scales = scales_from(statistics, start)

@@ -34,11 +34,17 @@ def measured_tensors(graph: gs.Graph) -> list[str]:
     return list(dict.fromkeys(found)) or [tensor.name for tensor in graph.outputs]
 
 
+def instead_of_outputs(graph: gs.Graph) -> list[str] | None:
+    """The measured tensors; None where those are the graph's outputs."""
+    names = measured_tensors(graph)
+    return None if names == [tensor.name for tensor in graph.outputs] else names
+
+
 def up_to_measured(graph: gs.Graph) -> gs.Graph:
     """The graph with the measured tensors as its outputs, and without what only stands behind them; itself
     where those are its outputs."""
-    names = measured_tensors(graph)
-    if names == [tensor.name for tensor in graph.outputs]:
+    names = instead_of_outputs(graph)
+    if names is None:
         return graph
     part = graph.copy()
     tensors = part.tensors()

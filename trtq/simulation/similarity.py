@@ -20,7 +20,16 @@ from trtq.data.batches import Arrays
 from trtq.errors import InputError
 from trtq.simulation.components import WHOLE, Components, components
 from trtq.simulation.finite import check_reference, compared
-from trtq.simulation.values import AllValues, Values, batches_of, dtype_of, paired, same_shapes, shape_text
+from trtq.simulation.values import (
+    AllValues,
+    Values,
+    batches_of,
+    dtype_of,
+    paired,
+    rank_of,
+    same_shapes,
+    shape_text,
+)
 
 MAX_SQNR_DB = 200.0
 """SQNR is clipped to ± this many dB: equal outputs would be at infinity, which JSON cannot carry.
@@ -187,7 +196,7 @@ def cosine(reference: Values, candidate: Values, samples: int = 1) -> NDArray[np
 def _plain_cosine(reference: NDArray, candidate: NDArray, samples: int) -> NDArray[np.float64]:
     r, c = _blocks(reference, samples), _blocks(candidate, samples)
     if r.shape[1] == 1:
-        scale = np.mean(r**2, dtype=np.float64) or 0.5
+        scale = np.square(r, dtype=np.float64).mean() or 0.5
         return np.clip(1 - np.square(r - c, dtype=np.float64)[:, 0] / (2 * scale), -1.0, 1.0)
     norms = np.sqrt(_energy(r)) * np.sqrt(_energy(c))
     dot = np.einsum("ij,ij->i", r, c, dtype=np.float64)
@@ -215,7 +224,7 @@ def likelihood(reference: Values, candidate: Values, samples: int = 1) -> NDArra
         return np.exp(-_divergence(reference, candidate).reshape(samples, -1).mean(axis=1))
     rows = zip(*map(batches_of, paired(reference, candidate)), strict=True)
     found = [
-        0.0 if r.shape != c.shape else float(np.exp(-_divergence(r, c).mean())) if r.size else 1.0
+        LOST if r.shape != c.shape else float(np.exp(-_divergence(r, c).mean())) if r.size else 1.0
         for r, c in rows
     ]
     return np.reshape(found, (samples, -1)).mean(axis=1)
@@ -262,8 +271,7 @@ def check_comparable(reference: AllValues, candidate: AllValues, *, ignore_nonfi
                 remedy="compare a model with its own quantized version: the output names must be equal",
             )
         found = candidate[name]  # of one rank less where each row has one entry: see `values.joined`
-        ranks = [max(row.ndim for row in map(np.asarray, side)) for side in (values, found)]
-        if len(found) != len(values) or abs(ranks[0] - ranks[1]) > 1:
+        if len(found) != len(values) or abs(rank_of(found) - rank_of(values)) > 1:
             raise InputError(
                 f"output {name!r} has {len(values)} rows, each {shape_text(values)}, in the reference but"
                 f" {len(found)}, each {shape_text(found)}, in the candidate"

@@ -134,7 +134,8 @@ class Simulator:
         self._float = self._pass(frozenset())
         self._expected = self._float.outputs if teacher is None else self._taught(teacher)
         for batch, arrays in zip(self._batches, self._expected, strict=True):
-            check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
+            outputs = {name: arrays[name] for name in self._program.final}
+            check_reference(outputs, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
         self._scored = scored({name: self._expected[0][name] for name in self._program.measured})
         self._measured_against = Reference(list(self._own_rows(self._expected)))
         self._whole: _Pass | None = None

@@ -33,9 +33,8 @@ def joined(parts: Sequence[Values]) -> Values:
     arrays = [part for part in parts if isinstance(part, np.ndarray)]
     if len(arrays) == len(parts) and len({part.shape[1:] for part in arrays}) == 1:
         return np.concatenate(arrays)
-    rows = [row for part in parts for row in part]
-    rank = max(row.ndim for row in rows)
-    return stacked([row[None] if row.ndim == rank - 1 else row for row in rows])
+    rank = max(map(rank_of, parts))
+    return stacked([row[None] if row.ndim == rank - 1 else row for part in parts for row in part])
 
 
 def batches_of(values: Values) -> list[NDArray]:
@@ -51,13 +50,15 @@ def paired(one: Values, other: Values) -> tuple[Values, Values]:
     both = [one, other]
     if all(isinstance(own, np.ndarray) for own in both) and np.shape(one)[1:] == np.shape(other)[1:]:
         return one, other
-    rank = max(row.ndim for own in both for row in own)
+    rank = max(map(rank_of, both))
     lists = [[row[None] if row.ndim == rank - 1 else row for row in map(np.asarray, own)] for own in both]
     return lists[0], lists[1]
 
 
 def same_shapes(one: Values, other: Values) -> NDArray[np.bool_]:
     """Of each row, whether it has the same shape in both."""
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.full(len(one), one.shape[1:] == other.shape[1:])
     return np.array([np.shape(a) == np.shape(b) for a, b in zip(one, other, strict=True)], np.bool_)
 
 
@@ -86,6 +87,11 @@ def nbytes(values: Values) -> int:
 def dtype_of(values: Values) -> np.dtype:
     """The datatype of all rows."""
     return values.dtype if isinstance(values, np.ndarray) else values[0].dtype
+
+
+def rank_of(values: Values) -> int:
+    """The highest rank of a row."""
+    return values.ndim - 1 if isinstance(values, np.ndarray) else max(row.ndim for row in values)
 
 
 def shape_text(values: Values) -> str:
