@@ -205,6 +205,30 @@ def test_metric_from_a_file(tmp_path):
     assert before.endswith(":score")
 
 
+def test_a_function_reads_arrays_and_lists(tmp_path):
+    """Boxes of which each sample has its own number, beside an output that stacks; neither can be changed."""
+    path = _file(
+        tmp_path,
+        "import numpy as np\n"
+        "def score(outputs, targets):\n"
+        "    boxes, count = outputs['boxes'], outputs['count']\n"
+        "    assert isinstance(boxes, list) and isinstance(count, np.ndarray)\n"
+        "    assert not any(array.flags.writeable for array in [*boxes, count, targets['found']])\n"
+        "    return [len(b) == c == f for b, c, f in zip(boxes, count[:, 0], targets['found'])]\n",
+    )
+    boxes = [np.ones((n, 4)) for n in (2, 0, 3)]
+    outputs = {"boxes": boxes, "count": np.array([[2], [1], [3]])}
+    found = load_metric(f"{path}:score").scored(outputs, {"found": np.array([2, 1, 3])})
+    assert found.value == pytest.approx(2 / 3)
+    assert found.rows.tolist() == [1, 0, 1]
+
+
+def test_labels_need_one_shape():
+    lists = {"y": [np.ones((n, 4)) for n in (2, 3)]}
+    with pytest.raises(InputError, match=r"'y' has another shape for each sample: \(2 to 3, 4\)"):
+        load_metric("top1").value(lists, {"labels": np.zeros(2, int)})
+
+
 def test_a_metrics_fingerprint_covers_the_users_modules_behind_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()

@@ -285,7 +285,7 @@ def rows_of_boxes(*counts, seed=0):
     ],
 )
 def test_samples_of_another_shape_never_pass_by_silence(other, noise, outcome):
-    counts = np.random.default_rng(1).integers(1, 6, 100)
+    counts = np.random.default_rng(1).integers(2, 7, 100)
     reference = rows_of_boxes(*counts)
     candidate = {"boxes": [row + np.float32(noise) * (-1) ** np.arange(4) for row in reference["boxes"]]}
     for i in range(other):
@@ -305,6 +305,14 @@ def test_what_differs_by_the_number_of_boxes_alone_is_not_proved_either():
     candidate["boxes"][:60] = reference["boxes"][:60]
     options = {"confidence": 0.95, "executor": "simulation"}
     assert decide(reference, candidate, {}, load_metric("cosine"), **options).outcome is Outcome.INCONCLUSIVE
+
+
+def test_a_candidate_that_finds_nothing_fails():
+    reference = rows_of_boxes(*[2, 3] * 20)
+    found = decide(
+        reference, rows_of_boxes(*[0] * 40), {}, load_metric("cosine"), confidence=0.95, executor="simulation"
+    )
+    assert (found.outcome, found.candidate) == (Outcome.FAIL, 0.0)
 
 
 def test_one_box_in_every_sample_is_still_a_list_of_boxes():

@@ -184,7 +184,11 @@ class Evaluation:
                 resampling=Resampling(self.console) if final or self.recipe.confidence is not None else None,
             )
         least = self.recipe.min_sqnr
-        return verdict if least is None or against else verdict.with_checks(_sqnr_check(verdict, least))
+        return (
+            verdict
+            if least is None or against
+            else verdict.with_checks(_sqnr_check(verdict, least, len(self.samples)))
+        )
 
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""
@@ -202,13 +206,14 @@ class Evaluation:
         return _outputs(model, label, self.recipe, self.samples, self.cache, self.console)
 
 
-def _sqnr_check(verdict: Verdict, least: float) -> Check:
-    """Whether every output has an SQNR of at least `least` dB; nobody knows where rows cannot be compared."""
+def _sqnr_check(verdict: Verdict, least: float, rows: int) -> Check:
+    """Whether every output has an SQNR of at least `least` dB on all rows; nobody knows where some of them
+    cannot be compared."""
     lowest = verdict.lowest_sqnr_db
     found = f"the outputs have {lowest:.1f} dB" if verdict.outputs else "the outputs are not finite"
     outcome = Outcome.PASS if lowest >= least else Outcome.FAIL
     if any(item.not_compared for item in verdict.outputs.values()):
-        compared = [item.sqnr_db for item in verdict.outputs.values() if item.not_compared < verdict.samples]
+        compared = [item.sqnr_db for item in verdict.outputs.values() if item.not_compared < rows]
         outcome = Outcome.INCONCLUSIVE if min(compared, default=least) >= least else Outcome.FAIL
         found += " where they can be compared"
     return Check(

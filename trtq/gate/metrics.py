@@ -340,7 +340,8 @@ def _label_free(
 ) -> Metric:
     """A similarity metric; `fill` stands in both outputs where the reference is not finite.
 
-    A sample that cannot be compared in an output is not at all alike in it, or at best quite alike.
+    A sample that cannot be compared in an output is not at all alike in it, or at best quite alike; it is not
+    where one of the models gives nothing and the other one something.
     """
 
     def scored(lost: float, outputs: AllValues, targets: Arrays, reference: AllValues) -> Float:
@@ -349,7 +350,10 @@ def _label_free(
         for name in _telling(selection.outputs(outputs), outputs, reference):
             pair = paired(reference[name], outputs[name])
             apart = ~same_shapes(*pair).reshape(samples, k).all(axis=1)
-            found.append(np.where(apart, lost, score(*both_compared(*pair, fill), samples)))
+            empty = np.array([[not np.size(row) for row in side] for side in pair])
+            one_sided = (empty[0] != empty[1]).reshape(samples, k).any(axis=1)
+            scores = np.where(apart & ~one_sided, lost, score(*both_compared(*pair, fill), samples))
+            found.append(scores)
         return np.mean(found, axis=0)
 
     rows, at_best = partial(scored, similarity.LOST), partial(scored, 1.0)

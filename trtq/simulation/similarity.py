@@ -221,6 +221,8 @@ def likelihood(reference: Values, candidate: Values, samples: int = 1) -> NDArra
             remedy="say which output has them, such as kl@logits",
         )
     if isinstance(reference, np.ndarray) and isinstance(candidate, np.ndarray):
+        if not reference.size:
+            return np.ones(samples)
         return np.exp(-_divergence(reference, candidate).reshape(samples, -1).mean(axis=1))
     rows = zip(*map(batches_of, paired(reference, candidate)), strict=True)
     found = [
