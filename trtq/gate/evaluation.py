@@ -34,6 +34,9 @@ from trtq.simulation.finite import check_reference
 from trtq.simulation.outputs import Outputs, run_sharded
 from trtq.simulation.workers import KEPT_BYTES, Work
 
+LONG_CALL = 0.1
+"""Seconds of one call of a metric that are worth a word: 1000 resamples would take minutes."""
+
 
 def outputs_of(
     model: Path,
@@ -154,6 +157,12 @@ class Evaluation:
             )
         if doubtful:
             console.warn(doubtful)
+        if scored.rows is None and scored.seconds >= LONG_CALL:
+            console.say(
+                "metric",
+                f"one call takes {scored.seconds:.2g} s; for an interval it is called again and again, for a"
+                " minute or so: return a value for each sample instead, if their mean is the metric",
+            )
         return cls(recipe, samples, metric, outputs, scored, cache, console)
 
     @property
