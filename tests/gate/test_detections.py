@@ -172,6 +172,24 @@ def test_what_nonmaxsuppression_picked() -> None:
     assert metric.value(found, {**truth, "classes": np.array([[0, 0]])}, found) == pytest.approx(0.5)
 
 
+def test_one_box_in_every_sample_has_no_axis_of_boxes() -> None:
+    """As a model gives it whose samples all have one box; the candidate finds two in one of them."""
+    one = {"boxes": np.float32([A, B, C]), "scores": np.float32([0.9, 0.8, 0.7])}
+    metric = load_metric("detections")
+    assert metric.value(one, {}, one) == 1.0
+    more = {
+        "boxes": [np.float32([A]), np.float32([B, C]), np.float32([C])],
+        "scores": [np.ones(n) for n in (1, 2, 1)],
+    }
+    assert metric.value(more, {}, one) == pytest.approx(2 * 3 / (2 * 3 + 1))
+
+
+def test_what_is_not_said_is_told_by_names() -> None:
+    named = {"a": REFERENCE["boxes"], "boxes": REFERENCE["boxes"], "scores": REFERENCE["scores"]}
+    text = load_metric("detections@boxes=a").reads(named)
+    assert text == "detections: boxes from 'a', scores from 'scores'; IoU from 0.5, scores from 0.25"
+
+
 def test_what_cannot_be_read_says_what_to_write() -> None:
     with pytest.raises(InputError, match="which output holds the boxes") as caught:
         load_metric("detections").value({"y": np.ones((2, 10))}, {}, {"y": np.ones((2, 10))})

@@ -189,11 +189,11 @@ def roles(outputs: AllValues, given: Mapping[str, str]) -> dict[str, str]:
     if missing := [name for name in given.values() if name not in outputs]:
         raise InputError(f"no output {missing[0]!r}", cause=f"the outputs are {', '.join(outputs)}")
     names = dict(given)
-    if not names.keys() & {"boxes", "rows"}:
-        for name, values in outputs.items():
-            role = _role(name.lower(), np.shape(values[0]), dtype_of(values).kind)
-            if role is not None and name not in names.values():
-                names.setdefault(role, name)
+    for name, values in outputs.items():
+        role = _role(name.lower(), np.shape(values[0]), dtype_of(values).kind)
+        known = given.keys() & {"boxes", "rows"} and role in ("boxes", "rows")
+        if role is not None and not known and name not in names.values():
+            names.setdefault(role, name)
     if "boxes" in names:
         names.pop("rows", None)
     if not names.keys() & {"boxes", "rows"}:
@@ -404,9 +404,11 @@ def _from_arrays(arrays: Mapping[str, NDArray]) -> Found:
 
 
 def _rank(array: NDArray, rank: int) -> NDArray:
-    """The array without leading axes of 1 that are too many."""
+    """The array without leading axes of 1 that are too many, or with one where each sample has one entry."""
     while array.ndim > rank and array.shape[0] == 1:
         array = array[0]
+    if array.ndim == rank - 1:
+        return array[None]
     if array.ndim != rank:
         raise InputError(f"detections cannot be read from an array {array.shape}")
     return array
