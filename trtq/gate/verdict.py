@@ -526,14 +526,15 @@ def _evidence_notes(
 
 
 def _not_compared(outputs: Mapping[str, Similarity], reference: AllValues, metric: Metric) -> Iterator[str]:
-    """A sentence for every output of which the candidate gives rows of another shape, and one on what a
-    label-free metric makes of outputs whose rows differ in shape."""
-    for name, item in outputs.items():
-        if item.not_compared:
-            yield (
-                f"output {name!r}: {item.not_compared} of {len(reference[name])} rows have another shape in"
-                " the candidate, as behind what selects (NonMaxSuppression, NonZero), and cannot be compared"
-            )
+    """A sentence on the outputs of which the candidate gives rows of another shape, for each number of them,
+    and one on what a label-free metric makes of outputs whose rows differ in shape."""
+    for count in dict.fromkeys(item.not_compared for item in outputs.values() if item.not_compared):
+        names = [name for name, item in outputs.items() if item.not_compared == count]
+        yield (
+            f"output {', '.join(map(repr, names))}: {count} of {len(reference[names[0]])} rows have another"
+            " shape in the candidate, as behind what selects (NonMaxSuppression, NonZero), and cannot be"
+            " compared"
+        )
     apart = [n for n, item in outputs.items() if item.not_compared or isinstance(reference[n], list)]
     if apart and metric.at_best is not None:
         yield (
