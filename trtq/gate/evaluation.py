@@ -193,11 +193,9 @@ class Evaluation:
                 resampling=Resampling(self.console) if final or self.recipe.confidence is not None else None,
             )
         least = self.recipe.min_sqnr
-        return (
-            verdict
-            if least is None or against
-            else verdict.with_checks(_sqnr_check(verdict, least, len(self.samples)))
-        )
+        if least is None or against:
+            return verdict
+        return verdict.with_checks(_sqnr_check(verdict, least, len(self.samples)))
 
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""

@@ -180,27 +180,32 @@ def gathered(
         InputError: there are not as many rows, or an output cannot be told apart row by row.
     """
     columns, done = Columns(total, model, apart), 0
-    one_by_one: Callable[[Batch], Iterable[Batch]] | None = None
-    together = False
-    for batch in parts:
+    for batch, outputs in _told_apart(run, parts, apart):
         done += batch.rows
         if done > total:
             break
-        if batch.rows > 1 and not together and one_by_one is None:
-            outputs = run(batch)
-            one_by_one = _one_by_one(run, batch, outputs, apart)
-            if together := one_by_one is None:
-                columns.add(batch, outputs)
-        elif one_by_one is None:
-            columns.add(batch, run(batch))
-        if one_by_one is not None:
-            for row in one_by_one(batch):
-                columns.add(row, run(row))
+        columns.add(batch, outputs)
         if progress is not None:
             progress(batch.rows)
     if done != total:
         raise InputError(f"the data did not give the {total} rows that it says it has")
     return columns.values
+
+
+def _told_apart(
+    run: Callable[[Batch], Arrays], parts: Iterable[Batch], apart: Collection[str]
+) -> Iterator[tuple[Batch, Arrays]]:
+    """The batches with their outputs, or the rows with theirs where the first batch of several needs that."""
+    seen, rows_of = False, None
+    for batch in parts:
+        outputs = None
+        if batch.rows > 1 and not seen:
+            seen, outputs = True, run(batch)
+            rows_of = _one_by_one(run, batch, outputs, apart)
+        if rows_of is not None:
+            yield from ((row, run(row)) for row in rows_of(batch))
+        else:
+            yield batch, run(batch) if outputs is None else outputs
 
 
 def _one_by_one(
@@ -249,18 +254,17 @@ class Columns:
         """Keep what a batch gave.
 
         Raises:
-            NotByRowError: an output does not have a row for each of several rows, or, of a row that copies
-                of it make a batch, is not the same for all rows.
+            NotByRowError: an output neither has a row for each row of the batch, nor is always the same.
         """
         for name, output in outputs.items():
             column = self._columns.setdefault(name, _Column(self._total))
             size = batch.rows + batch.padding
             if output.ndim and len(output) == size and name not in self._apart:
                 column.add(batch, output[: batch.rows])
-            elif batch.rows > 1 or (batch.padding and not column.is_always(output)):
+            elif size > 1 and not column.is_always(output):
                 raise NotByRowError(name, output, size, self._model)
             else:
-                column.add(batch, [np.array(output)])
+                column.add(batch, batch.rows * [np.array(output)])
 
     @property
     def values(self) -> dict[str, Values]:
