@@ -69,6 +69,12 @@ def test_without_what_selects_the_outputs_are_measured() -> None:
     assert measured(text.replace("z = TopK", "z, i = TopK"), k=np.array([4])) == ["z", "y"]
 
 
+def test_what_nothing_computes_is_left_out() -> None:
+    text = "g (float[N,4] x) => (float[N,4] x, float[3] w, float[N,4] y) { y = Relu(x) }"
+    assert measured(text, w=normal(3)) == ["y"]
+    assert measured("g (float[N,4] x) => (float[3] w) { y = Relu(x) }", w=normal(3)) == ["w"]
+
+
 def test_the_second_of_two_stages_is_measured() -> None:
     """What a product follows has selected for it: its error is seen behind the product."""
     text = """

@@ -149,6 +149,14 @@ def test_a_row_of_which_nothing_is_found_and_scalars_by_chance(tmp_path):
     np.testing.assert_array_equal(same, [[1], [6]])
 
 
+def test_an_output_that_is_an_input_is_none_of_the_models(tmp_path):
+    model = saved(net("g (float[N,2] x) => (float[N,2] x, float[N,2] y) { y = Neg(x) }"), tmp_path)
+    found = run_model(model, rows_of(normal(6, 2))).arrays
+    assert list(found) == ["y"]
+    same = saved(net("g (float[N,2] x) => (float[N,2] x) { y = Neg(x) }"), tmp_path)
+    assert list(run_model(same, rows_of(normal(6, 2))).arrays) == ["x"]
+
+
 def test_a_fixed_batch_may_have_outputs_that_never_change(tmp_path):
     model = saved(
         net("g (float[4,2] x) => (float[4,2] y, float[3] p) <float[3] p = {1, 2, 3}> { y = Neg(x) }"),

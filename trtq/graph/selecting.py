@@ -23,11 +23,13 @@ def measured_tensors(graph: gs.Graph) -> list[str]:
     floating-point tensors that go into it, or that are looked up by what it selected.
 
     What selects counts only where no product follows: of a detector in two stages the second is measured.
+    Outputs that nothing computes, weights and inputs, are left out, too: they are always exact.
     """
     behind = _behind(graph)
-    if not any(tensor.name in behind for tensor in graph.outputs):
-        return [tensor.name for tensor in graph.outputs]
-    found = [tensor.name for tensor in graph.outputs if tensor.name not in behind]
+    computed = [tensor.name for tensor in graph.outputs if tensor.inputs]
+    found = [name for name in computed if name not in behind]
+    if found == computed:
+        return computed or [tensor.name for tensor in graph.outputs]
     for node in graph.nodes:
         if any(tensor.name in behind for tensor in node.outputs):
             found += [own for tensor in reads(node) if tensor.name not in behind for own in _floats(tensor)]

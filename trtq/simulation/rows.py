@@ -77,7 +77,7 @@ class Runner:
 
     Args:
         model: a graph, which is not changed; an ONNX file; or a serialized model.
-        outputs: names of any tensors to compute; default: the model's outputs.
+        outputs: names of any tensors to compute; default: the model's outputs that are not its inputs.
         threads: within an operator; None: all processors. More than 1 only where one batch runs at a time.
         weights: see `simulation_session`.
         reuse: a thread's outputs lie in memory that its next run overwrites, which saves the time that the
@@ -104,7 +104,8 @@ class Runner:
         else:
             self._session = simulation_session(model, threads, outputs, weights)
         self.inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
-        self.outputs = tuple(outputs or (item.name for item in self._session.get_outputs()))
+        every = [item.name for item in self._session.get_outputs()]
+        self.outputs = tuple(outputs or [name for name in every if name not in self.inputs] or every)
         fixed = all(shape and isinstance(shape[0], int) for shape in self.inputs.values())
         self.apart = frozenset(
             item.name
