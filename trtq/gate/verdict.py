@@ -527,7 +527,7 @@ def _evidence_notes(
 
 def _not_compared(outputs: Mapping[str, Similarity], reference: AllValues, metric: Metric) -> Iterator[str]:
     """A sentence on the outputs of which the candidate gives rows of another shape, for each number of them,
-    and one on what a label-free metric makes of outputs whose rows differ in shape."""
+    and one on what a label-free metric makes of such outputs."""
     for count in dict.fromkeys(item.not_compared for item in outputs.values() if item.not_compared):
         names = [name for name, item in outputs.items() if item.not_compared == count]
         yield (
@@ -535,7 +535,7 @@ def _not_compared(outputs: Mapping[str, Similarity], reference: AllValues, metri
             " shape in the candidate, as behind what selects (NonMaxSuppression, NonZero), and cannot be"
             " compared"
         )
-    apart = [n for n, item in outputs.items() if item.not_compared or isinstance(reference[n], list)]
+    apart = [name for name, item in outputs.items() if item.not_compared]
     if apart and metric.at_best is not None:
         yield (
             f"{metric.name} compares {', '.join(apart)} entry by entry: boxes that change places are noise,"
