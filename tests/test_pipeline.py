@@ -46,6 +46,28 @@ def test_deploy_is_a_library_call(small: Case, tmp_path: Path, capsys: pytest.Ca
         assert done.table.scales["x"] == np.float32(np.abs(data["x"]).max()) / np.float32(127)
 
 
+@pytest.mark.slow
+def test_a_metric_function_is_resampled_for_the_verdict_that_is_kept(small: Case, tmp_path: Path) -> None:
+    """No attempt passes; each calls the metric once, like the reference, and the one kept 2000 times more."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    data, log = dict(np.load(small.data)), tmp_path / "calls"
+    np.savez(tmp_path / "eval.npz", **data, t=np.zeros(len(data["x"])))
+    (tmp_path / "metric.py").write_text(
+        "def mean(outputs, targets):\n"
+        f"    print(file=open({str(log)!r}, 'a'))\n"
+        "    first, *_ = outputs.values()\n"
+        "    return 1 + 1e-6 * first.mean()\n"
+    )
+    options = {"method": "max", "eval": str(tmp_path / "eval.npz"), "recover": ("fix", "partial")}
+    options |= {"metric": f"{tmp_path / 'metric.py'}:mean", "min_sqnr": 190.0}
+    done = deploy(recipe_for(small, tmp_path / "out", **options))
+    assert len(done.attempts) > 1
+    assert done.verdict.draws == 1000
+    assert done.verdict.relative_interval is not None
+    gated = len(log.read_text().splitlines()) - 1 - 1 - 2 * 1000
+    assert len(done.attempts) <= gated < 100
+
+
 def test_a_failed_check_fails_a_passed_gate(small: Case, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     options = {"method": "max", "exclude": ("conv",), "min_int8": "99%"}

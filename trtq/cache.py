@@ -67,13 +67,13 @@ KINDS: Mapping[str, Kind] = {
     "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
     "table": Kind("cache", 2, ("trtq.calibration.calibrate", *_READING), (*_PACKAGES, "numba")),
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
-    "outputs": Kind("npz", 2, (*_RUNNING, "trtq.data.load"), _PACKAGES),
+    "outputs": Kind("npz", 3, (*_RUNNING, "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
     "sensitivity": Kind(
         "bin", 2, ("trtq.recovery.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES
     ),
     "checkpoint": Kind("bin", 2, ("trtq.recovery.learning.learn", *_READING), (*_PACKAGES, "torch")),
-    "shard": Kind("npz", 2, (*_SHARDED, *_READING), (*_PACKAGES, "numba")),
+    "shard": Kind("npz", 3, (*_SHARDED, *_READING), (*_PACKAGES, "numba")),
 }
 """Every kind of content that is cached."""
 

@@ -45,7 +45,7 @@ from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
 from trtq.recipe import Recipe
-from trtq.recovery.attempt import Attempt, Fruitless
+from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.trial import refusal
@@ -157,8 +157,9 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = max(attempts, key=lambda attempt: (attempt.build is not None, attempt.measured.rank))
         in_the_way = diagnose(job, evaluation, attempts, kept, time.perf_counter() - started)
-        verdict = dataclasses.replace(kept.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
-        best = dataclasses.replace(kept, verdict=verdict)
+        best = with_interval(kept, evaluation)
+        verdict = dataclasses.replace(best.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
+        best = dataclasses.replace(best, verdict=verdict)
         tried = [best if step is kept else step for step in tried]
         for path in list(best.folder.iterdir()):
             os.replace(path, folder / path.name)

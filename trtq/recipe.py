@@ -300,7 +300,7 @@ class Recipe:
         "evaluation data, with targets where the metric needs them", metavar="EVAL", path=True
     )
     metric: str | None = _option(
-        "top1, top5, accuracy, f1, miou, cosine, sqnr, kl, or file.py:function (higher is better)",
+        "top1, top5, accuracy, f1, miou, cosine, sqnr, kl, detections, mAP, mAP50, or file.py:function",
         metavar="M",
         path=True,
     )

@@ -182,7 +182,7 @@ def test_rows_per_sample():
 
 
 def test_unknown_metric_lists_the_known():
-    with pytest.raises(InputError, match="top1, top5, accuracy, f1, miou, cosine, sqnr, kl"):
+    with pytest.raises(InputError, match="top1, top5, accuracy, f1, miou, cosine, sqnr, kl, detections, mAP"):
         load_metric("bleu")
 
 
@@ -203,6 +203,30 @@ def test_metric_from_a_file(tmp_path):
     path.write_text(path.read_text() + "\n# changed\n")
     assert load_metric(f"{path}:score").fingerprint != before
     assert before.endswith(":score")
+
+
+def test_a_function_reads_arrays_and_lists(tmp_path):
+    """Boxes of which each sample has its own number, beside an output that stacks; neither can be changed."""
+    path = _file(
+        tmp_path,
+        "import numpy as np\n"
+        "def score(outputs, targets):\n"
+        "    boxes, count = outputs['boxes'], outputs['count']\n"
+        "    assert isinstance(boxes, list) and isinstance(count, np.ndarray)\n"
+        "    assert not any(array.flags.writeable for array in [*boxes, count, targets['found']])\n"
+        "    return [len(b) == c == f for b, c, f in zip(boxes, count[:, 0], targets['found'])]\n",
+    )
+    boxes = [np.ones((n, 4)) for n in (2, 0, 3)]
+    outputs = {"boxes": boxes, "count": np.array([[2], [1], [3]])}
+    found = load_metric(f"{path}:score").scored(outputs, {"found": np.array([2, 1, 3])})
+    assert found.value == pytest.approx(2 / 3)
+    assert found.rows.tolist() == [1, 0, 1]
+
+
+def test_labels_need_one_shape():
+    lists = {"y": [np.ones((n, 4)) for n in (2, 3)]}
+    with pytest.raises(InputError, match=r"'y' has another shape for each sample: \(2 to 3, 4\)"):
+        load_metric("top1").value(lists, {"labels": np.zeros(2, int)})
 
 
 def test_a_metrics_fingerprint_covers_the_users_modules_behind_it(tmp_path, monkeypatch):
@@ -239,7 +263,8 @@ def test_a_metrics_fingerprint_covers_the_users_modules_behind_it(tmp_path, monk
         ("def score(o, t): raise RuntimeError('boom')", "RuntimeError: boom"),
         ("def score(o, t): return float('nan')", "nan"),
         ("def score(o, t): return 'good'", "'good'"),
-        ("def score(o, t): return o['y']", "ValueError"),
+        ("def score(o, t): return o['y'][:2]", "its shape is (2,), and there are 3 samples"),
+        ("def score(o, t): return o['y'] * float('nan')", "[nan, nan, nan]"),
         ("def score(o, t):\n    o['y'][0] = 1\n    return 1.0", "read-only"),
         ("import not_there", "ModuleNotFoundError"),
         ("exit(3)", "SystemExit"),
@@ -252,6 +277,12 @@ def test_a_metric_that_fails_names_file_and_cause(tmp_path, body, cause):
         load_metric(f"{path}:score").value({"y": np.ones(3)}, {})
     assert cause in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_the_divergence_of_one_class_would_always_be_none():
+    one = {"y": np.ones((3, 1))}
+    with pytest.raises(InputError, match="kl needs logits"):
+        load_metric("kl").value(one, {}, one)
 
 
 def test_missing_metric_file(tmp_path):

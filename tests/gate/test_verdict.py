@@ -10,6 +10,8 @@ from trtq.errors import ExitCode, InputError
 from trtq.gate.in_the_way import InTheWay, Obstacle
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Outcome, Verdict, decide, overall
+from trtq.simulation.similarity import MAX_SQNR_DB
+from trtq.simulation.values import stacked
 
 TOP1 = load_metric("top1")
 
@@ -265,3 +267,98 @@ def test_a_verdict_from_before_there_were_components():
     value = verdict(classifier(50, 3), classifier(49, 4)).to_json()
     assert value["outputs"]["y"].pop("parts") == []
     assert Verdict.from_json(value) == verdict(classifier(50, 3), classifier(49, 4))
+
+
+def rows_of_boxes(*counts, seed=0):
+    """Boxes of which each sample has its own number."""
+    rng = np.random.default_rng(seed)
+    return {"boxes": stacked([rng.uniform(1, 9, (count, 4)).astype(np.float32) for count in counts])}
+
+
+@pytest.mark.parametrize(
+    ("other", "noise", "outcome"),
+    [
+        (1, 0.0, Outcome.PASS),  # 1 % at worst
+        (4, 0.0, Outcome.INCONCLUSIVE),  # 4 % at worst, and none at best
+        (100, 0.0, Outcome.INCONCLUSIVE),
+        (4, 3.0, Outcome.FAIL),  # what can be compared is too far off
+    ],
+)
+def test_samples_of_another_shape_never_pass_by_silence(other, noise, outcome):
+    counts = np.random.default_rng(1).integers(2, 7, 100)
+    reference = rows_of_boxes(*counts)
+    candidate = {"boxes": [row + np.float32(noise) * (-1) ** np.arange(4) for row in reference["boxes"]]}
+    for i in range(other):
+        candidate["boxes"][i] = candidate["boxes"][i][:-1]
+    found = decide(reference, candidate, {}, load_metric("cosine"), max_drop=0.015, executor="simulation")
+    assert found.outcome is outcome
+    assert found.outputs["boxes"].not_compared == other
+    assert f"{other} of 100 rows have another shape" in " ".join(found.notes)
+    if noise == 0:
+        assert found.candidate == pytest.approx(1 - other / 100)
+    assert Verdict.from_json(found.to_json()) == found
+
+
+def test_what_differs_by_the_number_of_boxes_alone_is_not_proved_either():
+    counts = [2] * 60 + [3] * 40
+    reference, candidate = rows_of_boxes(*counts), rows_of_boxes(*[2] * 60 + [4] * 40)
+    candidate["boxes"][:60] = reference["boxes"][:60]
+    options = {"confidence": 0.95, "executor": "simulation"}
+    assert decide(reference, candidate, {}, load_metric("cosine"), **options).outcome is Outcome.INCONCLUSIVE
+
+
+def test_a_candidate_that_finds_nothing_fails():
+    reference = rows_of_boxes(*[2, 3] * 20)
+    found = decide(
+        reference, rows_of_boxes(*[0] * 40), {}, load_metric("cosine"), confidence=0.95, executor="simulation"
+    )
+    assert (found.outcome, found.candidate) == (Outcome.FAIL, 0.0)
+
+
+def test_one_box_in_every_sample_is_still_a_list_of_boxes():
+    """A model whose samples all have one box gives no axis of boxes, and its candidate does."""
+    ones, some = rows_of_boxes(*[1] * 40), rows_of_boxes(*[1] * 38, 2, 0)
+    some["boxes"][:38] = ones["boxes"][:38]
+    found = decide({"boxes": ones["boxes"][:, 0]}, some, {}, load_metric("cosine"), executor="simulation")
+    assert found.outputs["boxes"].not_compared == 2
+    assert found.outputs["boxes"].sqnr_db == MAX_SQNR_DB
+    assert found.candidate == pytest.approx(38 / 40)
+
+
+def test_where_nothing_is_found_nothing_can_be_compared():
+    empty = rows_of_boxes(0, 0, 0)
+    with pytest.raises(InputError, match="nothing can be compared"):
+        decide(empty, empty, {}, load_metric("cosine"), executor="simulation")
+
+
+def test_priors_do_not_hide_what_happens_to_scores():
+    """An output that is the same for every sample is exact: with it half of a drop would be forgiven."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(50, 20))
+    off = scores + rng.normal(0, 0.2, (50, 20))
+    alone = decide({"s": scores}, {"s": off}, {}, load_metric("cosine"), executor="simulation")
+    priors = np.tile(rng.normal(size=(1, 9, 4)), (50, 1, 1))
+    beside = [{"priors": priors, "s": own} for own in (scores, off)]
+    found = decide(*beside, {}, load_metric("cosine"), executor="simulation")
+    assert (alone.outcome, found.candidate) == (Outcome.FAIL, alone.candidate)
+    broken = {"priors": priors + np.arange(50)[:, None, None], "s": scores}
+    assert decide(beside[0], broken, {}, load_metric("cosine"), executor="simulation").candidate < 0.9
+
+
+@pytest.mark.parametrize("name", ["cosine", "kl"])
+def test_rows_that_do_not_stack_score_as_each_does_alone(name):
+    """Token sequences of every length, one sample for each two rows."""
+    rng = np.random.default_rng(2)
+    reference = [rng.normal(size=(length, 7)) for length in (3, 5, 2, 2, 9, 1)]
+    candidate = [row + rng.normal(0, 0.3, row.shape) for row in reference]
+    metric, targets = load_metric(name), {"t": np.zeros(3)}
+    found = metric.rows({"y": candidate}, targets, {"y": reference})
+    alone = [
+        metric.value({"y": c[None]}, {}, {"y": r[None]}) for r, c in zip(reference, candidate, strict=True)
+    ]
+    if name == "kl":
+        np.testing.assert_allclose(found, np.reshape(alone, (3, 2)).mean(axis=1))
+    else:
+        for own, i in zip(found, (0, 2, 4), strict=True):
+            r, c = (np.concatenate([a.ravel() for a in side[i : i + 2]]) for side in (reference, candidate))
+            assert own == pytest.approx(r @ c / np.linalg.norm(r) / np.linalg.norm(c))

@@ -54,6 +54,11 @@ def test_the_noise_to_keep_solves_the_model_of_the_drop(
         assert drop * ratio + error * math.sqrt(ratio) == pytest.approx(0.01)
 
 
+def test_without_an_interval_the_drop_alone_says_how_much_noise_to_keep() -> None:
+    attempt = dataclasses.replace(verdict(0.04), relative_interval=None)
+    assert noise_ratio(attempt, None, None) == pytest.approx(0.25)
+
+
 def test_the_noise_to_keep_reaches_the_sqnr_asked_for() -> None:
     assert noise_ratio(verdict(-0.01, -0.005, sqnr_db=20.0), 26.0, None) == pytest.approx(10**-0.6)
     assert noise_ratio(verdict(-0.01, -0.005, sqnr_db=20.0), None, None) == 1.0

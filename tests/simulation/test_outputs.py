@@ -3,10 +3,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import net, normal, saved
 from onnx import TensorProto, helper
 
 from trtq.errors import InputError
-from trtq.simulation.outputs import run_model
+from trtq.simulation.outputs import Outputs, run_model
+from trtq.simulation.values import joined, stacked
 
 
 class Rows:
@@ -91,18 +95,121 @@ def test_rows_of_different_shapes_are_not_mixed(tmp_path):
     assert done == [2, 1, 1, 2]
 
 
-def test_outputs_that_change_shape_are_refused(tmp_path):
+def test_outputs_of_other_shapes_are_a_list(tmp_path):
     model = save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], ["n", "l"], ["n", "l"])
-    samples = Rows([{"x": np.ones((1, length), np.float32)} for length in (3, 4)])
-    with pytest.raises(InputError, match="changes its shape"):
-        run_model(model, samples)
+    rows = [normal(1, length, seed=i) for i, length in enumerate((3, 3, 4, 3))]
+    found = run_model(model, Rows([{"x": row} for row in rows])).arrays["y"]
+    assert isinstance(found, list)
+    for own, row in zip(found, rows, strict=True):
+        np.testing.assert_array_equal(own, -row[0])
 
 
-def test_an_output_without_rows_is_refused(tmp_path):
-    nodes = [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)]
-    model = save(tmp_path / "m.onnx", nodes, ["n", 3], [])
-    with pytest.raises(InputError, match="one row per sample"):
-        run_model(model, rows_of(np.ones((4, 3), np.float32)))
+NOT_BY_ROW = """
+    g (float[N,6,2] x) => (float[] s, float[6,N,2] turned, float[M,2] picked, float[1,3] priors, int64[K] w,
+                           bool[N,6] positive) <float[1,3] priors = {1, 2, 3}, int64[3] w = {7, 8, 9}> {
+        s = ReduceMax<keepdims = 0>(x)
+        turned = Transpose<perm = [1, 0, 2]>(x)
+        zero = Constant<value = float {0}>()
+        positives = Greater(x, zero)
+        all = Constant<value = int64[2] {-1, 2}>()
+        flat = Reshape(x, all)
+        column = Constant<value = int64 {0}>()
+        first = Gather<axis = 2>(positives, column)
+        positive = Identity(first)
+        one = Constant<value = int64[1] {-1}>()
+        condition = Reshape(first, one)
+        picked = Compress<axis = 0>(flat, condition)
+    }
+"""
+"""A scalar, sequences first, rows by value, two constants, and one output that has a row for each row."""
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 6])
+def test_outputs_of_any_shape_are_those_of_each_row(tmp_path, batch_size):
+    """Six time steps in batches of six: the first axis has the batch's size by chance."""
+    model = saved(net(NOT_BY_ROW), tmp_path)
+    x = normal(20, 6, 2)
+    found = run_model(model, rows_of(x), batch_size=batch_size).arrays
+    np.testing.assert_array_equal(found["s"], x.max(axis=(1, 2)))
+    np.testing.assert_array_equal(found["turned"], x[:, :, None])
+    np.testing.assert_array_equal(found["positive"], x[:, :, 0] > 0)
+    np.testing.assert_array_equal(found["priors"], np.tile(np.float32([[1, 2, 3]]), (20, 1)))
+    np.testing.assert_array_equal(found["w"], np.tile([7, 8, 9], (20, 1)))
+    assert isinstance(found["picked"], list)
+    for own, row in zip(found["picked"], x, strict=True):
+        np.testing.assert_array_equal(own, row[row[:, 0] > 0])
+
+
+def test_a_row_of_which_nothing_is_found_and_scalars_by_chance(tmp_path):
+    """0, 1 and 2 rows found: what has one row has no batch axis either; the model fixes a batch of 1."""
+    text = "g (float[1,2] x) => (float[M] y) { zero = Constant<value = float {0}>() c = Greater(x, zero)"
+    text += " f = Constant<value = int64[1] {-1}>() flat = Reshape(x, f) b = Reshape(c, f)"
+    model = saved(net(text + " y = Compress<axis = 0>(flat, b) }"), tmp_path)
+    x = np.array([[1, -1], [-1, -2], [3, 4], [-5, 6]], np.float32)
+    found = run_model(model, rows_of(x)).arrays["y"]
+    assert [own.tolist() for own in found] == [[1], [], [3, 4], [6]]
+    same = run_model(model, rows_of(x[[0, 3]])).arrays["y"]
+    np.testing.assert_array_equal(same, [[1], [6]])
+
+
+def test_an_output_that_is_an_input_is_none_of_the_models(tmp_path):
+    model = saved(net("g (float[N,2] x) => (float[N,2] x, float[N,2] y) { y = Neg(x) }"), tmp_path)
+    found = run_model(model, rows_of(normal(6, 2))).arrays
+    assert list(found) == ["y"]
+    same = saved(net("g (float[N,2] x) => (float[N,2] x) { y = Neg(x) }"), tmp_path)
+    assert list(run_model(same, rows_of(normal(6, 2))).arrays) == ["x"]
+
+
+def test_a_fixed_batch_may_have_outputs_that_never_change(tmp_path):
+    model = saved(
+        net("g (float[4,2] x) => (float[4,2] y, float[3] p) <float[3] p = {1, 2, 3}> { y = Neg(x) }"),
+        tmp_path,
+    )
+    x = normal(6, 2)
+    found = run_model(model, rows_of(x)).arrays
+    np.testing.assert_array_equal(found["y"], -x)
+    np.testing.assert_array_equal(found["p"], np.tile(np.float32([1, 2, 3]), (6, 1)))
+    turned = saved(net("g (float[4,2] x) => (float[2,4] y) { y = Transpose<perm = [1, 0]>(x) }"), tmp_path)
+    with pytest.raises(InputError, match="'y' does not have one row per sample") as caught:
+        run_model(turned, rows_of(x))
+    assert "batch of 1" in caught.value.remedy
+
+
+shapes = st.lists(st.lists(st.integers(0, 3), min_size=0, max_size=3).map(tuple), min_size=1, max_size=6)
+
+
+@given(st.lists(shapes, min_size=1, max_size=3), st.sampled_from([np.float32, np.int64, np.bool_]))
+def test_any_outputs_go_to_bytes_and_back(outputs, dtype):
+    """Equal outputs give equal bytes, and what comes back is equal, whatever the rows' shapes and ranks."""
+    arrays = {
+        f"y/{i}": stacked([normal(*shape, seed=i).astype(dtype) for shape in rows])
+        for i, rows in enumerate(outputs)
+    }
+    there = Outputs(arrays, "engine")
+    back = Outputs.from_bytes(there.to_bytes())
+    assert back.to_bytes() == there.to_bytes()
+    assert back.executor == "engine"
+    for name, values in arrays.items():
+        assert type(back.arrays[name]) is type(values)
+        for own, expected in zip(back.arrays[name], values, strict=True):
+            np.testing.assert_array_equal(own, expected, strict=True)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=8), st.data())
+def test_parts_are_the_whole_however_they_are_cut(lengths, data):
+    """Shards of rows found: a shard of only single ones looks as if they had a batch axis."""
+    rows = [normal(length, 2, seed=i) for i, length in enumerate(lengths)]
+    cut = data.draw(st.integers(1, len(rows) - 1))
+
+    def part(own):
+        return np.concatenate(own) if all(len(row) == 1 for row in own) else stacked(own)
+
+    found = joined([part(rows[:cut]), part(rows[cut:])])
+    expected = part(rows)
+    assert type(found) is type(expected)
+    for own, row in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(own, row)
 
 
 def test_inputs_that_do_not_fit(tmp_path, capfd):

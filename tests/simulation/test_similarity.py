@@ -33,6 +33,20 @@ def test_edges():
     assert [cosine(zero, zero)[0], cosine(zero, one)[0], cosine(one, -one)[0]] == pytest.approx([1, 0, -1])
 
 
+def test_one_value_has_no_angle():
+    """1 - e²/2 of the error relative to the reference's: what the cosine of small errors is."""
+    reference = np.array([[3.0], [4.0], [5.0]])
+    rms = np.sqrt(50 / 3)
+    found = cosine(reference, reference + np.array([[0.5], [0.0], [-1.0]]), samples=3)
+    np.testing.assert_allclose(found, [1 - 0.5**2 / rms**2 / 2, 1, 1 - 1 / rms**2 / 2])
+    np.testing.assert_allclose(cosine(reference, 10 * reference, samples=3), -1)
+    many = np.random.default_rng(0).normal(size=(1, 1000))
+    angle = cosine(many, many + 0.1 * np.roll(many, 1))[0]
+    single = cosine(many.T, many.T + 0.1 * np.roll(many, 1).T, samples=1000).mean()
+    assert single == pytest.approx(angle, abs=1e-3)
+    assert cosine(np.zeros((2, 1)), np.array([[0.0], [1.0]]), samples=2).tolist() == [1, 0]
+
+
 def test_per_sample_blocks():
     reference = np.array([[1.0], [1.0], [2.0], [0.0]])
     candidate = np.array([[1.0], [1.0], [2.0], [0.2]])
@@ -77,7 +91,8 @@ def test_worst_samples_are_ordered_and_never_exact():
         ({}, {}, "no outputs"),
         ({"y": np.ones((0, 2))}, {"y": np.ones((0, 2))}, "no outputs"),
         ({"y": np.ones(2)}, {"z": np.ones(2)}, "no output 'y'"),
-        ({"y": np.ones(2)}, {"y": np.ones(3)}, r"\(2,\).*\(3,\)"),
+        ({"y": np.ones(2)}, {"y": np.ones(3)}, "2 rows.*3, each"),
+        ({"y": np.ones((2, 3))}, {"y": np.ones((2, 3, 1, 1))}, r"2 rows, each \(3,\).*2, each \(3, 1, 1\)"),
         ({"y": np.array([1, np.nan])}, {"y": np.ones(2)}, "row 1"),
     ],
 )

@@ -143,11 +143,24 @@ def compile_plan(
             f"{dialect.name} cannot build an engine from the model",
             file=model,
             cause=cause,
-            remedy=_remedy(cause, "see the builder's message; `trtq doctor` shows the versions in use"),
+            remedy=_no_nms(trt, network, cause)
+            or _remedy(cause, "see the builder's message; `trtq doctor` shows the versions in use"),
         )
     if options.timing_cache is not None:
         write_bytes(options.timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
     return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)))
+
+
+def _no_nms(trt: Any, network: Any, cause: str) -> str | None:
+    """The remedy where nothing runs a NonMaxSuppression, as in TensorRT for RTX, whose parser takes it; the
+    message has only the layer's name."""
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    if "no runners that implement it" in cause and any(layer.type == trt.LayerType.NMS for layer in layers):
+        return (
+            "it has no NonMaxSuppression: end the model in front of it, with its boxes and scores as outputs,"
+            " and select behind the engine"
+        )
+    return None
 
 
 def load_plugins(trt: Any, log: Any, libraries: Sequence[str]) -> None:

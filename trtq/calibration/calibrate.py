@@ -27,6 +27,7 @@ from trtq.graph.model import Model
 from trtq.graph.place import without_ranges
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.graph.selecting import instead_of_outputs
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.numerics import has_scale, scale_from_amax
@@ -281,14 +282,15 @@ def held_back(job: Job) -> Rows:
     Raises:
         InputError: as `Rows`.
     """
-    rows, recipe = job.parts[1], job.recipe
+    rows, recipe, tensors = job.parts[1], job.recipe, instead_of_outputs(job.model.graph)
     with job.console.progress("fp32", len(rows)) as advance:
         return Rows(
-            job.model.path,
+            job.model.path if tensors is None else job.model.graph,
             rows,
             threads=recipe.threads,
             ignore_nonfinite=recipe.ignore_nonfinite,
             advance=advance,
+            tensors=tensors,
         )
 
 

@@ -29,6 +29,7 @@ from trtq.data.samples import Samples
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs, switches_as_inputs
+from trtq.graph.selecting import instead_of_outputs
 from trtq.numerics import scale_from_amax
 from trtq.simulation.rows import Runner, Workers
 from trtq.simulation.similarity import noise_db
@@ -112,7 +113,13 @@ def refine_ranges(
     part = _spread(samples, _row_count(affordable, len(quantization.plan.tensors)))
     batch = min(max(len(part) // SHARE_OF_ROWS, 1), BATCH)
     rows = Rows(
-        quantization.graph, part, batch=batch, threads=1, kept=True, ignore_nonfinite=ignore_nonfinite
+        quantization.graph,
+        part,
+        batch=batch,
+        threads=1,
+        kept=True,
+        ignore_nonfinite=ignore_nonfinite,
+        tensors=instead_of_outputs(quantization.graph),
     )
     runs = _Runs(rows, 2 * affordable, console, budget, Workers(workers))
     current = scales_from(statistics, start)
@@ -140,7 +147,7 @@ class Alone:
         self._scales = scales_as_inputs(graph, plan)
         self._switches = switches_as_inputs(graph, plan)
         self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
-        self._runner = Runner(graph, threads=rows.threads)
+        self._runner = Runner(graph, rows.tensors, threads=rows.threads)
 
     def noise(self, tensor: str, scale: np.float32, first: int | None = None) -> float:
         """Noise of the outputs (see `similarity.Reference`).

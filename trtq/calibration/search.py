@@ -8,7 +8,7 @@ compared on the part held back; the evaluation data are never looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -41,6 +41,9 @@ Scales = Mapping[str, np.float32]
 class Rows:
     """Rows to score quantizations on: by their outputs, against those of the float model.
 
+    Attributes:
+        tensors: names of the tensors that are scored; None: the model's outputs.
+
     Args:
         model: the float model, a file or a graph. It runs once; its session, with all the weights, is closed
             before another one opens.
@@ -51,6 +54,8 @@ class Rows:
             every run reads them again and scores the outputs of all rows together.
         ignore_nonfinite: measure only where the float model's outputs are finite.
         advance: called with the number of rows that the float model just ran.
+        tensors: of both models, to score instead of the outputs (`selecting.instead_of_outputs`), as far as
+            they are finite.
 
     Raises:
         InputError: the model does not run on the rows, or its outputs are not finite.
@@ -66,9 +71,10 @@ class Rows:
         kept: bool = False,
         ignore_nonfinite: bool = False,
         advance: Advance | None = None,
+        tensors: Sequence[str] | None = None,
     ) -> None:
-        self.samples, self.threads = samples, threads
-        runner, pairs = Runner(model, threads=threads), []
+        self.samples, self.threads, self.tensors = samples, threads, tensors
+        runner, pairs = Runner(model, tensors, threads=threads), []
         taken = list(runner.batches(samples, batch)) if kept else runner.batches(samples, batch)
         self._kept = taken if isinstance(taken, list) else None
         for part in taken:
@@ -79,7 +85,8 @@ class Rows:
         outputs = list(self._parts([outputs for _, outputs in pairs]))
         origins = [part for part, _ in pairs] if len(outputs) == len(pairs) else [None]
         for origin, arrays in zip(origins, outputs, strict=True):
-            check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=origin)
+            ignored = ignore_nonfinite or tensors is not None
+            check_reference(arrays, ignore_nonfinite=ignored, samples=samples, batch=origin)
         self._reference = Reference(outputs)
 
     def sqnr_db(self, quantization: Quantization, console: Console, label: str) -> float:
@@ -138,7 +145,7 @@ class Trials:
         graph = replace(quantization, scales=dict.fromkeys(plan.tensors, np.float32(1))).rewritten()
         self._inputs = scales_as_inputs(graph, plan)
         self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
-        self._runner = Runner(graph, threads=rows.threads)
+        self._runner = Runner(graph, rows.tensors, threads=rows.threads)
 
     def sqnr_db(self, scales: Scales, advance: Advance | None = None) -> float:
         """`noise` in dB."""

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.data.batches import Arrays
 from trtq.data.samples import Samples
 from trtq.gate.evaluation import Evaluation, outputs_of
 from trtq.gate.verdict import Verdict
 from trtq.job import Job
 from trtq.simulation.finite import all_compared, check_reference
 from trtq.simulation.similarity import Similarity, compare, overall_sqnr_db, scored
+from trtq.simulation.values import AllValues, Values, take_all
 
 LEAST_GAP_DB = 6.0
 """Figures closer than this are alike: what two parts of one data set differ by mostly stays below it."""
@@ -120,7 +120,7 @@ def _distance(one: Spread, other: Spread) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True)) / max(width, 1e-30)
 
 
-def _outputs(job: Job, model: Path, samples: Samples) -> Arrays:
+def _outputs(job: Job, model: Path, samples: Samples) -> dict[str, Values]:
     outputs, _ = outputs_of(model, samples, job.recipe, job.cache, job.console, label="comparing")
     return outputs.arrays
 
@@ -129,14 +129,14 @@ def _overall(outputs: Mapping[str, Similarity], names: list[str]) -> float:
     return overall_sqnr_db([outputs[name].sqnr_db for name in names])
 
 
-def _row_figures(reference: Arrays, candidate: Arrays) -> NDArray[np.float64]:
+def _row_figures(reference: AllValues, candidate: AllValues) -> NDArray[np.float64]:
     """The SQNR in dB of up to `MOST_ROWS` rows, evenly spread, each by itself."""
     length = len(next(iter(reference.values())))
     count = min(length, MOST_ROWS)
     names = scored(reference)
 
     def figure(row: int) -> float:
-        one, other = ({name: a[row : row + 1] for name, a in side.items()} for side in (reference, candidate))
+        one, other = (take_all(side, [row]) for side in (reference, candidate))
         return _overall(compare(*all_compared(one, other)), names)
 
     return np.array([figure(i * length // count) for i in range(count)])

@@ -15,8 +15,9 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
-from trtq.gate.metrics import Metric, load_metric
+from trtq.gate.metrics import Metric, Scored, load_metric
 from trtq.gate.reference import doubt
+from trtq.gate.resampling import Resampling
 from trtq.gate.verdict import (
     Check,
     Outcome,
@@ -35,6 +36,9 @@ from trtq.simulation.finite import check_reference
 from trtq.simulation.outputs import Outputs, run_sharded
 from trtq.simulation.states import with_states
 from trtq.simulation.workers import KEPT_BYTES, Work
+
+LONG_CALL = 0.1
+"""Seconds of one call of a metric that are worth a word: 1000 resamples would take minutes."""
 
 
 def outputs_of(
@@ -105,14 +109,14 @@ class Evaluation:
     """The gate of a recipe: its evaluation rows, and the reference's outputs on them.
 
     Attributes:
-        value: the reference's value of the metric.
+        scored: the reference's value of the metric.
     """
 
     recipe: Recipe
     samples: Samples
     metric: Metric
     reference: Outputs
-    value: float
+    scored: Scored
     cache: Cache
     console: Console
 
@@ -151,7 +155,8 @@ class Evaluation:
             console.warn(remark)
         check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
         with about(samples.source):
-            value = score_reference(outputs.arrays, dict(samples.targets), metric)
+            scored = score_reference(outputs.arrays, dict(samples.targets), metric)
+        value = scored.value
         doubtful = doubt(metric, outputs.arrays, dict(samples.targets), value)
         if recipe.min_reference is not None and value < recipe.min_reference:
             raise InputError(
@@ -163,14 +168,26 @@ class Evaluation:
             )
         if doubtful:
             console.warn(doubtful)
-        return cls(recipe, samples, metric, outputs, value, cache, console)
+        if scored.rows is None and scored.seconds >= LONG_CALL:
+            console.say(
+                "metric",
+                f"one call takes {scored.seconds:.2g} s; for an interval it is called again and again, for a"
+                " minute or so: return a value for each sample instead, if their mean is the metric",
+            )
+        return cls(recipe, samples, metric, outputs, scored, cache, console)
 
-    def verdict(self, candidate: Path, against: Outputs | None = None) -> Verdict:
+    @property
+    def value(self) -> float:
+        """The reference's value of the metric."""
+        return self.scored.value
+
+    def verdict(self, candidate: Path, against: Outputs | None = None, *, final: bool = True) -> Verdict:
         """What the gate says of a candidate (ONNX model or engine), with the SQNR that the recipe asks for as
         a check; see `published`.
 
         Args:
             against: outputs to compare with instead of the reference's; their SQNR is not checked.
+            final: an interval is resampled although no confidence was asked for, whatever the metric.
         """
         outputs = self.outputs(candidate, "candidate")
         with about(candidate):
@@ -183,14 +200,18 @@ class Evaluation:
                 confidence=self.recipe.confidence,
                 executor=outputs.executor,
                 ignore_nonfinite=self.recipe.ignore_nonfinite,
+                scored=None if against else self.scored,
+                resampling=Resampling(self.console) if final or self.recipe.confidence is not None else None,
             )
         least = self.recipe.min_sqnr
-        return verdict if least is None or against else verdict.with_checks(_sqnr_check(verdict, least))
+        if least is None or against:
+            return verdict
+        return verdict.with_checks(_sqnr_check(verdict, least, len(self.samples)))
 
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""
         with candidate_of(quantization, self.recipe.precision) as candidate:
-            return self.verdict(candidate)
+            return self.verdict(candidate, final=False)
 
     def published(self, verdict: Verdict) -> Verdict:
         """A verdict as the user gets it, with the warnings so far: inconclusive where the recipe requires an
@@ -203,13 +224,19 @@ class Evaluation:
         return _outputs(model, label, self.recipe, self.samples, self.cache, self.console)
 
 
-def _sqnr_check(verdict: Verdict, least: float) -> Check:
-    """Whether every output has an SQNR of at least `least` dB."""
+def _sqnr_check(verdict: Verdict, least: float, rows: int) -> Check:
+    """Whether every output has an SQNR of at least `least` dB on all rows; nobody knows where some of them
+    cannot be compared."""
     lowest = verdict.lowest_sqnr_db
     found = f"the outputs have {lowest:.1f} dB" if verdict.outputs else "the outputs are not finite"
+    outcome = Outcome.PASS if lowest >= least else Outcome.FAIL
+    if any(item.not_compared for item in verdict.outputs.values()):
+        compared = [item.sqnr_db for item in verdict.outputs.values() if item.not_compared < rows]
+        outcome = Outcome.INCONCLUSIVE if min(compared, default=least) >= least else Outcome.FAIL
+        found += " where they can be compared"
     return Check(
         f"SQNR at least {least:g} dB",
-        Outcome.PASS if lowest >= least else Outcome.FAIL,
+        outcome,
         f"--min-sqnr: {found}, at least {least:g} dB is required",
     )
 

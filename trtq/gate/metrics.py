@@ -1,15 +1,18 @@
 """What "accuracy" means for a model: the built-in metrics and the user's own function.
 
-A metric takes dictionaries of arrays: `outputs` (rows first) and `targets` (samples first). Where
-the outputs have k times as many rows as the targets, k consecutive rows make one sample.
+A metric takes dictionaries: `outputs` (rows first; arrays, or lists of arrays where the rows do not stack)
+and `targets` (arrays, samples first). Where the outputs have k times as many rows as the targets, k
+consecutive rows make one sample.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +20,33 @@ from numpy.typing import NDArray
 from trtq.code_hash import script_sha256
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
+from trtq.gate import detections
 from trtq.scripts import load_function
 from trtq.simulation import similarity
-from trtq.simulation.finite import compared
+from trtq.simulation.finite import both_compared
+from trtq.simulation.values import AllValues, Values, paired, same_shapes, shape_text
 
 Float = NDArray[np.float64]
 
 _TARGET_NAMES = ("label", "labels", "target", "targets")
+
+
+Rows = Callable[[AllValues, Arrays, AllValues], Float]
+"""(outputs, targets, reference outputs) -> float64 (samples, ...): what each sample contributes."""
+
+
+class Scored(NamedTuple):
+    """A metric of one model's outputs.
+
+    Attributes:
+        value: the metric.
+        rows: what each sample contributes, (samples, ...); None where a function gave one number for all.
+        seconds: that it took.
+    """
+
+    value: float
+    rows: Float | None
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -36,29 +59,32 @@ class Metric:
         name: as the user wrote it.
         fingerprint: equal for metrics that compute the same: the name, or for a file the hash of
             its bytes and of the user's modules that it imports, and the function's name.
-        rows: (outputs, targets, reference outputs) -> float64 (samples, ...): what each sample
-            contributes. The value is the mean of the rows, put through `summarise` if it is there.
+        rows: the value is the mean of the rows, put through `summarise` if it is there.
         summarise: mean rows, with any leading axes -> values, of the leading axes' shape.
-        function: (outputs, targets) -> float.
+        function: (outputs, targets) -> the value, or float64 (samples,) whose mean it is.
         needs_targets: labels are needed; without, outputs are scored against the reference's.
         labels: targets -> the class numbers (samples, ...) that a built-in metric with labels reads.
+        reads: (reference outputs) -> a sentence on which arrays it reads, where that is not obvious.
+        at_best: `rows` if what cannot be compared with the reference were like it; None where everything can.
     """
 
     name: str
     fingerprint: str
-    rows: Callable[[Arrays, Arrays, Arrays], Float] | None = None
+    rows: Rows | None = None
     summarise: Callable[[Float], Float] | None = None
-    function: Callable[[Arrays, Arrays], float] | None = None
+    function: Callable[[AllValues, Arrays], Float] | None = None
     needs_targets: bool = True
     labels: Callable[[Arrays], NDArray[np.int64]] | None = None
+    reads: Callable[[AllValues], str] | None = None
+    at_best: Rows | None = None
 
     @property
-    def per_sample(self) -> Callable[[Arrays, Arrays, Arrays], Float] | None:
-        """(outputs, targets, reference outputs) -> float64 (samples,) whose mean is the value, or None."""
+    def per_sample(self) -> Rows | None:
+        """Rows of shape (samples,) whose mean is the value, or None."""
         return self.rows if self.summarise is None else None
 
-    def value(self, outputs: Arrays, targets: Arrays, reference: Arrays | None = None) -> float:
-        """The metric of `outputs`.
+    def scored(self, outputs: AllValues, targets: Arrays, reference: AllValues | None = None) -> Scored:
+        """The metric of `outputs`, and what each sample contributes to it.
 
         Args:
             reference: the reference model's outputs, which a label-free metric scores against; one with
@@ -67,11 +93,21 @@ class Metric:
         Raises:
             InputError: the arrays do not suit the metric, or the user's function failed.
         """
+        started = time.perf_counter()
         if self.function is not None:
-            return self.function(outputs, targets)
-        assert self.rows is not None
-        mean = self.rows(outputs, targets, outputs if reference is None else reference).mean(axis=0)
-        return float(mean if self.summarise is None else self.summarise(mean))
+            rows = self.function(outputs, targets)
+        else:
+            assert self.rows is not None
+            rows = self.rows(outputs, targets, outputs if reference is None else reference)
+        seconds = time.perf_counter() - started
+        if rows.ndim == 0:
+            return Scored(float(rows), None, seconds)
+        mean = rows.mean(axis=0)
+        return Scored(float(mean if self.summarise is None else self.summarise(mean)), rows, seconds)
+
+    def value(self, outputs: AllValues, targets: Arrays, reference: AllValues | None = None) -> float:
+        """The metric of `outputs`; as `scored`."""
+        return self.scored(outputs, targets, reference).value
 
 
 def load_metric(spec: str) -> Metric:
@@ -92,13 +128,18 @@ def load_metric(spec: str) -> Metric:
             - `sqnr`: label-free, likewise, signal to quantization noise in dB; as with `cosine`, an output
               that mixes scales counts with its worst component (see `components`);
             - `kl`: label-free, likewise, exp(-KL) of the class probabilities (see `similarity.likelihood`):
-              1 where they are the reference's, 0.99 where they are 0.01 nats away.
+              1 where they are the reference's, 0.99 where they are 0.01 nats away;
+            - `detections`: F1 of the boxes that match the reference's, or boxes given as targets;
+            - `mAP`, `mAP50`: COCO's average precision against boxes given as targets. For which arrays hold
+              what, `detections@boxes=NAME,...`, see `detections`.
 
             Positions whose label is negative (for `miou` also 255) are not scored. OUTPUT is
             needed when a metric with labels meets several outputs, TARGET when there are several
             target arrays of which not exactly one is named label(s) or target(s).
-            FUNCTION(outputs, targets) takes dictionaries of arrays (read-only) and returns a
-            number, higher is better.
+            FUNCTION(outputs, targets) takes dictionaries of arrays (read-only; a list of arrays where an
+            output's rows differ in shape) and returns a number, higher is better, or one for each sample: the
+            metric is then their mean, and its interval needs no further calls. A function of another mean
+            may have an attribute `per_sample`, which is called instead and returns those.
 
     Raises:
         InputError: unknown name, or the file or function is missing or does not import.
@@ -114,7 +155,7 @@ def load_metric(spec: str) -> Metric:
     return _BUILT_IN[name](spec, _Selection(output or None, target or None))
 
 
-def rows_per_sample(outputs: Arrays, targets: Arrays) -> tuple[int, int]:
+def rows_per_sample(outputs: AllValues, targets: Arrays) -> tuple[int, int]:
     """Number of samples, and k, the rows of output that make one sample (1 without targets).
 
     Raises:
@@ -123,7 +164,7 @@ def rows_per_sample(outputs: Arrays, targets: Arrays) -> tuple[int, int]:
     rows = {len(array) for array in outputs.values()}
     samples = {len(array) for array in targets.values()} or rows
     if len(rows) != 1 or len(samples) != 1:
-        lengths = {name: len(array) for name, array in (outputs | targets).items()}
+        lengths = {name: len(values) for name, values in {**outputs, **targets}.items()}
         raise InputError("arrays of different lengths", cause=f"rows: {lengths}")
     (row_count,), (sample_count,) = rows, samples
     if sample_count == 0 or row_count % sample_count:
@@ -141,7 +182,7 @@ class _Selection:
     output: str | None
     target: str | None
 
-    def outputs(self, arrays: Arrays) -> list[str]:
+    def outputs(self, arrays: AllValues) -> list[str]:
         """Names of the chosen outputs; all of them where none was chosen."""
         if self.output is None:
             return list(arrays)
@@ -149,7 +190,7 @@ class _Selection:
             raise InputError(f"no output {self.output!r}", cause=f"the outputs are {', '.join(arrays)}")
         return [self.output]
 
-    def labelled(self, outputs: Arrays, targets: Arrays, reference: Arrays) -> _Labelled:
+    def labelled(self, outputs: AllValues, targets: Arrays, reference: AllValues) -> _Labelled:
         """The chosen output, its labels and the reference's output, checked against each other."""
         names = self.outputs(outputs)
         if len(names) != 1:
@@ -158,7 +199,8 @@ class _Selection:
                 cause=f"the outputs are {', '.join(names)}",
                 remedy=f"say which one, such as top1@{names[0]}",
             )
-        scores, labels = outputs[names[0]], self.labels(targets)
+        scores, expected = (_one_shape(names[0], side[names[0]]) for side in (outputs, reference))
+        labels = self.labels(targets)
         if len(scores) != len(labels):
             raise InputError(
                 f"output {names[0]!r} has {len(scores)} rows for {len(labels)} labels",
@@ -166,7 +208,7 @@ class _Selection:
             )
         if labels.ndim > 1 and labels.shape[1:] == (1,) and scores.shape != labels.shape:
             labels = labels[:, 0]
-        return _Labelled(_without_nan(scores), labels, reference[names[0]])
+        return _Labelled(_without_nan(scores), labels, expected)
 
     def labels(self, targets: Arrays) -> NDArray[np.int64]:
         """The chosen target: class numbers (samples, ...)."""
@@ -223,7 +265,7 @@ class _Labelled:
 
 
 def _top(k: int, spec: str, selection: _Selection) -> Metric:
-    def rows(outputs: Arrays, targets: Arrays, reference: Arrays) -> Float:
+    def rows(outputs: AllValues, targets: Arrays, reference: AllValues) -> Float:
         data = selection.labelled(outputs, targets, reference)
         scores, labels = data.scores, data.labels
         if scores.ndim != 2 or labels.ndim != 1 or scores.shape[1] < k:
@@ -243,7 +285,7 @@ def _top(k: int, spec: str, selection: _Selection) -> Metric:
 
 
 def _accuracy(spec: str, selection: _Selection) -> Metric:
-    def rows(outputs: Arrays, targets: Arrays, reference: Arrays) -> Float:
+    def rows(outputs: AllValues, targets: Arrays, reference: AllValues) -> Float:
         data = selection.labelled(outputs, targets, reference)
         predicted, classes = data.classes()
         ignored = data.labels < 0
@@ -262,7 +304,7 @@ def _counted(
 ) -> Metric:
     """A metric of the true positives, false positives and false negatives of every class."""
 
-    def rows(outputs: Arrays, targets: Arrays, reference: Arrays) -> Float:
+    def rows(outputs: AllValues, targets: Arrays, reference: AllValues) -> Float:
         data = selection.labelled(outputs, targets, reference)
         predicted, classes = data.classes()
         ignored = (data.labels < 0) | (ignore_255 & (data.labels == 255))
@@ -294,17 +336,75 @@ def _iou_of_counts(counts: Float) -> Float:
 
 
 def _label_free(
-    score: Callable[[NDArray, NDArray, int], Float], fill: float, spec: str, selection: _Selection
+    score: Callable[[Values, Values, int], Float], fill: float, spec: str, selection: _Selection
 ) -> Metric:
-    """A similarity metric; `fill` stands in both outputs where the reference is not finite."""
+    """A similarity metric; `fill` stands in both outputs where the reference is not finite.
 
-    def rows(outputs: Arrays, targets: Arrays, reference: Arrays) -> Float:
-        samples, _ = rows_per_sample(outputs, targets)
-        names = selection.outputs(outputs)
-        pairs = [compared(reference[name], outputs[name], fill) for name in names]
-        return np.mean([score(*pair, samples) for pair in pairs], axis=0)
+    A sample that cannot be compared in an output is not at all alike in it, or at best quite alike; it is not
+    where one of the models gives nothing and the other one something.
+    """
 
-    return Metric(spec, spec, rows, needs_targets=False)
+    def scored(lost: float, outputs: AllValues, targets: Arrays, reference: AllValues) -> Float:
+        samples, k = rows_per_sample(outputs, targets)
+        found = []
+        for name in _telling(selection.outputs(outputs), outputs, reference):
+            pair = paired(reference[name], outputs[name])
+            apart = ~same_shapes(*pair).reshape(samples, k).all(axis=1)
+            empty = np.array([[not np.size(row) for row in side] for side in pair])
+            one_sided = (empty[0] != empty[1]).reshape(samples, k).any(axis=1)
+            scores = np.where(apart & ~one_sided, lost, score(*both_compared(*pair, fill), samples))
+            found.append(scores)
+        return np.mean(found, axis=0)
+
+    rows, at_best = partial(scored, similarity.LOST), partial(scored, 1.0)
+    return Metric(spec, spec, rows, needs_targets=False, at_best=at_best)
+
+
+def _telling(names: list[str], outputs: AllValues, reference: AllValues) -> list[str]:
+    """The outputs that say something of how alike the models are: not those, such as priors, that both have
+    the same for every sample, unless all are so.
+
+    Raises:
+        InputError: there is not one value in any of them.
+    """
+    if not any(np.size(row) for name in names for row in reference[name]):
+        raise InputError(
+            "nothing can be compared: the reference gives no values for any sample",
+            cause=f"the outputs are {', '.join(names)}",
+            remedy="evaluate on samples in which the fp32 model finds something",
+        )
+    return [name for name in names if not _constant(reference[name], outputs[name])] or names
+
+
+def _constant(reference: Values, candidate: Values) -> bool:
+    """Whether two models give the same for each of several samples."""
+    first = reference[0]
+    return len(reference) > 1 and all(
+        np.array_equal(first, row) for side in (reference, candidate) for row in side
+    )
+
+
+def _detections(spec: str, selection: _Selection) -> Metric:
+    options = detections.Options.parse(spec, score=0.25)
+    return Metric(
+        spec,
+        spec,
+        partial(detections.counts, options),
+        detections.f1,
+        needs_targets=False,
+        reads=lambda reference: detections.Reader.of(reference, options).text(),
+    )
+
+
+def _average_precision(statistic: int, spec: str, selection: _Selection) -> Metric:
+    options = detections.Options.parse(spec, score=0.0)
+    detections.coco_classes()  # a missing package is best said before anything runs
+    return Metric(
+        spec,
+        spec,
+        function=partial(detections.average_precision, statistic, options),
+        reads=lambda reference: detections.Reader.of(reference, options).text(),
+    )
 
 
 _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {
@@ -316,33 +416,69 @@ _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {
     "cosine": partial(_label_free, similarity.cosine, 0.0),
     "sqnr": partial(_label_free, similarity.sqnr_db, 0.0),
     "kl": partial(_label_free, similarity.likelihood, -np.finfo(np.float16).max),  # no class at all
+    "detections": _detections,
+    **{name: partial(_average_precision, index) for name, index in detections.STATISTICS.items()},
 }
 
 
 def _metric_of_file(spec: str) -> Metric:
     path, name, function = load_function(spec, "metric")
+    per_sample = getattr(function, "per_sample", None)
+    called = per_sample if callable(per_sample) else function
 
-    def checked(outputs: Arrays, targets: Arrays) -> float:
+    def checked(outputs: AllValues, targets: Arrays) -> Float:
         try:
-            value = function(_read_only(outputs), _read_only(targets))
-            value = value.item() if hasattr(value, "item") else value
+            found = np.asarray(called(_read_only(outputs), _read_only(targets)))
+            values = found.astype(np.float64)
         except (Exception, SystemExit) as error:
             raise InputError(
                 f"the metric {name!r} failed", file=path, cause=f"{type(error).__name__}: {error}"
             ) from error
-        if not isinstance(value, int | float) or math.isnan(value):
-            raise InputError(f"the metric {name!r} did not return a number", file=path, cause=repr(value))
-        return float(value)
+        _check_values(found, rows_per_sample(outputs, targets)[0], name, path, alone=called is function)
+        return values.reshape(()) if called is function and values.size == 1 else values
 
     return Metric(spec, f"{script_sha256(path)}:{name}", function=checked)
 
 
-def _read_only(arrays: Arrays) -> Arrays:
+def _check_values(found: NDArray, samples: int, name: str, path: Path, *, alone: bool) -> None:
+    """Refuse what a user's metric returned unless it is numbers, one for each sample or, if that may be, one
+    for all of them."""
+    cause = None
+    if found.dtype.kind not in "biuf" or np.isnan(found.astype(np.float64)).any():
+        cause = repr(found.tolist())[:200]
+    elif found.shape != (samples,) and not (alone and found.size == 1):
+        cause = f"its shape is {found.shape}, and there are {samples} samples"
+    if cause is not None:
+        what = "a number, or one for each sample" if alone else "one number for each sample"
+        raise InputError(f"the metric {name!r} did not return {what}", file=path, cause=cause)
+
+
+def _read_only(values: AllValues) -> dict[str, Any]:
     """Views that a metric cannot change: both models and every resample are scored on the same data."""
-    views = {name: array.view() for name, array in arrays.items()}
-    for view in views.values():
-        view.flags.writeable = False
-    return views
+
+    def view(array: NDArray) -> NDArray:
+        own = np.asarray(array).view()
+        own.flags.writeable = False
+        return own
+
+    return {
+        name: view(own) if isinstance(own, np.ndarray) else [view(row) for row in own]
+        for name, own in values.items()
+    }
+
+
+def _one_shape(name: str, values: Values) -> NDArray:
+    """The values as one array.
+
+    Raises:
+        InputError: the samples' differ in shape.
+    """
+    if isinstance(values, np.ndarray):
+        return values
+    raise InputError(
+        f"output {name!r} has another shape for each sample: {shape_text(values)}",
+        remedy="use `detections` for boxes, or FILE.py:FUNCTION, which gets a list of arrays",
+    )
 
 
 def _without_nan(scores: NDArray) -> NDArray:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays
 from trtq.gate.metrics import Metric
+from trtq.simulation.values import AllValues, take_all
 
 TRIALS = 16
 """How often the labels are shuffled."""
@@ -27,7 +28,7 @@ LEAST_DEVIATIONS = 3.0
 """... or within this many standard deviations of what the trials scored."""
 
 
-def doubt(metric: Metric, outputs: Arrays, targets: Arrays, value: float) -> str | None:
+def doubt(metric: Metric, outputs: AllValues, targets: Arrays, value: float) -> str | None:
     """What is doubtful about the reference's value of a metric; None if nothing is, or it cannot be told.
 
     Only the built-in metrics with labels can be judged so.
@@ -57,13 +58,13 @@ def doubt(metric: Metric, outputs: Arrays, targets: Arrays, value: float) -> str
     )
 
 
-def _by_chance(metric: Metric, outputs: Arrays, targets: Arrays, samples: int) -> Iterator[float]:
+def _by_chance(metric: Metric, outputs: AllValues, targets: Arrays, samples: int) -> Iterator[float]:
     """Values of the metric where every sample has the labels of another one."""
     random = np.random.default_rng(0)
-    values = sum(array.size for array in outputs.values()) // samples
+    values = sum(np.size(row) for own in outputs.values() for row in own) // samples
     count = min(max(MOST_VALUES // max(values, 1), 2), samples)
     part = np.arange(count) * samples // count
-    outputs = {name: array[part] for name, array in outputs.items()}
+    outputs = take_all(outputs, part)
     for _ in range(TRIALS):
         dealt = part[_derangement(count, random)]
         yield metric.value(outputs, {name: array[dealt] for name, array in targets.items()})

@@ -229,7 +229,10 @@ def _sqnr(
             for name in names:
                 r, c = compared(np.asarray(before[name], np.float64), np.asarray(after[name], np.float64))
                 signal[index][name] += float(np.sum(r * r))
-                noise[index][name] += float(np.sum((r - c) ** 2))
+                error = (
+                    r - c if r.shape == c.shape else r
+                )  # what selects gave another number: nothing is alike
+                noise[index][name] += float(np.sum(error**2))
             before = {name: np.array(after[name]) for name in names}
     return [
         {name: float(decibels(np.float64(s[name]), np.float64(n[name]))) for name in names}

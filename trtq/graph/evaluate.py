@@ -69,7 +69,7 @@ def _fold(body: gs.Graph, root: gs.Graph, size_threshold: int | None) -> None:
     while folder.fold() or _inline_branches(body, root):
         pass
     for node in body.nodes:
-        for inner in _bodies(node):
+        for inner in bodies(node):
             _fold(inner, root, size_threshold)
 
 
@@ -108,7 +108,7 @@ class _Folder:
         known: dict[int, gs.Node] = {}
         made: set[int] = set()
         for node in self._body.nodes:
-            if id(node) in self._left or not all(_is_known(t, made) for t in _reads(node)):
+            if id(node) in self._left or not all(_is_known(t, made) for t in reads(node)):
                 continue
             size = _expanded_bytes(node)
             if not _is_foldable(node) or self._is_output(node) or (size or 0) > self._limit(node.inputs):
@@ -136,7 +136,7 @@ class _Folder:
 
     def _keep(self, known: Sequence[gs.Node], results: dict[int, Any]) -> None:
         """Replace the nodes that make results by these, where they are arrays of a fitting size."""
-        limit = self._limit([tensor for node in known for tensor in _reads(node)])
+        limit = self._limit([tensor for node in known for tensor in reads(node)])
         for node in known:
             values = [results.get(id(tensor)) for tensor in node.outputs]
             found = [value for value in values if value is not None]
@@ -148,7 +148,7 @@ class _Folder:
     def _fold_one_by_one(self, known: Sequence[gs.Node]) -> None:
         """Fold what can be folded of nodes that cannot be evaluated together."""
         for node in known:
-            if any(isinstance(t, gs.Variable) and t.name for t in _reads(node)):
+            if any(isinstance(t, gs.Variable) and t.name for t in reads(node)):
                 self._left[id(node)] = node
                 continue
             results = _evaluate([node], [t for t in node.outputs if t.name], self._root, alone=True)
@@ -321,7 +321,7 @@ def _is_foldable(node: gs.Node) -> bool:
         return False
     if not all(_is_numpy(node.attrs[name]) for name in ("to", "dtype") if name in node.attrs):
         return False
-    return all(_is_foldable(inner) for body in _bodies(node) for inner in body.nodes)
+    return all(_is_foldable(inner) for body in bodies(node) for inner in body.nodes)
 
 
 def _is_numpy(kind: Any) -> bool:
@@ -341,16 +341,16 @@ def _nbytes(constant: gs.Constant) -> int:
     return prod(constant.shape) * np.dtype(constant.dtype).itemsize if is_plain(constant) else 0
 
 
-def _bodies(node: gs.Node) -> Iterator[gs.Graph]:
+def bodies(node: gs.Node) -> Iterator[gs.Graph]:
     yield from (value for value in node.attrs.values() if isinstance(value, gs.Graph))
 
 
-def _reads(node: gs.Node) -> Iterator[gs.Tensor]:
+def reads(node: gs.Node) -> Iterator[gs.Tensor]:
     """What a node reads, and what its bodies take from outside."""
     yield from node.inputs
-    for body in _bodies(node):
+    for body in bodies(node):
         own = {id(t) for t in body.inputs} | {id(t) for inner in body.nodes for t in inner.outputs}
-        read = [t for inner in body.nodes for t in _reads(inner)]
+        read = [t for inner in body.nodes for t in reads(inner)]
         yield from (t for t in (*read, *body.outputs) if id(t) not in own)
 
 

@@ -88,7 +88,9 @@ class Migration:
         lines = [f"engine: {self.coverage.text()}"]
         for pair, outputs in self.agreement.items():
             lines += [
-                f"{pair}: {name} {s.sqnr_db:.1f} dB, cosine {s.cosine:.6f}" for name, s in outputs.items()
+                f"{pair}: {name} {s.sqnr_db:.1f} dB, cosine {s.cosine:.6f}"
+                + (f"; {s.not_compared} rows differ in shape and are left out" if s.not_compared else "")
+                for name, s in outputs.items()
             ]
         for reference, verdict in (("the table", self.against_table), ("fp32", self.verdict)):
             lines += [f"against {reference}: {verdict.text()}"] if verdict is not None else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def attempt(
     console.say("engine", _engine_text(build, covered))
     comparable = build is not None and not View.of(job.model.graph).walls
     on_gpu = comparable and engine_runs_here(folder / "model.plan", recipe.plugin_lib, console)
-    accuracy = evaluation.verdict(folder / ("model.plan" if on_gpu else "model.int8.onnx"))
+    accuracy = evaluation.verdict(folder / ("model.plan" if on_gpu else "model.int8.onnx"), final=False)
     on_engine: tuple[Check, ...] = ()
     if build is not None and recipe.min_int8 is not None:
         on_engine = (share_check(covered, recipe.min_int8),)
@@ -146,6 +146,18 @@ def attempt(
     console.say(step, verdict.headline())
     seconds = time.perf_counter() - started
     return Attempt(step, quantization, folder, build, covered, accuracy, on_engine, verdict, seconds)
+
+
+def with_interval(kept: Attempt, evaluation: Evaluation) -> Attempt:
+    """The attempt with the interval of its drop, which only the one that is kept is worth where it has to be
+    resampled."""
+    if kept.accuracy.draws != 0:
+        return kept
+    on_engine = kept.accuracy.executor == "engine"
+    accuracy = evaluation.verdict(kept.folder / ("model.plan" if on_engine else "model.int8.onnx"))
+    refused = [check for check in kept.verdict.checks if check.name == ENGINE_BUILT]
+    verdict = evaluation.published(accuracy).with_checks(*kept.on_engine, *refused)
+    return replace(kept, accuracy=accuracy, verdict=verdict)
 
 
 def _build_or_refusal(job: Job, plan: Plan, folder: Path) -> Build | BuildError:

@@ -99,11 +99,11 @@ def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | No
         min_sqnr: the SQNR in dB that every output has to reach, too.
     """
     ratio = 1.0
-    if verdict.relative_drop is None or verdict.relative_interval is None:
+    if verdict.relative_drop is None:
         ratio = 1 / 16
     else:
         drop = verdict.relative_drop
-        error = verdict.relative_interval[1] - drop
+        error = verdict.relative_interval[1] - drop if verdict.relative_interval else 0.0
         error *= 1.0 if confidence is not None else 0.5
         if drop + error > verdict.max_drop:
             drop = max(drop, 1e-6)

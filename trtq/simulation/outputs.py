@@ -1,14 +1,15 @@
 """A model's outputs on every row of the samples, of an ONNX model as simulated on the CPU.
 
-Rows run batch by batch, so that memory holds one batch and the outputs.
+Rows run batch by batch, so that memory holds one batch and the outputs. A model whose outputs do not have a
+row for each row of the batch (boxes behind a NonMaxSuppression, sequences first, a scalar) runs on one row at
+a time.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtq.console import Advance
-from trtq.data.batches import Arrays, Batch, batches
+from trtq.data.batches import Arrays, Batch, batches, single_rows
 from trtq.data.samples import Samples
-from trtq.errors import InputError
+from trtq.errors import InputError, TrtqError
 from trtq.simulation.rows import Runner
 from trtq.simulation.states import following, step_by_step
+from trtq.simulation.values import Values, joined, nbytes, packed, unpacked
 from trtq.simulation.workers import KEPT_BYTES, Shipped, Work, cut
 
 Executor = Literal["engine", "simulation"]
@@ -34,32 +36,29 @@ DEFAULT_BATCH_SIZE = 16
 class Outputs:
     """A model's outputs, rows in the samples' order, and what computed them."""
 
-    arrays: Arrays
+    arrays: dict[str, Values]
     executor: Executor
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(array.nbytes for array in self.arrays.values())
+        return sum(map(nbytes, self.arrays.values()))
 
     @classmethod
-    def concatenated(cls, parts: Sequence[Outputs], model: str | Path) -> Outputs:
-        """The outputs of consecutive parts of the samples as those of all of them.
-
-        Raises:
-            InputError: an output's shape changes from part to part.
-        """
-        names = list(parts[0].arrays)
-        for name, part in itertools.product(names, parts):
-            _check_shape(name, part.arrays[name], parts[0].arrays[name], model)
-        arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in names}
+    def concatenated(cls, parts: Sequence[Outputs]) -> Outputs:
+        """The outputs of consecutive parts of the samples as those of all of them."""
+        arrays = {name: joined([part.arrays[name] for part in parts]) for name in parts[0].arrays}
         return cls(arrays, parts[0].executor)
 
     def to_bytes(self) -> bytes:
         """An `.npz`; equal outputs give equal bytes."""
         buffer = io.BytesIO()
         stored: dict[str, Any] = {"names": np.array(list(self.arrays)), "executor": np.array(self.executor)}
-        stored |= {f"output.{name}": array for name, array in self.arrays.items()}
+        for name, values in self.arrays.items():
+            if isinstance(values, np.ndarray):
+                stored[f"output.{name}"] = values
+            else:
+                stored |= {f"{part}.{name}": array for part, array in packed(values).items()}
         np.savez(buffer, **stored)
         return buffer.getvalue()
 
@@ -67,7 +66,12 @@ class Outputs:
     def from_bytes(cls, content: bytes) -> Outputs:
         """The inverse of `to_bytes`."""
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            arrays = {name: stored[f"output.{name}"] for name in stored["names"].tolist()}
+            arrays: dict[str, Values] = {
+                name: stored[f"output.{name}"]
+                if f"output.{name}" in stored
+                else unpacked({part: stored[f"{part}.{name}"] for part in ("values", "ranks", "sizes")})
+                for name in stored["names"].tolist()
+            }
             return cls(arrays, "engine" if str(stored["executor"]) == "engine" else "simulation")
 
 
@@ -115,8 +119,8 @@ def run_model(
         runner: of the model; None: one for this call.
 
     Raises:
-        InputError: the model does not load, does not take these inputs or this batch size, or has
-            outputs that cannot be put together row by row.
+        InputError: the model does not load, does not take these inputs or this batch size, or fixes a batch
+            of several rows and has outputs that cannot be told apart row by row.
     """
     if len(samples) == 0:
         raise InputError("the data has no rows")
@@ -126,7 +130,8 @@ def run_model(
     if batch_size is None:
         parts = runner.taken(parts)
     run = following(functools.partial(runner.on, samples=samples), samples)
-    return Outputs(gathered(run, parts, len(samples), model, progress), "simulation")
+    found = gathered(run, parts, len(samples), model, progress, apart=runner.apart)
+    return Outputs(found, "simulation")
 
 
 def run_sharded(
@@ -148,7 +153,7 @@ def run_sharded(
         shipped = Shipped.of(model, pool)
         task = functools.partial(_outputs_of_shipped, shipped, pool.threads(threads), batch_size)
     parts = {index: Outputs.from_bytes(content) for index, content in work.results(task, shards)}
-    outputs = Outputs.concatenated([parts[index] for index in range(len(shards))], model)
+    outputs = Outputs.concatenated([parts[index] for index in range(len(shards))])
     work.store(outputs.to_bytes() if outputs.nbytes <= KEPT_BYTES else None, shards)
     return outputs
 
@@ -159,34 +164,140 @@ def gathered(
     total: int,
     model: str | Path,
     progress: Callable[[int], object] | None = None,
-) -> Arrays:
-    """What a model makes of all batches, one after the other: output name -> array, rows first.
+    *,
+    apart: Collection[str] = (),
+) -> dict[str, Values]:
+    """What a model makes of all batches, one after the other: output name -> values, rows first.
+
+    Where an output does not have a row for each row of the first batch, the rows run one by one, and what the
+    model then gives is the row's value as it stands.
 
     Args:
         total: rows in all.
         model: its file, for messages.
+        apart: outputs whose first axis is not the rows, whatever their size.
 
     Raises:
-        InputError: there are not as many rows, or an output cannot be put together row by row.
+        InputError: there are not as many rows, or an output cannot be told apart row by row.
     """
-    arrays: Arrays = {}
-    done = 0
-    for batch in parts:
+    columns, done = Columns(total, model, apart), 0
+    for batch, outputs in _told_apart(run, parts, apart):
         done += batch.rows
         if done > total:
             break
-        for name, output in run(batch).items():
-            if batch.rows + batch.padding == 1 and output.shape[:1] != (1,):
-                output = np.asarray(output)[None]  # the row's value as it stands
-            _check_output(name, output, batch.rows + batch.padding, arrays.get(name), model)
-            if name not in arrays:
-                arrays[name] = np.empty((total, *output.shape[1:]), output.dtype)
-            arrays[name][batch.start : batch.start + batch.rows] = output[: batch.rows]
+        columns.add(batch, outputs)
         if progress is not None:
             progress(batch.rows)
     if done != total:
         raise InputError(f"the data did not give the {total} rows that it says it has")
-    return arrays
+    return columns.values
+
+
+def _told_apart(
+    run: Callable[[Batch], Arrays], parts: Iterable[Batch], apart: Collection[str]
+) -> Iterator[tuple[Batch, Arrays]]:
+    """The batches with their outputs, or the rows with theirs where the first batch of several needs that."""
+    seen, rows_of = False, None
+    for batch in parts:
+        outputs = None
+        if batch.rows > 1 and not seen:
+            seen, outputs = True, run(batch)
+            rows_of = _one_by_one(run, batch, outputs, apart)
+        if rows_of is not None:
+            yield from ((row, run(row)) for row in rows_of(batch))
+        else:
+            yield batch, run(batch) if outputs is None else outputs
+
+
+def _one_by_one(
+    run: Callable[[Batch], Arrays], batch: Batch, outputs: Arrays, apart: Collection[str]
+) -> Callable[[Batch], Iterable[Batch]] | None:
+    """How the rows of a batch run one by one, or None where they need not: every output of the batch has a
+    row for each of its rows, and one of that shape for a row alone (as many boxes, or time steps, may be
+    there by chance). A model that does not run on one row gets copies of it."""
+    size = batch.rows + batch.padding
+    by_row = all(o.ndim and len(o) == size and name not in apart for name, o in outputs.items())
+    try:
+        alone = run(next(single_rows(batch)))
+    except TrtqError:
+        return None if by_row else functools.partial(single_rows, filled=True)
+    if by_row and all(alone[name].shape == (1, *output.shape[1:]) for name, output in outputs.items()):
+        return None
+    return single_rows
+
+
+class NotByRowError(InputError):
+    """An output that does not have a row for each row of a batch."""
+
+    def __init__(self, name: str, output: NDArray, size: int, model: str | Path) -> None:
+        super().__init__(
+            f"output {name!r} does not have one row per sample",
+            file=model,
+            cause=f"its shape is {output.shape} for a batch of {size}",
+            remedy="export the model with a batch of 1 or a dynamic batch",
+        )
+
+
+class Columns:
+    """The values of all outputs as they come, batch by batch.
+
+    Args:
+        total: rows in all.
+        model: its file, for messages.
+        apart: outputs whose first axis is not the rows, whatever their size.
+    """
+
+    def __init__(self, total: int, model: str | Path, apart: Collection[str] = ()) -> None:
+        self._total, self._model, self._apart = total, model, apart
+        self._columns: dict[str, _Column] = {}
+
+    def add(self, batch: Batch, outputs: Arrays) -> None:
+        """Keep what a batch gave.
+
+        Raises:
+            NotByRowError: an output neither has a row for each row of the batch, nor is always the same.
+        """
+        for name, output in outputs.items():
+            column = self._columns.setdefault(name, _Column(self._total))
+            size = batch.rows + batch.padding
+            if output.ndim and len(output) == size and name not in self._apart:
+                column.add(batch, output[: batch.rows])
+            elif size > 1 and not column.is_always(output):
+                raise NotByRowError(name, output, size, self._model)
+            else:
+                column.add(batch, batch.rows * [np.array(output)])
+
+    @property
+    def values(self) -> dict[str, Values]:
+        """Output name -> the values of all rows."""
+        return {name: column.values for name, column in self._columns.items()}
+
+
+class _Column:
+    """The values of one output: in one array of `total` rows as long as they have one shape."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._whole: NDArray | None = None
+        self._parts: list[Values] = []
+
+    def add(self, batch: Batch, part: Values) -> None:
+        if self._whole is None and not self._parts and isinstance(part, np.ndarray):
+            self._whole = np.empty((self._total, *part.shape[1:]), part.dtype)
+        if self._whole is not None:
+            if isinstance(part, np.ndarray) and part.shape[1:] == self._whole.shape[1:]:
+                self._whole[batch.start : batch.start + batch.rows] = part
+                return
+            self._parts, self._whole = [self._whole[: batch.start]] if batch.start else [], None
+        self._parts.append(np.array(part) if isinstance(part, np.ndarray) else part)
+
+    def is_always(self, output: NDArray) -> bool:
+        """Whether every row so far gave this."""
+        return self._whole is None and all(np.array_equal(part[0], output) for part in self._parts[:1])
+
+    @property
+    def values(self) -> Values:
+        return joined(self._parts) if self._whole is None else self._whole
 
 
 def batches_for(
@@ -209,31 +320,6 @@ def batches_for(
         return step_by_step(samples, inputs, limits.lowest)
     rows = ({name: row[name] for name in inputs} for row in samples.rows())
     return batches(rows, 1 if samples.alone else size, limits.lowest, samples.axes)
-
-
-def _check_output(
-    name: str, output: NDArray, batch: int, collected: NDArray | None, model: str | Path
-) -> None:
-    """Refuse an output that does not have a row per row of the batch, of the shape seen before."""
-    if output.ndim == 0 or len(output) != batch:
-        raise InputError(
-            f"output {name!r} does not have one row per sample",
-            file=model,
-            cause=f"its shape is {output.shape} for a batch of {batch}",
-            remedy="give every output of the model a leading batch axis",
-        )
-    if collected is not None:
-        _check_shape(name, output, collected, model)
-
-
-def _check_shape(name: str, output: NDArray, collected: NDArray, model: str | Path) -> None:
-    if output.shape[1:] != collected.shape[1:]:
-        raise InputError(
-            f"output {name!r} changes its shape from sample to sample",
-            file=model,
-            cause=f"{collected.shape[1:]} and then {output.shape[1:]}",
-            remedy="pad the samples to one shape",
-        )
 
 
 def _limits(inputs: dict[str, tuple[int | str | None, ...]], samples: Samples) -> BatchLimits:

@@ -71,10 +71,11 @@ class Runner:
     Attributes:
         inputs: name -> shape as the model says; dynamic dimensions are not integers.
         outputs: names of what is computed.
+        apart: those whose first axis cannot be the rows: it is dynamic, and the batch is not.
 
     Args:
         model: a graph, which is not changed; an ONNX file; or a serialized model.
-        outputs: names of any tensors to compute; default: the model's outputs.
+        outputs: names of any tensors to compute; default: the model's outputs that are not its inputs.
         threads: within an operator; None: all processors. More than 1 only where one batch runs at a time.
         weights: see `simulation_session`.
         reuse: a thread's outputs lie in memory that its next run overwrites, which saves the time that the
@@ -101,7 +102,14 @@ class Runner:
         else:
             self._session = simulation_session(model, threads, outputs, weights)
         self.inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
-        self.outputs = tuple(outputs or (item.name for item in self._session.get_outputs()))
+        every = [item.name for item in self._session.get_outputs()]
+        self.outputs = tuple(outputs or [name for name in every if name not in self.inputs] or every)
+        fixed = all(shape and isinstance(shape[0], int) for shape in self.inputs.values())
+        self.apart = frozenset(
+            item.name
+            for item in self._session.get_outputs()
+            if fixed and item.shape and not isinstance(item.shape[0], int)
+        )
         self._buffers = threading.local() if reuse else None
         self._tried: tuple[Arrays, Arrays] | None = None
 
@@ -188,14 +196,14 @@ class Runner:
 def taken(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches, or their rows one by one where the model runs on those only.
 
-    That is so where the first batch of several rows fails and its first row alone does not, or where an
-    output that has one entry for a row alone does not have as many as the batch has rows: a model that was
-    exported with a batch of 1 may have that inside although its input's first axis is dynamic.
+    That is so where the first batch of several rows fails and its first row alone does not: a model that was
+    exported with a batch of 1 may have that inside although its input's first axis is dynamic. It is so, too,
+    where an output does not have one entry for each row.
     """
     several: bool | None = None
     for batch in batches:
         if several is None and batch.rows > 1:
-            several = _takes(run, batch)
+            several = _takes(run, batch, by_row=True)
         if several is False:
             yield from single_rows(batch)
         else:
@@ -216,21 +224,31 @@ def runs_on_several(model: gs.Graph, samples: Samples) -> bool:
         return True
 
 
-def _takes(run: Run, batch: Batch) -> bool:
+def _takes(run: Run, batch: Batch, *, by_row: bool = False) -> bool:
+    """Whether a model runs on a batch: what has one entry for a row alone has one for each of its rows.
+
+    Args:
+        by_row: every output has to have one, as many by chance not counted.
+    """
     size = batch.rows + batch.padding
     try:
         together = run(batch.feed)
     except Exception:  # the size is not to blame if single rows fail, too: the run itself reports it
         together = None
-    if together is not None and all(_length(array) == size for array in together.values()):
+    if together is not None and not by_row and all(_length(array) == size for array in together.values()):
         return True
     try:
         alone = run(next(single_rows(batch)).feed)
     except Exception:
         return True
-    return together is not None and all(
-        _length(array) != 1 or _length(together[name]) == size for name, array in alone.items()
-    )
+    if together is None:
+        return False
+    if by_row:
+        return all(
+            together[name].shape == (size, *array.shape[1:]) and _length(array) == 1
+            for name, array in alone.items()
+        )
+    return all(_length(array) != 1 or _length(together[name]) == size for name, array in alone.items())
 
 
 def _length(array: Any) -> int | None:

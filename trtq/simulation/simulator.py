@@ -33,10 +33,13 @@ from trtq.graph.model import QDQ_OPS, export
 from trtq.graph.place import leave_out
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.graph.selecting import measured_tensors
 from trtq.numerics import dequantize
 from trtq.simulation.finite import check_reference, first_not_finite, with_references
+from trtq.simulation.outputs import Columns
 from trtq.simulation.rows import Runner, Workers, taken
 from trtq.simulation.similarity import Reference, noise_db, scored
+from trtq.simulation.values import AllValues, Values
 
 BATCH = 4
 """Rows at once; larger batches leave the processor's cache and are slower."""
@@ -65,7 +68,7 @@ class Scorer(Protocol):
     def fingerprint(self) -> str:
         """Equal for scorers that compute the same."""
 
-    def value(self, outputs: Arrays, targets: Arrays, reference: Arrays | None = None) -> float:
+    def value(self, outputs: AllValues, targets: Arrays, reference: AllValues | None = None) -> float:
         """One number for all rows, higher is better; `reference` holds the fp32 model's outputs."""
 
 
@@ -132,13 +135,14 @@ class Simulator:
         self._float = self._pass(frozenset())
         self._expected = self._float.outputs if teacher is None else self._taught(teacher)
         for batch, arrays in zip(self._batches, self._expected, strict=True):
-            check_reference(arrays, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
-        self._scored = scored(self._expected[0])
+            outputs = {name: arrays[name] for name in self._program.final}
+            check_reference(outputs, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
+        self._scored = scored({name: self._expected[0][name] for name in self._program.measured})
         self._measured_against = Reference(list(self._own_rows(self._expected)))
         self._whole: _Pass | None = None
 
     @cached_property
-    def reference(self) -> Arrays:
+    def reference(self) -> dict[str, Values]:
         """The fp32 model's outputs, all rows of each.
 
         Raises:
@@ -146,12 +150,12 @@ class Simulator:
         """
         return self._joined(self._expected)
 
-    def outputs(self, plan: Plan) -> Arrays:
+    def outputs(self, plan: Plan) -> dict[str, Values]:
         """The outputs with a plan, all rows of each.
 
         Raises:
-            InputError: the plan is not part of the quantization's, or an output changes its shape from row to
-                row.
+            InputError: the plan is not part of the quantization's, or the model fixes a batch of several rows
+                and an output does not have a row for each of them.
         """
         return self._joined(self._run(plan))
 
@@ -274,34 +278,16 @@ class Simulator:
         return list(runner.over(self.samples, batches, named, workers=self.workers))
 
     def _own_rows(self, found: Sequence[Arrays]) -> Iterator[Arrays]:
-        """The scored outputs of every batch, without the rows that only fill up a fixed batch.
-
-        Raises:
-            InputError: the shape of an output depends on its values.
-        """
-        for batch, expected, arrays in zip(self._batches, self._expected, found, strict=True):
-            for name in self._scored:
-                if expected[name].shape != arrays[name].shape:
-                    raise InputError(
-                        f"output '{name}' changes its shape with its values",
-                        cause=f"it is {expected[name].shape} in fp32 and {arrays[name].shape} in INT8",
-                        remedy="end the model before what selects, such as NonZero or NonMaxSuppression",
-                    )
+        """The scored outputs of every batch, without the rows that only fill up a fixed batch."""
+        for batch, arrays in zip(self._batches, found, strict=True):
             yield {name: batch.own(arrays[name]) for name in self._scored}
 
-    def _joined(self, found: Sequence[Arrays]) -> Arrays:
+    def _joined(self, found: Sequence[Arrays]) -> dict[str, Values]:
         """All rows of every output."""
-        joined = {}
-        for name in self._program.outputs:
-            parts = [b.own(a[name]) for b, a in zip(self._batches, found, strict=True)]
-            if len({part.shape[1:] for part in parts}) > 1:
-                raise InputError(
-                    f"output '{name}' changes its shape from sample to sample",
-                    file=self.samples.source,
-                    remedy="pad the samples to one shape",
-                )
-            joined[name] = np.concatenate(parts)
-        return joined
+        columns = Columns(len(self.samples), self.samples.source)
+        for batch, arrays in zip(self._batches, found, strict=True):
+            columns.add(batch, {name: arrays[name] for name in self._program.final})
+        return columns.values
 
 
 @dataclass(frozen=True)
@@ -318,7 +304,9 @@ class _Program:
 
     Attributes:
         nodes: of the float graph.
-        outputs: names of the graph's outputs, as far as they can be computed (`graph.foreign.View`).
+        final: names of the graph's outputs, as far as they can be computed (`graph.foreign.View`).
+        measured: names of the tensors that noise is measured on (`selecting.measured_tensors`).
+        outputs: both, without repeats.
         quantized: (node, index of input) -> the tensor that the input reads when it is quantized.
         changing: positions of the nodes with such inputs.
     """
@@ -328,7 +316,9 @@ class _Program:
         rewritten = quantization.rewritten()
         plain, full = export(graph), export(rewritten)
         self.nodes = [_copy(node) for node in plain.graph.node]
-        self.outputs = list(View.of(plain.graph).outputs)
+        self.final = list(View.of(plain.graph).outputs)
+        self.measured = measured_tensors(graph)
+        self.outputs = list(dict.fromkeys([*self.final, *self.measured]))
         opsets = [onnx.helper.make_opsetid(opset.domain, opset.version) for opset in plain.opset_import]
         self._header = {"opset_imports": opsets, "ir_version": plain.ir_version}
         self._position = {node.name: position for position, node in enumerate(self.nodes)}

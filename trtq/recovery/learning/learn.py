@@ -33,6 +33,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.graph.selecting import up_to_measured
 from trtq.graph.weights import is_plain
 from trtq.recipe import Recipe
 from trtq.simulation.finite import check_reference
@@ -179,10 +180,11 @@ class _Run:
 
         self.given, self.device, self.ignore_nonfinite = quantization, device, recipe.ignore_nonfinite
         self.start = quantization = quantization.with_corrections_inside()
-        self.pupil: Pupil = Pupil(quantization, device)
-        self.biases = {name: self.pupil.make_trainable(name) for name in _biases(quantization.graph)}
+        part = up_to_measured(quantization.graph)
+        self.pupil: Pupil = Pupil(replace(quantization, graph=part), device)
+        self.biases = {name: self.pupil.make_trainable(name) for name in _biases(part)}
         self.codes = _own_weights(quantization)
-        self.teacher = TorchGraph(teacher).to(device)
+        self.teacher = TorchGraph(up_to_measured(teacher)).to(device)
         fitting, held_back = fitting.spread(MOST_ROWS), held_back.spread(MOST_ROWS)
         outputs = [tensor.name for tensor in quantization.graph.outputs]
         if (labels := recipe.labels) is not None and (len(outputs) != 1 or outputs != self.pupil.outputs):
