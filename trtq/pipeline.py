@@ -176,7 +176,7 @@ def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantizati
     """The recipe's model with scales from a table, which must have all that the plan needs."""
     given = _read_table(table, console)
     if recipe.plan is None:
-        source = load_source(recipe.require("model").model, rest=recipe.rest)
+        source = load_source(recipe.require("model").model, rest=recipe.rest, feeding=recipe.feeding)
         quantization, fit = quantize_with_table(
             source, given, include=recipe.include, exclude=recipe.exclude, rest=recipe.rest
         )

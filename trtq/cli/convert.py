@@ -72,7 +72,7 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     from trtq.migration.to_qdq import converted
 
     required = recipe.require("model", "output")
-    source = load_source(required.model, rest=recipe.rest)
+    source = load_source(required.model, rest=recipe.rest, feeding=recipe.feeding)
     samples = None
     if recipe.data is not None:
         cache = open_cache(recipe, console)

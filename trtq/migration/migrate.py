@@ -190,7 +190,7 @@ class _Given:
     @classmethod
     def open(cls, recipe: Recipe, file: PathLike, encoding: str, console: Console) -> _Given:
         """Read the model, the table and the data, and score the reference where there is a metric."""
-        source = load_source(recipe.require("model").model, rest=recipe.rest)
+        source = load_source(recipe.require("model").model, rest=recipe.rest, feeding=recipe.feeding)
         table = read_table(file, encoding)
         model = source.model
         if "caution" in table.metadata:
