@@ -81,6 +81,7 @@ def test_the_gate_runs_whole_sequences(tmp_path: Path) -> None:
     )
     assert done.code == 0, done.err
     verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert "30 evaluation rows are 3 sequences" in verdict["warnings"][0]
     with np.load(tmp_path / "eval.npz") as data:
         fp32, quantized = (
             stream(m, data["x"], data["sequence"], ("x", "h", "y", "hn"), np.zeros((1, 32), np.float32))
@@ -113,6 +114,40 @@ def test_the_engine_takes_the_shapes_of_both_data_sets(tmp_path: Path) -> None:
     assert profile["h"] == Range((2, 1, 4), (2, 1, 4), (2, 1, 4))
     several = Job.open(replace(recipe, batch=8), SILENT).profile
     assert (several["x"].opt[0], several["h"].opt) == (8, (2, 8, 4))
+
+
+def test_a_table_for_a_model_with_a_fixed_input(tmp_path: Path) -> None:
+    """The rate decides an If and is 16 in all data; the table needs the recipe that says so, too."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]>
+        g (float[N,16] x, int64 rate) => (float[N,20] y) <int64 sixteen = {16}> {
+          wide = Equal(rate, sixteen)
+          y = If(wide) <
+            then_branch = t () => (float[N,20] a) { a = MatMul(x, w) },
+            else_branch = e () => (float[N,20] b) { b = MatMul(x, v) }
+          >
+        }"""
+    )
+    for name in "wv":
+        values = RANDOM.normal(size=(16, 20)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    onnx.save(proto, model := tmp_path / "model.onnx")
+    x = RANDOM.normal(size=(20, 16)).astype(np.float32)
+    np.savez(tmp_path / "calib.npz", x=x, rate=np.full(20, 16))
+    (tmp_path / "recipe.toml").write_text("[inputs.rate]\nvalue = 16\n")
+    table, int8 = tmp_path / "t.cache", tmp_path / "int8.onnx"
+    done = trtq_command(
+        *("calibrate", model, "--data", tmp_path / "calib.npz", "--method", "max", "-o", table)
+    )
+    assert done.code == 0, done.err
+    assert "'rate' is 16 in all data" in done.err
+    assert "with the same [inputs]" in trtq_command("quantize", model, "--table", table, "-o", int8).err
+    recipe = ("--recipe", tmp_path / "recipe.toml")
+    done = trtq_command("quantize", model, "--table", table, *recipe, "-o", int8)
+    assert done.code == 0, done.err
+    (found,) = session(int8).run(None, {"x": x})
+    (expected,) = session(model).run(None, {"x": x, "rate": np.array(16)})
+    assert 30 < sqnr_db([expected], [found]) < 60
 
 
 # --- Silero VAD ---------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def build_implicit(
             remedy="use --backend tensorrt (8.6 to 10.16), or quantize explicitly: trtq quantize --table",
         )
     recipe = for_builder(recipe, implicit=True)
-    source = load_source(recipe.require("model").model)
+    source = load_source(recipe.require("model").model, feeding=recipe.feeding)
     model, notes = source.model, tuple[str, ...]()
     data = _data(recipe, model)
     profile = profile_for(model, recipe, data)

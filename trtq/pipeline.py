@@ -206,7 +206,7 @@ def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantizati
     given = _read_table(table, console)
     references.use(recipe.op_reference)
     if recipe.plan is None:
-        source = load_source(recipe.require("model").model, rest=recipe.precision)
+        source = load_source(recipe.require("model").model, rest=recipe.precision, feeding=recipe.feeding)
         quantization, fit = quantize_with_table(
             source,
             given,

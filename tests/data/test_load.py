@@ -109,6 +109,14 @@ def test_a_folder_of_npz_in_the_order_of_names(tmp_path: Path) -> None:
     assert samples.row_shapes() == {"x": [(3,)] * len(X) + [(5,)] * 2}
 
 
+def test_a_folder_of_npz_with_preprocessing(tmp_path: Path) -> None:
+    for name, part in (("a", slice(0, 1)), ("b", slice(1, 3))):
+        np.savez(tmp_path / f"{name}.npz", images=PIXELS[part], label=LABELS[part])
+    samples = load_samples(str(tmp_path), IMAGE, parsed(input={"from": "images", **OPTIONS}))
+    np.testing.assert_allclose(stacked(samples, "input"), EXPECTED, rtol=0, atol=1e-6)
+    assert samples.targets["label"].tolist() == LABELS[:3].tolist()
+
+
 def test_what_can_be_wrong_with_an_npz(tmp_path: Path, npz: Path) -> None:
     bad = tmp_path / "bad.npz"
     assert "does not exist" in message_of(tmp_path / "none.npz", [vector()])

@@ -190,7 +190,7 @@ class Table:
                 "the table was made for another model",
                 file=file,
                 cause=f"it is for {str(made_for)[:16]}…, this one is {model[:16]}…",
-                remedy="give that model, or calibrate this one",
+                remedy="give that model, with the same [inputs] values, or calibrate this one",
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     required = recipe.require("model", "output")
     if recipe.rest == "auto":
         recipe = dataclasses.replace(recipe, rest="fp32")
-    source = load_source(required.model, rest=recipe.precision)
+    source = load_source(required.model, rest=recipe.precision, feeding=recipe.feeding)
     samples = None
     if recipe.data is not None:
         cache = open_cache(recipe, console)

@@ -203,7 +203,7 @@ class _Given:
     def open(cls, recipe: Recipe, file: PathLike, encoding: str, console: Console) -> _Given:
         """Read the model, the table and the data, and score the reference where there is a metric."""
         references.use(recipe.op_reference)
-        source = load_source(recipe.require("model").model, rest=recipe.precision)
+        source = load_source(recipe.require("model").model, rest=recipe.precision, feeding=recipe.feeding)
         table = read_table(file, encoding)
         model = source.model
         if "caution" in table.metadata:

@@ -10,8 +10,10 @@ import onnx_graphsurgeon as gs
 
 from trtq.calibration.collect import collect
 from trtq.calibration.table import Table
+from trtq.data.feeding import NO_FEEDING, Feeding
 from trtq.data.samples import Samples
 from trtq.files import PathLike
+from trtq.graph.fixed import with_fixed
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import FLOATS, MOVING_OPS, only_moved
@@ -84,13 +86,17 @@ class Source:
             yield tensor
 
 
-def load_source(path: PathLike, *, rest: str = "fp32") -> Source:
+def load_source(path: PathLike, *, rest: str = "fp32", feeding: Feeding = NO_FEEDING) -> Source:
     """The fp32 model that a table belongs to, before and after folding.
 
+    Args:
+        feeding: its inputs of a fixed value are constants.
+
     Raises:
-        InputError: as `load_model`.
+        InputError: as `load_model`, or a value does not suit its input.
     """
     model = load_model(path, opset=FP16_SCALE_OPSET if rest == "fp16" else LOWEST_OPSET)
+    model = with_fixed(model, feeding.constants(model.inputs))
     original = model.graph.copy()
     fold(model.graph)
     return Source(model, original)
