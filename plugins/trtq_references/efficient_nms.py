@@ -2,7 +2,9 @@
 
 All pairs of a box and a class whose score reaches the threshold are sorted by score; the best 4096 are gone
 through in that order, and each that is kept drops the later ones (of its class) that overlap it by the IoU
-threshold or more. Equal scores keep the order of the boxes, which the plugin leaves open.
+threshold or more. Equal scores keep the order of the boxes, which the plugin leaves open. By its source, the
+plugin's kernel for thresholds below 0.007 may fill free places with boxes below the threshold, of score
+-32768; its documentation says that they are removed, as they are here.
 """
 
 from __future__ import annotations
