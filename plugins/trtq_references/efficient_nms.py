@@ -2,7 +2,9 @@
 
 All pairs of a box and a class whose score reaches the threshold are sorted by score; the best 4096 are gone
 through in that order, and each that is kept drops the later ones (of its class) that overlap it by the IoU
-threshold or more. Equal scores keep the order of the boxes, which the plugin leaves open.
+threshold or more. Equal scores keep the order of the boxes, which the plugin leaves open. By its source, the
+plugin's kernel for thresholds below 0.007 may fill free places with boxes below the threshold, of score
+-32768; its documentation says that they are removed, as they are here.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ MOST_CANDIDATES = 4096
 CORNERS, CENTER_SIZE = 0, 1
 """Values of `box_coding`."""
 
-Kept = list[tuple[int, int]]
-"""Box and class of every detection of an image, best first."""
+Pairs = NDArray[np.intp]
+"""Boxes and classes (n, 2) of an image, best first."""
 
 
 def EfficientNMS_TRT(
@@ -50,7 +52,7 @@ def EfficientNMS_TRT(
     """
     batch, count, classes = scores.shape[:3]
     scores = scores.reshape(batch, count, classes)
-    boxes = _as_corners(boxes.reshape(batch, count, -1, 4), anchors, box_coding)
+    boxes = _as_corners(_by_class(boxes), anchors, box_coding)
     if score_activation:
         scores = _sigmoid(scores)
     numbers = np.zeros((batch, 1), np.int32)
@@ -59,13 +61,13 @@ def EfficientNMS_TRT(
     found_classes = np.zeros((batch, max_output_boxes), np.int32)
     for image in range(batch):
         candidates = _candidates(scores[image], score_threshold, background_class)
-        kept = _suppressed(boxes[image], candidates, iou_threshold, agnostic=bool(class_agnostic))
-        kept = kept[:max_output_boxes]
-        numbers[image] = len(kept)
-        for row, (box, label) in enumerate(kept):
-            found_boxes[image, row] = _box(boxes[image], box, label)
-            found_scores[image, row] = scores[image, box, label]
-            found_classes[image, row] = label
+        agnostic = bool(class_agnostic)
+        kept = _suppressed(boxes[image], candidates, iou_threshold, max_output_boxes, agnostic=agnostic)
+        number, (rows, labels) = len(kept), kept.T
+        numbers[image] = number
+        found_boxes[image, :number] = _of_pairs(boxes[image], kept)
+        found_scores[image, :number] = scores[image, rows, labels]
+        found_classes[image, :number] = labels
     return numbers, found_boxes, found_scores, found_classes
 
 
@@ -91,47 +93,50 @@ def EfficientNMS_ONNX_TRT(
         (batch * max_output_boxes_per_class, 3).
     """
     most = max_output_boxes_per_class
-    corners = _as_corners(boxes.reshape(*boxes.shape[:2], -1, 4), None, center_point_box)
+    corners = _as_corners(_by_class(boxes), None, center_point_box)
     rows: list[tuple[int, int, int]] = []
     for image in range(len(scores)):
         candidates = _candidates(scores[image], score_threshold, -1)
-        kept = _suppressed(corners[image], candidates, iou_threshold, agnostic=False)
-        rows += [(image, label, box) for box, label in kept[:most]]
+        kept = _suppressed(corners[image], candidates, iou_threshold, most, agnostic=False)
+        rows += [(image, int(label), int(box)) for box, label in kept]
     rows += [rows[-1] if rows else (-1, -1, -1)] * (len(scores) * most - len(rows))
     return np.array(rows, np.int32)
 
 
-def _candidates(scores: Array, threshold: float, background: int) -> Kept:
-    """Box and class of the scores of an image that reach the threshold, best first."""
+def _by_class(boxes: Array) -> Array:
+    """Boxes with an axis for classes, (batch, boxes, classes or 1, 4)."""
+    return boxes if boxes.ndim == 4 else boxes[:, :, None]
+
+
+def _candidates(scores: Array, threshold: float, background: int) -> Pairs:
+    """The boxes and classes of an image whose scores reach the threshold."""
     counted = scores >= np.float32(threshold)
     if 0 <= background < scores.shape[1]:
         counted[:, background] = False
     places = np.flatnonzero(counted)
     order = np.argsort(-scores.ravel()[places], kind="stable")[:MOST_CANDIDATES]
-    return [(int(place) // scores.shape[1], int(place) % scores.shape[1]) for place in places[order]]
+    return np.stack(np.divmod(places[order], scores.shape[1]), axis=1)
 
 
-def _suppressed(boxes: Array, candidates: Kept, threshold: float, *, agnostic: bool) -> Kept:
-    """The candidates that no better one that was kept overlaps."""
-    coordinates = ordered(np.array([_box(boxes, *each) for each in candidates], np.float32).reshape(-1, 4))
-    labels = np.array([label for _, label in candidates], int)
-    alive = np.ones(len(candidates), bool)
-    kept = []
-    for index, candidate in enumerate(candidates):
-        if alive[index]:
-            kept.append(candidate)
-            later = alive & (np.arange(len(alive)) > index)
-            if not agnostic:
-                later &= labels == labels[index]
-            rivals = np.flatnonzero(later)
-            touching = overlaps(coordinates[index], coordinates[rivals]) >= np.float32(threshold)
-            alive[rivals[touching]] = False
-    return kept
+def _suppressed(boxes: Array, candidates: Pairs, threshold: float, most: int, *, agnostic: bool) -> Pairs:
+    """The candidates that no better one that was kept overlaps, at most so many."""
+    coordinates, labels = ordered(_of_pairs(boxes, candidates)), candidates[:, 1]
+    waiting = np.arange(len(candidates))
+    kept: list[int] = []
+    while len(waiting) and len(kept) < most:
+        best, waiting = waiting[0], waiting[1:]
+        kept.append(int(best))
+        touching = overlaps(coordinates[best], coordinates[waiting]) >= np.float32(threshold)
+        if not agnostic:
+            touching &= labels[waiting] == labels[best]
+        waiting = waiting[~touching]
+    return candidates[kept]
 
 
-def _box(boxes: Array, box: int, label: int) -> Array:
-    """A box of an image, (boxes, classes or 1, 4), for a class."""
-    return np.asarray(boxes[box, label if boxes.shape[1] > 1 else 0])
+def _of_pairs(boxes: Array, pairs: Pairs) -> Array:
+    """The boxes (n, 4) of pairs, from those of an image (boxes, classes or 1, 4)."""
+    rows, labels = pairs.T
+    return np.asarray(boxes[rows, labels if boxes.shape[1] > 1 else 0])
 
 
 def _as_corners(boxes: Array, anchors: Array | None, coding: int) -> Array:

@@ -339,6 +339,19 @@ def test_an_attention_behind_fused_operators_knows_its_sizes(tmp_path: Path) -> 
     assert same(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), {"x": x}, tmp_path)
 
 
+def test_bfloat16_stays_as_it_is(tmp_path: Path) -> None:
+    model = contrib("QuickGelu", {"x": X})
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    cast = onnx.helper.make_node("Cast", ["w"], ["x"], to=onnx.TensorProto.BFLOAT16)
+    model.graph.node.insert(0, cast)
+    model.graph.input[0].CopyFrom(
+        onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, ["N", 4, 8])
+    )
+    graph = folded(model, tmp_path).graph
+    assert [node.op for node in graph.nodes] == ["Cast", "QuickGelu"]
+
+
 def test_what_needs_shapes_from_others_is_expanded_after_them(tmp_path: Path) -> None:
     """The rank of b is known once the convolution is: its height of 1 then goes away."""
     x, w, k = normal(2, 3, 4, 6), normal(5, 3, 4, 1, seed=1), normal(5, 7, seed=2)

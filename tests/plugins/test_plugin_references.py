@@ -132,6 +132,13 @@ def test_efficient_nms_keeps_what_onnx_keeps(center: int) -> None:
         np.testing.assert_array_equal(values[image, : len(kept)], np.array(kept, F))
 
 
+def test_efficient_nms_without_boxes() -> None:
+    empty, scores = np.zeros((2, 0, 4), F), np.zeros((2, 0, 3), F)
+    numbers, found, _, _ = EfficientNMS_TRT(empty, scores, max_output_boxes=2)
+    assert numbers.tolist() == [[0], [0]]
+    assert found.shape == (2, 2, 4)
+
+
 def test_efficient_nms_onnx_without_detections() -> None:
     rows = EfficientNMS_ONNX_TRT(random_boxes(1, 3), np.zeros((1, 3, 2), F), max_output_boxes_per_class=2)
     assert rows.tolist() == [[-1, -1, -1]] * 2

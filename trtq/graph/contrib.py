@@ -62,7 +62,7 @@ def _bodies(graph: gs.Graph) -> list[gs.Graph]:
 
 def _expand(node: gs.Node, body: gs.Graph, write: _Writer) -> bool:
     """Put what stands for a node in its place; whether its form is handled."""
-    results = EXPANSIONS[node.op](node, write)
+    results = EXPANSIONS[node.op](node, write) if write.float in _LOWEST else None
     if results is None:
         write.discard()
         return False
@@ -83,8 +83,8 @@ class _Writer:
         self.nodes: list[gs.Node] = []
         self._opset = opset
         self._names, self._prefix, self._types = names, node.name, types
-        kinds = (self.dtype(tensor) for tensor in node.inputs if tensor.name)
-        self.float = next((k for k in kinds if k is not None and k.kind == "f"), np.dtype(np.float32))
+        kinds = (self._dtype(tensor) for tensor in node.inputs if tensor.name)
+        self.float = next((k for k in kinds if k is not None and k.kind in "fV"), np.dtype(np.float32))
 
     def __call__(self, op: str, *inputs: gs.Tensor, outputs: int = 1, **attributes: Any) -> Any:
         """The output of a new node; a list where it has several."""
@@ -121,14 +121,14 @@ class _Writer:
         """A new list of integers."""
         return self.constant(values, np.int64)
 
-    def dtype(self, tensor: gs.Tensor) -> np.dtype | None:
-        """A tensor's dtype; None where it is not known."""
-        if isinstance(tensor.dtype, int):  # of ONNX, where NumPy has none
-            return None
-        if tensor.dtype is not None:
-            return np.dtype(tensor.dtype)
-        kind = self._types[tensor.name].tensor_type.elem_type if tensor.name in self._types else 0
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else None
+    def _dtype(self, tensor: gs.Tensor) -> np.dtype | None:
+        """A tensor's dtype, of kind V where NumPy has none; None where it is not known."""
+        kind = tensor.dtype
+        if kind is None and tensor.name in self._types:
+            kind = self._types[tensor.name].tensor_type.elem_type
+        if isinstance(kind, int):  # ONNX's number
+            return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else None
+        return None if kind is None else np.dtype(kind)
 
     def shape(self, tensor: gs.Tensor) -> list[int | None] | None:
         """A tensor's shape, None for sizes that are not known; None where nothing is."""
@@ -467,6 +467,7 @@ def _attended(
 
 
 _LOWEST = {np.dtype(np.float32): -1e30, np.dtype(np.float16): -65504.0}
+"""Floating-point types that are handled -> what bars a key from a softmax."""
 
 _UNKNOWN = gs.Variable("a mask of a form that is not handled")
 
