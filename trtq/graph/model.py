@@ -348,19 +348,26 @@ def _check_operators(proto: ModelProto, path: Path) -> None:
 
 
 def _check_ends(graph: onnx.GraphProto, path: Path) -> None:
-    """What goes into the model and comes out of it, and out of its bodies, are tensors."""
+    """What goes into the model and comes out of it are tensors, and nothing in it is optional."""
     bodies = [a.g for node in _all_nodes(graph) for a in node.attribute if a.HasField("g")]
-    ends = [("model input", value) for value in graph.input]
-    ends += [("model output", value) for value in graph.output]
-    ends += [("a body's output", value) for body in bodies for value in body.output]
-    for end, value in ends:
-        kind = value.type.WhichOneof("value") or "tensor_type"
-        if kind == "optional_type" or (kind != "tensor_type" and end != "a body's output"):
+    inner = [("the output of a body", v) for body in bodies for v in body.output if _kind(v) == "optional"]
+    for end, value in (*_ends(graph), *inner):
+        if (kind := _kind(value)) != "tensor":
             raise InputError(
-                f"{end} '{value.name}' is a {kind.removesuffix('_type')} type, which TensorRT lacks",
+                f"{end} '{value.name}' is of {kind} type, which TensorRT lacks",
                 file=path,
                 remedy="export the model with tensors in its place",
             )
+
+
+def _ends(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.ValueInfoProto]]:
+    yield from (("model input", value) for value in graph.input)
+    yield from (("model output", value) for value in graph.output)
+
+
+def _kind(value: onnx.ValueInfoProto) -> str:
+    """`tensor`, `sequence`, `optional`, ...; what has no type is taken for a tensor."""
+    return (value.type.WhichOneof("value") or "tensor_type").removesuffix("_type")
 
 
 def _all_nodes(graph: Any) -> Iterable[onnx.NodeProto]:
