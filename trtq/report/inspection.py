@@ -16,6 +16,7 @@ from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table, tensorrt_version
 from trtq.errors import InputError
 from trtq.files import PathLike, read_json
+from trtq.graph.fold import fold_functions
 from trtq.graph.model import load_model
 from trtq.graph.place import placed
 from trtq.graph.plan import FORMAT as PLAN_FORMAT
@@ -71,8 +72,9 @@ def inspect(path: PathLike) -> Inspection:
 
 def _model(path: Path) -> Inspection:
     model = load_model(path)
-    plan = placed(model, None)
     ops, bodies = _operators(model.graph), dict(_bodies(model.graph))
+    fold_functions(model.graph)  # patterns name the nodes that are placed
+    plan = placed(model, None)
     state = "no"
     if model.is_quantized:
         on_integers = any(node.int8 and is_quantizer(node.op) for node in plan.nodes)
