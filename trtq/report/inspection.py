@@ -88,7 +88,7 @@ def _model(path: Path) -> Inspection:
         f"quantized {state}",
         f"nodes     {_counted(ops)}",
         *(f"body      {name}: {_counted(inner)}" for name, inner in bodies.items()),
-        *(f"weighted  {line}" for line in by_reason(plan.nodes)),
+        *(f"weighted  {line}" for line in by_reason(plan.nodes, most=len(plan.nodes))),
     ]
     values = {
         "sha256": model.sha256,
@@ -166,13 +166,13 @@ def _json(path: Path) -> Inspection:
 
 def _plan(path: Path) -> Inspection:
     plan = Plan.load(path)
-    share = plan.mac_share()
+    share, floats = plan.mac_share(), [node for node in plan.nodes if not node.int8]
     lines = [
         f"model     {plan.model}",
         f"int8      {len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes"
         + ("" if share is None else f", {percent(share)} of the multiply-accumulates"),
         f"ranges    {len(plan.tensors)} activations, {len(plan.weights)} weights",
-        *(f"float     {line}" for line in by_reason([n for n in plan.nodes if not n.int8])),
+        *(f"float     {line}" for line in by_reason(floats, most=len(floats))),
     ]
     return Inspection("plan", lines, plan.to_json())
 
