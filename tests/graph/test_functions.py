@@ -155,6 +155,22 @@ def test_attributes_of_attention(attributes: Mapping[str, Any], own: bool, tmp_p
     assert is_own(graph) == own
 
 
+def test_keys_and_values_for_the_next_step_without_a_past(tmp_path: Path) -> None:
+    model, feed = attention(3, (4, 2), None, True, False, True)
+    model.graph.node[0].output.extend(["present_key", "present_value"])
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in ("present_key", "present_value")
+    )
+    assert is_own(check_same(model, feed, tmp_path))
+
+
+def test_a_softmax_in_another_precision_is_left_to_onnx(tmp_path: Path) -> None:
+    form = (3, (4, 4), None, False, False, False)
+    model, feed = attention(*form, dtype=np.float16, softmax_precision=onnx.TensorProto.FLOAT)
+    assert not is_own(check_same(model, feed, tmp_path, atol=4e-3))
+
+
 def test_attention_in_half(tmp_path: Path) -> None:
     model, feed = attention(3, (4, 2), "bool", True, True, False, dtype=np.float16)
     assert is_own(check_same(model, feed, tmp_path, atol=4e-3))

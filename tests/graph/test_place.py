@@ -920,3 +920,11 @@ def test_bfloat16_stays_in_floating_point(tmp_path: Path) -> None:
     placed = Placed(block, tmp_path)
     assert placed.plan.int8_nodes == ["first", "y"]
     assert placed.reason("inner") == "its inputs are bfloat16, not float32 or float16"
+
+
+def test_a_line_for_each_reason(tmp_path: Path) -> None:
+    """However many nodes have it; the first three are named."""
+    nodes = " ".join(f"t{i} = ConvTranspose({f't{i - 1}' if i else 'x'}, w)" for i in range(5))
+    placed = Placed(images(f"{nodes} y = {SAME}(t4, v)"), tmp_path)
+    (line,) = [line for line in placed.plan.text().splitlines() if line.startswith("in floating point")]
+    assert "t0 (ConvTranspose), t1 (ConvTranspose), t2 (ConvTranspose) and 2 more: TensorRT runs it" in line

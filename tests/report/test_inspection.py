@@ -81,12 +81,24 @@ def test_bodies_are_described(tmp_path: Path) -> None:
     assert f"body      {then}: MatMul 1, Relu 1" in found.text()
 
 
+def test_the_parts_of_an_attention_have_names_to_exclude(tmp_path: Path) -> None:
+    text = (
+        "g (float[1,4,8] x) => (float[1,4,8] y) { y = Attention<q_num_heads = 2, kv_num_heads = 2>(x, x, x) }"
+    )
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 23]> {text}')
+    model.graph.node[0].name = "att"
+    onnx.save(model, tmp_path / "model.onnx")
+    found = inspect(tmp_path / "model.onnx")
+    assert found.values["operators"] == {"Attention": 1}
+    assert [node["name"] for node in found.values["weighted"]] == ["att/MatMul", "att/MatMul_1"]
+
+
 def test_a_line_for_each_reason(tmp_path: Path) -> None:
     nodes = " ".join(f"t{i} = MatMul({f't{i - 1}' if i else 'x'}, x)" for i in range(6))
     lines = inspect(write(tmp_path / "model.onnx", f"{nodes} y = Relu(t5)")).lines
     (weighted,) = [line for line in lines if line.startswith("weighted")]
-    assert weighted.count("(MatMul)") == 3
-    assert weighted.endswith(" and 3 more: it is not between Q/DQ")
+    assert weighted.count("(MatMul)") == 6
+    assert weighted.endswith(": it is not between Q/DQ")
 
 
 def test_a_table(demo: Deployed) -> None:

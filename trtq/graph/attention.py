@@ -1,8 +1,8 @@
 """ONNX's Attention as the products, softmax and moves that TensorRT fuses, and quantizes.
 
-ONNX's own definition serves every feature, but at a price: it adds a mask where there is none, looks for rows
-without any key, repeats keys and values once, and computes at run time what is known. This one is for what
-exporters write; the rest is left to ONNX's (see `trtq.graph.functions`).
+ONNX's own definition serves every feature, but at a price: it adds a mask where there is none, looks for
+queries without any key, repeats keys and values once, and computes at run time what is known. This one is for
+what exporters write; the rest is left to ONNX's (see `trtq.graph.functions`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 _INPUTS = ("Q", "K", "V", "mask", "past_key", "past_value")
 _OUTPUTS = ("Y", "present_key", "present_value")
 _ATTRIBUTES = {"is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale"}
-_NO_EFFECT = {"left_window_size": -1, "right_window_size": -1, "softcap": 0.0, "softmax_precision": 1}
+_NO_EFFECT = {"left_window_size": -1, "right_window_size": -1, "softcap": 0.0}
 """Values with which an attribute changes nothing."""
 
 
@@ -27,12 +27,9 @@ def attention_body(node: gs.Node) -> onnx.FunctionProto | None:
     form = _Form.of(node)
     if form is None:
         return None
-    lines = "\n".join(form.lines())
-    inputs, outputs = _INPUTS[: len(node.inputs)], _OUTPUTS[: len(node.outputs)]
-    head = (
-        f'<opset_import: ["": 23], domain: "trtq"> attention ({", ".join(inputs)}) => ({", ".join(outputs)})'
-    )
-    return onnx.parser.parse_function(f"{head} {{ {lines} }}")
+    inputs, outputs = ", ".join(_INPUTS[: len(node.inputs)]), ", ".join(_OUTPUTS[: len(node.outputs)])
+    head = f'<opset_import: ["": 23], domain: "trtq"> attention ({inputs}) => ({outputs})'
+    return onnx.parser.parse_function("\n".join([head, "{", *form.lines(), "}"]))
 
 
 @dataclass(frozen=True)
@@ -63,22 +60,19 @@ class _Form:
     def of(cls, node: gs.Node) -> _Form | None:
         inputs = {name: tensor for name, tensor in zip(_INPUTS, node.inputs, strict=False) if tensor.name}
         more = [t for t in (*node.inputs[len(_INPUTS) :], *node.outputs[len(_OUTPUTS) :]) if t.name]
-        plain = all(
-            name in _ATTRIBUTES or _NO_EFFECT.get(name) == value for name, value in node.attrs.items()
-        )
         dtypes = {t.dtype for name, t in inputs.items() if name != "mask"}
-        if more or not plain or dtypes not in ({np.dtype(np.float32)}, {np.dtype(np.float16)}):
+        if more or dtypes not in ({np.dtype(np.float32)}, {np.dtype(np.float16)}):
             return None
+        kind = onnx.helper.np_dtype_to_tensor_dtype(*dtypes)
+        no_effect = {**_NO_EFFECT, "softmax_precision": kind}
+        plain = all(name in _ATTRIBUTES or no_effect.get(name) == v for name, v in node.attrs.items())
         shapes = {name: tensor.shape for name, tensor in inputs.items()}
         ranks = {len(shape or ()) for name, shape in shapes.items() if name in "QKV"}
-        if ranks not in ({3}, {4}) or not _covers(shapes, inputs.get("mask"), dtypes):
+        if not plain or ranks not in ({3}, {4}) or not _covers(shapes, inputs.get("mask"), dtypes):
             return None
         split = ranks == {4}
-        heads, groups = (
-            (shapes["Q"][1], shapes["K"][1])
-            if split
-            else (node.attrs.get("q_num_heads"), node.attrs.get("kv_num_heads"))
-        )
+        counts = [node.attrs.get(name) for name in ("q_num_heads", "kv_num_heads")]
+        heads, groups = [shapes["Q"][1], shapes["K"][1]] if split else counts
         widths = [shapes["K"][-1], shapes["V"][-1]]
         if not all(isinstance(number, int) and number > 0 for number in (heads, groups, *widths)):
             return None
@@ -91,8 +85,8 @@ class _Form:
             size=size,
             value_size=value_size,
             split=split,
-            kind=onnx.helper.np_dtype_to_tensor_dtype(*dtypes),
-            scale=float(node.attrs.get("scale") or size**-0.5),
+            kind=kind,
+            scale=float(node.attrs.get("scale", size**-0.5)),
             causal=bool(node.attrs.get("is_causal", 0)),
         )
 
@@ -151,10 +145,9 @@ class _Form:
 
         What is masked gets a finite number: -inf in a whole row makes NaN of it.
         """
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self.kind)
         yield from self._number("zero", 0.0)
-        yield from self._number(
-            "lowest", float(np.finfo(onnx.helper.tensor_dtype_to_np_dtype(self.kind)).min) / 2
-        )
+        yield from self._number("lowest", float(np.finfo(dtype).min) / 2)
         if self.causal:
             yield from self._earlier()
         if "mask" not in self.inputs:

@@ -450,20 +450,28 @@ def _check_operators(proto: ModelProto, path: Path) -> None:
 
 
 def _check_ends(graph: onnx.GraphProto, path: Path) -> None:
-    """What goes into the model and comes out of it, and out of its bodies, are tensors."""
-    ends = [("model input", value) for value in graph.input]
-    ends += [("model output", value) for value in graph.output]
-    ends += [
-        ("a body's output", value)
+    """What goes into the model and comes out of it are tensors, and nothing in it is optional."""
+    inner = [
+        ("the output of a body", value)
         for node in all_nodes(graph)
         for body in bodies(node)
         for value in body.output
+        if _kind(value) == "optional"
     ]
-    for end, value in ends:
-        kind = value.type.WhichOneof("value") or "tensor_type"
-        if kind == "optional_type" or (kind != "tensor_type" and end != "a body's output"):
+    for end, value in (*_ends(graph), *inner):
+        if (kind := _kind(value)) != "tensor":
             raise InputError(
-                f"{end} '{value.name}' is a {kind.removesuffix('_type')} type, which TensorRT lacks",
+                f"{end} '{value.name}' is of {kind} type, which TensorRT lacks",
                 file=path,
                 remedy="export the model with tensors in its place",
             )
+
+
+def _ends(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.ValueInfoProto]]:
+    yield from (("model input", value) for value in graph.input)
+    yield from (("model output", value) for value in graph.output)
+
+
+def _kind(value: onnx.ValueInfoProto) -> str:
+    """`tensor`, `sequence`, `optional`, ...; what has no type is taken for a tensor."""
+    return (value.type.WhichOneof("value") or "tensor_type").removesuffix("_type")

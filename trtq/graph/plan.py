@@ -161,16 +161,16 @@ class Plan:
         return read_own_json(path, "plan", cls.from_json, remedy)
 
 
-def by_reason(nodes: Sequence[NodePlan]) -> list[str]:
-    """A line for each reason: the nodes that have it, and the reason."""
+def by_reason(nodes: Sequence[NodePlan], most: int = MOST_LISTED) -> list[str]:
+    """A line for each reason: the nodes that have it, as `listed`, and the reason."""
     reasons = dict.fromkeys(node.reason for node in nodes)
-    return [f"{listed([n for n in nodes if n.reason == reason])}: {reason}" for reason in reasons]
+    return [f"{listed([n for n in nodes if n.reason == reason], most)}: {reason}" for reason in reasons]
 
 
-def listed(nodes: Sequence[NodePlan]) -> str:
-    """The first few of some nodes, and how many more there are."""
-    text = ", ".join(f"{node.name} ({node.op})" for node in nodes[:MOST_LISTED])
-    return f"{text} and {len(nodes) - MOST_LISTED} more" if len(nodes) > MOST_LISTED else text
+def listed(nodes: Sequence[NodePlan], most: int = MOST_LISTED) -> str:
+    """The first of some nodes, and how many more there are."""
+    text = ", ".join(f"{node.name} ({node.op})" for node in nodes[:most])
+    return f"{text} and {len(nodes) - most} more" if len(nodes) > most else text
 
 
 def percent(share: float) -> str:

@@ -16,6 +16,7 @@ from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table, tensorrt_version
 from trtq.errors import InputError
 from trtq.files import PathLike, read_json
+from trtq.graph.fold import fold_functions
 from trtq.graph.model import load_model
 from trtq.graph.place import placed
 from trtq.graph.plan import FORMAT as PLAN_FORMAT
@@ -71,8 +72,9 @@ def inspect(path: PathLike) -> Inspection:
 
 def _model(path: Path) -> Inspection:
     model = load_model(path)
-    plan = placed(model, None)
     ops, bodies = _operators(model.graph), dict(_bodies(model.graph))
+    fold_functions(model.graph)  # patterns name the nodes that are placed
+    plan = placed(model, None)
     state = "no"
     if model.is_quantized:
         on_integers = any(node.int8 and is_quantizer(node.op) for node in plan.nodes)
@@ -86,7 +88,7 @@ def _model(path: Path) -> Inspection:
         f"quantized {state}",
         f"nodes     {_counted(ops)}",
         *(f"body      {name}: {_counted(inner)}" for name, inner in bodies.items()),
-        *(f"weighted  {line}" for line in by_reason(plan.nodes)),
+        *(f"weighted  {line}" for line in by_reason(plan.nodes, most=len(plan.nodes))),
     ]
     values = {
         "sha256": model.sha256,
@@ -164,13 +166,13 @@ def _json(path: Path) -> Inspection:
 
 def _plan(path: Path) -> Inspection:
     plan = Plan.load(path)
-    share = plan.mac_share()
+    share, floats = plan.mac_share(), [node for node in plan.nodes if not node.int8]
     lines = [
         f"model     {plan.model}",
         f"int8      {len(plan.int8_nodes)} of {len(plan.nodes)} weighted nodes"
         + ("" if share is None else f", {percent(share)} of the multiply-accumulates"),
         f"ranges    {len(plan.tensors)} activations, {len(plan.weights)} weights",
-        *(f"float     {line}" for line in by_reason([n for n in plan.nodes if not n.int8])),
+        *(f"float     {line}" for line in by_reason(floats, most=len(floats))),
     ]
     return Inspection("plan", lines, plan.to_json())
 
