@@ -146,8 +146,8 @@ def summary(found: dict[str, Any]) -> str:
     elif found["ok"]:
         text = json.dumps(found["result"])
     else:
-        text = f"FAILED {found.get('exit', '')} {found.get('error', '')} {found.get('log', '')[-300:]}"
-    return f"{text[:600]}  [{found['seconds']} s]"
+        text = f"FAILED {found.get('exit', '')} {found.get('error', '')[-300:]} {found.get('log', '')[-300:]}"
+    return f"{text[:900]}  [{found['seconds']} s]"
 
 
 # --- here -------------------------------------------------------------------------------------------------

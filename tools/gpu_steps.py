@@ -14,6 +14,7 @@ import json
 import platform
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from trtq.backends.calibrators import CudaDevice, data_calibrator, table_calibra
 from trtq.backends.clocks import Clocks
 from trtq.backends.engine import run_engine
 from trtq.backends.interface import BuildOptions, Profile, Range, find_gpu
+from trtq.backends.network import logger
 from trtq.backends.runner import open_engine
 from trtq.backends.timing import Measuring, measure
 from trtq.calibration.table import Table
@@ -217,7 +219,7 @@ def clocks() -> Json:
 def loading(folder: Path) -> Json:
     """For every prepared plan: RTX's verdict on its header, and whether it loads or the exact message."""
     trt = _package("tensorrt-rtx")
-    runtime, found = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR)), {}
+    runtime, found = trt.Runtime(logger(trt)), {}
     for plan in sorted(folder.glob("*.plan")):
         validity, bits = runtime.get_engine_validity(plan.read_bytes()[: runtime.engine_header_size])
         found[plan.name] = {"validity": validity.name, "diagnostics": int(bits), "loads": _load(plan)}
@@ -228,42 +230,40 @@ def build(folder: Path, backend: str) -> Json:
     """Engines of every precision built here, for this card."""
     _package(backend)
     (folder / backend).mkdir(exist_ok=True)
-    found = {}
-    for precision in PRECISIONS:
-        plan = folder / backend / f"{precision}.plan"
-        targets = (tensorrt_rtx.CURRENT,) if backend == tensorrt_rtx.NAME else ()
-        started = time.perf_counter()
-        try:
-            built = builder(backend).build(
-                folder / f"{precision}.onnx", plan, profile=profile_of(folder), targets=targets
-            )
-            compiled = bench.summarize(plan.name, built.compiled)
-            found[precision] = {"int8_kernels": compiled.int8, "of": compiled.compute, "loads": _load(plan)}
-        except TrtqError as error:
-            found[precision] = {"error": str(error)}
-        found[precision]["seconds"] = round(time.perf_counter() - started, 2)
-    return found
+    return {precision: tried(_build, folder, backend, precision) for precision in PRECISIONS}
+
+
+def _build(folder: Path, backend: str, precision: str) -> Json:
+    plan = folder / backend / f"{precision}.plan"
+    targets = (tensorrt_rtx.CURRENT,) if backend == tensorrt_rtx.NAME else ()
+    started = time.perf_counter()
+    built = builder(backend).build(
+        folder / f"{precision}.onnx", plan, profile=profile_of(folder), targets=targets
+    )
+    seconds = time.perf_counter() - started
+    compiled = bench.summarize(plan.name, built.compiled)
+    kernels = {"int8_kernels": compiled.int8, "of": compiled.compute}
+    return {**kernels, "seconds": round(seconds, 2), "loads": _load(plan), "warnings": built.warnings}
 
 
 def gate(folder: Path, backend: str) -> Json:
-    """The verdicts on fp32 against the INT8 engines, and against the simulation."""
-    rows, found = _rows(folder), {}
+    """The verdicts on fp32 against the engines, and against the simulation."""
+    rows = _rows(folder)
     reference = run_model(folder / "fp32.onnx", rows).arrays
     metric = load_metric(_about(folder)["metric"])
-    candidates = {
-        precision: functools.partial(run_engine, plan, rows) for precision, plan in _plans(folder, backend)
-    }
-    candidates["simulation"] = functools.partial(run_model, folder / "int8.onnx", rows)
-    for name, outputs_of in candidates.items():
-        outputs = outputs_of()
+
+    def decided(outputs_of: Callable[..., Any], candidate: Path) -> Json:
+        outputs = outputs_of(candidate, rows)
         verdict = decide(
             *(reference, outputs.arrays, dict(rows.targets), metric),
             max_drop=0.01,
             confidence=None,
             executor=outputs.executor,
         )
-        found[name] = {"headline": verdict.headline(), "executor": outputs.executor}
-    return found
+        return {"headline": verdict.headline(), "executor": outputs.executor}
+
+    found = {name: tried(decided, run_engine, plan) for name, plan in _plans(folder, backend)}
+    return {**found, "simulation": tried(decided, run_model, folder / "int8.onnx")}
 
 
 def latency(folder: Path, backend: str) -> Json:
@@ -275,11 +275,12 @@ def latency(folder: Path, backend: str) -> Json:
 
 def against_simulation(folder: Path, backend: str) -> Json:
     """How far each engine's outputs are from those of its ONNX model on the CPU."""
-    rows, found = _rows(folder), {}
-    for precision, plan in _plans(folder, backend):
+    rows = _rows(folder)
+
+    def compared(precision: str, plan: Path) -> Json:
         engine = run_engine(plan, rows).arrays
         simulation = run_model(folder / f"{precision}.onnx", rows).arrays
-        found[precision] = {
+        return {
             name: {
                 "sqnr_db": similarity.sqnr_db,
                 "max_abs_error": similarity.max_abs_error,
@@ -287,7 +288,8 @@ def against_simulation(folder: Path, backend: str) -> Json:
             }
             for name, similarity in compare(simulation, engine).items()
         }
-    return found
+
+    return {name: tried(compared, name, plan) for name, plan in _plans(folder, backend)}
 
 
 def three_way(folder: Path, backend: str) -> Json:
@@ -301,12 +303,13 @@ def three_way(folder: Path, backend: str) -> Json:
 
 def processes(folder: Path, backend: str) -> Json:
     """Time to load and to the first result, twice: the second time RTX finds its compiled kernels."""
-    found = {}
-    for precision, plan in _plans(folder, backend):
+
+    def twice(plan: Path) -> list[Json]:
         Path(f"{plan}.kernels").unlink(missing_ok=True)
         timings = [measure([plan], QUICK)[0] for _ in range(2)]
-        found[precision] = [{"load_ms": t.load_ms, "first_ms": t.first_ms} for t in timings]
-    return found
+        return [{"load_ms": t.load_ms, "first_ms": t.first_ms} for t in timings]
+
+    return {name: tried(twice, plan) for name, plan in _plans(folder, backend)}
 
 
 def implicit_from_table(folder: Path, backend: str) -> Json:
@@ -365,11 +368,13 @@ def _plans(folder: Path, backend: str) -> list[tuple[str, Path]]:
 
 def _load(plan: Path) -> bool | str:
     """True, or why it does not load."""
-    try:
+
+    def opened() -> bool:
         with open_engine(plan):
             return True
-    except TrtqError as error:
-        return f"exit code {int(error.exit_code)}: {error}"
+
+    found = tried(opened)
+    return True if found is True else str(found["error"])
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------
@@ -522,6 +527,16 @@ def _only_cpu(torch: Any) -> Iterator[None]:
 
 
 # --- what steps share -------------------------------------------------------------------------------------
+
+
+def tried(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a part of a step gives, or its error: the other parts go on."""
+    try:
+        return function(*arguments)
+    except TrtqError as error:
+        return {"error": f"exit code {int(error.exit_code)}: {error}"}
+    except Exception:  # what a GPU machine throws is what this script is for
+        return {"error": traceback.format_exc()[-1500:]}
 
 
 def _torch() -> Any:

@@ -13,7 +13,7 @@ with too few pointers is read beyond its end. Here no exception enters C++: it i
 ends, nothing is written, and whoever builds raises it after the build. `stop_on_error` ends the build early.
 
 The tests drive these classes from C++ through NVIDIA's bindings, with host memory for device memory. A
-build by TensorRT's own library, and the copies of `CudaDevice`, need a GPU and were not run there.
+build by TensorRT's own library needs a GPU and was not run there; `CudaDevice` ran on a stand-in driver.
 """
 
 from __future__ import annotations

@@ -80,10 +80,8 @@ class KernelCache:
 
     def save(self) -> None:
         """Write what is new; nothing where the folder cannot be written to."""
-        if self._cache is None:
-            return
-        content = bytes(memoryview(self._cache.serialize()))
-        if content != self._known:
+        found = self._cache and self._cache.serialize()
+        if found is not None and (content := bytes(memoryview(found))) != self._known:
             with contextlib.suppress(TrtqError, OSError):
                 write_bytes(self.path, content)
 

@@ -6,8 +6,9 @@ One path for TensorRT 8.6 to 11 and TensorRT for RTX.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ class Engine:
         self._buffers: dict[str, tuple[int, int]] = {}
         self._host: Arrays = {}
         self._allocators: dict[str, Any] = {}
+        self._graphs: list[Graph] = []
         with self._saying("the engine cannot be made ready to run"):
             self._context = self._kernels.context(trt, self._engine)
             if self._context is None:
@@ -136,14 +138,16 @@ class Engine:
             self._cuda.synchronize(self._stream)
 
     def graph(self) -> Graph:
-        """One inference as a CUDA graph. `enqueue` must have run before.
+        """One inference as a CUDA graph, which ends with the engine. `enqueue` must have run before.
 
         Raises:
             CudaError, InputError: it cannot be captured.
         """
         if self._allocators:
             raise CudaError("the shape of an output depends on the data")
-        return Graph(self._cuda.handle(self._stream), self.enqueue)
+        graph = Graph(self._cuda.handle(self._stream), self.enqueue)
+        self._graphs.append(graph)
+        return graph
 
     def new_event(self) -> Any:
         """A CUDA event, for `record`."""
@@ -180,10 +184,12 @@ class Engine:
         with contextlib.suppress(CudaError):  # what failed has been reported
             self._cuda.synchronize(self._stream)
         self._kernels.save()
-        del self._context, self._engine, self._runtime
-        for address, _ in self._buffers.values():
+        frees: list[Callable[[], object]] = [graph.close for graph in self._graphs]
+        frees += [functools.partial(self._cuda.free, address) for address, _ in self._buffers.values()]
+        for free in frees:
             with contextlib.suppress(CudaError):
-                self._cuda.free(address)
+                free()
+        del self._context, self._engine, self._runtime
 
     def _tensor(self, index: int) -> Tensor:
         """What the engine says of a tensor.

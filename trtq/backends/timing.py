@@ -87,16 +87,21 @@ def measure(engines: Sequence[Path], how: Measuring | None = None) -> list[Timin
         MissingBackendError: no GPU, CUDA package or TensorRT for them here.
         InputError: an engine does not load or run.
     """
-    how = how or Measuring()
-    with contextlib.ExitStack() as stack:
-        timed = [stack.enter_context(_timed(path)) for path in engines]
-        for each in timed:
-            each.warm_up(how.warm_up_ms)
-        with Clocks() as clocks:
-            while waiting := [each for each in timed if not each.is_enough(how)]:
-                for each in waiting:
-                    each.take_turn()
-        return [each.timing(clocks.ranges()) for each in timed]
+    try:
+        with contextlib.ExitStack() as stack:
+            return _measured([stack.enter_context(_timed(path)) for path in engines], how or Measuring())
+    except CudaError as error:
+        raise InputError("CUDA fails while engines are timed", cause=error) from error
+
+
+def _measured(timed: Sequence[_Timed], how: Measuring) -> list[Timing]:
+    for each in timed:
+        each.warm_up(how.warm_up_ms)
+    with Clocks() as clocks:
+        while waiting := [each for each in timed if not each.is_enough(how)]:
+            for each in waiting:
+                each.take_turn()
+    return [each.timing(clocks.ranges()) for each in timed]
 
 
 class _Timed:

@@ -25,7 +25,6 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_file, write_json
 from trtq.graph.inputs import InputSpec
-from trtq.recovery.attempt import engine_runs_here
 
 DRIVER = ctypes.CDLL("libcuda.so.1")
 DRIVER.standin_used.restype = ctypes.c_size_t
@@ -410,16 +409,13 @@ def test_gates_that_cannot_be(plan: Any, case: list[str], says: Any, bits: int, 
     assert run.err.count("trtq: ") == 1
 
 
-def test_an_engine_that_does_not_load_is_simulated_with_a_warning(plan: Any) -> None:
-    from trtq.console import Console
-
-    console = Console(quiet=True)
-    assert engine_runs_here(plan(), console)
-    assert not console.warnings
-    assert not engine_runs_here(invalid(plan(rtx=True), 2), console)
-    (warning,) = console.warnings
-    assert "does not run on Stand-in GPU" in warning
-    assert "UNSUPPORTED_CC" in warning
+def test_why_an_engine_does_not_load_is_said_in_a_line(plan: Any) -> None:
+    assert why_not_loaded(plan()) is None
+    problem = why_not_loaded(invalid(plan(rtx=True), 2))
+    assert problem is not None
+    assert "UNSUPPORTED_CC" in problem
+    assert "build it for this GPU" in problem
+    assert "\n" not in problem
 
 
 # --- timing -----------------------------------------------------------------------------------------------
