@@ -16,6 +16,7 @@ from trtq.backends.interface import (
     check_profile,
     find_gpu,
     profiles_from,
+    takes_row,
 )
 from trtq.cache import Cache, Key
 from trtq.console import Console
@@ -81,6 +82,20 @@ class Job:
                 f"{shared.found} of {shared.total} evaluation {what} are also calibration {what} (first: row"
                 f" {theirs} = calibration row {mine}): what was fitted on a row looks better on it than on"
                 " others; evaluate on different rows"
+            )
+
+    def warn_of_profiles(self) -> None:
+        """Warn of evaluation rows that no optimization profile of the recipe takes."""
+        profiles = self.recipe.profiles
+        rows = [
+            dict(zip(self.evaluated, row, strict=True)) for row in zip(*self.evaluated.values(), strict=True)
+        ]
+        outside = [row for row in rows if not any(takes_row(profile, row) for profile in profiles)]
+        if profiles and outside:
+            first = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in outside[0].items())
+            self.console.warn(
+                f"no --profile takes {len(outside)} of {len(rows)} evaluation rows (the first: {first}): the"
+                " engine cannot run them"
             )
 
     def _warn_of_few(self) -> None:

@@ -140,6 +140,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job = dataclasses.replace(job, evaluated=evaluation.samples.row_shapes())
     job.warn_of_shared(evaluation.samples)
+    job.warn_of_profiles()
     console.say("plan", plan.text())
     started = time.perf_counter()
     with staged_folder(output) as folder:

@@ -257,6 +257,18 @@ def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
     return profile
 
 
+def takes_row(profile: Profile, row: Mapping[str, Shape]) -> bool:
+    """Whether a row of these shapes (input name -> shape without the batch axis) is inside a profile."""
+    return all(
+        name not in profile or all(map(_between, profile[name].min[1:], shape, profile[name].max[1:]))
+        for name, shape in row.items()
+    )
+
+
+def _between(low: int, size: int, high: int) -> bool:
+    return low <= size <= high
+
+
 def several_profiles(ranges: Iterable[tuple[str, Range]]) -> tuple[Profile, ...]:
     """The optimization profiles of ranges by input: an input's n-th range is in the n-th profile.
 
