@@ -18,7 +18,8 @@ from trtq.calibration.calibrate import FloatGraph, calibrate, statistics_of
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method, scales_from
 from trtq.calibration.table import Table
-from trtq.console import SILENT
+from trtq.console import SILENT, Console
+from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.gate.verdict import Outcome
 from trtq.job import Job, prepare, profile_for
@@ -138,11 +139,35 @@ def test_the_profile_is_the_recipes_or_the_datas(small: Case, tmp_path: Path) ->
         profile_for(model, unknown, None)
 
 
+def rows_of_lengths(job: Job, *lengths: int) -> Samples:
+    """Rows (length, 16) of the job's one input."""
+    rows = [np.ones((length, 16), np.float32) for length in lengths]
+    return Samples("rows", job.data.specs, {"x": rows}, {}, "rows")
+
+
 def test_the_engine_takes_the_evaluations_rows(tmp_path: Path) -> None:
     net = Net()
     onnx.save(net.model(net.op("MatMul", net.input("N", "L", 16), net.weight(16, 8))), tmp_path / "m.onnx")
     np.savez(tmp_path / "data.npz", x=np.ones((20, 4, 16), np.float32))
     job = Job.open(Recipe(model=str(tmp_path / "m.onnx"), data=str(tmp_path / "data.npz")), SILENT)
     assert job.profile == {"x": Range((1, 4, 16), (8, 4, 16), (32, 4, 16))}
-    longer = dataclasses.replace(job, evaluated={"x": [(9, 16), (3, 16), (9, 16)]})
+    longer = dataclasses.replace(job, evaluation=rows_of_lengths(job, 9, 3, 9))
     assert longer.profile == {"x": Range((1, 3, 16), (8, 4, 16), (32, 9, 16))}
+
+
+def test_rows_outside_of_given_profiles_are_warned_of(tmp_path: Path) -> None:
+    net = Net()
+    onnx.save(net.model(net.op("MatMul", net.input("N", "L", 16), net.weight(16, 8))), tmp_path / "m.onnx")
+    np.savez(tmp_path / "data.npz", x=np.ones((20, 4, 16), np.float32))
+
+    def warned(*profiles: str) -> list[str]:
+        console = Console(quiet=True)
+        options = {"model": str(tmp_path / "m.onnx"), "data": str(tmp_path / "data.npz"), "profile": profiles}
+        job = Job.open(Recipe(**options), console)
+        dataclasses.replace(job, evaluation=rows_of_lengths(job, 9, 3, 9)).warn_of_profiles()
+        return [text for text in console.warnings if "--profile" in text]
+
+    assert warned() == []
+    assert warned("x:1x3x16,2x4x16,4x9x16") == []
+    assert warned("x:1x3x16,2x4x16,4x4x16", "x:1x5x16,2x9x16,4x9x16") == []
+    assert "takes 2 of 3 evaluation rows (the first: x 9x16)" in warned("x:1x3x16,2x4x16,4x8x16")[0]

@@ -91,6 +91,21 @@ class Job:
                 " others; evaluate on different rows"
             )
 
+    def warn_of_profiles(self) -> None:
+        """Warn of evaluation rows that no optimization profile of the recipe takes."""
+        profiles = self.recipe.profiles
+        if not profiles or self.evaluation is None:
+            return
+        specs, shapes = self.evaluation.specs, self.evaluation.row_shapes()
+        rows = [dict(zip(shapes, row, strict=True)) for row in zip(*shapes.values(), strict=True)]
+        outside = [row for row in rows if not any(_takes_row(profile, specs, row) for profile in profiles)]
+        if outside:
+            first = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in outside[0].items())
+            self.console.warn(
+                f"no --profile takes {len(outside)} of {len(rows)} evaluation rows (the first: {first}): the"
+                " engine cannot run them"
+            )
+
     def _decided(self) -> dict[str, InputOptions]:
         """Inputs of a fixed shape that decide an If or sizes and are the same in all data, as options that
         make them constants; with a warning."""
@@ -378,6 +393,21 @@ def profile_from_samples(
         name: Range(*(specs[name].fed_shape(row, size) for size, *row in sizes))
         for name, sizes in ranges.items()
     }
+
+
+def _takes_row(profile: Profile, specs: Sequence[InputSpec], row: Mapping[str, Shape]) -> bool:
+    """Whether a row of these shapes, without the batch axis, lies inside a profile."""
+    return all(
+        low <= size <= high
+        for spec in specs
+        if spec.name in profile
+        for low, size, high in zip(
+            spec.row_shape(profile[spec.name].min),
+            row[spec.name],
+            spec.row_shape(profile[spec.name].max),
+            strict=True,
+        )
+    )
 
 
 def opt_shapes(model: Model, profile: Profile) -> Mapping[str, tuple[int, ...]]:

@@ -150,6 +150,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     job = dataclasses.replace(job, evaluation=evaluation.samples)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job.warn_of_shared(evaluation.samples)
+    job.warn_of_profiles()
     console.say("plan", plan.text())
     started, refused = time.perf_counter(), refusal(job, plan)
     with staged_folder(output) as folder:

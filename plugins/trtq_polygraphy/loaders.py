@@ -42,7 +42,7 @@ class Int8OnnxFromPath(BaseLoader):
             data: calibration data (see `trtq.data.load`); a table is made of it, or found in trtq's cache.
             table: calibration table to take the scales from; takes precedence over the data of a recipe.
             recipe: recipe file of trtq with these and all other options. What is given here takes precedence.
-            method, exclude, rest: see `trtq.recipe.Recipe`.
+            method, exclude, rest: see `trtq.recipe.Recipe`; here the rest is in fp32 by default.
 
         Raises:
             PolygraphyException: neither data nor table, or both; or the recipe cannot be used.

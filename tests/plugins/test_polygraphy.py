@@ -84,10 +84,11 @@ def compared(options: list[str], loader: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def int8_model(model: str, loader: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `trtq quantize` writes for the same options."""
+    """What `trtq quantize` writes for the same options, the extension's default precision among them."""
     path = tmp_path_factory.mktemp("quantized") / "model.int8.onnx"
     data = f"{loader}:load_calibration"
-    assert main(["quantize", model, "--data", data, "--method", "entropy", "-q", "-o", str(path)]) == 0
+    options = ["--method", "entropy", "--rest", "fp32", "-q", "-o", str(path)]
+    assert main(["quantize", model, "--data", data, *options]) == 0
     return path
 
 

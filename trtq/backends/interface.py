@@ -214,12 +214,12 @@ def _check_rows(name: str, sizes: Sequence[int | None], rows: Iterable[Shape]) -
 
 
 def _typical(rows: Mapping[str, Sequence[Shape]]) -> dict[str, Shape]:
-    """The most frequent shapes of a row, all inputs together so that they belong to one row.
+    """The most frequent shapes of a row, all inputs together so that they belong to one row that was seen.
 
-    Of several equally frequent ones it is the one in the middle by size, so that lengths that hardly repeat
-    do not end at the longest.
+    Rows that not all inputs have are passed over. Of several equally frequent ones it is the one in the
+    middle by size, so that lengths that hardly repeat do not end at the longest.
     """
-    seen = Counter(zip(*rows.values(), strict=True))
+    seen = Counter(zip(*rows.values(), strict=False))
     most = max(seen.values(), default=0)
     tied = sorted(
         (sum(math.prod(shape) for shape in shapes), shapes) for shapes, count in seen.items() if count == most
