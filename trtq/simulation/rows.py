@@ -71,7 +71,7 @@ class Runner:
     Attributes:
         inputs: name -> shape as the model says; dynamic dimensions are not integers.
         outputs: names of what is computed.
-        apart: those whose first axis cannot be the rows: it is dynamic, and the batch is not.
+        apart: those whose first axis cannot be the rows: it is dynamic, and no input's is.
 
     Args:
         model: a graph, which is not changed; an ONNX file; or a serialized model.
@@ -104,7 +104,7 @@ class Runner:
         self.inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
         every = [item.name for item in self._session.get_outputs()]
         self.outputs = tuple(outputs or [name for name in every if name not in self.inputs] or every)
-        fixed = all(shape and isinstance(shape[0], int) for shape in self.inputs.values())
+        fixed = all(isinstance(size, int) for shape in self.inputs.values() for size in shape)
         self.apart = frozenset(
             item.name
             for item in self._session.get_outputs()
