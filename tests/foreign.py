@@ -32,7 +32,7 @@ def reference_file(folder: Path, text: str = REFERENCES) -> Path:
 
 def foreign_net(text: str, domain: str = "custom", **constants: ArrayLike) -> onnx.ModelProto:
     """`net` whose operators that ONNX lacks are of a domain; the weights w1, w2 and w3 are at hand."""
-    model = net(text, **{k: v for k, v in (WEIGHTS | constants).items() if f"{k}" in text})
+    model = net(text, **{k: v for k, v in (WEIGHTS | constants).items() if k in text})
     if domain:
         model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
     for node in model.graph.node:

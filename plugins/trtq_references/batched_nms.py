@@ -57,7 +57,7 @@ def BatchedNMSDynamic_TRT(
             if label != backgroundLabelId:
                 own, values = boxes[image, :, 0 if shareLocation else label], scores[image, :, label]
                 best = _best(values, scoreThreshold, topK)
-                rows = _suppressed(own, best, iouThreshold, pixel, shared)
+                rows = _suppressed(own, best, iouThreshold, keepTopK, pixel, shared)
                 kept += [(float(values[row]), label, own[row]) for row in rows]
         kept = sorted(kept, key=lambda detection: -detection[0])[:keepTopK]
         numbers[image] = len(kept)
@@ -78,12 +78,12 @@ def _best(scores: Array, threshold: float, most: int) -> NDArray[np.intp]:
 
 
 def _suppressed(
-    boxes: Array, rows: NDArray[np.intp], threshold: float, pixel: float, shared: float
+    boxes: Array, rows: NDArray[np.intp], threshold: float, most: int, pixel: float, shared: float
 ) -> list[int]:
-    """The rows, best first, that no better one that was kept overlaps."""
+    """The rows, best first, that no better one that was kept overlaps, at most so many."""
     boxes = ordered(boxes)
     kept: list[int] = []
-    while len(rows):
+    while len(rows) and len(kept) < most:
         kept.append(int(rows[0]))
         touching = overlaps(boxes[rows[0]], boxes[rows[1:]], pixel, shared) > np.float32(threshold)
         rows = rows[1:][~touching]
