@@ -53,6 +53,8 @@ def measure_extents(graph: gs.Graph, samples: Samples, *, workers: int | None = 
     def look(_: Batch, found: Arrays) -> NDArray[np.float64]:
         return np.array([found[name] for name in names], np.float64).reshape(len(figures), -1)
 
+    if not figures:  # a model in half
+        return {}
     part = samples.spread(MOST_ROWS)
     rows = np.stack(list(Runner(probed).over(part, part.batches(), look, workers=workers)))
     return {name: _joined(rows[:, index]) for index, name in enumerate(figures)}

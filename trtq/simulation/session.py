@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 
 from trtq.errors import InputError
+from trtq.graph.functions import holds_attention, with_attention_defined
 from trtq.graph.model import model_files
 from trtq.graph.weights import IN_MEMORY, Light, read_light
 from trtq.simulation.narrow import holds_narrow, in_float32
@@ -30,6 +31,9 @@ _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 _CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 """float32 stays float32, and convolutions are not chosen by timing them: runs repeat."""
+
+_REWRITTEN = ":narrow-types-rounded:attention-as-defined"
+"""What is not left to ONNX Runtime, for the fingerprint."""
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -131,15 +135,16 @@ def simulation_fingerprint() -> str:
     """Changes when a simulated result may: ONNX Runtime's version, the session's settings, and the GPU."""
     settings = ",".join(f"{key}={value}" for key, value in _SESSION_CONFIG.items())
     device = ":cuda" if len(execution_providers()) > 1 else ""
-    return f"onnxruntime-{onnxruntime.__version__}:{settings}:narrow-types-rounded{device}"
+    return f"onnxruntime-{onnxruntime.__version__}:{settings}{_REWRITTEN}{device}"
 
 
 def _simulable(
     model: str | Path | bytes | Light, outputs: Sequence[str] | None
 ) -> str | Path | bytes | Light:
-    """The model in float32 where it holds narrow types, with other outputs where some are named.
+    """The model in float32 where it holds narrow types, with Attention as ONNX defines it, and with other
+    outputs where some are named.
 
-    A model that needs neither stays as it is.
+    A model that needs none of these stays as it is.
     """
     if isinstance(model, bytes):
         proto, folder = onnx.load_from_string(model), None
@@ -147,9 +152,11 @@ def _simulable(
         proto, folder = onnx.load_from_string(model.model), model.folder
     else:
         proto, folder = read_light(Path(model)), Path(model).absolute().parent
-    narrow = holds_narrow(proto)
-    if not narrow and outputs is None:
+    narrow, attention = holds_narrow(proto), holds_attention(proto)
+    if not narrow and not attention and outputs is None:
         return model
+    if attention:
+        proto = with_attention_defined(proto)
     if narrow:
         proto = in_float32(proto)
     if outputs is not None:
