@@ -93,3 +93,10 @@ def test_the_loss_is_not_less_than_what_rounding_takes(rms: float) -> None:
     assert lost <= extent.loss * 1.05 + relative
     if rms < 1e-5:
         assert lost >= extent.loss * 0.5
+
+
+def test_a_model_in_half_has_none() -> None:
+    model = net("g (float16[N,4] x) => (float16[N,4] y) { y = Relu(x) }")
+    specs = (InputSpec("x", np.dtype(np.float16), ("N", 4)),)
+    x = {"x": normal(3, 4, dtype=np.float16)}
+    assert measure_extents(folded(model), Samples("random", specs, x, {}, "random")) == {}

@@ -6,8 +6,10 @@ import warnings
 
 import numpy as np
 import onnx
+import onnx.reference
 import onnxruntime
 import pytest
+from nets import net, normal
 from onnx import TensorProto, helper, numpy_helper
 
 from trtq.errors import InputError
@@ -128,3 +130,16 @@ def test_without_a_gpu_the_cpu_runs_and_a_line_says_so(model, fresh_providers, m
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
         simulation_session(model.SerializeToString())
+
+
+def test_attention_is_as_onnx_defines_it() -> None:
+    """A padding mask is one for all queries, which ONNX Runtime's own operator refuses."""
+    model = net(
+        "g (float[b,2,4,8] x, bool[b,1,1,4] m) => (float[b,2,4,8] y) { y = Attention(x, x, x, m) }",
+        opset=23,
+        ir_version=10,
+    )
+    feed = {"x": normal(2, 2, 4, 8), "m": np.array([1, 1, 1, 0, 1, 1, 0, 0], bool).reshape(2, 1, 1, 4)}
+    (expected,) = onnx.reference.ReferenceEvaluator(model).run(None, feed)
+    (found,) = simulation_session(model.SerializeToString(), threads=1).run(None, feed)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -13,10 +13,12 @@ from typing import Any
 
 import onnx
 import onnx.defs
+import onnx.inliner
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
 from trtq.graph.attention import attention_body
+from trtq.graph.local import tell_types
 from trtq.graph.names import Names
 
 EXPANDED = frozenset(
@@ -51,6 +53,20 @@ def expand_functions(graph: gs.Graph) -> bool:
                 _put_in_place(body, names, node, definition)
                 found = True
     return found
+
+
+def with_attention_defined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """`proto`, which may be changed, with every Attention as ONNX defines it.
+
+    ONNX Runtime's own (1.32) refuses a mask that is one for all queries, and a few of its results differ.
+    """
+    tell_types(proto.graph)
+    return onnx.inliner.inline_selected_functions(proto, [("", "Attention")], inline_schema_functions=True)
+
+
+def holds_attention(proto: onnx.ModelProto) -> bool:
+    """Whether a model's own graph has an Attention of ONNX's."""
+    return any(n.op_type == "Attention" and n.domain in ("", "ai.onnx") for n in proto.graph.node)
 
 
 def _bodies(graph: gs.Graph) -> list[gs.Graph]:

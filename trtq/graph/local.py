@@ -22,7 +22,7 @@ def inline_functions(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     defaults = {(f.domain, f.name): {a.name: a for a in f.attribute_proto} for f in proto.functions}
     for nodes in (proto.graph.node, *(f.node for f in proto.functions)):
         _give_defaults(nodes, defaults)
-    _tell_types(proto.graph)
+    tell_types(proto.graph)
     try:
         return onnx.inliner.inline_local_functions(proto, convert_version=True)
     except Exception as error:
@@ -34,8 +34,8 @@ def inline_functions(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         ) from error
 
 
-def _tell_types(graph: onnx.GraphProto) -> None:
-    """Write down the types of weights, which the converter of another opset's functions asks for."""
+def tell_types(graph: onnx.GraphProto) -> None:
+    """Write down the types of weights, which ONNX's inliner asks for."""
     told = {value.name for value in (*graph.value_info, *graph.input)}
     graph.value_info.extend(
         onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from trtq.errors import InputError, TrtqError
 from trtq.graph import references
 from trtq.graph.foreign import View, import_domains, needs_reference
+from trtq.graph.functions import holds_attention, with_attention_defined
 from trtq.graph.model import model_files
 from trtq.graph.weights import IN_MEMORY, Light, read_light
 from trtq.simulation.chain import Chain
@@ -38,6 +39,9 @@ _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 _CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 """float32 stays float32, and convolutions are not chosen by timing them: runs repeat."""
+
+_REWRITTEN = ":narrow-types-rounded:attention-as-defined"
+"""What is not left to ONNX Runtime, for the fingerprint."""
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -189,7 +193,7 @@ def simulation_fingerprint() -> str:
     settings = ",".join(f"{key}={value}" for key, value in _SESSION_CONFIG.items())
     device = ":cuda" if len(execution_providers()) > 1 else ""
     operators = f"references-{references.fingerprint()}"
-    return f"onnxruntime-{onnxruntime.__version__}:{settings}:narrow-types-rounded:{operators}{device}"
+    return f"onnxruntime-{onnxruntime.__version__}:{settings}{_REWRITTEN}:{operators}{device}"
 
 
 @dataclass(frozen=True)
@@ -212,9 +216,10 @@ class _Foreign:
 def _simulable(
     model: str | Path | bytes | Light, outputs: Sequence[str] | None
 ) -> str | Path | bytes | Light | _Foreign:
-    """The model in float32 where it holds narrow types, with other outputs where some are named.
+    """The model in float32 where it holds narrow types, with Attention as ONNX defines it, and with other
+    outputs where some are named.
 
-    A model that needs neither stays as it is.
+    A model that needs none of these stays as it is.
     """
     if isinstance(model, bytes):
         proto, folder = onnx.load_from_string(model), None
@@ -227,8 +232,8 @@ def _simulable(
         inlined = onnx.inliner.inline_local_functions(proto)
         foreign = any(map(needs_reference, inlined.graph.node))
         proto = inlined if foreign else proto
-    narrow = holds_narrow(proto)
-    if not narrow and outputs is None and not foreign:
+    narrow, attention = holds_narrow(proto), holds_attention(proto)
+    if not narrow and not attention and outputs is None and not foreign:
         return model
     types: dict[str, onnx.TypeProto] = {}
     if foreign:
@@ -236,6 +241,8 @@ def _simulable(
         inferred = onnx.shape_inference.infer_shapes(proto).graph
         outputs = _computable(inferred, outputs)
         types = {v.name: v.type for v in (*inferred.value_info, *inferred.output)}
+    if attention:
+        proto = with_attention_defined(proto)
     if narrow:
         proto = in_float32(proto)
     if foreign:
