@@ -521,7 +521,7 @@ def _evidence_notes(
     drawn = f"{evidence.draws} resamples were drawn" if evidence.draws else "no interval was resampled"
     yield (
         f"one call of the metric takes {found.seconds:.2g} s: {drawn}, {intervals.RESAMPLES_OF_FUNCTION} are"
-        " usual; a metric that returns one value for each sample needs none"
+        " usual; a function that returns one value for each sample needs none"
     )
 
 
