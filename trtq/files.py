@@ -77,7 +77,7 @@ def staged_folder(output: PathLike) -> Iterator[Path]:
     except InputError as error:
         if error.file is None or not Path(error.file).is_relative_to(folder):
             raise
-        file = output / Path(error.file).relative_to(folder)
+        file = output / Path(error.file).name  # where it would have come to lie
         raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
