@@ -163,17 +163,26 @@ def idle_conversions(compiled: Compiled) -> list[CompiledLayer]:
     ]
 
 
-def benchmark(engines: Sequence[PathLike], *, on_gpu: bool, how: Measuring | None = None) -> list[Result]:
+def benchmark(
+    engines: Sequence[PathLike],
+    *,
+    on_gpu: bool,
+    how: Measuring | None = None,
+    plugins: Sequence[str] = (),
+) -> list[Result]:
     """Every engine's static figures where it has a record, and with `on_gpu` its timing.
 
     An engine that does not load on the GPU here keeps its static figures.
+
+    Args:
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         InputError: not an engine, or one that neither has a record nor can be measured.
         MissingBackendError: as `measure`.
     """
     paths = [Path(engine) for engine in engines]
-    problems = {path: why_not_loaded(path) if on_gpu else "there is no GPU" for path in paths}
+    problems = {path: why_not_loaded(path, plugins) if on_gpu else "there is no GPU" for path in paths}
     statics = {path: static_of(path) for path in paths}
     for path in paths:
         if problems[path] is not None and statics[path] is None:
@@ -185,7 +194,7 @@ def benchmark(engines: Sequence[PathLike], *, on_gpu: bool, how: Measuring | Non
                 remedy="build it with trtq, or run this on a machine that the engine runs on",
             )
     here = [path for path in paths if problems[path] is None]
-    timings = dict(zip(here, measure(here, how), strict=True))
+    timings = dict(zip(here, measure(here, how, plugins), strict=True))
     return [
         Result(path, statics[path], timings.get(path), problems[path] if on_gpu else None) for path in paths
     ]

@@ -80,8 +80,13 @@ class Timing:
     clocks: Mapping[str, tuple[float, float, float]] | None
 
 
-def measure(engines: Sequence[Path], how: Measuring | None = None) -> list[Timing]:
+def measure(
+    engines: Sequence[Path], how: Measuring | None = None, plugins: Sequence[str] = ()
+) -> list[Timing]:
     """Time engines on the first GPU, in turns. Loads the plans: only plans you built or trust.
+
+    Args:
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         MissingBackendError: no GPU, CUDA package or TensorRT for them here.
@@ -89,7 +94,8 @@ def measure(engines: Sequence[Path], how: Measuring | None = None) -> list[Timin
     """
     try:
         with contextlib.ExitStack() as stack:
-            return _measured([stack.enter_context(_timed(path)) for path in engines], how or Measuring())
+            timed = [stack.enter_context(_timed(path, plugins)) for path in engines]
+            return _measured(timed, how or Measuring())
     except CudaError as error:
         raise InputError("CUDA fails while engines are timed", cause=error) from error
 
@@ -182,13 +188,13 @@ class _Timed:
 
 
 @contextlib.contextmanager
-def _timed(path: Path) -> Iterator[_Timed]:
+def _timed(path: Path, plugins: Sequence[str]) -> Iterator[_Timed]:
     """A loaded engine; CUDA and the TensorRT library are there before the clock starts."""
     required_gpu(path)
     tensorrt_module(package_of(path))
     free = open_cuda().free_memory()
     started = time.perf_counter()
-    with open_engine(path) as engine:
+    with open_engine(path, plugins) as engine:
         yield _Timed(engine, 1000 * (time.perf_counter() - started), free)
 
 

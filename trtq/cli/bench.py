@@ -34,7 +34,7 @@ def _bench(given: argparse.Namespace) -> int:
         )
     results = bench.benchmark(engines, on_gpu=gpu is not None, how=how)
     print(bench.text_of(results))
-    if gpu is not None:
+    if gpu is not None and any(result.timing for result in results):
         print(f"Measured on {gpu.name}, compute capability {gpu.compute_capability}.")
     if given.json:
         write_json(given.json, {"gpu": gpu.name if gpu else None, "engines": [r.to_json() for r in results]})
