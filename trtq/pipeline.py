@@ -31,7 +31,16 @@ from trtq.graph.half_rules import Extent
 from trtq.graph.model import Model
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
-from trtq.job import Job, for_builder, open_cache, planned, prepare, say_without_data, with_timing_cache
+from trtq.job import (
+    Job,
+    for_builder,
+    open_cache,
+    planned,
+    prepare,
+    say_without_data,
+    settled,
+    with_timing_cache,
+)
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
@@ -178,6 +187,8 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> tuple[
     """
     recipe.require("model")
     if table is not None:
+        if recipe.data is not None:
+            recipe, _ = settled(recipe, console)
         quantization = _with_table(recipe, table, console)
         say_without_data(recipe, console)
     elif recipe.data is not None:
