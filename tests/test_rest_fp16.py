@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
+from trtq.errors import InputError
 from trtq.gate.evaluation import Evaluation
 from trtq.job import Job
 from trtq.recipe import Recipe
@@ -186,3 +187,14 @@ def test_float16_that_fails_without_int8_gives_way(
     assert "float16 fails the gate without any INT8" in run.err
     steps = json.loads((tmp_path / "out" / "workflow.json").read_text())
     assert [step["step"] for step in steps] == ["calibrate", "calibrate, rest fp32"]
+
+
+def test_a_model_that_cannot_be_upgraded_stays_float32(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half needs a newer opset; ONNX's converter does not know this one."""
+    monkeypatch.setattr("trtq.job.FP16_SCALE_OPSET", 99)
+    job = Job.open(replace(recipe, rest="auto"), SILENT)
+    assert (job.recipe.rest, job.model.graph.opset) == ("fp32", 13)
+    with pytest.raises(InputError, match="cannot be upgraded to 99"):
+        Job.open(replace(recipe, rest="fp16"), SILENT)

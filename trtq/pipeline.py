@@ -39,6 +39,7 @@ from trtq.job import (
     prepare,
     samples_of,
     say_without_data,
+    settled,
     with_timing_cache,
 )
 from trtq.migration.fit import require_complete
@@ -192,6 +193,8 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> tuple[
     """
     recipe.require("model")
     if table is not None:
+        if recipe.data is not None:
+            recipe, _ = settled(recipe, console)
         quantization = _with_table(recipe, table, console)
         say_without_data(recipe, console)
     elif recipe.data is not None:
