@@ -19,6 +19,7 @@ from trtq.graph.einsum import einsum_to_matmul
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.functions import expand_functions, holds_functions
 from trtq.graph.names import Names
+from trtq.graph.sequences import take_from_sequences
 from trtq.graph.shapes import infer_types
 from trtq.graph.weights import is_plain
 
@@ -98,6 +99,7 @@ PASSES: list[Callable[[gs.Graph], None]] = [
     fold_functions,
     einsum_to_matmul,
     fold_constants,
+    take_from_sequences,
     fold_batch_norm,
     fold_zero_pad,
 ]
