@@ -37,6 +37,9 @@ from trtq.simulation.workers import Work
 NEVER_SEEN = "never-seen"
 """Rule of the plan for nodes that stay in floating point because calibration gives an input no range."""
 
+FEWEST_TO_CONFIRM = 64
+"""Rows that ranges of their own have to do better on, if there are so many."""
+
 CUT_SHORT = "cut-short"
 """Note on ranges that more time might have made better; the cache does not keep them."""
 
@@ -282,11 +285,15 @@ def held_back(job: Job) -> Rows:
     Raises:
         InputError: as `Rows`.
     """
-    rows, recipe, tensors = job.parts[1], job.recipe, instead_of_outputs(job.model.graph)
-    with job.console.progress("fp32", len(rows)) as advance:
+    return _rows_of(job, job.parts[1])
+
+
+def _rows_of(job: Job, samples: Samples) -> Rows:
+    recipe, tensors = job.recipe, instead_of_outputs(job.model.graph)
+    with job.console.progress("fp32", len(samples)) as advance:
         return Rows(
             job.model.path if tensors is None else job.model.graph,
-            rows,
+            samples,
             threads=recipe.threads,
             ignore_nonfinite=recipe.ignore_nonfinite,
             advance=advance,
@@ -297,7 +304,7 @@ def held_back(job: Job) -> Rows:
 def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statistics) -> Quantization:
     """`--method auto`: the best method for all, and for each tensor another if it does better with it.
 
-    Of the ranges that the search changed those are kept that do better on the rows held back, too.
+    Of the ranges that the search changed those are kept that do better on other rows, too (see `_confirmed`).
 
     Args:
         statistics: of the rows to fit on, which the search goes by.
@@ -323,8 +330,10 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         ignore_nonfinite=job.recipe.ignore_nonfinite,
         budget=job.budget,
     )
-    before = choice.sqnr_db[str(choice.method)]
-    exceptions, after = _confirmed(job, rows, bare, statistics, choice, refined.exceptions)
+    before = after = choice.sqnr_db[str(choice.method)]
+    if exceptions := _confirmed(job, bare, statistics, choice.method, refined.exceptions):
+        own = scales_from(statistics, choice.method, exceptions)
+        after = rows.sqnr_db(replace(bare, scales=own), console, "ranges")
     console.say(
         "ranges",
         f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own: "
@@ -347,29 +356,30 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
 
 
 def _confirmed(
-    job: Job,
-    rows: Rows,
-    bare: Quantization,
-    statistics: Statistics,
-    choice: Choice,
-    found: Mapping[str, Method],
-) -> tuple[dict[str, Method], float]:
-    """The tensors whose own methods do better on some rows, and the SQNR in dB that they reach there: all
-    that were found, or those that each do better with the ones before it, while the budget lasts."""
+    job: Job, bare: Quantization, statistics: Statistics, start: Method, found: Mapping[str, Method]
+) -> dict[str, Method]:
+    """The tensors whose own methods do better on other rows than those of the search: all that were found, or
+    those that each do better with the ones before it; while the budget lasts.
+
+    Where few rows are held back they are not enough to tell: then rows of all the data are taken.
+    """
     kept: dict[str, Method] = {}
-    best = choice.sqnr_db[str(choice.method)]
     if not found:
-        return kept, best
-    trials = Trials(rows, bare)
-    together = trials.sqnr_db(scales_from(statistics, choice.method, found))
+        return kept
+    few = len(job.parts[1]) < FEWEST_TO_CONFIRM
+    trials = Trials(_rows_of(job, job.data.spread(FEWEST_TO_CONFIRM)) if few else held_back(job), bare)
+
+    def sqnr_db(exceptions: Mapping[str, Method]) -> float:
+        return trials.sqnr_db(scales_from(statistics, start, exceptions))
+
+    best, together = sqnr_db(kept), sqnr_db(found)
     for tensor, method in found.items():
         if job.budget.over:
             break
-        tried = {**kept, tensor: method}
-        score = trials.sqnr_db(scales_from(statistics, choice.method, tried))
+        score = sqnr_db({**kept, tensor: method})
         if score > best:
-            kept, best = tried, score
-    return (dict(found), together) if together > best else (kept, best)
+            kept[tensor], best = method, score
+    return dict(found) if together > best else kept
 
 
 def _choice_text(choice: Choice) -> str:
