@@ -132,6 +132,9 @@ def test_slower_int8_is_loud_and_names_kernels(three: dict[str, Path]) -> None:
     faster = Result(three["int8"], static["int8"], timing(0.3, {}))
     assert slower_than_float([fp16, faster]) is None
     assert slower_than_float([fp16]) is None
+    assert (
+        slower_than_float([fp16, int8, faster]) is None
+    )  # two INT8 engines: of which model is the FP16 one?
 
 
 def test_static_comparison_is_of_bytes(three: dict[str, Path]) -> None:
