@@ -30,6 +30,7 @@ from typing import Any
 
 import gpu_steps
 import numpy as np
+from integer_products import integer_products
 
 from trtq.backends import tensorrt_rtx
 from trtq.calibration.calibrate import calibrate
@@ -177,7 +178,7 @@ def prepare_model(recipe: Recipe, folder: Path) -> None:
     rows = rows.subset(range(min(EVALUATED, len(rows)) // rows.group))
     int8 = folder / "int8.onnx"
     save_model(quantization.rewritten(), int8)
-    np.savez_compressed(folder / "products.npz", **gpu_steps.integer_products(int8, rows))
+    np.savez_compressed(folder / "products.npz", **integer_products(int8, rows))
     if int8.stat().st_size > LARGEST:
         int8.unlink()
         return

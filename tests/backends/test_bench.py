@@ -6,16 +6,19 @@ import argparse
 import dataclasses
 import json
 import shutil
+import sys
+import types
 from functools import partial
 from pathlib import Path
 
+import onnx
 import pytest
 
 import trtq
 from trtq.backends import bench
 from trtq.backends.bench import Result, slower_than_float, summarize, text_of
 from trtq.backends.compiled import Compiled, CompiledLayer, CompiledTensor
-from trtq.backends.interface import find_gpu
+from trtq.backends.interface import BuildOptions, find_gpu
 from trtq.backends.record import sidecar
 from trtq.backends.timing import Measuring, Timing
 from trtq.cli.bench import BENCH
@@ -129,6 +132,9 @@ def test_slower_int8_is_loud_and_names_kernels(three: dict[str, Path]) -> None:
     faster = Result(three["int8"], static["int8"], timing(0.3, {}))
     assert slower_than_float([fp16, faster]) is None
     assert slower_than_float([fp16]) is None
+    assert (
+        slower_than_float([fp16, int8, faster]) is None
+    )  # two INT8 engines: of which model is the FP16 one?
 
 
 def test_static_comparison_is_of_bytes(three: dict[str, Path]) -> None:
@@ -166,6 +172,35 @@ def test_three_needs_scales_and_a_folder(tmp_path: Path) -> None:
         command(str(DEMO / "digits.onnx"), "--three", "-o", str(tmp_path))
     with pytest.raises(InputError, match="one fp32 ONNX model and a folder"):
         command(str(DEMO / "digits.onnx"), "--three")
+
+
+@pytest.mark.parametrize(("version", "half"), [("8.6.1", False), ("10.16.1", True)])
+def test_fp16_is_the_builders_flag_where_the_model_cannot_say_it(
+    version: str, half: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """TensorRT 8.6 has no strong typing: its FP16 engine is the float32 model's, with the flag."""
+    built: dict[str, tuple[bool, str | None]] = {}
+
+    class Recorder:
+        def version(self) -> str:
+            return version
+
+        def build(self, model: Path, engine: Path, *, options: BuildOptions, **_: object) -> Path:
+            kinds = {w.data_type for w in onnx.load(model).graph.initializer}
+            built[engine.name] = (onnx.TensorProto.FLOAT16 in kinds, options.lower_precision)
+            return engine
+
+    tensorrt = types.ModuleType("tensorrt")
+    tensorrt.__version__ = version
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
+    monkeypatch.setattr(bench, "builder", lambda name: Recorder())
+    model = DEMO / "digits.onnx"
+    bench.build_three(model, model, tmp_path, backend="tensorrt")
+    assert built == {
+        "model.fp32.plan": (False, None),
+        "model.fp16.plan": (half, None if half else "fp16"),
+        "model.int8.plan": (False, None),
+    }
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -205,8 +206,11 @@ def slower_than_float(results: Sequence[Result]) -> str | None:
 
     Names the kernels of the INT8 engine that cost most and are not INT8 multiply-accumulates: what INT8
     cannot speed up. With timings these are measured; without them they are the ones that move most bytes,
-    and the comparison is of bytes.
+    and the comparison is of bytes. Several engines of one precision are not of one model: no comparison.
     """
+    precisions = Counter(r.static.precision for r in results if r.static is not None)
+    if any(count > 1 for count in precisions.values()):
+        return None
     by_precision = {r.static.precision: r for r in results if r.static is not None}
     int8, other = by_precision.get("int8"), by_precision.get("fp16") or by_precision.get("fp32")
     if int8 is None or other is None or int8.static is None or other.static is None:
@@ -228,7 +232,7 @@ def text_of(results: Sequence[Result]) -> str:
     """The results as text: a line per engine, conversions that gained nothing, and how it was measured."""
     lines = []
     for result in results:
-        name, static, timing = result.engine.name, result.static, result.timing
+        name, static, timing = result.engine, result.static, result.timing
         if timing is not None:
             how = "CUDA graph" if timing.cuda_graph else f"no CUDA graph: {timing.note}"
             lines += [

@@ -160,7 +160,8 @@ def test_clocks_are_sampled_meanwhile() -> None:
     found = clocks.ranges()
     assert found is not None
     low, middle, high = found["SM MHz"]
-    assert low <= middle < high == 1980
+    assert low <= middle <= high <= 1980
+    assert low < high  # it falls with each reading
     assert found["memory MHz"] == (2619, 2619, 2619)
     assert found["°C"] == (40, 40, 40)
     assert "W" not in found  # this card does not tell

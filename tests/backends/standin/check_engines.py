@@ -16,6 +16,7 @@ from jobs import trtq_command
 from standin import make_plan
 
 from trtq.backends import bench
+from trtq.backends.cuda import CudaError, open_cuda
 from trtq.backends.engine import batch_limits, input_specs, run_engine, why_not_loaded
 from trtq.backends.record import sidecar
 from trtq.backends.runner import Profile, open_engine
@@ -202,8 +203,6 @@ def test_outputs_whose_shape_depends_on_the_data(plan: Any) -> None:
 
 
 def test_no_memory_for_such_an_output(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trtq.backends.cuda import CudaBindings, CudaError
-
     path = plan(model("(float[n,3] x) => (int64[2,k] at) { at = NonZero(x) }"), data_dependent=["at"])
     with open_engine(path) as engine:
         engine.bind({"x": X[:8]})
@@ -211,7 +210,7 @@ def test_no_memory_for_such_an_output(plan: Any, monkeypatch: pytest.MonkeyPatch
         def full(self: object, size: int) -> int:
             raise CudaError("CUDA_ERROR_OUT_OF_MEMORY")
 
-        monkeypatch.setattr(CudaBindings, "allocate", full)
+        monkeypatch.setattr(type(open_cuda()), "allocate", full)
         engine.enqueue()
         with pytest.raises(InputError, match="OUT_OF_MEMORY"):
             engine.fetch()
