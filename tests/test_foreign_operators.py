@@ -85,7 +85,7 @@ def test_without_them_the_gate_compares_what_goes_in_and_says_so(tmp_path: Path)
     model = saved(chain(), tmp_path)
     run = quantize(model, tmp_path)
     assert "1 of 3 weighted nodes to INT8" in run.out
-    assert "b (Conv): it lies behind 'm' (Scaled), which has no reference" in run.out
+    assert "b (Conv), y (Conv): it lies behind 'm' (Scaled), which has no reference" in run.out
     run, verdict = gate(model, tmp_path)
     assert run.code == ExitCode.PASS
     assert set(verdict["outputs"]) == {"a"}

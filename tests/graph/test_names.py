@@ -17,7 +17,7 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method, scales_from
-from trtq.calibration.search import refine_ranges
+from trtq.calibration.refine import refine_ranges
 from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples

@@ -82,12 +82,14 @@ def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
 
 
 def check_dtypes(graph: gs.Graph) -> None:
-    """Make sure that the dtypes of all tensors are known, as the conversion needs them.
+    """Make sure that the dtypes of all tensors are known that the conversion looks at.
 
     Raises:
         InputError: one is not.
     """
-    unknown = [t.name for node in graph.nodes for t in node.outputs if t.name and t.dtype is None]
+    view = View.of(graph)
+    converted = [node for node in graph.nodes if not is_foreign_node(node) and not view.hides(node)]
+    unknown = [t.name for node in converted for t in node.outputs if t.name and t.dtype is None]
     if unknown:
         raise InputError(f"the dtype of '{unknown[0]}' is not known", remedy="leave the rest in fp32")
 
