@@ -137,6 +137,17 @@ def test_slower_int8_is_loud_and_names_kernels(three: dict[str, Path]) -> None:
     )  # two INT8 engines: of which model is the FP16 one?
 
 
+def test_engines_of_different_models_are_not_compared(three: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other.plan"
+    shutil.copy(three["fp32"], other)
+    record = json.loads(sidecar(three["fp32"]).read_text().replace('"image"', '"picture"'))
+    sidecar(other).write_text(json.dumps(record))
+    int8 = Result(three["int8"], bench.static_of(three["int8"]), timing(0.5, {}))
+    fp32 = bench.static_of(three["fp32"])
+    assert slower_than_float([Result(three["fp32"], fp32, timing(0.1, {})), int8]) is not None
+    assert slower_than_float([Result(other, fp32, timing(0.1, {})), int8]) is None
+
+
 def test_static_comparison_is_of_bytes(three: dict[str, Path]) -> None:
     results = bench.benchmark([three["fp16"], three["int8"]], on_gpu=False)
     message = slower_than_float(results)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from importlib.metadata import packages_distributions, version
+from pathlib import Path
 
 import numba
 import numpy
@@ -18,10 +18,17 @@ from trtq.backends.interface import Gpu, find_gpu
 from trtq.backends.tensorrt_rtx import supported_targets
 
 has_rtx = importlib.util.find_spec("tensorrt_rtx") is not None
-DISTRIBUTIONS = {**packages_distributions(), "cuda": ["cuda-pathfinder", "cuda-bindings"]}
-"""As with cuda-bindings installed, which shares its folder with other packages."""
-
 needs_rtx = pytest.mark.skipif(not has_rtx, reason="TensorRT for RTX is not installed")
+
+
+def with_packages(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
+    """As if some packages were there in these versions, or not (None)."""
+    real = doctor.installed_version
+    monkeypatch.setattr(
+        doctor,
+        "installed_version",
+        lambda module: versions[module] if module in versions else real(module),
+    )
 
 
 def findings() -> dict[str, doctor.Finding]:
@@ -36,6 +43,20 @@ def test_versions_are_those_of_the_modules() -> None:
         top = name.split(".")[0]
         there = importlib.util.find_spec(top) is not None and importlib.util.find_spec(name) is not None
         assert found[name].ok == there
+
+
+def test_a_module_without_metadata_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bare_module.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.installed_version("bare_module") == "version unknown"
+    assert doctor.installed_version("no_such_module") is None
+    assert doctor.installed_version("no_such_package.part") is None
+
+
+def test_python_3_10_does_not_know_whose_a_module_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There only packages with a top_level.txt are known."""
+    monkeypatch.setattr(doctor, "packages_distributions", dict)
+    assert doctor.installed_version("numpy") == numpy.__version__
 
 
 def test_large_packages_are_not_imported() -> None:
@@ -73,9 +94,7 @@ def test_engines_run_on_gpus_that_the_package_supports(
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT runs on both")
     monkeypatch.setattr(doctor, "find_gpu", lambda: Gpu("Some GPU", capability))
-    monkeypatch.setattr(doctor, "packages_distributions", lambda: DISTRIBUTIONS)
-    installed = {"cuda-bindings": "13.5.0"}
-    monkeypatch.setattr(doctor, "version", lambda name: installed.get(name) or version(name))
+    with_packages(monkeypatch, {"cuda.bindings": "13.5.0"})
     found = findings()
     assert found["gpu"].detail == f"Some GPU, compute capability {capability}"
     assert found["run engines"].ok == runs
@@ -87,8 +106,7 @@ def test_engines_run_on_gpus_that_the_package_supports(
 @needs_rtx
 def test_engines_need_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_gpu", lambda: Gpu("Some GPU", "8.6"))
-    bare = {name: found for name, found in DISTRIBUTIONS.items() if name not in ("cuda", "pycuda")}
-    monkeypatch.setattr(doctor, "packages_distributions", lambda: bare)
+    with_packages(monkeypatch, {"cuda.bindings": None, "pycuda": None})
     found = findings()["run engines"]
     assert not found.ok
     assert "cuda.bindings" in found.detail

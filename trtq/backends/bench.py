@@ -206,7 +206,8 @@ def slower_than_float(results: Sequence[Result]) -> str | None:
 
     Names the kernels of the INT8 engine that cost most and are not INT8 multiply-accumulates: what INT8
     cannot speed up. With timings these are measured; without them they are the ones that move most bytes,
-    and the comparison is of bytes. Several engines of one precision are not of one model: no comparison.
+    and the comparison is of bytes. Several engines of one precision, or two without a common input, are not
+    of one model: no comparison.
     """
     precisions = Counter(r.static.precision for r in results if r.static is not None)
     if any(count > 1 for count in precisions.values()):
@@ -214,6 +215,8 @@ def slower_than_float(results: Sequence[Result]) -> str | None:
     by_precision = {r.static.precision: r for r in results if r.static is not None}
     int8, other = by_precision.get("int8"), by_precision.get("fp16") or by_precision.get("fp32")
     if int8 is None or other is None or int8.static is None or other.static is None:
+        return None
+    if _inputs(int8.engine).isdisjoint(_inputs(other.engine)):
         return None
     if int8.timing is not None and other.timing is not None:
         cost, other_cost, unit = int8.timing.p50_ms, other.timing.p50_ms, "ms"
@@ -278,6 +281,13 @@ def _blame(result: Result) -> list[str]:
 def _layers(engine: Path) -> tuple[CompiledLayer, ...]:
     record = read_record(engine, sha256_file(engine))
     return record["compiled"].layers if record is not None else ()
+
+
+def _inputs(engine: Path) -> set[tuple[str, tuple[int, ...]]]:
+    """Names and dimensions of what an engine's layers read and none of them writes."""
+    layers = _layers(engine)
+    written = {tensor.name for layer in layers for tensor in layer.outputs}
+    return {(t.name, t.dims) for layer in layers for t in layer.inputs if t.name not in written}
 
 
 def _role(layer: CompiledLayer) -> str:

@@ -293,8 +293,11 @@ def onnx_layers(metadata: str) -> tuple[str, ...]:
 
 
 def _named(name: str) -> tuple[str, ...]:
-    """The ONNX nodes that a layer's name lists, joined by `+`: TensorRT before 8.6 has no metadata."""
-    return tuple(name.split(" + "))
+    """The ONNX nodes that a layer's name lists: TensorRT before 8.6 has no metadata.
+
+    What is fused is joined by `+`, and a pointwise node stands in PWN(...).
+    """
+    return tuple(part.removeprefix("PWN(").removesuffix(")") for part in name.split(" + "))
 
 
 def _inspected_layer(layer: Any) -> CompiledLayer | None:

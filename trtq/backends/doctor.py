@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 from trtq.backends.interface import Gpu, find_gpu
 from trtq.backends.tensorrt_rtx import supported_targets
@@ -41,8 +43,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Look at the machine and the packages, and say what works with them. Never raises, runs no kernel."""
-    distributions = packages_distributions()
-    versions = {module: _version(module, distributions) for module in REQUIRED + OPTIONAL}
+    versions = {module: installed_version(module) for module in REQUIRED + OPTIONAL}
     gpu = find_gpu()
     device = f"{gpu.name}, compute capability {gpu.compute_capability}" if gpu else "no NVIDIA GPU or driver"
     return [
@@ -68,13 +69,17 @@ def as_text(findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
-def _version(module: str, distributions: Mapping[str, Sequence[str]]) -> str | None:
-    """The version of the package that a module comes from; several share the top of a dotted name."""
-    top, *below = module.split(".")
-    found = distributions.get(top, ())
-    if below:
-        found = [name for name in found if name == module.replace(".", "-")]
-    return version(found[0]) if found else None
+def installed_version(module: str) -> str | None:
+    """The version of the package that a module comes from; None if there is no such module.
+
+    A package may be called otherwise (`onnxruntime-gpu`), or have no metadata, as some in containers.
+    """
+    for package in (module.replace(".", "-"), *packages_distributions().get(module, ())):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(package)
+    with contextlib.suppress(ImportError):  # of the package that it is in
+        return "version unknown" if importlib.util.find_spec(module) is not None else None
+    return None
 
 
 def _package(module: str, installed: str | None) -> Finding:

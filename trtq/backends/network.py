@@ -45,6 +45,11 @@ _REMEDIES = (
         "check the node's attributes and inputs by the plugin's documentation; some plugins need a GPU even"
         " to be parsed",
     ),
+    (
+        "Unable to load library: libcu",
+        "TensorRT 8 loads cuBLAS 11 and cuDNN 8 when it builds: install them (on x86 also pip install"
+        " nvidia-cublas-cu11 nvidia-cudnn-cu11) and put their folders into LD_LIBRARY_PATH",
+    ),
     ("Turing (SM75)", "leave 7.5 out of the targets, or convert the layers that are not quantized to fp16"),
     (
         "Attention operation was not supported by a dedicated kernel",
