@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from trtq import __version__
 from trtq.backends.cuda import open_cuda
+from trtq.backends.inner import inner_scales
 from trtq.backends.interface import Shape
 from trtq.calibration.table import Table, metadata_path, version_number
 from trtq.data.batches import batches
@@ -168,6 +169,15 @@ class Calibrator:
 
 class TableCalibrator(Calibrator):
     """Hands TensorRT a table and refuses to calibrate (see `table_calibrator`)."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table.to_bytes())
+        self._table = table
+
+    def complete(self, trt: Any, network: Any) -> None:
+        """Add scales for tensors that only TensorRT's network has (`trtq.backends.inner`)."""
+        scales = inner_scales(trt, network, self._table.scales)
+        self.table = dataclasses.replace(self._table, scales={**self._table.scales, **scales}).to_bytes()
 
     @_kept
     def get_batch(self, names: Sequence[str]) -> None:
@@ -389,7 +399,7 @@ def table_calibrator(trt: Any, table: Table) -> TableCalibrator:
         InputError: an unknown algorithm.
     """
     subclass = _subclass(trt, table.algorithm, TableCalibrator)
-    return subclass(dataclasses.replace(table, version=version_number(trt.__version__)).to_bytes())
+    return subclass(dataclasses.replace(table, version=version_number(trt.__version__)))
 
 
 def stop_on_error(trt: Any, calibrator: Calibrator) -> Any:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from trtq.backends.calibrators import Calibrator, DataCalibrator, stop_on_error
+from trtq.backends.calibrators import Calibrator, DataCalibrator, TableCalibrator, stop_on_error
 from trtq.backends.compiled import Compiled, onnx_layers, parse_inspection
 from trtq.backends.dialect import Dialect, dialect_of
 from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Gpu, Profile, Range, find_gpu
@@ -247,6 +247,8 @@ def _use_calibrator(
     Raises:
         InputError: its batches are of other shapes than the network takes.
     """
+    if isinstance(calibrator, TableCalibrator):
+        calibrator.complete(trt, network)
     config.int8_calibrator = calibrator
     if (monitor := stop_on_error(trt, calibrator)) is not None:
         config.progress_monitor = monitor
