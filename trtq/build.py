@@ -115,7 +115,7 @@ def build_explicit(recipe: Recipe, console: Console) -> tuple[Build, Plan]:
 def build_implicit(
     recipe: Recipe, table: PathLike | None, algorithm: str | None
 ) -> tuple[Build, Plan, tuple[str, ...]]:
-    """An engine that TensorRT 8.6 to 10.16 quantizes by itself, the plan whose exclusions it obeys, and what
+    """An engine that TensorRT 8.5 to 10.16 quantizes by itself, the plan whose exclusions it obeys, and what
     is to be said of a given table.
 
     Args:
@@ -131,7 +131,7 @@ def build_implicit(
     if chosen(recipe.backend) != "tensorrt":
         raise InputError(
             f"{chosen(recipe.backend)} has no implicit quantization",
-            remedy="use --backend tensorrt (8.6 to 10.16), or quantize explicitly: trtq quantize --table",
+            remedy="use --backend tensorrt (8.5 to 10.16), or quantize explicitly: trtq quantize --table",
         )
     recipe = for_builder(recipe, implicit=True)
     source = load_source(recipe.require("model").model, feeding=recipe.feeding)

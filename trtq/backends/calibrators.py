@@ -1,4 +1,4 @@
-"""Calibrators for implicit quantization: NVIDIA's own classes, TensorRT 8.6 to 10.16, fed by `trtq`.
+"""Calibrators for implicit quantization: NVIDIA's own classes, TensorRT 8.5 to 10.16, fed by `trtq`.
 
 - `data_calibrator`: TensorRT measures the activations itself, on samples of `trtq`, with its entropy,
   min-max or legacy (percentile) algorithm.
@@ -354,7 +354,7 @@ def data_calibrator(
     the batch size, and histograms do not where it divides the number of rows.
 
     Args:
-        trt: the module `tensorrt` (or `tensorrt_bindings`), 8.6 to 10.16.
+        trt: the module `tensorrt` (or `tensorrt_bindings`), 8.5 to 10.16.
         algorithm: a key of `BASES`.
         samples: calibration data; every input's rows have one shape.
         model: SHA-256 of the model, for the cache.
@@ -435,7 +435,7 @@ def _subclass(trt: Any, algorithm: str, behaviour: type[C]) -> type[C]:
             f"TensorRT {trt.__version__} has no calibrators",
             cause="they were removed in TensorRT 11 and are not in TensorRT for RTX",
             remedy="quantize explicitly: `trtq migrate` makes a Q/DQ model of a calibration table; or"
-            " pip install 'tensorrt>=8.6,<11'",
+            " pip install 'tensorrt>=8.5,<11'",
         )
     return type(behaviour.__name__, (behaviour, getattr(trt, BASES[algorithm])), {})
 

@@ -110,7 +110,7 @@ def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Finding
 
     missing = []
     if tensorrt is None or int(tensorrt.split(".")[0]) >= _WITHOUT_CALIBRATORS:
-        missing.append("pip install 'tensorrt>=8.6,<11'")
+        missing.append("pip install 'tensorrt>=8.5,<11'")
     if memory is None:
         missing.append("pip install 'trtq[cuda]'")
     if gpu is None:
@@ -123,7 +123,7 @@ def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Finding
         _ability(
             "INT8 calibrators",
             [] if missing else [f"tensorrt {tensorrt}, {memory} {versions[memory or '']}"],
-            "needs tensorrt 8.6 to 10, pycuda or cuda.bindings, and a GPU",
+            "needs tensorrt 8.5 to 10, pycuda or cuda.bindings, and a GPU",
             "; ".join(missing),
         ),
         _ability("simulate INT8", providers, ort_problem, "pip install onnxruntime"),

@@ -1,6 +1,6 @@
 """An engine on the GPU, fed with arrays and asked for its outputs: what gates, times and compares it.
 
-One path for TensorRT 8.6 to 11 and TensorRT for RTX.
+One path for TensorRT 8.5 to 11 and TensorRT for RTX.
 """
 
 from __future__ import annotations
