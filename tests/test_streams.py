@@ -172,7 +172,8 @@ def deployed(zoo: Path, model: str, data: str, folder: Path, *options: object) -
 
 @pytest.mark.slow
 def test_zoo_silero_vad_streams(zoo: Path, tmp_path: Path) -> None:
-    verdict = deployed(zoo, "silero_vad_16k", "stream", tmp_path, "--state", "state=stateN")
+    # ONNX Runtime itself, which is the witness, does not round to float16
+    verdict = deployed(zoo, "silero_vad_16k", "stream", tmp_path, "--state", "state=stateN", "--rest", "fp32")
     with np.load(zoo / "silero_vad" / "stream_eval.npz") as data:
         fp32, int8 = (
             stream(

@@ -169,7 +169,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
             shutil.rmtree(attempt.folder)
         complete_table(job, best.quantization).save(folder / "calibration.cache")
         write_verdict(folder, best.verdict)
-        write_text(folder / "recipe.toml", given.dumps())
+        write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
         record = [{**step.to_json(), "kept": step is best} for step in tried]
         write_json(folder / "workflow.json", record)
         write_report(folder)
