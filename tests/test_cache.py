@@ -57,6 +57,7 @@ def test_layout(cache: Cache) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == sorted([path.name, f"{path.name}.json"])
     record = json.loads(record_of(cache).read_text())
     assert record.pop("sha256")
+    assert record.pop("record_sha256")
     key = record["key"]
     assert key.pop("packages")["numpy"] == np.__version__
     assert len(key.pop("code")) == 64
@@ -72,7 +73,7 @@ def test_layout(cache: Cache) -> None:
             "tensors": ["x", "y"],
         },
     }
-    assert cache.notes(KEY) == {"name": "net"}
+    assert cache.fetch_noted(KEY) == (CONTENT, {"name": "net"})
 
 
 def test_every_component_of_a_key_counts(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,9 @@ def test_damaged_content_is_reported_and_replaced(cache: Cache) -> None:
     assert cache.fetch(KEY) == CONTENT
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"sha256": 1}'])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"sha256": 1}', b"[" * 100_000, b"9" * 5000]
+)
 def test_damaged_record_is_reported(cache: Cache, damage: bytes) -> None:
     cache.store(KEY, CONTENT)
     record_of(cache).write_bytes(damage)
@@ -152,6 +155,52 @@ def test_content_or_record_that_is_missing_is_no_entry(cache: Cache) -> None:
         assert reports == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "another"}, {"new": 1}, {"key": []}, {"record_sha256": None}, {"key": {"kind": "table"}}],
+)
+def test_a_record_that_was_edited_is_reported(cache: Cache, change: dict[str, Any]) -> None:
+    cache.store(KEY, CONTENT, {"name": "net", 9: [10], 10: (9,)})  # type: ignore[dict-item]
+    assert cache.fetch(KEY) == CONTENT
+    record = json.loads(record_of(cache).read_text())
+    record_of(cache).write_text(json.dumps(record | change))
+    assert cache.fetch(KEY) is None
+    assert "is damaged (its record was changed); it is computed again" in reports[0]
+    assert [entry.problem for entry in cache.entries()] == ["its record was changed"]
+    cache.store(KEY, CONTENT)
+    assert [entry.problem for entry in cache.entries()] == [None]
+
+
+def test_verify_finds_content_and_record_that_were_swapped(cache: Cache) -> None:
+    other = replace(KEY, entries={"method": "mse"})
+    for key in (KEY, other):
+        cache.store(key, str(key).encode())
+    for end in ("", ".json"):
+        here, there = Path(f"{cache.path(KEY)}{end}"), Path(f"{cache.path(other)}{end}")
+        kept = here.read_bytes()
+        here.write_bytes(there.read_bytes())
+        there.write_bytes(kept)
+    assert [entry.problem for entry in cache.entries()] == ["it belongs to another key"] * 2
+    assert (cache.fetch(KEY), cache.fetch(other)) == (None, None)
+
+
+def test_a_writer_that_is_stopped_between_the_two_leaves_no_entry(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.store(KEY, CONTENT)
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trtq.cache.write_json", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cache.store(KEY, b"new")
+    assert (cache.fetch(KEY), list(cache.entries()), reports) == (None, [], [])
+    cache.store(KEY, b"new")
+    assert cache.fetch(KEY) == b"new"
+
+
 def test_content_that_is_a_folder_is_reported(cache: Cache) -> None:
     cache.store(KEY, CONTENT)
     cache.path(KEY).unlink()
@@ -166,14 +215,13 @@ WRITER = """
 import hashlib, sys
 from pathlib import Path
 from trtq.cache import Cache, Key
-content = hashlib.sha512(b"content").digest() * 4096
-key = Key("statistics", "a" * 64, "b" * 64)
+contents = [hashlib.sha512(bytes([part])).digest() * 4096 for part in range(4)]
+key = Key("sensitivity", "a" * 64, "b" * 64)
 cache = Cache(Path(sys.argv[1]), lambda line: sys.exit(line))
-for _ in range(60):
-    before = cache.fetch(key)
-    assert before in (None, content)
-    cache.store(key, content)
-    assert cache.fetch(key) == content
+for turn in range(40):
+    cache.store(key, contents[turn % 4], {"turn": turn})
+    assert cache.fetch(key) in contents
+    assert [entry.problem for entry in cache.entries()] == [None]
 """
 
 

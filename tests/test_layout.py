@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "trtq"
 
 LAYERS = """
 trtq.errors
+trtq.escapes
 trtq.files
 trtq.numerics
 trtq.console

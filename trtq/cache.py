@@ -3,7 +3,7 @@
 Layout, the same at run time and in the repository's `calib_cache/`::
 
     <root>/<model>/<data>/<kind>-<key>.<suffix>        the content: statistics, table or outputs
-    <root>/<model>/<data>/<kind>-<key>.<suffix>.json   its SHA-256, its key, and notes
+    <root>/<model>/<data>/<kind>-<key>.<suffix>.json   its SHA-256, its key, notes, and a hash of all these
 
 `<model>` and `<data>` are the first 16 digits of their SHA-256, `<key>` those of the whole key. A key holds
 
@@ -15,9 +15,10 @@ So nothing that other code computed is used, even within one release. What chang
 workers, where shards run) is in no key. Golden tables that are checked in (`calib_cache/`) are therefore
 compared by content; nobody looks them up by key.
 
-Files are moved into place, and one key always gives the same bytes, so concurrent writers do no harm; only
-what is half done (sensitivity, checkpoint) grows under its key. Content that does not match its SHA-256 is
-reported, and computed again.
+Concurrent readers and writers see whole entries: a writer has the folder for itself, and takes the old record
+away before it moves the content and the new record into place. So one that is killed leaves content without a
+record, which is no entry. What does not match its hash, or lies under another key, is reported and computed
+again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from typing import Any
 
 from trtq import __version__
 from trtq.code_hash import code_sha256
+from trtq.console import show
 from trtq.errors import InputError
-from trtq.files import PathLike, decode, sha256_bytes, sha256_json, write_bytes, write_json
+from trtq.files import PathLike, decode, locked, sha256_bytes, sha256_json, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ KINDS: Mapping[str, Kind] = {
     "shard": Kind("npz", 3, (*_SHARDED, *_READING), (*_PACKAGES, "numba")),
 }
 """Every kind of content that is cached."""
+
+_OTHER_KEY = "it belongs to another key"
 
 _OTHER_FOLDER = "give another folder with --cache or $TRTQ_CACHE"
 
@@ -138,18 +142,20 @@ class Entry:
         key: as its record says (see `Key.to_json`); empty where the record cannot be read, or is an old one.
         problem: what is wrong with it, if anything.
         notes: what is kept beside it.
+        modified: when its content was written, in seconds since 1970.
     """
 
     path: Path
     key: Mapping[str, Any]
     size: int
+    modified: float
     problem: str | None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def made_by(self) -> str:
         """The method of a table, or what ran the model; empty where the key has neither."""
-        return self.key.get("method") or str(self.key.get("executor", "")).partition(":")[0]
+        return str(self.key.get("method") or str(self.key.get("executor", "")).partition(":")[0])
 
     def to_json(self) -> dict[str, Any]:
         """Path, problem, notes and key as JSON values."""
@@ -169,40 +175,43 @@ class Cache:
     """A cache folder; `report` receives a line for every damaged entry."""
 
     root: Path
-    report: Callable[[str], object] = print
+    report: Callable[[str], object] = show
 
     def __post_init__(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise InputError("the cache is not a folder", file=self.root, remedy=_OTHER_FOLDER)
 
     @classmethod
-    def at(cls, folder: PathLike | None, report: Callable[[str], object] = print) -> Cache:
+    def at(cls, folder: PathLike | None, report: Callable[[str], object] = show) -> Cache:
         """The cache in a folder, or the user's (`default_root`)."""
         return cls(Path(folder) if folder else default_root(), report)
 
     def path(self, key: Key) -> Path:
         """Where the content of `key` is kept."""
-        digest = sha256_json(key.to_json())[:16]
-        name = f"{key.kind}-{digest}.{KINDS[key.kind].suffix}"
-        return Path(self.root) / key.model[:16] / key.data[:16] / name
+        return Path(self.root) / _place(key.to_json())
 
     def fetch(self, key: Key) -> bytes | None:
         """The content of `key`, or None where it is not cached or damaged (which is reported)."""
+        found = self.fetch_noted(key)
+        return None if found is None else found[0]
+
+    def fetch_noted(self, key: Key) -> tuple[bytes, dict[str, Any]] | None:
+        """As `fetch`, with the notes that were stored beside the content."""
         path = self.path(key)
         try:
             content, record = _read(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            self.report(f"cache entry {path} is damaged ({error}); it is computed again")
-            return None
-        if record.get("sha256") != sha256_bytes(content):
-            self.report(f"cache entry {path} is damaged (its hash does not match); it is computed again")
-            return None
-        if record.get("key") != json.loads(json.dumps(key.to_json())):
-            self.report(f"cache entry {path} belongs to another key; it is computed again")
-            return None
-        return content
+            problem: str | None = str(error)
+        else:
+            problem = _problem(path, content, record)
+            if problem is None and record.get("key") != json.loads(json.dumps(key.to_json())):
+                problem = _OTHER_KEY
+            if problem is None:
+                return content, _notes(record)
+        self.report(f"cache entry {path} is damaged ({problem}); it is computed again")
+        return None
 
     def store(self, key: Key, content: bytes, notes: Mapping[str, Any] | None = None) -> None:
         """Keep `content` under `key`; `notes` are JSON values kept beside it.
@@ -210,19 +219,23 @@ class Cache:
         The record is flat except for the key, so a cached table's record is the table's metadata.
         """
         path = self.path(key)
-        record = {**(notes or {}), "sha256": sha256_bytes(content), "key": key.to_json()}
+        record = json.loads(
+            json.dumps({**(notes or {}), "sha256": sha256_bytes(content), "key": key.to_json()})
+        )
+        record["record_sha256"] = sha256_json(record)  # of what will be read: all keys are text
         try:
-            write_bytes(path, content)
-            write_json(_record_path(path), record)
-        except InputError as error:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.parent):
+                _record_path(path).unlink(missing_ok=True)
+                write_bytes(path, content)
+                write_json(_record_path(path), record)
+        except (InputError, OSError) as error:
+            file, cause = (
+                (error.file, error.cause) if isinstance(error, InputError) else (path, error.strerror)
+            )
             raise InputError(
-                "cannot write to the cache", file=error.file, cause=error.cause, remedy=_OTHER_FOLDER
+                "cannot write to the cache", file=file, cause=cause, remedy=_OTHER_FOLDER
             ) from error
-
-    def notes(self, key: Key) -> dict[str, Any]:
-        """The notes kept beside a content that `fetch` has just given."""
-        _, record = _read(self.path(key))
-        return _notes(record)
 
     def entries(self) -> Iterator[Entry]:
         """Every entry of the cache, verified, in the order of their paths."""
@@ -247,41 +260,80 @@ class Cache:
         if not days >= 0:
             raise InputError(f"--days is {days}", remedy="use a number from 0")
         oldest = time.time() - 86400 * days
-        removed = self.prune(lambda entry: not entry.problem and entry.path.stat().st_mtime > oldest)
+        removed = self.prune(lambda entry: not entry.problem and entry.modified > oldest)
         return len(removed), sum(1 for _ in self.entries())
 
 
 def remove(path: PathLike) -> None:
     """Remove an entry and the record beside it."""
+    path = Path(path)
     try:
-        Path(path).unlink(missing_ok=True)
-        _record_path(Path(path)).unlink(missing_ok=True)
+        with locked(path.parent):
+            _record_path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise InputError("cannot remove the cache entry", file=path, cause=error.strerror) from error
 
 
 def _entry(path: Path) -> Entry | None:
-    """The entry at `path`, verified; None where another process has just removed it."""
+    """The entry at `path`, verified; None where it has no record, or another process has just removed it."""
     try:
-        size = path.lstat().st_size
+        status = path.lstat()
+        content, record = _read(path)
     except FileNotFoundError:
         return None
-    try:
-        content, record = _read(path)
     except (OSError, ValueError) as error:
-        return Entry(path, {}, size, f"unreadable: {error}")
-    damaged = record.get("sha256") != sha256_bytes(content)
-    key, problem = record.get("key"), "its hash does not match" if damaged else None
-    return Entry(path, key if isinstance(key, dict) else {}, size, problem, _notes(record))
+        return Entry(path, {}, status.st_size, status.st_mtime, f"unreadable: {error}")
+    key, problem = record.get("key"), _problem(path, content, record)
+    key = key if isinstance(key, dict) else {}
+    return Entry(path, key, status.st_size, status.st_mtime, problem, _notes(record))
+
+
+def _problem(path: Path, content: bytes, record: Mapping[str, Any]) -> str | None:
+    """What is wrong with an entry, if anything. Of tables without a key, as they are checked in, only the
+    content is known."""
+    if record.get("sha256") != sha256_bytes(content):
+        return "its hash does not match"
+    if "key" not in record:
+        return None
+    hashed = {name: value for name, value in record.items() if name != "record_sha256"}
+    if record.get("record_sha256") != sha256_json(hashed):
+        return "its record was changed"
+    key = record["key"]
+    if not isinstance(key, dict) or path.parts[-3:] != _place(key).parts:
+        return _OTHER_KEY
+    return None
+
+
+def _place(key: Mapping[str, Any]) -> Path:
+    """Where below a cache's root the content of a key is; see `Key.to_json`."""
+    kind = KINDS.get(str(key.get("kind")))
+    suffix = kind.suffix if kind else "?"
+    folder = Path(str(key.get("model"))[:16]) / str(key.get("data"))[:16]
+    return folder / f"{key.get('kind')}-{sha256_json(key)[:16]}.{suffix}"
 
 
 def _notes(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in ("sha256", "key")}
+    own = ("sha256", "record_sha256", "key")
+    return {name: value for name, value in record.items() if name not in own}
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
-    record = json.loads(_record_path(path).read_text(encoding="utf-8"))
-    return path.read_bytes(), decode(record, dict[str, Any])
+    """Content and record of an entry, both of one writer.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the record is not one.
+        OSError: they cannot be read.
+    """
+    with locked(path.parent, shared=True):
+        record, content = _record_path(path).read_text(encoding="utf-8"), path.read_bytes()
+    try:
+        return content, decode(json.loads(record), dict[str, Any])
+    except RecursionError as error:
+        raise ValueError("the record is nested too deep") from error
 
 
 def _record_path(path: Path) -> Path:

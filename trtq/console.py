@@ -1,4 +1,4 @@
-"""What a person watches while a long job runs: lines of text and progress, on standard error."""
+"""What a person sees: results on standard output; progress and lines of a long job on standard error."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from trtq.escapes import printable
+
 Advance = Callable[[int], object]
 """Called with how many rows, or runs, were just done."""
 
 _LABEL = 12
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+def show(text: str) -> None:
+    """Print a result on standard output, without what a terminal would obey."""
+    print(printable(text))
 
 
 class Console:
@@ -38,7 +45,7 @@ class Console:
         """One finished step: a short label and what came of it; further lines are indented."""
         if not self._quiet:
             indented = text.replace("\n", "\n" + " " * (_LABEL + 2))
-            print(f"  {label:<{_LABEL}}{indented}", file=self._stream, flush=True)
+            print(printable(f"  {label:<{_LABEL}}{indented}"), file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
         """Something that did not stop the job but should be known; it is kept in `warnings`."""
@@ -55,7 +62,11 @@ class Console:
             from tqdm import tqdm
 
             bar = tqdm(
-                total=total, desc=f"  {label:<{_LABEL - 1}}", unit=unit, leave=False, file=self._stream
+                total=total,
+                desc=printable(f"  {label:<{_LABEL - 1}}"),
+                unit=unit,
+                leave=False,
+                file=self._stream,
             )
             with bar:
                 yield bar.update

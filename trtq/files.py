@@ -216,7 +216,7 @@ def sha256_json(value: Any) -> str:
 def _move_files(folder: Path, output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with _locked(output):
+        with locked(output):
             for path in sorted(folder.iterdir()):
                 os.replace(path, output / path.name)
     except OSError as error:
@@ -224,15 +224,22 @@ def _move_files(folder: Path, output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that do the same out of `folder`, where the file system can lock."""
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep other processes that lock `folder` out of it, where the file system can lock.
+
+    Args:
+        shared: keep only those out that do not share, as readers want it.
+
+    Raises:
+        OSError: the folder is missing or cannot be read.
+    """
     if sys.platform == "win32":
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -135,8 +135,8 @@ def extents_of(job: Job, source: FloatGraph, rows: int = MOST_ROWS) -> dict[str,
 def _calibrated(job: Job, plan: Plan, source: FloatGraph) -> Quantization:
     """`calibrate`, but for what stays float32."""
     bare, key = Quantization(source.graph, plan, {}), _table_key(job, plan, source)
-    if (content := job.cache.fetch(key)) is not None:
-        notes = job.cache.notes(key)
+    if (found := job.cache.fetch_noted(key)) is not None:
+        content, notes = found
         bare = _ranged(job, bare, notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{notes['method']}, from the cache; nothing was run")
         return replace(bare, scales=Table.from_bytes(content).scales, notes=notes)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.console import show
 from trtq.errors import ExitCode, InputError
 from trtq.files import write_json
 from trtq.recipe import BUILD_OPTIONS, Recipe
@@ -33,9 +34,9 @@ def _bench(given: argparse.Namespace) -> int:
             "caution", "a plan file is code and runs now: load only plans you built or trust"
         )
     results = bench.benchmark(engines, on_gpu=gpu is not None, how=how)
-    print(bench.text_of(results))
+    show(bench.text_of(results))
     if gpu is not None and any(result.timing for result in results):
-        print(f"Measured on {gpu.name}, compute capability {gpu.compute_capability}.")
+        show(f"Measured on {gpu.name}, compute capability {gpu.compute_capability}.")
     if given.json:
         write_json(given.json, {"gpu": gpu.name if gpu else None, "engines": [r.to_json() for r in results]})
     return ExitCode.PASS

@@ -7,6 +7,7 @@ import argparse
 from trtq.calibration.table import ALGORITHMS
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import ENGINE
+from trtq.console import show
 from trtq.errors import ExitCode
 from trtq.recipe import BUILD_OPTIONS
 
@@ -16,11 +17,11 @@ def _build(given: argparse.Namespace) -> int:
 
     built = build(recipe_of(given), given.table, given.calibrator, console_of(given))
     engine, kernels = built.build.engine, built.build.compiled.kernels
-    print(f"{engine}: {engine.stat().st_size / 1e6:.1f} MB, {kernels} kernels")
-    print("\n".join([built.coverage.text(), *built.notes]))
+    show(f"{engine}: {engine.stat().st_size / 1e6:.1f} MB, {kernels} kernels")
+    show("\n".join([built.coverage.text(), *built.notes]))
     if built.check is None:
         return ExitCode.PASS
-    print(f"{built.check.outcome.value.upper()}  {built.check.message}")
+    show(f"{built.check.outcome.value.upper()}  {built.check.message}")
     return built.check.outcome.exit_code
 
 

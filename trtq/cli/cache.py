@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from trtq.cache import Cache, Entry
 from trtq.cli import convert
 from trtq.cli.command import Command, argument, recipe_of
+from trtq.console import show
 from trtq.errors import ExitCode, InputError
 
 
@@ -20,7 +21,7 @@ def _cache(given: argparse.Namespace) -> int:
     cache = Cache.at(recipe_of(given).cache)
     if given.action == "prune":
         removed, kept = cache.prune_older(given.days)
-        print(f"{removed} of {removed + kept} entries removed from {cache.root}")
+        show(f"{removed} of {removed + kept} entries removed from {cache.root}")
         return ExitCode.PASS
     entries = list(cache.entries())
     if given.action == "show":
@@ -29,14 +30,14 @@ def _cache(given: argparse.Namespace) -> int:
         return ExitCode.PASS
     damaged = [entry for entry in entries if entry.problem]
     _list(cache, entries if given.action == "list" else damaged)
-    print(f"{len(entries)} entries, {len(damaged)} damaged, in {cache.root}")
+    show(f"{len(entries)} entries, {len(damaged)} damaged, in {cache.root}")
     return ExitCode.FAIL if given.action == "verify" and damaged else ExitCode.PASS
 
 
 def _list(cache: Cache, entries: Iterable[Entry]) -> None:
     for entry in entries:
         path = entry.path.relative_to(cache.root)
-        print(f"{entry.size:>12,}  {entry.problem or 'ok':<4}  {path}  {entry.made_by}")
+        show(f"{entry.size:>12,}  {entry.problem or 'ok':<4}  {path}  {entry.made_by}")
 
 
 CACHE = Command(

@@ -6,6 +6,7 @@ import argparse
 
 from trtq.cli.command import Command, console_of, recipe_of
 from trtq.cli.options import CALIBRATION, PLACEMENT
+from trtq.console import show
 from trtq.errors import ExitCode
 
 
@@ -18,7 +19,7 @@ def _calibrate(given: argparse.Namespace) -> int:
     job = Job.open(recipe, console_of(given))
     table = complete_table(job, calibrate(job, job.place()))
     table.save(output)
-    print(f"{output}: {len(table.scales)} tensors, method {table.metadata['method']}")
+    show(f"{output}: {len(table.scales)} tensors, method {table.metadata['method']}")
     return ExitCode.PASS
 
 

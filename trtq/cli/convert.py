@@ -9,7 +9,7 @@ from pathlib import Path
 from trtq.calibration.table import ALGORITHMS, Table, version_number
 from trtq.cli.command import argument, console_of, recipe_of
 from trtq.cli.options import TABLE_FORMAT
-from trtq.console import Console
+from trtq.console import Console, show
 from trtq.errors import ExitCode, InputError
 from trtq.recipe import Recipe
 
@@ -61,7 +61,7 @@ def _write(table: Table, output: str, version: int | None, algorithm: str | None
         table, version=version or table.version, algorithm=algorithm or table.algorithm
     )
     table.save(output)
-    print(f"{output}: {len(table.scales)} rows, {table.header}")
+    show(f"{output}: {len(table.scales)} rows, {table.header}")
     return ExitCode.PASS
 
 
@@ -84,5 +84,5 @@ def _to_model(table: Table, recipe: Recipe, given: argparse.Namespace, console: 
     if samples is None:
         console.say("table", "its magnitudes were not checked against data: give --data")
     save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), required.output)
-    print(f"{required.output}: {quantization.plan.text()}")
+    show(f"{required.output}: {quantization.plan.text()}")
     return ExitCode.PASS

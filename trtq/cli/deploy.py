@@ -7,6 +7,7 @@ import time
 
 from trtq.cli.command import Command, console_of, recipe_of
 from trtq.cli.options import CALIBRATION, ENGINE, GATE, PLACEMENT, RECOVERY
+from trtq.console import show
 from trtq.recipe import BUILD_OPTIONS, Recipe
 
 
@@ -17,13 +18,13 @@ def run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
     started = time.perf_counter()
     result = deploy(recipe, given.command_line, console_of(given))
     if len(result.steps) > 1:
-        print("\n".join(result.step_lines()))
+        show("\n".join(result.step_lines()))
     if result.verdict.in_the_way is not None:
-        print("\n".join(result.verdict.in_the_way.lines()))
+        show("\n".join(result.verdict.in_the_way.lines()))
     seconds = time.perf_counter() - started
     made = "model.int8.onnx" if result.build is None else "model.plan"
-    print(f"{result.folder}/report.html and {result.folder}/{made}, {seconds:.1f} s")
-    print(result.verdict.headline())
+    show(f"{result.folder}/report.html and {result.folder}/{made}, {seconds:.1f} s")
+    show(result.verdict.headline())
     return result.exit_code
 
 

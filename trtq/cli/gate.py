@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import GATE as OPTIONS
+from trtq.console import show
 from trtq.errors import InputError
 from trtq.files import write_json, write_text
 
@@ -32,8 +33,8 @@ def _gate(given: argparse.Namespace) -> int:
     if given.tensors:
         compared = compare_three(reference, candidate, some_rows(samples), threads=recipe.threads)
         write_json(given.tensors, compared.to_json())
-        print(compared.text())
-    print("\n".join([*verdict.details(), verdict.headline()]))
+        show(compared.text())
+    show("\n".join([*verdict.details(), verdict.headline()]))
     return verdict.exit_code
 
 

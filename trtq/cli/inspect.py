@@ -6,6 +6,7 @@ import argparse
 import json
 
 from trtq.cli.command import Command, argument
+from trtq.console import show
 from trtq.errors import ExitCode
 
 
@@ -13,7 +14,10 @@ def _inspect(given: argparse.Namespace) -> int:
     from trtq.report.inspection import inspect
 
     found = inspect(given.file)
-    print(json.dumps(found.to_json(), indent=2) if given.json else found.text())
+    if given.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        show(found.text())
     return ExitCode.PASS
 
 

@@ -28,6 +28,7 @@ from trtq.cli.report import REPORT
 from trtq.cli.sensitivity import SENSITIVITY
 from trtq.cli.study import STUDY
 from trtq.errors import ExitCode, InputError, TrtqError
+from trtq.escapes import printable
 from trtq.recipe import FLAG, flag, from_command_line, options
 
 COMMANDS: tuple[Command, ...] = (
@@ -84,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(
-            f"trtq: internal error: {type(error).__name__}: {error}\n"
-            "  remedy: run again with --debug and report what it shows",
+            printable(f"trtq: internal error: {type(error).__name__}: {error}\n")
+            + "  remedy: run again with --debug and report what it shows",
             file=sys.stderr,
         )
         return int(ExitCode.BAD_INPUT)
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(error: TrtqError, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"trtq: {error}", file=sys.stderr)
+    print(printable(f"trtq: {error}"), file=sys.stderr)
     return int(error.exit_code)
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import TABLE_FORMAT
+from trtq.console import show
 from trtq.recipe import BUILD_OPTIONS
 
 
@@ -22,9 +23,9 @@ def _migrate(given: argparse.Namespace) -> int:
         command=given.command_line,
         console=console_of(given),
     )
-    print(result.text())
-    print(f"{result.folder}/model.int8.onnx and {result.folder}/model.plan")
-    print(result.headline())
+    show(result.text())
+    show(f"{result.folder}/model.int8.onnx and {result.folder}/model.plan")
+    show(result.headline())
     return result.exit_code
 
 

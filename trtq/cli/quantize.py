@@ -6,6 +6,7 @@ import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import CALIBRATION, PLACEMENT
+from trtq.console import show
 from trtq.errors import ExitCode
 
 
@@ -17,7 +18,7 @@ def _quantize(given: argparse.Namespace) -> int:
     output = recipe.require("model", "output").output
     quantization, graph = quantize(recipe, given.table, console_of(given))
     save_model(graph, output)
-    print(f"{output}: {quantization.plan.text()}")
+    show(f"{output}: {quantization.plan.text()}")
     return ExitCode.PASS
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from trtq.cli.command import Command, argument
+from trtq.console import show
 from trtq.errors import ExitCode
 
 
 def _report(given: argparse.Namespace) -> int:
     from trtq.report.html import write_report
 
-    print(write_report(given.folder))
+    show(str(write_report(given.folder)))
     return ExitCode.PASS
 
 

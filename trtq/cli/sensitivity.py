@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.console import show
 from trtq.errors import ExitCode
 
 
@@ -15,7 +16,7 @@ def _sensitivity(given: argparse.Namespace) -> int:
     result = sensitivity(recipe, console_of(given), all_but_one=given.all_but_one, fast=given.fast)
     if recipe.output is not None:
         result.save(recipe.output)
-    print(result.text())
+    show(result.text())
     return ExitCode.PASS
 
 

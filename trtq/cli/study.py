@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trtq.cli.command import Command, console_of, recipe_of
+from trtq.console import show
 from trtq.errors import ExitCode
 
 
@@ -14,9 +15,9 @@ def _study(given: argparse.Namespace) -> int:
 
     recipe, console = recipe_of(given), console_of(given)
     result = study(recipe, console)
-    print(result.text())
+    show(result.text())
     if recipe.output is not None:
-        print(f"{Path(recipe.output)}: {', '.join(write_study(result, recipe.output, console))}")
+        show(f"{Path(recipe.output)}: {', '.join(write_study(result, recipe.output, console))}")
     return ExitCode.PASS
 
 

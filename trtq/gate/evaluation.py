@@ -27,6 +27,7 @@ from trtq.gate.verdict import (
     score_reference,
 )
 from trtq.graph import references
+from trtq.graph.door import read_model
 from trtq.graph.foreign import View
 from trtq.graph.inputs import InputSpec
 from trtq.graph.model import model_sha256, save_model
@@ -155,7 +156,7 @@ class Evaluation:
                 remedy="add an array of labels, or use the metric 'cosine', which needs none",
             )
         outputs = _outputs(reference, "reference", recipe, samples, cache, console)
-        remark = None if is_engine(reference) else View.of_file(reference).remark()
+        remark = None if is_engine(reference) else View.of_model(read_model(reference)).remark()
         if remark is not None and remark not in console.warnings:
             console.warn(remark)
         check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,7 +19,6 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 from onnxruntime.capi.onnxruntime_pybind11_state import get_all_opkernel_def
 
 from trtq.graph import references
-from trtq.graph.weights import read_light
 
 _STANDARD = ("", "ai.onnx")
 
@@ -77,9 +75,8 @@ class View:
         )
 
     @classmethod
-    def of_file(cls, path: Path) -> View:
-        """The view of a model's file."""
-        model = read_light(path)
+    def of_model(cls, model: ModelProto) -> View:
+        """The view of a model as it was read."""
         if any(map(needs_reference, model.graph.node)):  # or they call the model's own functions
             model = onnx.inliner.inline_local_functions(model)
             import_domains(model)

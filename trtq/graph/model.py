@@ -21,6 +21,7 @@ from onnx_graphsurgeon.logger.logger import G_LOGGER
 
 from trtq.errors import InputError
 from trtq.files import PathLike, atomic_path, sha256_bytes, sha256_file
+from trtq.graph.door import read_model
 from trtq.graph.foreign import (
     CONTRIB_DOMAIN,
     CONTRIB_OPSET,
@@ -43,7 +44,6 @@ from trtq.graph.weights import (
     inline,
     leave_in_files,
     load_small,
-    read_light,
     write_weights,
     write_whole,
 )
@@ -318,28 +318,8 @@ def weight_bytes(graph: gs.Graph) -> int:
 
 def _read(path: Path) -> tuple[ModelProto, list[Path]]:
     """The model without the weights in its external data, and the files that hold those."""
-    if not path.is_file():
-        problem = "the model is a folder, not a file" if path.is_dir() else "the model does not exist"
-        raise InputError(problem, file=path, remedy="check the path")
-    try:
-        proto = read_light(path)
-    except Exception as error:  # protobuf's DecodeError, or an OSError
-        raise InputError(
-            "not an ONNX model, or a truncated one",
-            file=path,
-            cause=error,
-            remedy="export the model again, or copy the file again",
-        ) from error
-    if not proto.graph.node:
-        raise InputError("not an ONNX model: the file holds no graph", file=path)
+    proto = read_model(path)
     data_files = [path.parent / name for name in sorted(_external_files(proto) - {path.name})]
-    if missing := [file.name for file in data_files if not file.is_file()]:
-        raise InputError(
-            "the model's external data is missing",
-            file=path,
-            cause=f"it keeps weights in {', '.join(missing)}",
-            remedy=f"put the file into {path.parent}",
-        )
     return proto, data_files
 
 

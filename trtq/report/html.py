@@ -14,6 +14,7 @@ from trtq.backends.compiled import Compiled
 from trtq.backends.coverage import Coverage, coverage, planned
 from trtq.calibration.table import Table, metadata_path
 from trtq.errors import InputError, about
+from trtq.escapes import printable
 from trtq.files import PathLike, decode, read_json, read_own_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Float32Node, Plan, percent
@@ -38,6 +39,7 @@ def write_report(folder: PathLike) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=lambda value: printable(value) if isinstance(value, str) else value,
     )
     environment.filters["decibels"] = lambda value: "" if value is None else f"{value:.1f} dB"
     environment.filters["tenths"] = lambda value: "" if value is None else f"{value:.1%}"

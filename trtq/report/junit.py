@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+from trtq.escapes import xml_text
 from trtq.files import write_json, write_text
 from trtq.gate.verdict import Check, Outcome, Verdict
-
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_verdict(folder: Path, verdict: Verdict) -> None:
@@ -32,18 +30,14 @@ def junit_xml(verdict: Verdict) -> str:
         (gate, verdict.text()),
         *((check, f"{check.message}\n{in_the_way}".strip()) for check in verdict.checks),
     ):
-        case = ElementTree.SubElement(suite, "testcase", classname="trtq", name=_clean(check.name))
+        case = ElementTree.SubElement(suite, "testcase", classname="trtq", name=xml_text(check.name))
         if check.ok:
-            ElementTree.SubElement(case, "system-out").text = _clean(text)
+            ElementTree.SubElement(case, "system-out").text = xml_text(text)
         else:
             kind = "failure" if check.outcome is Outcome.FAIL else "skipped"
-            ElementTree.SubElement(case, kind, message=_clean(check.message)).text = _clean(text)
+            ElementTree.SubElement(case, kind, message=xml_text(check.message)).text = xml_text(text)
     for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
         suite.set(attribute, str(sum(1 for _ in suite.iter(tag))))
     suite.set("errors", "0")
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
-
-
-def _clean(text: str) -> str:
-    return _NOT_XML.sub("?", text)

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError, TrtqError
 from trtq.graph import references
+from trtq.graph.door import read_model
 from trtq.graph.foreign import View, import_domains, needs_reference
 from trtq.graph.functions import holds_attention, with_attention_defined
 from trtq.graph.model import model_files
-from trtq.graph.weights import IN_MEMORY, Light, read_light
+from trtq.graph.weights import IN_MEMORY, Light
 from trtq.simulation.chain import Chain
 from trtq.simulation.narrow import holds_narrow, in_float32
 from trtq.simulation.processors import processors
@@ -226,7 +227,7 @@ def _simulable(
     elif isinstance(model, Light):
         proto, folder = onnx.load_from_string(model.model), model.folder
     else:
-        proto, folder = read_light(Path(model)), Path(model).absolute().parent
+        proto, folder = read_model(model), Path(model).absolute().parent
     foreign = any(map(needs_reference, proto.graph.node))
     if foreign and proto.functions:  # calls of the model's own functions look like foreign operators
         inlined = onnx.inliner.inline_local_functions(proto)
