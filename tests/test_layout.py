@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1] / "trtq"
 
 LAYERS = """
 trtq.errors
+trtq.stops
+trtq.scratch
 trtq.files
 trtq.numerics
 trtq.console
