@@ -293,3 +293,80 @@ def test_what_is_no_object_is_no_dataclass(value: object) -> None:
 
 def test_keys_that_are_not_read_may_be_allowed() -> None:
     assert files.decode({"name": "a", "size": 1}, Leaf, closed=False) == Leaf("a")
+
+
+# -- a folder of results
+
+
+def test_a_result_replaces_the_earlier_one_and_nothing_else(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("plan", "engine", "mine"):
+        (output / name).write_bytes(b"old")
+    with files.staged_folder(output, ["plan", "engine", "new"]) as folder:
+        for name in ("plan", "new"):
+            (folder / name).write_bytes(b"new")
+    assert contents(output) == {"plan": b"new", "new": b"new", "mine": b"old"}
+
+
+@pytest.mark.parametrize("stopped", [RuntimeError, KeyboardInterrupt, InputError])
+def test_a_result_that_is_stopped_leaves_the_earlier_one(tmp_path: Path, stopped: type) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "plan").write_bytes(b"old")
+
+    def write() -> None:
+        with files.staged_folder(output, ["plan"]) as folder:
+            (folder / "plan").write_bytes(b"new")
+            raise stopped("stopped")
+
+    with pytest.raises(stopped):
+        write()
+    assert contents(tmp_path / "out") == {"plan": b"old"}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_folder_in_a_files_place_leaves_the_whole_result(tmp_path: Path, known: bool) -> None:
+    output = tmp_path / "out"
+    (output / "report").mkdir(parents=True)
+    (output / "plan").write_bytes(b"old")
+    done = []
+
+    def write() -> None:
+        with files.staged_folder(output, ["report"] if known else []) as folder:
+            done.append("work")
+            for name in ("plan", "report", "verdict"):
+                (folder / name).write_bytes(b"new")
+
+    with pytest.raises(InputError, match="it is a folder") as caught:
+        write()
+    assert caught.value.file == str(output / "report")
+    assert done == ([] if known else ["work"])
+    assert sorted(path.name for path in output.iterdir()) == ["plan", "report"]
+    assert (output / "plan").read_bytes() == b"old"
+
+
+def test_an_error_between_two_files_puts_the_earlier_result_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("a", "b"):
+        (output / name).write_bytes(b"old")
+    replace, moves = os.replace, []
+
+    def fourth_fails(source: Path, target: Path) -> None:
+        moves.append(target)
+        if len(moves) == 4:
+            raise OSError("the disk is gone")
+        replace(source, target)
+
+    def write() -> None:
+        with files.staged_folder(output) as folder:
+            for name in ("a", "b"):
+                (folder / name).write_bytes(b"new")
+            monkeypatch.setattr(os, "replace", fourth_fails)
+
+    with pytest.raises(InputError, match="the disk is gone"):
+        write()
+    assert contents(output) == {"a": b"old", "b": b"old"}

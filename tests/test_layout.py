@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1] / "trtq"
 LAYERS = """
 trtq.errors
 trtq.escapes
+trtq.stops
+trtq.scratch
 trtq.files
 trtq.numerics
 trtq.console

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +34,7 @@ from trtq.migration.source import load_source
 from trtq.pipeline import quantize
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import share_check
+from trtq.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ def build_implicit(
     else:
         raise InputError("give either --table, or --calibrator with --data")
     floating_point = [node.name for node in plan.nodes if not node.int8]
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        folded = Path(folder) / model.path.name
+    with scratch_folder() as folder:
+        folded = folder / model.path.name
         save_model(model.graph, folded)
         build = tensorrt.build(
             folded,
@@ -226,8 +226,8 @@ def in_precision(model: Model, rest: str, samples: Samples | None = None) -> Ite
         )
     upgraded = load_model(model.path, opset=FP16_SCALE_OPSET)
     fold(upgraded.graph)
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        path = Path(folder) / model.path.name
+    with scratch_folder() as folder:
+        path = folder / model.path.name
         extents = measure_extents(upgraded.graph, samples) if samples else {}
         save_model(half_by_rules(upgraded.graph, extents), path)
         yield path
@@ -242,8 +242,8 @@ def _as_tensorrt_takes_it(model: Model) -> Iterator[Path]:
     graph = model.graph.copy()
     expand_contrib(graph)
     fold_functions(graph)
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        path = Path(folder) / model.path.name
+    with scratch_folder() as folder:
+        path = folder / model.path.name
         save_model(graph, path)
         yield path
 

@@ -8,14 +8,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from trtq import stops
 from trtq.errors import InputError
+from trtq.scratch import folder_in
 
 if sys.platform != "win32":
     import fcntl
@@ -40,47 +40,47 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         if path.exists() and not path.is_file():  # a device such as /dev/null would be replaced by a file
             raise OSError("it is not a regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
+        with folder_in(path.parent, path.name) as folder:
+            yield folder / path.name
+            stops.check()
+            os.replace(folder / path.name, path)
     except OSError as error:
         raise _cannot_write(path, error) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        _apply_umask(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def staged_folder(output: PathLike) -> Iterator[Path]:
+def staged_folder(output: PathLike, replaced: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a hidden folder whose files are moved into `output` at the end, or thrown away.
 
     It is in `output`, or in the folder above that exists, so that every move is one rename. `output` is made
-    only when there is something to move; other processes that move files into it wait.
+    only when there is something to move; other processes that move files into it wait. An error or a signal
+    while the files are moved puts back what was there; a process killed then leaves files missing, never old
+    ones among new ones.
+
+    Args:
+        replaced: names of an earlier result's files, which go even where there is no new one.
 
     Raises:
-        InputError: the folder cannot be written to, or the disk is full.
+        InputError: the folder cannot be written to, a file's place is taken by a folder, or the disk is full.
     """
     output = Path(output)
+    _check_places(output, replaced)
     home = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=home))
-    except OSError as error:
-        raise _cannot_write(output, error) from error
-    try:
-        yield folder
-        _move_files(folder, output)
-    except InputError as error:
-        if error.file is None or not Path(error.file).is_relative_to(folder):
-            raise
-        file = output / Path(error.file).name  # where it would have come to lie
-        raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(folder_in(home, output.name))
+        except OSError as error:
+            raise _cannot_write(output, error) from error
+        made = folder / "made"
+        made.mkdir()
+        try:
+            yield made
+            _move_files(made, output, replaced)
+        except InputError as error:
+            if error.file is None or not Path(error.file).is_relative_to(folder):
+                raise
+            file = output / Path(error.file).name  # where it would have come to lie
+            raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
 
 
 def write_bytes(path: PathLike, content: bytes) -> None:
@@ -213,12 +213,31 @@ def sha256_json(value: Any) -> str:
     return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _move_files(folder: Path, output: Path) -> None:
+def _check_places(output: Path, names: Iterable[str]) -> None:
+    """Raise InputError where a file of `output` would come to lie at a folder."""
+    for name in names:
+        if (output / name).is_dir():
+            raise _cannot_write(output / name, OSError("it is a folder"))
+
+
+def _move_files(made: Path, output: Path, replaced: Sequence[str]) -> None:
+    """Move the files of `made` into `output`, all or none; see `staged_folder`."""
+    names = sorted(path.name for path in made.iterdir())
+    before = made.with_name("before")
     try:
+        before.mkdir()
         output.mkdir(parents=True, exist_ok=True)
-        with locked(output):
-            for path in sorted(folder.iterdir()):
-                os.replace(path, output / path.name)
+        with stops.deferred(), locked(output), contextlib.ExitStack() as back:
+            stops.check()
+            _check_places(output, names)
+            for name in dict.fromkeys([*names, *replaced]):
+                if os.path.lexists(output / name):
+                    os.replace(output / name, before / name)
+                    back.callback(os.replace, before / name, output / name)
+            for name in names:
+                os.replace(made / name, output / name)
+                back.callback(os.replace, output / name, made / name)
+            back.pop_all()
     except OSError as error:
         raise _cannot_write(output, error) from error
 
@@ -252,10 +271,3 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
         cause=error.strerror or error,
         remedy="check the folder's permissions and free space, or choose another output path",
     )
-
-
-def _apply_umask(path: Path) -> None:
-    """Give a file made by mkstemp (mode 0600) the mode an ordinary open() would have given it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)

@@ -123,6 +123,14 @@ def _step_line(step: Attempt | Fruitless, *, kept: bool) -> str:
     return f"{step.step}{' (kept)' if kept else ''}: {found}"
 
 
+RESULT = (
+    *("model.int8.onnx", "model.plan", "model.plan.json", "calibration.cache", "calibration.cache.json"),
+    *("plan.json", "verdict.json", "junit.xml", "report.html", "workflow.json", "recipe.toml"),
+    "manifest.json",
+)
+"""What `deploy` leaves; an engine of an earlier job goes even where this one has none."""
+
+
 def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Deployment:
     """Calibrate, quantize, build and gate a model; recover accuracy until the gate passes (paper section 6).
 
@@ -154,7 +162,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     job.warn_of_profiles()
     console.say("plan", plan.text())
     started, refused = time.perf_counter(), refusal(job, plan)
-    with staged_folder(output) as folder:
+    with staged_folder(output, RESULT) as folder:
         tried, job, evaluation = recover(job, plan, evaluation, recipe.recover, folder, refused)
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = max(attempts, key=lambda attempt: (attempt.build is not None, attempt.measured.rank))
@@ -174,9 +182,6 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         write_json(folder / "workflow.json", record)
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
-    if best.build is None:  # an engine of an earlier job would pass for this one's
-        for name in ("model.plan", "model.plan.json"):
-            (Path(output) / name).unlink(missing_ok=True)
     console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))
     return Deployment(Path(output), best, tuple(tried))
 

@@ -7,13 +7,13 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from trtq.backends.builders import builder, chosen
 from trtq.backends.interface import DEFAULT_OPTIONS, BuildOptions, Profile
 from trtq.errors import BuildError, InputError, MissingBackendError, TrtqError
+from trtq.scratch import scratch_folder
 
 _KINDS = {kind.__name__: kind for kind in (BuildError, InputError, MissingBackendError)}
 
@@ -32,9 +32,9 @@ def try_build(
         BuildError: the builder cannot build the model, or crashes on it.
         InputError, MissingBackendError: as the builder.
     """
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        request, answer = Path(folder) / "request", Path(folder) / "answer"
-        engine = Path(folder) / "model.plan"
+    with scratch_folder() as folder:
+        request, answer = folder / "request", folder / "answer"
+        engine = folder / "model.plan"
         request.write_bytes(pickle.dumps((name, model, engine, profile, tuple(targets), options)))
         code = f"import sys; sys.path[:] = {sys.path!r}; from trtq.backends.apart import serve; serve()"
         command = [sys.executable, "-c", code, str(request), str(answer)]

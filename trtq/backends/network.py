@@ -12,12 +12,11 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from trtq import stops
 from trtq.backends.compiled import HEADER
 from trtq.backends.dialect import Dialect
 from trtq.backends.interface import BuildOptions, Profile, check_profile
@@ -140,7 +139,7 @@ def compile_plan(
     _name_axes_apart(network, profiles)
     _apply(trt, builder, config, options)
     prepare(builder, network, config)
-    with _interrupt_afterwards():
+    with stops.deferred():  # inside the builder's log callback, an exception would be swallowed
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         cause = "\n".join(log.errors) or "the builder gives no reason"
@@ -267,22 +266,6 @@ def optimization_profile(builder: Any, network: Any, profile: Profile, model: Pa
     for name, shapes in profile.items():
         result.set_shape(name, *shapes)
     return result
-
-
-@contextlib.contextmanager
-def _interrupt_afterwards() -> Iterator[None]:
-    """Ctrl-C takes effect when the builder returns: inside its log callback it would be swallowed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 def _network_flags(trt: Any, dialect: Dialect, strongly_typed: bool) -> int:

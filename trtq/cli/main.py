@@ -12,6 +12,7 @@ from functools import partial
 from typing import NoReturn
 
 import trtq
+from trtq import stops
 from trtq.cli.bench import BENCH
 from trtq.cli.build import BUILD
 from trtq.cli.cache import CACHE
@@ -49,8 +50,8 @@ COMMANDS: tuple[Command, ...] = (
 )
 """Every command, in the order of the help."""
 
-_INTERRUPTED, _BROKEN_PIPE = 130, 141
-"""Exit codes as a shell has them after SIGINT and SIGPIPE."""
+_BROKEN_PIPE = 141
+"""The exit code as a shell has it after SIGPIPE."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,20 +62,26 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code (`trtq.errors.ExitCode`)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and return its exit code: `trtq.errors.ExitCode`, or 128 and the number of the
+    signal that ended it (130: Ctrl-C, 143: SIGTERM).
+    """
+    with stops.handled():
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
-        given = parser().parse_args(arguments)
-        given.command_line = shlex.join(["trtq", *arguments])
-        code = int(given.run(given))
-        _flush_output()
-        return code
+        with stops.unmasked():
+            given = parser().parse_args(arguments)
+            given.command_line = shlex.join(["trtq", *arguments])
+            code = int(given.run(given))
+            _flush_output()
+            return code
     except TrtqError as error:
         return _report(error, debug)
     except KeyboardInterrupt:
-        print("trtq: interrupted; no result was written, finished steps are in the cache", file=sys.stderr)
-        return _INTERRUPTED
+        return stops.ended()
     except BrokenPipeError:
         _flush_output()
         return _BROKEN_PIPE

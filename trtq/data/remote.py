@@ -5,12 +5,15 @@ The rows are read many times, so a source is copied once, into a folder that is 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from trtq.errors import InputError, MissingBackendError
+from trtq.scratch import scratch_folder
 
 
 def is_url(source: str) -> bool:
@@ -51,7 +54,7 @@ def download(url: str) -> Path:
 
 
 def _copied(system: Any, root: str) -> Path:
-    home = Path(tempfile.mkdtemp(dir=_downloads().name))
+    home = Path(tempfile.mkdtemp(dir=_downloads()))
     parent, _, name = root.rpartition("/")
     copy = home / name.partition("?")[0]
     if copy.suffix == ".npz":
@@ -80,5 +83,7 @@ def _copy_folder(system: Any, root: str, copy: Path) -> None:
 
 
 @functools.cache
-def _downloads() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="trtq-data-")
+def _downloads() -> Path:
+    until_the_end = contextlib.ExitStack()
+    atexit.register(until_the_end.close)
+    return until_the_end.enter_context(scratch_folder())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from trtq.graph.inputs import InputSpec
 from trtq.graph.model import model_sha256, save_model
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
+from trtq.scratch import scratch_folder
 from trtq.simulation.finite import check_reference
 from trtq.simulation.outputs import Outputs, run_sharded
 from trtq.simulation.states import with_states
@@ -89,8 +89,8 @@ def outputs_of(
 @contextlib.contextmanager
 def candidate_of(quantization: Quantization, rest: str = "fp32") -> Iterator[Path]:
     """The file of a quantization's Q/DQ model while the context lasts; `rest` as for its `rewritten`."""
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        save_model(quantization.rewritten(rest=rest), path := Path(folder) / "candidate.onnx")
+    with scratch_folder() as folder:
+        save_model(quantization.rewritten(rest=rest), path := folder / "candidate.onnx")
         yield path
 
 

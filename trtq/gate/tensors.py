@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model
 from trtq.graph.products import product
 from trtq.job import profile_from_samples
+from trtq.scratch import scratch_folder
 from trtq.simulation.finite import compared
 from trtq.simulation.rows import Run, Runner, naming_rows, runs_on_several, taken
 from trtq.simulation.similarity import decibels
@@ -203,8 +202,8 @@ def _engine(model: Model, names: list[str], profile: Profile, backend: str | Non
     graph = model.graph.copy()
     tensors = graph.tensors()
     graph.outputs = [tensors[name] for name in names]
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        marked, plan = Path(folder) / "marked.onnx", Path(folder) / "marked.plan"
+    with scratch_folder() as folder:
+        marked, plan = folder / "marked.onnx", folder / "marked.plan"
         save_model(graph, marked)
         builder(backend).build(marked, plan, profile=profile)
         with open_engine(plan) as loaded:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +46,7 @@ from trtq.graph.weights import (
     write_weights,
     write_whole,
 )
+from trtq.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -306,8 +306,8 @@ def serialized(graph: gs.Graph) -> Iterator[bytes | Light | Path]:
         content = gs.export_onnx(graph, do_type_check=False).SerializeToString(deterministic=True)
         yield Light(content, *folders) if folders else content
         return
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        save_model(graph, path := Path(folder) / "model.onnx")
+    with scratch_folder() as folder:
+        save_model(graph, path := folder / "model.onnx")
         yield path
 
 

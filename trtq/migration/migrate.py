@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -34,6 +33,7 @@ from trtq.recovery.attempt import build_in, engine_runs_here, share_check, write
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import hashes_of, versions
+from trtq.scratch import scratch_folder
 from trtq.simulation.finite import first_not_finite
 from trtq.simulation.outputs import Outputs
 from trtq.simulation.similarity import Similarity, compare
@@ -304,8 +304,8 @@ def _outputs_of_all(given: _Given, candidate: Path, samples: Samples) -> dict[st
     def run(model: Path, label: str, sha256: str | None = None) -> Outputs:
         return outputs_of(model, samples, recipe, given.cache, given.console, label=label, sha256=sha256)[0]
 
-    with tempfile.TemporaryDirectory(prefix="trtq-") as scratch:
-        implied = Path(scratch) / "implied.onnx"
+    with scratch_folder() as scratch:
+        implied = scratch / "implied.onnx"
         save_model(implied_model(given.source, given.table), implied)
         return {
             "fp32": run(model.path, "fp32", model.sha256),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from functools import lru_cache, partial
@@ -29,6 +28,7 @@ from trtq.gate.metrics import Metric, load_metric
 from trtq.graph.groups import groups
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
+from trtq.scratch import scratch_folder
 from trtq.simulation.pool import Pool
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.simulator import Effect, Mode, Score, Simulator
@@ -239,8 +239,8 @@ def _measured_in(
     ]
     metric = (simulator.metric.name, simulator.metric.fingerprint) if simulator.metric else None
     content = simulator.quantization.to_bytes()
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        path = Path(folder) / "quantization.npz"
+    with scratch_folder() as folder:
+        path = folder / "quantization.npz"
         if pool.on_this_machine:
             write_bytes(path, content)
         sent = _Sent(sha256_json(key.to_json()), path if pool.on_this_machine else content, metric)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import of_model, one_line
+from trtq.scratch import scratch_folder
 
 MOST_BYTES = 1 << 28
 """Models with more weights are not built on trial: that takes as long as the search for their ranges."""
@@ -49,8 +48,8 @@ def refusal(job: Job, plan: Plan) -> BuildError | None:
 
 def _tried(job: Job, quantization: Quantization) -> BuildError | None:
     recipe = job.recipe
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        path = Path(folder) / "model.onnx"
+    with scratch_folder() as folder:
+        path = folder / "model.onnx"
         save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), path)
         try:
             try_build(

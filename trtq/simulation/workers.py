@@ -19,7 +19,6 @@ import importlib
 import itertools
 import math
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +38,7 @@ from trtq.errors import InputError, MissingBackendError, TrtqError
 from trtq.files import sha256_json, write_bytes
 from trtq.graph import references
 from trtq.graph.model import model_files, model_sha256, save_model
+from trtq.scratch import scratch_folder
 from trtq.simulation.pool import Pool
 from trtq.simulation.processors import processors
 from trtq.simulation.session import simulation_fingerprint
@@ -86,17 +86,17 @@ class Shipped:
         if not self.contents:
             yield self.path
             return
-        with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
+        with scratch_folder() as folder:
             for name, content in self.contents.items():
-                write_bytes(Path(folder) / name, content)
-            yield Path(folder) / self.path.name
+                write_bytes(folder / name, content)
+            yield folder / self.path.name
 
 
 @contextlib.contextmanager
 def shipped_graph(graph: gs.Graph, pool: Pool) -> Iterator[Shipped]:
     """A graph as a file for the workers, while the context lasts."""
-    with tempfile.TemporaryDirectory(prefix="trtq-") as folder:
-        save_model(graph, path := Path(folder) / "model.onnx")
+    with scratch_folder() as folder:
+        save_model(graph, path := folder / "model.onnx")
         yield Shipped.of(path, pool)
 
 
