@@ -50,6 +50,7 @@ class Evidence:
         refuted: the other one-sided bound is beyond the margin: the drop is above it.
         samples_to_prove: see `samples_to_prove`.
         draws: resamples of a metric that is called for each; None: the evidence comes from per-sample scores.
+        unusable: resamples on which a value is not finite or the reference is not positive; left out.
     """
 
     relative: tuple[float, float] | None
@@ -58,6 +59,7 @@ class Evidence:
     refuted: bool
     samples_to_prove: int | None
     draws: int | None = None
+    unusable: int = 0
 
 
 def samples_to_prove(z: float, samples: int, confidence: float = 0.95) -> int | None:
@@ -173,26 +175,29 @@ def bootstrap_evidence(
         samples: how many samples each resample has.
         max_drop, confidence: as for `binary_evidence`.
 
-    Draws on which a value is not finite or the reference is not positive are left out. Of fewer than
+    Draws on which a value is not finite or the reference is not positive are left out, and nothing is proved
+    where those are more than half; nor is what the samples themselves contradict. Of fewer than
     `RESAMPLES_OF_FUNCTION` draws a bound is taken so far out that it errs on the safe side 19 times in 20:
     few draws prove less, never more.
     """
     usable = np.isfinite(reference) & np.isfinite(candidate) & (reference > 0)
     reference, candidate = reference[usable], candidate[usable]
+    unusable = int((~usable).sum())
     if len(reference) == 0:
-        return Evidence(None, None, False, False, None)
+        return Evidence(None, None, False, False, None, unusable=unusable)
     margin = candidate - (1 - max_drop) * reference
     error = float(np.std(margin))
     z = estimate / error if error > 0 else math.copysign(math.inf, estimate) if estimate else 0.0
     tail = _safe_tail(1 - confidence, len(reference))
-    enough = samples >= MIN_BOOTSTRAP_SAMPLES and tail > 0
+    enough = samples >= MIN_BOOTSTRAP_SAMPLES and tail > 0 and unusable <= len(reference)
     needed = samples_to_prove(z, samples, confidence)
     return Evidence(
         relative=_percentiles(1 - candidate / reference, confidence),
         absolute=_percentiles(reference - candidate, confidence),
-        proved=enough and bool(np.quantile(margin, tail) > 0),
-        refuted=enough and bool(np.quantile(margin, 1 - tail) < 0),
+        proved=enough and estimate > 0 and bool(np.quantile(margin, tail) > 0),
+        refuted=enough and estimate < 0 and bool(np.quantile(margin, 1 - tail) < 0),
         samples_to_prove=None if needed is None else max(needed, MIN_BOOTSTRAP_SAMPLES),
+        unusable=unusable,
     )
 
 

@@ -17,7 +17,7 @@ from trtq.errors import ExitCode, InputError
 from trtq.files import decode
 from trtq.gate import intervals
 from trtq.gate.in_the_way import InTheWay
-from trtq.gate.metrics import Metric, Scored, rows_per_sample
+from trtq.gate.metrics import Metric, NotFiniteScoreError, Scored, rows_per_sample
 from trtq.gate.resampling import QUIETLY, Resampling
 from trtq.simulation import finite, similarity
 from trtq.simulation.outputs import Executor
@@ -331,7 +331,12 @@ def decide(
     gate = _Gate(reference, candidate, targets, metric, scored, max_drop, confidence, resampling)
     plain = finite.all_compared(reference, candidate)
     outputs = similarity.compare(*plain)
-    found = metric.scored(candidate, targets, reference)
+    try:
+        found = metric.scored(candidate, targets, reference)
+    except NotFiniteScoreError as error:
+        worst = similarity.worst_samples(*plain, samples)
+        note = f"{metric.name} of the candidate is no number: {error.cause}"
+        return dataclasses.replace(verdict, outputs=outputs, worst_samples=worst, notes=(note,))
     best = gate.at_best(found, outputs.values())
     evidence = gate.evidence(found, best)
     return dataclasses.replace(
@@ -443,7 +448,10 @@ class _Gate:
             rows = (k * indices[:, None] + np.arange(k)).ravel()
             targets = {name: array[indices] for name, array in self.targets.items()}
             reference, candidate = (take_all(side, rows) for side in (self.reference, self.candidate))
-            return self.metric.value(reference, targets), self.metric.value(candidate, targets)
+            try:
+                return self.metric.value(reference, targets), self.metric.value(candidate, targets)
+            except InputError:  # it scored all samples; such as a curve that needs both classes
+                return math.nan, math.nan
 
         if self.resampling is None:
             return [np.empty(0), np.empty(0)]
@@ -516,6 +524,9 @@ def _evidence_notes(
     """What the samples prove, and on how many resamples that rests where there was no time for all."""
     if evidence.relative is not None:
         yield _note(evidence, samples, max_drop, confidence)
+    if evidence.unusable:
+        total = evidence.draws or intervals.RESAMPLES
+        yield f"the metric cannot score {evidence.unusable} of {total} resamples: they are left out"
     if evidence.draws is None or evidence.draws == intervals.RESAMPLES_OF_FUNCTION:
         return
     drawn = f"{evidence.draws} resamples were drawn" if evidence.draws else "no interval was resampled"
