@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from trtq.console import Console
+from trtq.errors import InputError
 from trtq.gate.intervals import bootstrap_evidence
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.resampling import FEWEST, Resampling
@@ -27,10 +28,26 @@ def share(outputs, targets):
     return right(outputs, targets).mean()
 
 def twice(outputs, targets):
-    raise RuntimeError("the values of each sample are enough")
+    return 2 * share(outputs, targets)
 twice.per_sample = lambda outputs, targets: 2.0 * right(outputs, targets)
 
-def wrong_length(outputs, targets): ...
+def another(outputs, targets):
+    return share(outputs, targets)
+another.per_sample = twice.per_sample
+
+def curve(outputs, targets):
+    if len(set(targets["labels"])) < 5:
+        raise ValueError("it needs all classes")
+    return share(outputs, targets)
+
+def by_place(outputs, targets):  # reads labels of its own, so resamples make no sense
+    return max((outputs["y"].argmax(axis=1) == OWN).mean(), 0.5)
+
+def spread(outputs, targets):
+    return float("inf") if not np.ptp(outputs["y"]) else 1.0
+
+def wrong_length(outputs, targets):
+    return 1.0
 wrong_length.per_sample = lambda outputs, targets: right(outputs, targets)[1:]
 """
 
@@ -80,6 +97,47 @@ def test_an_attribute_gives_the_values_of_each_sample(metrics: Path) -> None:
     with pytest.raises(Exception, match="did not return one number for each sample") as caught:
         judged(load_metric(f"{metrics}:wrong_length"))
     assert "its shape is (59,), and there are 60 samples" in str(caught.value)
+
+
+def test_values_of_each_sample_have_to_belong_to_the_metric(metrics: Path) -> None:
+    with pytest.raises(InputError, match="'per_sample' of the metric 'another'") as caught:
+        judged(load_metric(f"{metrics}:another"))
+    assert "the mean is 1.96667, and the metric 0.983333" in str(caught.value)
+
+
+def test_resamples_that_cannot_be_scored_are_left_out(metrics: Path) -> None:
+    """Of 25 samples, some resamples miss one of five classes; few do of all."""
+    few = {"labels": np.arange(25) % 5}
+    outputs = {"y": np.eye(5, dtype=np.float32)[few["labels"]]}
+    found = decide(outputs, outputs, few, load_metric(f"{metrics}:curve"), executor="simulation")
+    left_out = int(next(note for note in found.notes if "cannot score" in note).split()[4])
+    assert left_out / 1000 == pytest.approx(5 * 0.8**25, abs=0.02)
+    assert found.relative_interval == (0, 0)
+    rare = {"labels": np.array([0, 1, 2, 3] + 36 * [4])}  # one of four is nearly always missing
+    outputs = {"y": np.eye(5, dtype=np.float32)[rare["labels"]]}
+    metric = load_metric(f"{metrics}:curve")
+    found = decide(outputs, outputs, rare, metric, executor="simulation", confidence=0.95)
+    assert found.outcome is Outcome.INCONCLUSIVE
+
+
+def test_resamples_prove_nothing_that_the_samples_contradict(metrics: Path) -> None:
+    metric = load_metric(f"{metrics}:by_place")
+    sys.modules["trtq_script_metrics"].OWN = LABELS
+    found = judged(metric, 20, confidence=0.95)
+    assert found.relative_drop == pytest.approx(19 / 59)
+    assert not found.proved
+    assert found.outcome is not Outcome.PASS
+
+
+def test_a_candidate_whose_metric_is_no_number_fails(metrics: Path) -> None:
+    metric = load_metric(f"{metrics}:spread")
+    flat = {"y": np.ones((60, 5), np.float32)}
+    found = decide(scores(1), flat, {"labels": LABELS}, metric, executor="simulation")
+    assert (found.outcome, found.candidate) == (Outcome.FAIL, None)
+    assert found.notes == (f"{metric.name} of the candidate is no number: inf",)
+    assert Verdict.from_json(found.to_json()) == found
+    with pytest.raises(InputError, match="did not return a number"):
+        decide(flat, scores(1), {"labels": LABELS}, metric, executor="simulation")
 
 
 def test_one_number_is_resampled_unless_nobody_asks(metrics: Path) -> None:

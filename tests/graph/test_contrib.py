@@ -272,6 +272,16 @@ def test_multi_head_attention(bias: bool, mask: bool, past: bool, tmp_path: Path
     assert same(model, feed, tmp_path).count("MatMul") == 2
 
 
+@pytest.mark.parametrize(("queries", "keys", "past"), [(3, 3, 2), (1, 3, 2), (3, 5, 0), (5, 3, 0), (3, 1, 2)])
+def test_causal_multi_head_attention(queries: int, keys: int, past: int, tmp_path: Path) -> None:
+    """Positions start behind the past, however many queries there are."""
+    feed = {"q": normal(1, queries, 8), "k": normal(1, keys, 8, seed=1), "v": normal(1, keys, 8, seed=2)}
+    olds = {"pk": normal(1, 2, past, 4, seed=4), "pv": normal(1, 2, past, 4, seed=5)} if past else {}
+    inputs: dict[str, NDArray | None] = {**feed, "b": None, "mask": None, "bias": None, **olds}
+    model = contrib("MultiHeadAttention", inputs, outputs=3 if past else 1, num_heads=2, unidirectional=1)
+    same(model, feed | olds, tmp_path)
+
+
 @pytest.mark.parametrize("interleaved", [0, 1])
 @pytest.mark.parametrize("split", [False, True])
 def test_rotary_embedding(interleaved: int, split: bool, tmp_path: Path) -> None:

@@ -109,6 +109,21 @@ def test_what_only_moves_or_chooses_values_is_not_rounded_twice() -> None:
     assert [node.op_type for node in wide.graph.node] == ["Cast", "Relu", "Concat", "Max", "Cast"]
 
 
+@pytest.mark.parametrize(("reduction", "expected"), [("add", np.inf), ("mul", np.inf), ("max", 25000)])
+@pytest.mark.parametrize("op", ["ScatterElements", "ScatterND"])
+def test_a_scatter_that_computes_overflows(op: str, reduction: str, expected: float) -> None:
+    """50000 + 20000 and 50000 * 20000 are beyond float16, half of the sum is not."""
+    indices = np.array([0, 1]) if op == "ScatterElements" else np.array([[0], [1]])
+    nodes = [
+        helper.make_node(op, ["x", "indices", "updates"], ["all"], reduction=reduction),
+        helper.make_node("Mul", ["all", "half"], ["y"]),
+    ]
+    constants = {"indices": indices, "updates": np.float16([20000, 3]), "half": np.float16(0.5)}
+    (found,) = simulated(model_of(nodes, constants), x=np.float16([50000, 0.5]))
+    assert found[0] == expected
+    assert np.isfinite(found[1])
+
+
 def test_bfloat16_runs_and_rounds() -> None:
     """ONNX Runtime itself has no bfloat16 product on the CPU."""
     weight = np.random.default_rng(0).normal(size=(8, 4)).astype(bfloat16)

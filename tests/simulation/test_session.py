@@ -143,3 +143,20 @@ def test_attention_is_as_onnx_defines_it() -> None:
     (expected,) = onnx.reference.ReferenceEvaluator(model).run(None, feed)
     (found,) = simulation_session(model.SerializeToString(), threads=1).run(None, feed)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_an_attention_without_a_mask_but_with_a_past() -> None:
+    """The mask is an input that is left out, as in a decoder with a cache; worked out in NumPy."""
+    model = net(
+        "g (float[b,2,3,4] x, float[b,2,5,4] pk, float[b,2,5,4] pv) => (float[b,2,3,4] y)"
+        ' { y, k, v = Attention <is_causal = 1> (x, x, x, "", pk, pv) }',
+        opset=23,
+        ir_version=10,
+    )
+    feed = {"x": normal(2, 2, 3, 4), "pk": normal(2, 2, 5, 4), "pv": normal(2, 2, 5, 4)}
+    keys, values = (np.concatenate([feed[past], feed["x"]], axis=2) for past in ("pk", "pv"))
+    scores = feed["x"] @ keys.swapaxes(2, 3) / 2
+    chances = np.exp(np.where(np.arange(3)[:, None] + 5 >= np.arange(8), scores, -np.inf))
+    expected = chances / chances.sum(axis=-1, keepdims=True) @ values
+    (found,) = simulation_session(model.SerializeToString(), threads=1).run(["y"], feed)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -8,13 +8,14 @@ Two methods:
 - right-or-wrong scores: the score test of a ratio of paired proportions (Nam & Blackwelder 2002;
   Tang, Tang & Chan 2003), and Tango's score interval (1998) for the absolute drop. Unlike the
   bootstrap they stay honest when the two models never disagree.
-- everything else: the percentile bootstrap, whole samples resampled with a fixed seed.
+- everything else: the percentile bootstrap, whole samples resampled with a fixed seed; where samples follow
+  each other in sequences, whole sequences, since errors go on from one sample to the next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -50,6 +51,7 @@ class Evidence:
         refuted: the other one-sided bound is beyond the margin: the drop is above it.
         samples_to_prove: see `samples_to_prove`.
         draws: resamples of a metric that is called for each; None: the evidence comes from per-sample scores.
+        unusable: resamples on which a value is not finite or the reference is not positive; left out.
     """
 
     relative: tuple[float, float] | None
@@ -58,6 +60,7 @@ class Evidence:
     refuted: bool
     samples_to_prove: int | None
     draws: int | None = None
+    unusable: int = 0
 
 
 def samples_to_prove(z: float, samples: int, confidence: float = 0.95) -> int | None:
@@ -170,47 +173,54 @@ def bootstrap_evidence(
 
     Args:
         estimate: candidate - (1 - max_drop) · reference on the samples themselves.
-        samples: how many samples each resample has.
+        samples: how many samples, or blocks of them, each resample draws.
         max_drop, confidence: as for `binary_evidence`.
 
-    Draws on which a value is not finite or the reference is not positive are left out. Of fewer than
+    Draws on which a value is not finite or the reference is not positive are left out, and nothing is proved
+    where those are more than half; nor is what the samples themselves contradict. Of fewer than
     `RESAMPLES_OF_FUNCTION` draws a bound is taken so far out that it errs on the safe side 19 times in 20:
     few draws prove less, never more.
     """
     usable = np.isfinite(reference) & np.isfinite(candidate) & (reference > 0)
     reference, candidate = reference[usable], candidate[usable]
+    unusable = int((~usable).sum())
     if len(reference) == 0:
-        return Evidence(None, None, False, False, None)
+        return Evidence(None, None, False, False, None, unusable=unusable)
     margin = candidate - (1 - max_drop) * reference
     error = float(np.std(margin))
     z = estimate / error if error > 0 else math.copysign(math.inf, estimate) if estimate else 0.0
     tail = _safe_tail(1 - confidence, len(reference))
-    enough = samples >= MIN_BOOTSTRAP_SAMPLES and tail > 0
+    enough = samples >= MIN_BOOTSTRAP_SAMPLES and tail > 0 and unusable <= len(reference)
     needed = samples_to_prove(z, samples, confidence)
     return Evidence(
         relative=_percentiles(1 - candidate / reference, confidence),
         absolute=_percentiles(reference - candidate, confidence),
-        proved=enough and bool(np.quantile(margin, tail) > 0),
-        refuted=enough and bool(np.quantile(margin, 1 - tail) < 0),
+        proved=enough and estimate > 0 and bool(np.quantile(margin, tail) > 0),
+        refuted=enough and estimate < 0 and bool(np.quantile(margin, 1 - tail) < 0),
         samples_to_prove=None if needed is None else max(needed, MIN_BOOTSTRAP_SAMPLES),
+        unusable=unusable,
     )
 
 
-def bootstrap_means(*rows: Float) -> list[Float]:
+def bootstrap_means(*rows: Float, starts: Sequence[int] | None = None) -> list[Float]:
     """Mean rows of `RESAMPLES` resamples, the same resamples for every array: (resamples, k) each.
 
     Args:
         rows: float64 arrays of shape (samples, k).
+        starts: first sample of each block that is drawn as a whole, from 0; default: each sample is one.
     """
     samples = len(rows[0])
-    per_block = max(1, _BLOCK // samples)
+    starts = range(samples) if starts is None else starts
+    sizes, sums = np.diff([*starts, samples]), [np.add.reduceat(array, starts) for array in rows]
+    blocks = len(starts)
+    per_block = max(1, _BLOCK // blocks)
     means: list[list[Float]] = [[] for _ in rows]
-    offsets = samples * np.arange(per_block)[:, None]
-    for draw in _resamples(samples, RESAMPLES, per_block):
+    offsets = blocks * np.arange(per_block)[:, None]
+    for draw in _resamples(blocks, RESAMPLES, per_block):
         count = len(draw)
-        times = np.bincount((draw + offsets[:count]).ravel(), minlength=count * samples)
-        weights = times.reshape(count, samples) / samples
-        for collected, array in zip(means, rows, strict=True):
+        times = np.bincount((draw + offsets[:count]).ravel(), minlength=count * blocks).reshape(count, -1)
+        weights = times / (times @ sizes)[:, None]
+        for collected, array in zip(means, sums, strict=True):
             collected.append(weights @ array)
     return [np.concatenate(collected) for collected in means]
 

@@ -138,8 +138,8 @@ def load_metric(spec: str) -> Metric:
             target arrays of which not exactly one is named label(s) or target(s).
             FUNCTION(outputs, targets) takes dictionaries of arrays (read-only; a list of arrays where an
             output's rows differ in shape) and returns a number, higher is better, or one for each sample: the
-            metric is then their mean, and its interval needs no further calls. A function of another mean
-            may have an attribute `per_sample`, which is called instead and returns those.
+            metric is then their mean, and its interval needs no further calls. A function of one number
+            may have an attribute `per_sample`, which returns those; that their mean is the number is checked.
 
     Raises:
         InputError: unknown name, or the file or function is missing or does not import.
@@ -424,33 +424,73 @@ _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {
 def _metric_of_file(spec: str) -> Metric:
     path, name, function = load_function(spec, "metric")
     per_sample = getattr(function, "per_sample", None)
-    called = per_sample if callable(per_sample) else function
+    given = _Given(name, path)
 
     def checked(outputs: AllValues, targets: Arrays) -> Float:
-        try:
-            found = np.asarray(called(_read_only(outputs), _read_only(targets)))
-            values = found.astype(np.float64)
-        except (Exception, SystemExit) as error:
+        whole = given.values(function, outputs, targets, alone=True)
+        if not callable(per_sample):
+            return whole.reshape(()) if whole.size == 1 else whole
+        values = given.values(per_sample, outputs, targets, alone=False)
+        if not np.isclose(values.mean(), whole.mean(), rtol=1e-6, atol=1e-9):
             raise InputError(
-                f"the metric {name!r} failed", file=path, cause=f"{type(error).__name__}: {error}"
-            ) from error
-        _check_values(found, rows_per_sample(outputs, targets)[0], name, path, alone=called is function)
-        return values.reshape(()) if called is function and values.size == 1 else values
+                f"the mean of what 'per_sample' of the metric {name!r} returns is not the metric",
+                file=path,
+                cause=f"the mean is {values.mean():g}, and the metric {whole.mean():g}",
+                remedy="leave 'per_sample' out where the metric is no mean over samples",
+            )
+        return values
 
     return Metric(spec, f"{script_sha256(path)}:{name}", function=checked)
 
 
-def _check_values(found: NDArray, samples: int, name: str, path: Path, *, alone: bool) -> None:
-    """Refuse what a user's metric returned unless it is numbers, one for each sample or, if that may be, one
-    for all of them."""
-    cause = None
-    if found.dtype.kind not in "biuf" or np.isnan(found.astype(np.float64)).any():
-        cause = repr(found.tolist())[:200]
-    elif found.shape != (samples,) and not (alone and found.size == 1):
-        cause = f"its shape is {found.shape}, and there are {samples} samples"
-    if cause is not None:
+class NotFiniteScoreError(InputError):
+    """A metric of NaN or infinity, such as a correlation with outputs that are all the same."""
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A user's metric, for messages: its name and its file."""
+
+    name: str
+    path: Path
+
+    def values(
+        self, function: Callable[..., Any], outputs: AllValues, targets: Arrays, *, alone: bool
+    ) -> Float:
+        """What a function returns: numbers, one for each sample or, if `alone`, perhaps one for all of them.
+
+        Raises:
+            NotFiniteScoreError: they, or their mean, are not finite.
+            InputError: the function fails or returns something else.
+        """
+        try:
+            found = np.asarray(function(_read_only(outputs), _read_only(targets)))
+            values = found.astype(np.float64)
+        except (Exception, SystemExit) as error:
+            raise InputError(
+                f"the metric {self.name!r} failed", file=self.path, cause=f"{type(error).__name__}: {error}"
+            ) from error
+        self._check(found, values, rows_per_sample(outputs, targets)[0], alone)
+        return values
+
+    def _check(self, found: NDArray, values: Float, samples: int, alone: bool) -> None:
+        with np.errstate(all="ignore"):
+            finite = values.size == 0 or bool(np.isfinite(values.mean()))
+        if (
+            found.dtype.kind in "biuf"
+            and finite
+            and (found.shape == (samples,) or (alone and found.size == 1))
+        ):
+            return
+        numbers = found.dtype.kind in "biuf"
         what = "a number, or one for each sample" if alone else "one number for each sample"
-        raise InputError(f"the metric {name!r} did not return {what}", file=path, cause=cause)
+        raise (NotFiniteScoreError if numbers and not finite else InputError)(
+            f"the metric {self.name!r} did not return {what}",
+            file=self.path,
+            cause=f"its shape is {found.shape}, and there are {samples} samples"
+            if numbers and finite
+            else repr(found.tolist())[:200],
+        )
 
 
 def _read_only(values: AllValues) -> dict[str, Any]:

@@ -393,7 +393,8 @@ def _attention(node: gs.Node, write: _Writer) -> Results:
     masked = _mask(mask, key, node, write)
     if masked is _UNKNOWN:
         return None
-    merged = _attended(query, key, value, [masked, scores_bias], sizes[0] // heads, node, write)
+    causal = _causal(query, key, query, node, write)
+    merged = _attended(query, key, value, [masked, scores_bias, causal], sizes[0] // heads, node, write)
     results = [merged]
     if _wants(node, 1):
         both = [write("Unsqueeze", tensor, write.integers(0)) for tensor in (key, value)]
@@ -422,12 +423,14 @@ def _multi_head(node: gs.Node, write: _Writer) -> Results:
         parts = [write("Add", part, share) for part, share in zip(parts, shares, strict=True)]
     query = _heads(parts[0], heads, write)
     key, value = (_heads(t, heads, write) if ranks[1] == 3 else t for t in parts[1:])
+    new_key = key
     if past_key is not None and past_value is not None:
         key, value = write("Concat", past_key, key, axis=2), write("Concat", past_value, value, axis=2)
     masked = _mask(mask, key, node, write)
     if masked is _UNKNOWN:
         return None
-    merged = _attended(query, key, value, [masked, scores_bias], size // heads, node, write)
+    causal = _causal(query, key, new_key, node, write)
+    merged = _attended(query, key, value, [masked, scores_bias, causal], size // heads, node, write)
     results = [merged]
     if _wants(node, 1):
         results += [key, value]
@@ -460,8 +463,6 @@ def _attended(
     scores = write("Mul", scores, write.constant(scale))
     for bias in added:
         scores = scores if bias is None else write("Add", scores, bias)
-    if node.attrs.get("unidirectional", 0):
-        scores = write("Add", scores, _causal(query, key, write))
     context = write("MatMul", write("Softmax", scores, axis=-1), value)
     return write("Reshape", write("Transpose", context, perm=[0, 2, 1, 3]), write.integers(0, 0, -1))
 
@@ -472,10 +473,23 @@ _LOWEST = {np.dtype(np.float32): -1e30, np.dtype(np.float16): -65504.0}
 _UNKNOWN = gs.Variable("a mask of a form that is not handled")
 
 
-def _causal(query: gs.Tensor, key: gs.Tensor, write: _Writer) -> gs.Tensor:
-    """0 for keys up to a query's position, the lowest number behind; the last query sees all keys."""
-    queries, keys = write.size(query, 2), write.size(key, 2)
-    positions = write("Unsqueeze", write.range(write("Sub", keys, queries), keys), write.integers(1))
+def _causal(
+    query: gs.Tensor, key: gs.Tensor, new_key: gs.Tensor, node: gs.Node, write: _Writer
+) -> gs.Tensor | None:
+    """0 for keys up to a query's position, the lowest number behind; None where queries see all keys.
+
+    As in ONNX Runtime's CPU kernel, positions start behind the past, and the last query sees all keys.
+
+    Args:
+        new_key: the keys without those of the past.
+    """
+    if not node.attrs.get("unidirectional", 0):
+        return None
+    queries, keys, new = (write.size(tensor, 2) for tensor in (query, key, new_key))
+    past, one = write("Sub", keys, new), write.constant(1, np.int64)
+    last = write("Unsqueeze", write("Sub", keys, one), write.integers(0))
+    others = write.range(past, write("Sub", write("Add", past, queries), one))
+    positions = write("Unsqueeze", write("Concat", others, last, axis=0), write.integers(1))
     behind = write.cast(write("Greater", write.range(0, keys), positions))
     return write("Mul", behind, write.constant(_LOWEST[write.float]))
 

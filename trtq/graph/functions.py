@@ -61,7 +61,12 @@ def with_attention_defined(proto: onnx.ModelProto) -> onnx.ModelProto:
     ONNX Runtime's own (1.32) refuses a mask that is one for all queries, and a few of its results differ.
     """
     tell_types(proto.graph)
-    return onnx.inliner.inline_selected_functions(proto, [("", "Attention")], inline_schema_functions=True)
+    proto.graph.value_info.add(name="")  # the inliner asks for the type of an input that is left out, too
+    found = onnx.inliner.inline_selected_functions(proto, [("", "Attention")], inline_schema_functions=True)
+    named = [value for value in found.graph.value_info if value.name]
+    del found.graph.value_info[:]
+    found.graph.value_info.extend(named)
+    return found
 
 
 def holds_attention(proto: onnx.ModelProto) -> bool:

@@ -30,7 +30,7 @@ EXACT_OPS = frozenset(
     " ScatterND SequenceAt SequenceConstruct SequenceInsert Sign Slice SpaceToDepth Split SplitToSequence"
     " Squeeze Tile TopK Transpose Trilu Unsqueeze Where".split()
 )
-"""Operators whose results are representable where their inputs are."""
+"""Operators whose results are representable where their inputs are (see `_is_exact`)."""
 
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 """Operators that TensorRT runs on integers where both operands come from DequantizeLinear."""
@@ -130,7 +130,7 @@ class _Widening:
         if node.op_type == "CastLike" and kinds.get(node.input[1]) in NARROW:
             wide = _cast(node.input[0], node.output[0], kinds[node.input[1]])
         wide.input[:] = [renamed.get(name, name) for name in wide.input]
-        rounds = node.op_type not in EXACT_OPS or node.domain not in ("", "ai.onnx")
+        rounds = not _is_exact(node)
         casts = []
         for index, name in enumerate(node.output):
             wide.output[index] = renamed.get(name, name)
@@ -218,6 +218,12 @@ def _integer_operands(graph: GraphProto) -> set[str]:
         passed = 2 if integer else 1 if node.output and node.output[0] in origins else 0
         elsewhere.update(node.input[passed:])
     return set(origins.values()) - {origins[name] for name in elsewhere if name in origins}
+
+
+def _is_exact(node: NodeProto) -> bool:
+    """Whether what a node gives is representable where its inputs are; a scatter may sum up or multiply."""
+    computes = any(a.name == "reduction" and a.s in (b"add", b"mul") for a in node.attribute)
+    return node.op_type in EXACT_OPS and node.domain in ("", "ai.onnx") and not computes
 
 
 def _casts_to_narrow(node: NodeProto) -> bool:
