@@ -150,21 +150,6 @@ def test_bootstrap_agrees_with_scipy():
     assert evidence.refuted
 
 
-def test_sequences_are_drawn_as_wholes():
-    """Samples of a sequence that are all alike are no more evidence than one, whatever their number."""
-    rng = np.random.default_rng(3)
-    each = rng.uniform(size=40)
-    sizes = rng.integers(1, 9, 40)
-    rows, starts = np.repeat(each, sizes)[:, None], [0, *np.cumsum(sizes)[:-1].tolist()]
-    (means,) = bootstrap_means(rows, starts=starts)
-    draws = rng.integers(0, 40, (10_000, 40))
-    expected = (each * sizes)[draws].sum(axis=1) / sizes[draws].sum(axis=1)
-    assert means.mean() == pytest.approx(rows.mean(), abs=0.005)
-    assert means.std() == pytest.approx(expected.std(), rel=0.05)
-    assert means.std() > 1.5 * bootstrap_means(rows)[0].std()
-    np.testing.assert_array_equal(bootstrap_means(rows, starts=range(len(rows))), bootstrap_means(rows))
-
-
 def test_bootstrap_is_paired_and_repeatable():
     rows = np.random.default_rng(1).uniform(size=(50, 2))
     first, second = bootstrap_means(rows, rows)

@@ -8,7 +8,7 @@ import pytest
 
 from trtq.errors import ExitCode, InputError
 from trtq.gate.in_the_way import InTheWay, Obstacle
-from trtq.gate.metrics import Metric, load_metric
+from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Outcome, Verdict, decide, overall
 from trtq.simulation.similarity import MAX_SQNR_DB
 from trtq.simulation.values import stacked
@@ -362,34 +362,3 @@ def test_rows_that_do_not_stack_score_as_each_does_alone(name):
         for own, i in zip(found, (0, 2, 4), strict=True):
             r, c = (np.concatenate([a.ravel() for a in side[i : i + 2]]) for side in (reference, candidate))
             assert own == pytest.approx(r @ c / np.linalg.norm(r) / np.linalg.norm(c))
-
-
-@pytest.mark.parametrize("called", [False, True])
-def test_samples_of_a_sequence_prove_no_more_than_one(called: bool) -> None:
-    """Of 50 sequences of 20 alike samples each, one gets worse: that may as well be three."""
-    reference = {"y": np.tile(np.float32([[0, 1]]), (1000, 1))}
-    candidate = {"y": reference["y"].copy()}
-    candidate["y"][:20] = [1, 0]
-    targets = {"labels": np.ones(1000, np.int64)}
-
-    def share(outputs, targets):
-        return np.mean(outputs["y"].argmax(axis=1) == targets["labels"])
-
-    metric = Metric("share", "share", function=share) if called else load_metric("top1")
-    apart, whole = (
-        decide(
-            reference,
-            candidate,
-            targets,
-            metric,
-            max_drop=0.03,
-            confidence=0.95,
-            executor="simulation",
-            sequences=sequences,
-        )
-        for sequences in (None, range(0, 1000, 20))
-    )
-    assert apart.outcome is Outcome.PASS
-    assert whole.outcome is Outcome.INCONCLUSIVE
-    assert whole.relative_drop == apart.relative_drop == pytest.approx(0.02)
-    assert whole.relative_interval == pytest.approx((0, 0.06), abs=0.021)

@@ -8,14 +8,13 @@ Two methods:
 - right-or-wrong scores: the score test of a ratio of paired proportions (Nam & Blackwelder 2002;
   Tang, Tang & Chan 2003), and Tango's score interval (1998) for the absolute drop. Unlike the
   bootstrap they stay honest when the two models never disagree.
-- everything else: the percentile bootstrap, whole samples resampled with a fixed seed; where samples follow
-  each other in sequences, whole sequences, since errors go on from one sample to the next.
+- everything else: the percentile bootstrap, whole samples resampled with a fixed seed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -173,7 +172,7 @@ def bootstrap_evidence(
 
     Args:
         estimate: candidate - (1 - max_drop) · reference on the samples themselves.
-        samples: how many samples, or blocks of them, each resample draws.
+        samples: how many samples each resample has.
         max_drop, confidence: as for `binary_evidence`.
 
     Draws on which a value is not finite or the reference is not positive are left out, and nothing is proved
@@ -202,25 +201,21 @@ def bootstrap_evidence(
     )
 
 
-def bootstrap_means(*rows: Float, starts: Sequence[int] | None = None) -> list[Float]:
+def bootstrap_means(*rows: Float) -> list[Float]:
     """Mean rows of `RESAMPLES` resamples, the same resamples for every array: (resamples, k) each.
 
     Args:
         rows: float64 arrays of shape (samples, k).
-        starts: first sample of each block that is drawn as a whole, from 0; default: each sample is one.
     """
     samples = len(rows[0])
-    starts = range(samples) if starts is None else starts
-    sizes, sums = np.diff([*starts, samples]), [np.add.reduceat(array, starts) for array in rows]
-    blocks = len(starts)
-    per_block = max(1, _BLOCK // blocks)
+    per_block = max(1, _BLOCK // samples)
     means: list[list[Float]] = [[] for _ in rows]
-    offsets = blocks * np.arange(per_block)[:, None]
-    for draw in _resamples(blocks, RESAMPLES, per_block):
+    offsets = samples * np.arange(per_block)[:, None]
+    for draw in _resamples(samples, RESAMPLES, per_block):
         count = len(draw)
-        times = np.bincount((draw + offsets[:count]).ravel(), minlength=count * blocks).reshape(count, -1)
-        weights = times / (times @ sizes)[:, None]
-        for collected, array in zip(means, sums, strict=True):
+        times = np.bincount((draw + offsets[:count]).ravel(), minlength=count * samples)
+        weights = times.reshape(count, samples) / samples
+        for collected, array in zip(means, rows, strict=True):
             collected.append(weights @ array)
     return [np.concatenate(collected) for collected in means]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -292,7 +292,6 @@ def decide(
     ignore_nonfinite: bool = False,
     scored: Scored | None = None,
     resampling: Resampling | None = QUIETLY,
-    sequences: Sequence[int] | None = None,
 ) -> Verdict:
     """The verdict on a candidate, from both models' outputs on the same samples.
 
@@ -311,7 +310,6 @@ def decide(
         ignore_nonfinite: compare only where the reference is finite; the candidate has to be finite there.
         scored: what `score_reference` says, where it is known.
         resampling: of a metric that is a function of all samples; None: such a verdict has no interval.
-        sequences: first row of each sequence, from 0; None: rows do not depend on those before.
 
     Raises:
         InputError: outputs that cannot be compared or scored, or a margin that means nothing: a
@@ -330,8 +328,7 @@ def decide(
         name, row = broken
         note = f"output {name!r} of the candidate is NaN or infinite in sample {row // k}"
         return dataclasses.replace(verdict, worst_samples=(row // k,), notes=(note,))
-    starts = None if sequences is None else tuple(start // k for start in sequences if start % k == 0)
-    gate = _Gate(reference, candidate, targets, metric, scored, max_drop, confidence, resampling, starts)
+    gate = _Gate(reference, candidate, targets, metric, scored, max_drop, confidence, resampling)
     plain = finite.all_compared(reference, candidate)
     outputs = similarity.compare(*plain)
     try:
@@ -356,7 +353,6 @@ def decide(
         worst_samples=similarity.worst_samples(*plain, samples),
         notes=(
             *_evidence_notes(evidence, samples, max_drop, gate.level, found),
-            *gate.about_sequences(samples),
             *((metric.reads(reference),) if metric.reads else ()),
             *finite.ignored(reference),
             *_not_compared(outputs, reference, metric),
@@ -367,11 +363,7 @@ def decide(
 
 @dataclass(frozen=True)
 class _Gate:
-    """What both models gave and how it is judged; the arguments are those of `decide`.
-
-    Attributes:
-        starts: first sample of each sequence; None where each sample is by itself.
-    """
+    """What both models gave and how it is judged; the arguments are those of `decide`."""
 
     reference: AllValues
     candidate: AllValues
@@ -381,20 +373,11 @@ class _Gate:
     max_drop: float
     confidence: float | None
     resampling: Resampling | None
-    starts: tuple[int, ...] | None
 
     @property
     def level(self) -> float:
         """Of the intervals."""
         return self.confidence or REPORTED_CONFIDENCE
-
-    def about_sequences(self, samples: int) -> Iterator[str]:
-        """What the evidence takes as one, where that is not a sample."""
-        if self.starts is not None:
-            yield (
-                f"the {samples} samples are {len(self.starts)} sequences, which the interval takes as wholes;"
-                f" less than {intervals.MIN_BOOTSTRAP_SAMPLES} prove nothing"
-            )
 
     def margin(self, found: Scored) -> float:
         """How far the candidate's value is above the least that is allowed."""
@@ -444,39 +427,24 @@ class _Gate:
         called = len(scores) < 2
         if called:
             values = self._resampled(found)
-        elif (
-            self.starts is None
-            and metric.summarise is None
-            and metric.needs_targets
-            and np.isin(scores, (0, 1)).all()
-        ):
+        elif metric.summarise is None and metric.needs_targets and np.isin(scores, (0, 1)).all():
             return intervals.binary_evidence(scores[0], scores[1], self.max_drop, self.level)
         else:
-            flat = (own.reshape(samples, -1) for own in scores)
-            means = intervals.bootstrap_means(*flat, starts=self.starts)
+            means = intervals.bootstrap_means(*(own.reshape(samples, -1) for own in scores))
             values = [
                 mean[:, 0] if metric.summarise is None else metric.summarise(mean.reshape(-1, *own.shape[1:]))
                 for own, mean in zip(scores, means, strict=True)
             ]
-        blocks = samples if self.starts is None else len(self.starts)
         evidence = intervals.bootstrap_evidence(
-            values[0], values[1], self.margin(found), blocks, self.max_drop, self.level
+            values[0], values[1], self.margin(found), samples, self.max_drop, self.level
         )
-        needed = evidence.samples_to_prove
-        return dataclasses.replace(
-            evidence,
-            draws=len(values[0]) if called else None,
-            samples_to_prove=None if needed is None else math.ceil(needed * samples / blocks),
-        )
+        return dataclasses.replace(evidence, draws=len(values[0]) if called else None)
 
     def _resampled(self, found: Scored) -> list[NDArray[np.float64]]:
         """The metric's values of both models on resamples; none where none are wanted."""
         samples, k = rows_per_sample(self.reference, self.targets)
-        starts = range(samples) if self.starts is None else self.starts
-        blocks = np.split(np.arange(samples), starts[1:])
 
-        def on_blocks(draw: NDArray[np.int64]) -> tuple[float, float]:
-            indices = np.concatenate([blocks[index] for index in draw])
+        def on_samples(indices: NDArray[np.int64]) -> tuple[float, float]:
             rows = (k * indices[:, None] + np.arange(k)).ravel()
             targets = {name: array[indices] for name, array in self.targets.items()}
             reference, candidate = (take_all(side, rows) for side in (self.reference, self.candidate))
@@ -487,7 +455,7 @@ class _Gate:
 
         if self.resampling is None:
             return [np.empty(0), np.empty(0)]
-        return list(self.resampling.draws(len(blocks), on_blocks, self.scored.seconds + found.seconds))
+        return list(self.resampling.draws(samples, on_samples, self.scored.seconds + found.seconds))
 
 
 def _unmeasured(
