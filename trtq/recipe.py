@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from trtq.backends.builders import BUILDERS
+from trtq.backends.builders import BUILDERS, NO_ENGINE
 from trtq.backends.interface import (
     BuildOptions,
     Profile,
@@ -386,8 +386,9 @@ class Recipe:
         default="auto",
     )
     backend: str | None = _option(
-        "builder of the engine; default: the one that is installed, of both the one for the GPU here",
-        _choice(*BUILDERS),
+        "builder of the engine, or none to deploy without one; default: the one that is installed, of both"
+        " the one for the GPU here",
+        _choice(*BUILDERS, NO_ENGINE),
     )
     target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", TARGETS)
     profile: tuple[tuple[str, Range], ...] = _option(
