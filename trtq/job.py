@@ -329,7 +329,7 @@ def with_timing_cache(recipe: Recipe) -> Recipe:
     if recipe.timing_cache is not None or gpu is None or chosen(recipe.backend) != "tensorrt":
         return recipe
     name = sha256_json([dataclasses.astuple(gpu), builder(recipe.backend).version()])[:16]
-    return replace(recipe, timing_cache=str(Cache.at(recipe.cache).root / "timing" / f"{name}.timing"))
+    return replace(recipe, timing_cache=str(Cache.at(recipe.cache).timing / f"{name}.timing"))
 
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:

@@ -256,7 +256,7 @@ def gate(recipe: Recipe, reference: Path, candidate: Path, console: Console) -> 
     Raises:
         InputError, MissingBackendError: as `Evaluation.open` and `Evaluation.verdict`.
     """
-    inputs = input_specs([reference, candidate])
+    inputs = input_specs([reference, candidate], recipe.plugin_lib)
     evaluation = Evaluation.open(recipe, reference, inputs, open_cache(recipe, console), console)
     return evaluation.published(evaluation.verdict(candidate)), evaluation.samples
 

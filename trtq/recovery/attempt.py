@@ -171,10 +171,13 @@ def _build_or_refusal(job: Job, plan: Plan, folder: Path) -> Build | BuildError 
     if job.recipe.backend == NO_ENGINE:
         return None
     try:
-        return build_in(folder, job.recipe, job.profile, plan)
+        build = build_in(folder, job.recipe, job.profile, plan)
     except BuildError as error:
         job.console.warn(one_line(error))
         return error
+    for note in build.notes:
+        job.console.warn(note)
+    return build
 
 
 def _engine_text(build: Build | None, covered: Coverage) -> str:
