@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from trtq.console import Console
+from trtq.gate.decision import decide, score_reference
 from trtq.gate.intervals import bootstrap_evidence
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.resampling import FEWEST, Resampling
-from trtq.gate.verdict import Outcome, Verdict, decide, score_reference
+from trtq.gate.verdict import Outcome, Verdict
 
 COUNTED = """
 import numpy as np

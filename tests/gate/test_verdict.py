@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from trtq.errors import ExitCode, InputError
+from trtq.gate.decision import decide
 from trtq.gate.in_the_way import InTheWay, Obstacle
 from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Check, Outcome, Verdict, decide, overall
+from trtq.gate.verdict import Check, Outcome, Verdict, overall
 from trtq.simulation.similarity import MAX_SQNR_DB
 from trtq.simulation.values import stacked
 

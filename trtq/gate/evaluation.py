@@ -15,17 +15,11 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
+from trtq.gate.decision import check_decides, decide, score_reference
 from trtq.gate.metrics import Metric, Scored, load_metric
 from trtq.gate.reference import doubt
 from trtq.gate.resampling import Resampling
-from trtq.gate.verdict import (
-    Check,
-    Outcome,
-    Verdict,
-    check_decides,
-    decide,
-    score_reference,
-)
+from trtq.gate.verdict import Check, Outcome, Verdict
 from trtq.graph import references
 from trtq.graph.foreign import View
 from trtq.graph.inputs import InputSpec
