@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,7 @@ def decide(
     ignore_nonfinite: bool = False,
     scored: Scored | None = None,
     resampling: Resampling | None = QUIETLY,
+    sequences: Sequence[int] = (),
 ) -> Verdict:
     """The verdict on a candidate, from both models' outputs on the same samples.
 
@@ -51,6 +52,7 @@ def decide(
         ignore_nonfinite: compare only where the reference is finite; the candidate has to be finite there.
         scored: what `score_reference` says, where it is known.
         resampling: of a metric that is a function of all samples; None: such a verdict has no interval.
+        sequences: the first row of each sequence of rows, ascending from 0; none: each row is independent.
 
     Raises:
         InputError: outputs that cannot be compared or scored, or a margin that means nothing: a
@@ -69,7 +71,8 @@ def decide(
         name, row = broken
         note = f"output {name!r} of the candidate is NaN or infinite in sample {row // k}"
         return dataclasses.replace(verdict, worst_samples=(row // k,), notes=(note,))
-    gate = _Gate(reference, candidate, targets, metric, scored, max_drop, confidence, resampling)
+    units = _units(sequences, samples, k)
+    gate = _Gate(reference, candidate, targets, metric, scored, max_drop, confidence, resampling, units)
     plain = finite.all_compared(reference, candidate)
     outputs = similarity.compare(*plain)
     found = metric.scored(candidate, targets, reference)
@@ -89,6 +92,7 @@ def decide(
         worst_samples=similarity.worst_samples(*plain, samples),
         notes=(
             *_evidence_notes(evidence, samples, max_drop, gate.level, found),
+            *(_sequence_note(units, evidence) if sequences else ()),
             *((metric.reads(reference),) if metric.reads else ()),
             *finite.ignored(reference),
             *_not_compared(outputs, reference, metric),
@@ -109,6 +113,7 @@ class _Gate:
     max_drop: float
     confidence: float | None
     resampling: Resampling | None
+    units: intervals.Units
 
     @property
     def level(self) -> float:
@@ -158,29 +163,38 @@ class _Gate:
     def _evidence(self, found: Scored) -> intervals.Evidence:
         """What the samples say of the drop, by the method that suits the metric."""
         metric, rows = self.metric, [self.scored.rows, found.rows]
-        samples, _ = rows_per_sample(self.reference, self.targets)
+        units = self.units
         scores = [own for own in rows if own is not None]
         called = len(scores) < 2
         if called:
             values = self._resampled(found)
-        elif metric.summarise is None and metric.needs_targets and np.isin(scores, (0, 1)).all():
-            return intervals.binary_evidence(scores[0], scores[1], self.max_drop, self.level)
+        elif metric.summarise is None and metric.needs_targets and self._counted(scores):
+            return intervals.binary_evidence(scores[0], scores[1], self.max_drop, self.level, units.worth)
         else:
-            means = intervals.bootstrap_means(*(own.reshape(samples, -1) for own in scores))
+            means = intervals.bootstrap_means(units, *(own.reshape(units.samples, -1) for own in scores))
             values = [
                 mean[:, 0] if metric.summarise is None else metric.summarise(mean.reshape(-1, *own.shape[1:]))
                 for own, mean in zip(scores, means, strict=True)
             ]
         evidence = intervals.bootstrap_evidence(
-            values[0], values[1], self.margin(found), samples, self.max_drop, self.level
+            values[0], values[1], self.margin(found), units, self.max_drop, self.level
         )
         return dataclasses.replace(evidence, draws=len(values[0]) if called else None)
 
+    def _counted(self, scores: list[NDArray[np.float64]]) -> bool:
+        """Whether scores are right or wrong and are counted; of sequences, where few show a difference."""
+        if not np.isin(scores, (0, 1)).all():
+            return False
+        differ = self.units.sums((scores[0] != scores[1]).astype(np.float64)[:, None])
+        few = int(np.count_nonzero(differ)) < intervals.MIN_BOOTSTRAP_SAMPLES
+        return few or self.units.count == self.units.samples
+
     def _resampled(self, found: Scored) -> list[NDArray[np.float64]]:
         """The metric's values of both models on resamples; none where none are wanted."""
-        samples, k = rows_per_sample(self.reference, self.targets)
+        _, k = rows_per_sample(self.reference, self.targets)
 
-        def on_samples(indices: NDArray[np.int64]) -> tuple[float, float]:
+        def on_units(drawn: NDArray[np.int64]) -> tuple[float, float]:
+            indices = self.units.members(drawn)
             rows = (k * indices[:, None] + np.arange(k)).ravel()
             targets = {name: array[indices] for name, array in self.targets.items()}
             reference, candidate = (take_all(side, rows) for side in (self.reference, self.candidate))
@@ -188,7 +202,22 @@ class _Gate:
 
         if self.resampling is None:
             return [np.empty(0), np.empty(0)]
-        return list(self.resampling.draws(samples, on_samples, self.scored.seconds + found.seconds))
+        return list(self.resampling.draws(self.units.count, on_units, self.scored.seconds + found.seconds))
+
+
+def _units(sequences: Sequence[int], samples: int, k: int) -> intervals.Units:
+    """What is independent: samples of k rows; with the first rows of sequences, those. A sample that lies in
+    two of them makes one of the two."""
+    starts = tuple(row // k for row in sequences if row % k == 0)
+    return intervals.Units(starts, samples) if starts else intervals.Units.each(samples)
+
+
+def _sequence_note(units: intervals.Units, evidence: intervals.Evidence) -> Iterator[str]:
+    """How many sequences the samples are, and what that makes of the interval."""
+    yield (
+        f"the {units.samples} samples are {units.count} sequences, and these are what the interval takes as"
+        " independent" + ("; one alone gives none" if units.count == 1 and not evidence.relative else "")
+    )
 
 
 def _unmeasured(

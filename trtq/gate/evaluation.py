@@ -137,11 +137,6 @@ class Evaluation:
         samples = load_samples(given.eval, tuple(inputs), recipe.preprocess, recipe.feeding)
         if not is_engine(reference):
             samples = with_states(reference, samples, cache, console, workers=recipe.threads)
-        if samples.sequences is not None:
-            console.warn(
-                f"the {len(samples)} evaluation rows are {len(samples.sequences.starts)} sequences: the"
-                " interval takes rows as independent, and is too narrow where errors go on from row to row"
-            )
         if metric.needs_targets and not samples.targets:
             raise InputError(
                 f"the metric '{metric.name}' needs targets, and the evaluation data has none",
@@ -201,6 +196,7 @@ class Evaluation:
                 ignore_nonfinite=self.recipe.ignore_nonfinite,
                 scored=None if against else self.scored,
                 resampling=Resampling(self.console) if final or self.recipe.confidence is not None else None,
+                sequences=self.samples.sequences.starts if self.samples.sequences else (),
             )
         least = self.recipe.min_sqnr
         if least is None or against:
