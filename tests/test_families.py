@@ -14,9 +14,10 @@ from trtq.backends.interface import profiles_from
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method, scales_from
 from trtq.data.load import load_samples
+from trtq.gate.decision import decide
 from trtq.gate.evaluation import metric_of
 from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Outcome, decide
+from trtq.gate.verdict import Outcome
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, load_model, save_model
 from trtq.graph.place import place

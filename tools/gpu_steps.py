@@ -36,9 +36,9 @@ from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import TrtqError
+from trtq.gate.decision import decide
 from trtq.gate.metrics import load_metric
 from trtq.gate.tensors import compare_three, some_rows
-from trtq.gate.verdict import decide
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
 from trtq.graph.quantization import Quantization

@@ -186,6 +186,11 @@ class Cache:
         """The cache in a folder, or the user's (`default_root`)."""
         return cls(Path(folder) if folder else default_root(), report)
 
+    @property
+    def timing(self) -> Path:
+        """The folder of TensorRT's kernel timings; only TensorRT can say whether they are damaged."""
+        return Path(self.root) / "timing"
+
     def path(self, key: Key) -> Path:
         """Where the content of `key` is kept."""
         return Path(self.root) / _place(key.to_json())

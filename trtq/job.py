@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trtq.backends.builders import builder, chosen
+from trtq.backends.builders import NO_ENGINE, builder, chosen
 from trtq.backends.interface import OPT_BATCH, Profile, Range, Shape, check_profile, find_gpu, profiles_from
 from trtq.budget import NO_BUDGET, Budget
 from trtq.cache import Cache, Key
@@ -304,6 +304,8 @@ def for_builder(recipe: Recipe, *, implicit: bool = False) -> Recipe:
     Raises:
         MissingBackendError: the builder is not installed.
     """
+    if recipe.backend == NO_ENGINE and not implicit:
+        return recipe
     typed = not implicit and builder(recipe.backend).typed_by_model()
     if typed and recipe.lower_precision is None:
         return recipe
@@ -323,11 +325,11 @@ def with_timing_cache(recipe: Recipe) -> Recipe:
     Raises:
         MissingBackendError: the builder is not installed.
     """
-    gpu = find_gpu()
+    gpu = None if recipe.backend == NO_ENGINE else find_gpu()
     if recipe.timing_cache is not None or gpu is None or chosen(recipe.backend) != "tensorrt":
         return recipe
     name = sha256_json([dataclasses.astuple(gpu), builder(recipe.backend).version()])[:16]
-    return replace(recipe, timing_cache=str(Cache.at(recipe.cache).root / "timing" / f"{name}.timing"))
+    return replace(recipe, timing_cache=str(Cache.at(recipe.cache).timing / f"{name}.timing"))
 
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:

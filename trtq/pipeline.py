@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_graphsurgeon as gs
 
-from trtq.backends.builders import builder
+from trtq.backends.builders import NO_ENGINE, builder
 from trtq.backends.coverage import Coverage
 from trtq.backends.engine import input_specs
 from trtq.backends.interface import Build
@@ -139,7 +139,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     `junit.xml`, `report.html`, `workflow.json` (every step tried), `recipe.toml`, `manifest.json`. They
     appear together at the end: a job that is interrupted leaves none, and goes on from its last finished
     step when run again. Where the builder makes no engine, everything else is there, the gate is simulated,
-    and the verdict is a fail with the builder's message.
+    and the verdict is a fail with the builder's message. With `NO_ENGINE` as backend there is none, and that
+    is no fail.
 
     Args:
         command: the command line, for the manifest.
@@ -149,7 +150,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         MissingBackendError: the builder is not installed.
     """
     output = recipe.require("model", "data", "eval", "metric", "output").output
-    builder(recipe.backend).check_targets(recipe.target)
+    if recipe.backend != NO_ENGINE:
+        builder(recipe.backend).check_targets(recipe.target)
     metric_of(recipe)
     console = console.fresh()
     given, recipe = recipe, with_timing_cache(for_builder(recipe))
@@ -259,7 +261,7 @@ def gate(recipe: Recipe, reference: Path, candidate: Path, console: Console) -> 
     Raises:
         InputError, MissingBackendError: as `Evaluation.open` and `Evaluation.verdict`.
     """
-    inputs = input_specs([reference, candidate])
+    inputs = input_specs([reference, candidate], recipe.plugin_lib)
     evaluation = Evaluation.open(recipe, reference, inputs, open_cache(recipe, console), console)
     return evaluation.published(evaluation.verdict(candidate)), evaluation.samples
 

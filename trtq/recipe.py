@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from trtq.backends.builders import BUILDERS
+from trtq.backends.builders import BUILDERS, NO_ENGINE
 from trtq.backends.interface import (
     BuildOptions,
     Profile,
@@ -29,6 +29,7 @@ from trtq.backends.interface import (
     profile_text,
     several_profiles,
 )
+from trtq.cache import Cache
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.data.feeding import Feeding, InputOptions
 from trtq.data.preprocess import Preprocess
@@ -386,8 +387,9 @@ class Recipe:
         default="auto",
     )
     backend: str | None = _option(
-        "builder of the engine; default: the one that is installed, of both the one for the GPU here",
-        _choice(*BUILDERS),
+        "builder of the engine, or none to deploy without one; default: the one that is installed, of both"
+        " the one for the GPU here",
+        _choice(*BUILDERS, NO_ENGINE),
     )
     target: tuple[str, ...] = _option("compute capability to build for, such as 8.6 (repeatable)", TARGETS)
     profile: tuple[tuple[str, Range], ...] = _option(
@@ -527,8 +529,10 @@ class Recipe:
 
     def build_options(self) -> BuildOptions:
         """The options of the builder."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(BuildOptions)}
-        return BuildOptions(**values | {"timing_cache": self.timing_cache and Path(self.timing_cache)})
+        values = {name: getattr(self, name) for name in BUILD_OPTIONS}
+        timing_cache = None if self.timing_cache is None else Path(self.timing_cache)
+        own = timing_cache is not None and timing_cache.parent == Cache.at(self.cache).timing
+        return BuildOptions(**values | {"timing_cache": timing_cache, "own_timing_cache": own})
 
     def dumps(self) -> str:
         """The recipe as TOML; `load` gives it back."""
@@ -550,7 +554,7 @@ class Recipe:
 KINDS: Mapping[str, Kind] = {f.name: f.metadata["kind"] for f in dataclasses.fields(Recipe)}
 """Name of every field -> how it is read and written."""
 
-BUILD_OPTIONS = tuple(f.name for f in dataclasses.fields(BuildOptions))
+BUILD_OPTIONS = tuple(f.name for f in dataclasses.fields(BuildOptions) if f.name in KINDS)
 """Names of the options that go to the builder."""
 
 

@@ -23,7 +23,7 @@ from trtq.backends.builders import builder, chosen, describe_engine, engine_pack
 from trtq.backends.calibrators import DataCalibrator, TableCalibrator
 from trtq.backends.dialect import dialect_of
 from trtq.backends.interface import BuildOptions, Gpu, Range, find_gpu
-from trtq.backends.network import compile_plan, logger, optimization_profile
+from trtq.backends.network import compile_plan, logger, optimization_profile, use_timing_cache
 from trtq.backends.record import sidecar
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
@@ -271,6 +271,47 @@ def test_builders_by_name() -> None:
     assert builder().version() == __import__("tensorrt_rtx").__version__
 
 
+class TimingConfig:
+    """What a builder's configuration does with timings: it takes its own, and empty ones."""
+
+    def __init__(self) -> None:
+        self.timings: bytes | None = None
+
+    def create_timing_cache(self, content: bytes) -> bytes | None:
+        return None if content == b"unreadable" else content
+
+    def set_timing_cache(self, timings: bytes, *, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if timings not in (b"", b"timings"):
+            return False
+        self.timings = timings
+        return True
+
+
+@pytest.mark.parametrize("content", [None, b"timings"])
+@pytest.mark.parametrize("own", [False, True])
+def test_timings_are_read_where_they_are(own: bool, content: bytes | None, tmp_path: Path) -> None:
+    config, path = TimingConfig(), tmp_path / "t"
+    if content is not None:
+        path.write_bytes(content)
+    assert use_timing_cache(config, path, own=own) == ()
+    assert config.timings == (content or b"")
+
+
+@pytest.mark.parametrize("content", [b"of another GPU", b"unreadable"])
+def test_timings_that_are_refused(content: bytes, tmp_path: Path) -> None:
+    """Those of trtq's own cache are made again; a user's file is not touched."""
+    config, path = TimingConfig(), tmp_path / "t"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="TensorRT refuses the timing cache"):
+        use_timing_cache(config, path, own=False)
+    assert config.timings is None
+    (note,) = use_timing_cache(config, path, own=True)
+    assert str(path) in note
+    assert "it is replaced" in note
+    assert config.timings == b""
+
+
 def test_a_job_times_kernels_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def timing_cache(version: str, gpu: Gpu | None, **given: str) -> str | None:
         monkeypatch.setitem(sys.modules, "tensorrt", module(version))
@@ -284,6 +325,8 @@ def test_a_job_times_kernels_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     others = [("10.13.0", GPU), ("10.16.1", Gpu(GPU.name, "8.0", "580.1")), ("10.16.1", Gpu("A10", "8.6"))]
     assert len({here, *(timing_cache(*other, backend="tensorrt") for other in others)}) == 4
     assert timing_cache("10.16.1", GPU, backend="tensorrt", timing_cache="/own") == "/own"
+    assert Recipe(cache=str(tmp_path), timing_cache=here).build_options().own_timing_cache
+    assert not Recipe(cache=str(tmp_path), timing_cache="/own").build_options().own_timing_cache
     assert timing_cache("10.16.1", GPU, backend="tensorrt-rtx") is None
     assert timing_cache("10.16.1", None, backend="tensorrt") is None
 

@@ -514,6 +514,43 @@ def test_cache_list_show_and_prune(small: Case, tmp_path: Path, trtq_run: Comman
     assert trtq_run("cache", "list").out.startswith("0 entries")
 
 
+def test_a_job_without_a_builder_quantizes_and_gates(small: Case, tmp_path: Path, trtq_run: Command) -> None:
+    out = tmp_path / "out"
+    options = ("--method", "max", "--backend", "none", "--min-int8", "100%")
+    hidden = "import sys; sys.modules['tensorrt_rtx'] = None"
+    run = in_process(*deploy_arguments(small, out, *options), prelude=hidden)
+    assert run.returncode == ExitCode.PASS, run.stderr
+    assert f"{out}/model.int8.onnx" in run.stdout
+    assert {path.name for path in out.iterdir()} == CONTRACT - {"model.plan", "model.plan.json"}
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert (verdict["executor"], verdict["outcome"]) == ("simulation", "pass")
+    (check,) = verdict["checks"]
+    assert "without an engine, the plan has 100.0% in INT8" in check["message"]
+    versions = json.loads((out / "manifest.json").read_text())["versions"]
+    assert "trtq" in versions
+    assert "tensorrt-rtx" not in versions
+    assert ElementTree.parse(out / "junit.xml").getroot().get("failures") == "0"
+    assert "none was asked for (--backend none)" in (out / "report.html").read_text()
+    assert trtq_run("report", out).code == ExitCode.PASS
+    assert trtq_run("inspect", out / "model.int8.onnx").code == ExitCode.PASS
+    required = trtq_run(*deploy_arguments(small, tmp_path / "other", *options, "--require-engine"))
+    assert required.code == ExitCode.INCONCLUSIVE
+
+
+def test_without_a_builder_the_plan_has_to_have_the_share(
+    small: Case, tmp_path: Path, trtq_run: Command
+) -> None:
+    options = ("--method", "max", "--backend", "none", "--min-int8", "100%", "--exclude", "classes")
+    run = trtq_run(*deploy_arguments(small, tmp_path / "out", *options, "--recover", "none"))
+    assert run.code == ExitCode.FAIL
+    assert "without an engine, the plan has" in run.out
+
+
+def test_other_commands_need_a_builder(small: Case, tmp_path: Path, trtq_run: Command) -> None:
+    run = trtq_run("build", small.model, "--backend", "none", "-o", tmp_path / "model.plan")
+    assert_refused(run, "--backend none builds no engine")
+
+
 def test_report_is_made_again(demo: Deployed, tmp_path: Path, trtq_run: Command) -> None:
     for path in demo.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -15,9 +15,10 @@ from nets import net
 from numpy.typing import NDArray
 
 from trtq.errors import InputError, MissingBackendError
+from trtq.gate.decision import decide
 from trtq.gate.detections import Found, match, overlap
 from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Outcome, decide
+from trtq.gate.verdict import Outcome
 from trtq.simulation.values import Values, stacked
 
 A, B, C = [0, 0, 10, 10], [20, 20, 40, 40], [50, 0, 60, 30]

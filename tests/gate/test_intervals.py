@@ -9,6 +9,7 @@ import pytest
 from scipy import optimize, stats
 
 from trtq.gate.intervals import (
+    Units,
     binary_evidence,
     bootstrap_calls,
     bootstrap_evidence,
@@ -135,9 +136,9 @@ def test_bootstrap_agrees_with_scipy():
     rng = np.random.default_rng(9)
     reference = rng.uniform(0.5, 1, 200)
     candidate = reference * 0.97 + rng.normal(0, 0.05, 200)
-    means = bootstrap_means(reference[:, None], candidate[:, None])
+    means = bootstrap_means(Units.each(len(reference)), reference[:, None], candidate[:, None])
     estimate = candidate.mean() - 0.99 * reference.mean()
-    evidence = bootstrap_evidence(means[0][:, 0], means[1][:, 0], estimate, 200, 0.01, 0.95)
+    evidence = bootstrap_evidence(means[0][:, 0], means[1][:, 0], estimate, Units.each(200), 0.01, 0.95)
     expected = stats.bootstrap(
         (reference, candidate),
         lambda r, c, axis: 1 - c.mean(axis=axis) / r.mean(axis=axis),
@@ -152,9 +153,9 @@ def test_bootstrap_agrees_with_scipy():
 
 def test_bootstrap_is_paired_and_repeatable():
     rows = np.random.default_rng(1).uniform(size=(50, 2))
-    first, second = bootstrap_means(rows, rows)
+    first, second = bootstrap_means(Units.each(len(rows)), rows, rows)
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(first, bootstrap_means(rows)[0])
+    np.testing.assert_array_equal(first, bootstrap_means(Units.each(len(rows)), rows)[0])
     assert first.std(axis=0) == pytest.approx(rows.std(axis=0) / math.sqrt(50), rel=0.05)
 
 
@@ -164,23 +165,23 @@ def test_bootstrap_covers():
     for _ in range(100):
         reference = rng.uniform(0.6, 1, 60)
         candidate = reference - rng.exponential(0.02, 60)
-        means = bootstrap_means(reference[:, None], candidate[:, None])
-        low, high = bootstrap_evidence(means[0][:, 0], means[1][:, 0], 0, 60, 0.01, 0.95).absolute
+        means = bootstrap_means(Units.each(len(reference)), reference[:, None], candidate[:, None])
+        low, high = bootstrap_evidence(means[0][:, 0], means[1][:, 0], 0, Units.each(60), 0.01, 0.95).absolute
         hits.append(low < 0.02 < high)
     assert np.mean(hits) > 0.87
 
 
 def test_few_samples_prove_nothing_by_bootstrap():
     draws = np.ones(1000)
-    assert not bootstrap_evidence(draws, draws, 0.01, 29, 0.01, 0.95).proved
-    assert bootstrap_evidence(draws, draws, 0.01, 30, 0.01, 0.95).proved
+    assert not bootstrap_evidence(draws, draws, 0.01, Units.each(29), 0.01, 0.95).proved
+    assert bootstrap_evidence(draws, draws, 0.01, Units.each(30), 0.01, 0.95).proved
 
 
 def test_unusable_draws_are_left_out():
     reference = np.array([np.nan, 0.0, 1.0, 1.0])
-    evidence = bootstrap_evidence(reference, np.full(4, 0.9), -0.09, 40, 0.01, 0.95)
+    evidence = bootstrap_evidence(reference, np.full(4, 0.9), -0.09, Units.each(40), 0.01, 0.95)
     assert evidence.relative == pytest.approx((0.1, 0.1))
-    assert bootstrap_evidence(reference[:2], reference[:2], 1, 40, 0.01, 0.95).relative is None
+    assert bootstrap_evidence(reference[:2], reference[:2], 1, Units.each(40), 0.01, 0.95).relative is None
 
 
 def test_bootstrap_calls_passes_whole_resamples():
@@ -197,3 +198,66 @@ def test_samples_to_prove_is_the_smallest_that_does():
     assert mean - bound / math.sqrt(needed) > 0 > mean - bound / math.sqrt(needed - 1) - 1e-15
     assert samples_to_prove(0.0, n) is None
     assert samples_to_prove(-1.0, n) is None
+
+
+def test_sequences_by_hand():
+    units = Units((0, 3, 4), 6)
+    assert (units.count, units.sizes.tolist()) == (3, [3, 1, 2])
+    assert units.worth == 2  # 36 / (9 + 1 + 4) = 2.57
+    rows = np.arange(12.0).reshape(6, 2)
+    np.testing.assert_array_equal(units.sums(rows), [[6, 9], [6, 7], [18, 20]])
+    np.testing.assert_array_equal(units.members(np.array([2, 0, 2])), [4, 5, 0, 1, 2, 4, 5])
+    assert Units.each(7).worth == 7
+
+
+def test_samples_that_are_all_alike_in_their_sequences_prove_no_more_than_one_each():
+    """Five of each: the same resamples, and so the same means, as of one of each."""
+    rows = np.random.default_rng(10).uniform(size=(40, 3))
+    sequences = Units(tuple(range(0, 200, 5)), 200)
+    np.testing.assert_allclose(
+        bootstrap_means(sequences, rows.repeat(5, axis=0))[0], bootstrap_means(Units.each(40), rows)[0]
+    )
+
+
+def test_long_sequences_count_for_more():
+    """A resample's mean is over the samples of the sequences drawn: against the samples themselves."""
+    units, rows = Units((0, 4, 5), 12), np.random.default_rng(11).uniform(size=(12, 1))
+    means = bootstrap_means(units, rows)[0][:, 0]
+    values = [rows[units.members(np.array(d))].mean() for d in np.ndindex(3, 3, 3)]
+    np.testing.assert_allclose(np.unique(means.round(9)), np.unique(np.round(values, 9)))
+    assert means.mean() == pytest.approx(np.mean(values), abs=0.005)
+
+
+@pytest.mark.slow
+def test_intervals_of_sequences_cover():
+    """Errors that last a whole sequence: of 60 sequences of 1 to 9 samples, against taking samples for
+    independent."""
+    rng = np.random.default_rng(12)
+    covered = np.zeros(2)
+    for _ in range(100):
+        sizes = rng.integers(1, 10, 60)
+        starts = tuple((np.cumsum(sizes) - sizes).tolist())
+        samples = int(sizes.sum())
+        candidate = (1 - rng.exponential(0.05, 60)).repeat(sizes) + rng.normal(0, 0.01, samples)
+        for which, units in enumerate((Units(starts, samples), Units.each(samples))):
+            one, means = bootstrap_means(units, np.ones((samples, 1)), candidate[:, None])
+            low, high = bootstrap_evidence(one[:, 0], means[:, 0], 0, units, 0.01, 0.95).absolute
+            covered[which] += low < 0.05 < high
+    assert covered[0] >= 88
+    assert covered[1] <= 75
+
+
+def test_answers_count_as_what_they_are_worth():
+    """400 right answers prove 1 %; those of 40 sequences that are all right do not: 268 would be needed."""
+    scores = np.ones(400)
+    assert binary_evidence(scores, scores, 0.01, 0.95).proved
+    few = binary_evidence(scores, scores, 0.01, 0.95, units=40)
+    assert not few.proved
+    assert few.relative == pytest.approx(binary_evidence(scores[:40], scores[:40], 0.01, 0.95).relative)
+    assert 2670 < few.samples_to_prove <= 2680
+
+
+def test_one_sequence_gives_no_interval():
+    draws = np.full(1000, 0.9)
+    evidence = bootstrap_evidence(draws, draws, 0.01, Units((0,), 500), 0.01, 0.95)
+    assert (evidence.relative, evidence.proved) == (None, False)

@@ -11,10 +11,11 @@ import pytest
 
 from trtq.console import Console
 from trtq.errors import InputError
-from trtq.gate.intervals import bootstrap_evidence
+from trtq.gate.decision import decide, score_reference
+from trtq.gate.intervals import Units, bootstrap_evidence
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.resampling import FEWEST, Resampling
-from trtq.gate.verdict import Outcome, Verdict, decide, score_reference
+from trtq.gate.verdict import Outcome, Verdict
 
 COUNTED = """
 import numpy as np
@@ -204,11 +205,14 @@ def test_few_draws_prove_less_and_never_more(draws: int) -> None:
     bound = 1.6448536269514722
     proved = [
         bootstrap_evidence(
-            reference, 0.99 + 0.001 * (bound + rng.normal(size=draws)), 1, 99, 0.01, 0.95
+            reference, 0.99 + 0.001 * (bound + rng.normal(size=draws)), 1, Units.each(99), 0.01, 0.95
         ).proved
         for _ in range(600)
     ]
     assert np.mean(proved) <= 0.08
     clear = [0.99 + 0.001 * (bound + 2 + rng.normal(size=draws)) for _ in range(100)]
-    assert np.mean([bootstrap_evidence(reference, own, 1, 99, 0.01, 0.95).proved for own in clear]) > 0.9
-    assert not bootstrap_evidence(reference[:20], np.ones(20), 1, 99, 0.01, 0.95).proved
+    assert (
+        np.mean([bootstrap_evidence(reference, own, 1, Units.each(99), 0.01, 0.95).proved for own in clear])
+        > 0.9
+    )
+    assert not bootstrap_evidence(reference[:20], np.ones(20), 1, Units.each(99), 0.01, 0.95).proved

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from trtq.errors import ExitCode, InputError
+from trtq.gate.decision import decide
 from trtq.gate.in_the_way import InTheWay, Obstacle
-from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Check, Outcome, Verdict, decide, overall
+from trtq.gate.metrics import Metric, load_metric
+from trtq.gate.verdict import Check, Outcome, Verdict, overall
 from trtq.simulation.similarity import MAX_SQNR_DB
 from trtq.simulation.values import stacked
 
@@ -362,3 +363,50 @@ def test_rows_that_do_not_stack_score_as_each_does_alone(name):
         for own, i in zip(found, (0, 2, 4), strict=True):
             r, c = (np.concatenate([a.ravel() for a in side[i : i + 2]]) for side in (reference, candidate))
             assert own == pytest.approx(r @ c / np.linalg.norm(r) / np.linalg.norm(c))
+
+
+def test_sequences_are_what_is_independent():
+    """Of 60 sequences of 10, 30 lose one answer each; then 3 lose all of theirs: the same drop, less sure."""
+    reference, starts = classifier(600, 0), range(0, 600, 10)
+    spread, bunched = (classifier(600, 0)["y"] for _ in range(2))
+    spread[:300:10] = bunched[:30] = [0.0, 1.0]
+    options = {"max_drop": 0.1, "confidence": 0.95}
+    one = verdict(reference, {"y": spread}, sequences=starts, **options)
+    other = verdict(reference, {"y": bunched}, sequences=starts, **options)
+    assert one.relative_drop == other.relative_drop == pytest.approx(0.05)
+    assert (one.outcome, other.outcome) == (Outcome.PASS, Outcome.INCONCLUSIVE)
+    assert verdict(reference, {"y": bunched}, **options).outcome is Outcome.PASS
+    assert other.relative_interval[1] > one.relative_interval[1] + 0.02
+    assert any("600 samples are 60 sequences" in note for note in other.notes)
+
+
+@pytest.mark.parametrize("metric", ["f1", "cosine"])
+def test_a_resample_is_of_whole_sequences(metric):
+    """Samples that are all alike in their sequence: the interval is that of one sample of each."""
+    random = np.random.default_rng(5)
+    reference = random.normal(size=(50, 4))
+    candidate = reference + random.normal(scale=0.3, size=(50, 4))
+    labels = reference.argmax(axis=1)
+    loaded, five = load_metric(metric), [array.repeat(5, axis=0) for array in (reference, candidate, labels)]
+    few = verdict({"y": reference}, {"y": candidate}, labels, loaded)
+    many = verdict({"y": five[0]}, {"y": five[1]}, five[2], loaded, sequences=range(0, 250, 5))
+    np.testing.assert_allclose(many.relative_interval, few.relative_interval)
+
+
+def test_a_function_is_called_on_whole_sequences():
+    """Two rows make a sample; a sequence that begins within one goes on from the sequence before."""
+    seen = []
+
+    def function(outputs, targets):
+        seen.append(outputs["y"][:, 0].astype(int).tolist())
+        return np.float64(1)
+
+    rows = {"y": np.arange(12.0)[:, None]}
+    metric = Metric("m", "m", function=function)
+    decide(rows, rows, {"t": np.zeros(6)}, metric, executor="simulation", sequences=[0, 4, 7, 10])
+    whole = {0: [0, 1, 2, 3], 4: [4, 5, 6, 7, 8, 9], 10: [10, 11]}
+    assert len(seen) > 100
+    for call in seen[2:]:
+        parts = [whole[row] for row in call if row in whole]
+        assert call == [row for part in parts for row in part]
+        assert len(parts) == 3

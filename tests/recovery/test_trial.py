@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
-from jobs import Case, Run, conv_case, deploy_arguments, refused_case, trtq_command
+from jobs import Case, Run, conv_case, deploy_arguments, refused_case, save_case, trtq_command
 
 from trtq.cli.main import main
 from trtq.errors import ExitCode
+from trtq.graph.plan import Plan
 
 LEFT = {
     *("calibration.cache", "calibration.cache.json", "junit.xml", "manifest.json", "model.int8.onnx"),
@@ -50,6 +53,48 @@ def test_what_the_builder_refuses_is_calibrated_and_gated(method: str, tmp_path:
         asked = next(i for i, line in enumerate(lines) if "goes on without an engine" in line)
         assert asked < next(i for i, line in enumerate(lines) if line.strip().startswith("statistics"))
         assert "in floating point either" in lines[asked]
+
+
+def normalizing_case(folder: Path) -> Case:
+    """Two convolutions around a MeanVarianceNormalization, which TensorRT's parser takes in float32 only."""
+    random = np.random.default_rng(0)
+    x, h, a, y = (gs.Variable(name, np.float32) for name in "xhay")
+    x.shape, y.shape = [8, 3, 8, 8], [8, 4, 1, 1]
+    first = gs.Constant("v", random.normal(size=(4, 3, 3, 3)).astype(np.float32))
+    second = gs.Constant("w", random.normal(size=(4, 4, 6, 6)).astype(np.float32))
+    nodes = [
+        gs.Node("Conv", "first", {}, [x, first], [h]),
+        gs.Node("MeanVarianceNormalization", "normalize", {}, [h], [a]),
+        gs.Node("Conv", "second", {}, [a, second], [y]),
+    ]
+    rows = random.normal(size=(48, 3, 8, 8)).astype(np.float32)
+    return save_case(gs.Graph(nodes, [x], [y], opset=17), folder, {"x": rows})
+
+
+@pytest.mark.parametrize("method", ["auto", "max"])
+def test_float16_that_the_builder_refuses_gives_way(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were there no rule that keeps the normalization in float32."""
+    monkeypatch.setattr("trtq.graph.half_rules._SQUARE_INSIDE", frozenset())
+    case = normalizing_case(tmp_path)
+    run = deployed(case, tmp_path / "out", "--method", method)
+    assert run.code == ExitCode.PASS, run.err
+    assert (tmp_path / "out" / "model.plan").is_file()
+    assert "the builder refuses the model in float16 and not in float32" in run.err
+    run = deployed(case, tmp_path / "half", "--method", method, "--rest", "fp16")
+    assert run.code == ExitCode.FAIL
+    assert "Half and Float" in run.out
+
+
+def test_what_was_refused_on_trial_is_asked_for_again_where_it_has_changed(tmp_path: Path) -> None:
+    """On trial nothing is known of ranges; then the rules keep the normalization in float32."""
+    run = deployed(normalizing_case(tmp_path), tmp_path / "out")
+    assert run.code == ExitCode.PASS, run.err
+    assert "goes on without an engine, unless that changes" in run.err
+    assert "warning     TensorRT" not in run.err
+    assert (tmp_path / "out" / "model.plan").is_file()
+    assert {n.name: n.rule for n in Plan.load(tmp_path / "out" / "plan.json").float32}.keys() == {"normalize"}
 
 
 def test_no_message_names_a_folder_that_is_gone(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from trtq.gate.decision import decide
 from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Check, Outcome, Verdict, decide
+from trtq.gate.verdict import Check, Outcome, Verdict
 from trtq.report.junit import junit_xml
 
 

@@ -11,8 +11,9 @@ from hypothesis.extra.numpy import arrays
 from trtq.data.batches import Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.gate.decision import decide
 from trtq.gate.metrics import load_metric
-from trtq.gate.verdict import Outcome, Verdict, decide
+from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.inputs import InputSpec
 from trtq.simulation.finite import check_reference, compared, first_not_finite, ignored, with_references
 

@@ -187,7 +187,8 @@ def benchmark(
     statics = {path: static_of(path) for path in paths}
     for path in paths:
         if problems[path] is not None and statics[path] is None:
-            describe_engine(path)  # if it is none, that is the error
+            if not on_gpu:
+                describe_engine(path)  # if it is none, that is the error
             raise InputError(
                 "nothing is known about the engine",
                 file=path,

@@ -16,6 +16,9 @@ from trtq.files import PathLike, sha256_file
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Name of a builder -> the Python package it needs and the module of `trtq.backends` that drives it."""
 
+NO_ENGINE = "none"
+"""Stands for no builder, where a job quantizes and gates without an engine."""
+
 
 def chosen(name: str | None = None) -> str:
     """`name`, or without one the builder whose engines run here.
@@ -24,8 +27,10 @@ def chosen(name: str | None = None) -> str:
     is a GPU here that it does not support.
 
     Raises:
-        InputError: there is no builder of that name.
+        InputError: there is no builder of that name, or it is `NO_ENGINE`.
     """
+    if name == NO_ENGINE:
+        raise InputError("--backend none builds no engine", remedy="leave --backend out, or deploy with it")
     if name is not None and name not in BUILDERS:
         raise InputError(f"there is no backend '{name}'", remedy=f"choose among {', '.join(BUILDERS)}")
     if name is not None:
@@ -41,7 +46,7 @@ def builder(name: str | None = None) -> Builder:
     """The builder that `chosen` gives.
 
     Raises:
-        InputError: there is no builder of that name.
+        InputError: as `chosen`.
     """
     name = chosen(name)
     return cast(Builder, importlib.import_module(f"trtq.backends.{BUILDERS[name]}"))

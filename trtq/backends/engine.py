@@ -72,8 +72,11 @@ def batch_limits(profiles: Sequence[Profile], axes: Axes) -> BatchLimits:
     return BatchLimits(lowest, highest)
 
 
-def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
+def input_specs(models: Sequence[str | Path], plugins: Sequence[str] = ()) -> list[InputSpec]:
     """The inputs of the first ONNX model among `models`; of the first engine where all are engines.
+
+    Args:
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         InputError: the model or engine cannot be read.
@@ -82,7 +85,7 @@ def input_specs(models: Sequence[str | Path]) -> list[InputSpec]:
     onnx_models = [model for model in models if not is_engine(model)]
     if onnx_models:
         return load_model(onnx_models[0]).inputs
-    with open_engine(Path(models[0])) as loaded:
+    with open_engine(Path(models[0]), plugins) as loaded:
         return loaded.specs
 
 

@@ -47,12 +47,14 @@ class Build:
         targets: compute capabilities it was built for; empty: the builder's default set.
         compiled: the kernels it runs.
         warnings: the builder's warnings, each once.
+        notes: what was done otherwise than asked.
     """
 
     engine: Path
     targets: tuple[str, ...]
     compiled: Compiled
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class BuildOptions:
 
     Attributes:
         timing_cache: file of kernel timings, read if it is there and written after the build.
+        own_timing_cache: that file is trtq's: where TensorRT refuses it, it is replaced.
         workspace: largest scratch memory of a kernel, in bytes; None: all of the device's.
         optimization_level: 0 (fast build) to 5 (fast engine); TensorRT's default is 3.
         version_compatible: the engine also runs on later versions of the same major version.
@@ -83,6 +86,7 @@ class BuildOptions:
     strip_weights: bool = False
     lower_precision: str | None = None
     plugin_lib: tuple[str, ...] = ()
+    own_timing_cache: bool = False
 
     def given(self) -> list[str]:
         """Names of the options that differ from their defaults."""

@@ -60,8 +60,11 @@ _REMEDIES = (
     ),
 )
 
-ALSO_INPUT = "_output"
-"""Behind the name of an engine's output that is an input, too."""
+ALSO_INPUT = "_input_as_output"
+"""Behind the name of an engine's output that is an input, too; in a network the two have to differ.
+
+No model has such a name of its own, so that `trtq.backends.runner` can tell what the output is called.
+"""
 
 Prepare = Callable[[Any, Any, Any], None]
 """Called with builder, network and config when the network is parsed and the options are set."""
@@ -75,11 +78,13 @@ class Compilation:
         plan: TensorRT's buffer.
         layers: the message that lists the compiled layers; empty where the builder logs none.
         warnings: the builder's, each once.
+        notes: what was done otherwise than asked.
     """
 
     plan: Any
     layers: str
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @contextlib.contextmanager
@@ -137,7 +142,7 @@ def compile_plan(
         if profile:
             config.add_optimization_profile(ranges)
     _name_axes_apart(network, profiles)
-    _apply(trt, builder, config, options)
+    notes = _apply(trt, builder, config, options)
     prepare(builder, network, config)
     with stops.deferred():  # inside the builder's log callback, an exception would be swallowed
         plan = builder.build_serialized_network(network, config)
@@ -152,7 +157,7 @@ def compile_plan(
         )
     if options.timing_cache is not None:
         write_bytes(options.timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
-    return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)))
+    return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)), notes)
 
 
 def _no_nms(trt: Any, network: Any, cause: str) -> str | None:
@@ -303,7 +308,8 @@ def _other_version(trt: Any, operators: Sequence[str]) -> str | None:
 
 
 def _keep_input_names(network: Any) -> None:
-    """Give an input that is also an output its own name back; the output is called `<name>_output`.
+    """Give an input that is also an output its own name back; the output is called `<name>`
+    with `ALSO_INPUT` behind it.
 
     TensorRT's parser calls such an input `__<name>`: inputs and outputs of a network differ in name.
     """
@@ -325,8 +331,12 @@ def _describe(dialect: Dialect, error: Any) -> str:
     return f"node '{error.node_name()}' ({error.node_operator()}): {text}"
 
 
-def _apply(trt: Any, builder: Any, config: Any, options: BuildOptions) -> None:
-    """Set the options on the builder's configuration; `Dialect.check` has made sure that they exist."""
+def _apply(trt: Any, builder: Any, config: Any, options: BuildOptions) -> tuple[str, ...]:
+    """Set the options on the builder's configuration; `Dialect.check` has made sure that they exist.
+
+    Returns:
+        What was done otherwise than asked.
+    """
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if options.optimization_level is not None:
@@ -339,24 +349,39 @@ def _apply(trt: Any, builder: Any, config: Any, options: BuildOptions) -> None:
         config.set_flag(trt.BuilderFlag.REFIT)
     if options.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-    if options.timing_cache is not None:
-        _use_timing_cache(config, options.timing_cache)
     if options.dla_core is not None:
         _use_dla(trt, builder, config, options.dla_core)
+    if options.timing_cache is None:
+        return ()
+    return use_timing_cache(config, options.timing_cache, own=options.own_timing_cache)
 
 
-def _use_timing_cache(config: Any, path: Path) -> None:
+def use_timing_cache(config: Any, path: Path, *, own: bool) -> tuple[str, ...]:
+    """Give the builder's configuration the kernel timings in a file, or none where it is not there.
+
+    Args:
+        own: the file is trtq's, and is begun anew where TensorRT refuses it.
+
+    Returns:
+        That this is so.
+
+    Raises:
+        InputError: it cannot be read, or TensorRT refuses a file of the user's.
+    """
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise InputError("cannot read the timing cache", file=path, cause=error.strerror) from error
-    if not config.set_timing_cache(config.create_timing_cache(content), ignore_mismatch=False):
-        raise InputError(
-            "TensorRT refuses the timing cache",
-            file=path,
-            cause="it was made by another version or on another GPU, or is damaged",
-            remedy="delete it, or name another file: a new one is made",
-        )
+    timings = config.create_timing_cache(content)  # perhaps None for what it cannot read
+    if timings is not None and config.set_timing_cache(timings, ignore_mismatch=False):
+        return ()
+    problem = "TensorRT refuses the timing cache"
+    cause = "it was made by another version or on another GPU, or is damaged"
+    if not own:
+        remedy = "delete it, or name another file: a new one is made"
+        raise InputError(problem, file=path, cause=cause, remedy=remedy)
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return (f"{problem} {path} ({cause}): kernels are timed again, and it is replaced",)
 
 
 def _use_dla(trt: Any, builder: Any, config: Any, core: int) -> None:

@@ -18,7 +18,7 @@ from trtq.backends.builders import package_of
 from trtq.backends.cuda import Cuda, CudaError, Graph, open_cuda
 from trtq.backends.interface import Gpu, Range, find_gpu
 from trtq.backends.loading import KernelCache, load
-from trtq.backends.network import logger
+from trtq.backends.network import ALSO_INPUT, logger
 from trtq.backends.tensors import DTYPES, Tensor
 from trtq.data.batches import Arrays
 from trtq.errors import InputError, MissingBackendError
@@ -126,7 +126,7 @@ class Engine:
             self._cuda.synchronize(self._stream)  # only then are shapes known that depend on the data
             stored = {tensor.name: self._read(tensor) for tensor in self.outputs.values()}
             self._cuda.synchronize(self._stream)
-        return {name: self.outputs[name].values(array) for name, array in stored.items()}
+        return {self._model_name(n): self.outputs[n].values(array) for n, array in stored.items()}
 
     def synchronize(self) -> None:
         """Wait until everything issued is done.
@@ -215,6 +215,11 @@ class Engine:
             engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
             engine.get_tensor_location(name) == trt.TensorLocation.HOST,
         )
+
+    def _model_name(self, output: str) -> str:
+        """What the ONNX model calls an output: the network has another name for one that is an input, too."""
+        name = output.removesuffix(ALSO_INPUT)
+        return name if name in self.inputs else output
 
     def _profile(self, index: int) -> Profile:
         engine = self._engine

@@ -107,7 +107,7 @@ def build(
     plan = bytes(memoryview(made.plan))
     compiled = inspect_plan(trt, dialect, plan, profile, options)
     write_bytes(engine, plan)
-    built = Build(engine, targets, compiled, made.warnings)
+    built = Build(engine, targets, compiled, made.warnings, made.notes)
     write_record(
         built, builder=NAME, version=trt.__version__, model=model, profiles=profiles, options=options
     )

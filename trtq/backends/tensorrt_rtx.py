@@ -92,7 +92,7 @@ def build(
     made = compile_plan(trt, RTX, model, profiles, options, strongly_typed=True, prepare=choose_targets)
     with atomic_path(engine) as temporary:
         temporary.write_bytes(made.plan)
-    built = Build(engine, targets, parse_layers(made.layers, opt_batch(profile)), made.warnings)
+    built = Build(engine, targets, parse_layers(made.layers, opt_batch(profile)), made.warnings, made.notes)
     write_record(
         built, builder=NAME, version=trt.__version__, model=model, profiles=profiles, options=options
     )

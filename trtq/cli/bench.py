@@ -28,12 +28,13 @@ def _bench(given: argparse.Namespace) -> int:
     if ignored and not given.three:
         raise InputError(f"--{ignored[0]} belongs to --three", remedy="add --three, or leave it out")
     gpu = find_gpu()
-    engines = _build_three(recipe_of(given), given) if given.three else [Path(e) for e in given.engines]
+    recipe = recipe_of(given)
+    engines = _build_three(recipe, given) if given.three else [Path(e) for e in given.engines]
     if gpu is not None:
         console_of(given).say(
             "caution", "a plan file is code and runs now: load only plans you built or trust"
         )
-    results = bench.benchmark(engines, on_gpu=gpu is not None, how=how)
+    results = bench.benchmark(engines, on_gpu=gpu is not None, how=how, plugins=recipe.plugin_lib)
     show(bench.text_of(results))
     if gpu is not None and any(result.timing for result in results):
         show(f"Measured on {gpu.name}, compute capability {gpu.compute_capability}.")

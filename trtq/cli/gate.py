@@ -31,7 +31,9 @@ def _gate(given: argparse.Namespace) -> int:
     if given.junit:
         write_text(given.junit, junit_xml(verdict))
     if given.tensors:
-        compared = compare_three(reference, candidate, some_rows(samples), threads=recipe.threads)
+        compared = compare_three(
+            reference, candidate, some_rows(samples), threads=recipe.threads, plugins=recipe.plugin_lib
+        )
         write_json(given.tensors, compared.to_json())
         show(compared.text())
     show("\n".join([*verdict.details(), verdict.headline()]))

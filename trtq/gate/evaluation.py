@@ -14,17 +14,11 @@ from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_file
+from trtq.gate.decision import check_decides, decide, score_reference
 from trtq.gate.metrics import Metric, Scored, load_metric
 from trtq.gate.reference import doubt
 from trtq.gate.resampling import Resampling
-from trtq.gate.verdict import (
-    Check,
-    Outcome,
-    Verdict,
-    check_decides,
-    decide,
-    score_reference,
-)
+from trtq.gate.verdict import Check, Outcome, Verdict
 from trtq.graph import references
 from trtq.graph.door import read_model
 from trtq.graph.foreign import View
@@ -144,11 +138,6 @@ class Evaluation:
         samples = load_samples(given.eval, tuple(inputs), recipe.preprocess, recipe.feeding)
         if not is_engine(reference):
             samples = with_states(reference, samples, cache, console, workers=recipe.threads)
-        if samples.sequences is not None:
-            console.warn(
-                f"the {len(samples)} evaluation rows are {len(samples.sequences.starts)} sequences: the"
-                " interval takes rows as independent, and is too narrow where errors go on from row to row"
-            )
         if metric.needs_targets and not samples.targets:
             raise InputError(
                 f"the metric '{metric.name}' needs targets, and the evaluation data has none",
@@ -208,6 +197,7 @@ class Evaluation:
                 ignore_nonfinite=self.recipe.ignore_nonfinite,
                 scored=None if against else self.scored,
                 resampling=Resampling(self.console) if final or self.recipe.confidence is not None else None,
+                sequences=self.samples.sequences.starts if self.samples.sequences else (),
             )
         least = self.recipe.min_sqnr
         if least is None or against:

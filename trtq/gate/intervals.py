@@ -9,6 +9,11 @@ Two methods:
   Tang, Tang & Chan 2003), and Tango's score interval (1998) for the absolute drop. Unlike the
   bootstrap they stay honest when the two models never disagree.
 - everything else: the percentile bootstrap, whole samples resampled with a fixed seed.
+
+Samples that follow each other in a sequence are not independent: an error goes on from one to the next.
+Sequences are, so they are what is resampled then (the cluster bootstrap; Field & Welsh 2007, Journal of the
+Royal Statistical Society B 69). Of right-or-wrong scores on which the models differ in few sequences the
+bootstrap sees too little; there the score test takes all samples of a sequence for one (`Units.worth`).
 """
 
 from __future__ import annotations
@@ -62,6 +67,49 @@ class Evidence:
     unusable: int = 0
 
 
+@dataclass(frozen=True)
+class Units:
+    """What is independent of each other: each sample for itself, or sequences of samples.
+
+    Attributes:
+        starts: the first sample of each, ascending from 0.
+        samples: how many there are in all.
+    """
+
+    starts: tuple[int, ...]
+    samples: int
+
+    @classmethod
+    def each(cls, samples: int) -> Units:
+        """Each sample for itself."""
+        return cls(tuple(range(samples)), samples)
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.starts)
+
+    @property
+    def worth(self) -> int:
+        """How many independent samples they are worth if all samples of each were alike: fewer than there are
+        where their sizes differ (Kish 1965)."""
+        return self.samples**2 // int(np.sum(self.sizes**2))
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Samples of each, int64 (count,)."""
+        return np.diff([*self.starts, self.samples])
+
+    def sums(self, rows: Float) -> Float:
+        """The sum of each one's rows: (samples, k) -> (count, k)."""
+        return rows if self.count == self.samples else np.add.reduceat(rows, self.starts, axis=0)
+
+    def members(self, drawn: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples of some of them, one after the other."""
+        ends = (*self.starts[1:], self.samples)
+        return np.concatenate([np.arange(self.starts[unit], ends[unit]) for unit in drawn])
+
+
 def samples_to_prove(z: float, samples: int, confidence: float = 0.95) -> int | None:
     """How many samples would prove the claim, if they went on like the `samples` seen.
 
@@ -74,17 +122,21 @@ def samples_to_prove(z: float, samples: int, confidence: float = 0.95) -> int | 
     return math.floor(samples * (_critical(confidence) / z) ** 2) + 1
 
 
-def binary_evidence(reference: Float, candidate: Float, max_drop: float, confidence: float) -> Evidence:
+def binary_evidence(
+    reference: Float, candidate: Float, max_drop: float, confidence: float, units: int | None = None
+) -> Evidence:
     """Score-test evidence from right (1) or wrong (0) per sample, two arrays of shape (samples,).
 
     Args:
         max_drop: the allowed relative drop, 0 to 1; at least one reference score must be 1.
         confidence: of the one-sided claim, and of the two-sided intervals; 0.5 to 1, exclusive.
+        units: how many samples they count as, in the same proportions; None: as many as they are.
     """
-    n = len(reference)
-    both = int(np.sum((reference == 1) & (candidate == 1)))
-    lost = int(np.sum((reference == 1) & (candidate == 0)))
-    gained = int(np.sum((reference == 0) & (candidate == 1)))
+    n = units or len(reference)
+    weight = n / len(reference)
+    both = weight * int(np.sum((reference == 1) & (candidate == 1)))
+    lost = weight * int(np.sum((reference == 1) & (candidate == 0)))
+    gained = weight * int(np.sum((reference == 0) & (candidate == 1)))
     z = ratio_score(both, lost, gained, n, 1 - max_drop)
     low, high = ratio_interval(both, lost, gained, n, confidence)
     return Evidence(
@@ -92,11 +144,11 @@ def binary_evidence(reference: Float, candidate: Float, max_drop: float, confide
         absolute=tango_interval(lost, gained, n, confidence),
         proved=z > _critical(confidence),
         refuted=z < -_critical(confidence),
-        samples_to_prove=samples_to_prove(z, n, confidence),
+        samples_to_prove=samples_to_prove(z, len(reference), confidence),
     )
 
 
-def ratio_score(both: int, lost: int, gained: int, samples: int, ratio: float) -> float:
+def ratio_score(both: float, lost: float, gained: float, samples: int, ratio: float) -> float:
     """Score statistic z of H0: p(candidate right) = ratio · p(reference right), paired samples.
 
     Positive z speaks for the candidate. The variance is taken at the restricted maximum of the
@@ -123,7 +175,7 @@ def ratio_score(both: int, lost: int, gained: int, samples: int, ratio: float) -
 
 
 def ratio_interval(
-    both: int, lost: int, gained: int, samples: int, confidence: float = 0.95
+    both: float, lost: float, gained: float, samples: int, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Two-sided score interval of p(candidate right) / p(reference right); `ratio_score` inverted.
 
@@ -142,7 +194,7 @@ def ratio_interval(
     return low, _crossing(lambda x: score(x) + critical, max(estimate, 1e-12), above)
 
 
-def tango_interval(lost: int, gained: int, samples: int, confidence: float = 0.95) -> tuple[float, float]:
+def tango_interval(lost: float, gained: float, samples: int, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided score interval of p(lost) - p(gained), the absolute drop of paired proportions.
 
     Tango 1998, Statistics in Medicine 17, 891-908: z(Δ) = (lost - gained - nΔ) /
@@ -166,13 +218,13 @@ def tango_interval(lost: int, gained: int, samples: int, confidence: float = 0.9
 
 
 def bootstrap_evidence(
-    reference: Float, candidate: Float, estimate: float, samples: int, max_drop: float, confidence: float
+    reference: Float, candidate: Float, estimate: float, units: Units, max_drop: float, confidence: float
 ) -> Evidence:
     """Percentile-bootstrap evidence from paired draws of the two values, each of shape (resamples,).
 
     Args:
         estimate: candidate - (1 - max_drop) · reference on the samples themselves.
-        samples: how many samples each resample has.
+        units: what was resampled.
         max_drop, confidence: as for `binary_evidence`.
 
     Draws on which a value is not finite or the reference is not positive are left out, and nothing is proved
@@ -183,45 +235,48 @@ def bootstrap_evidence(
     usable = np.isfinite(reference) & np.isfinite(candidate) & (reference > 0)
     reference, candidate = reference[usable], candidate[usable]
     unusable = int((~usable).sum())
-    if len(reference) == 0:
+    if len(reference) == 0 or units.count == 1:
         return Evidence(None, None, False, False, None, unusable=unusable)
     margin = candidate - (1 - max_drop) * reference
     error = float(np.std(margin))
     z = estimate / error if error > 0 else math.copysign(math.inf, estimate) if estimate else 0.0
     tail = _safe_tail(1 - confidence, len(reference))
-    enough = samples >= MIN_BOOTSTRAP_SAMPLES and tail > 0 and unusable <= len(reference)
-    needed = samples_to_prove(z, samples, confidence)
+    enough = units.worth >= MIN_BOOTSTRAP_SAMPLES and tail > 0 and unusable <= len(reference)
+    needed = samples_to_prove(z, units.samples, confidence)
+    least = math.ceil(MIN_BOOTSTRAP_SAMPLES * units.samples / units.worth)
     return Evidence(
         relative=_percentiles(1 - candidate / reference, confidence),
         absolute=_percentiles(reference - candidate, confidence),
         proved=enough and estimate > 0 and bool(np.quantile(margin, tail) > 0),
         refuted=enough and estimate < 0 and bool(np.quantile(margin, 1 - tail) < 0),
-        samples_to_prove=None if needed is None else max(needed, MIN_BOOTSTRAP_SAMPLES),
+        samples_to_prove=None if needed is None else max(needed, least),
         unusable=unusable,
     )
 
 
-def bootstrap_means(*rows: Float) -> list[Float]:
+def bootstrap_means(units: Units, *rows: Float) -> list[Float]:
     """Mean rows of `RESAMPLES` resamples, the same resamples for every array: (resamples, k) each.
 
     Args:
+        units: what is resampled.
         rows: float64 arrays of shape (samples, k).
     """
-    samples = len(rows[0])
-    per_block = max(1, _BLOCK // samples)
+    drawn, sizes, sums = units.count, units.sizes, [units.sums(array) for array in rows]
+    per_block = max(1, _BLOCK // drawn)
     means: list[list[Float]] = [[] for _ in rows]
-    offsets = samples * np.arange(per_block)[:, None]
-    for draw in _resamples(samples, RESAMPLES, per_block):
+    offsets = drawn * np.arange(per_block)[:, None]
+    for draw in _resamples(drawn, RESAMPLES, per_block):
         count = len(draw)
-        times = np.bincount((draw + offsets[:count]).ravel(), minlength=count * samples)
-        weights = times.reshape(count, samples) / samples
-        for collected, array in zip(means, rows, strict=True):
+        times = np.bincount((draw + offsets[:count]).ravel(), minlength=count * drawn)
+        weights = times.reshape(count, drawn)
+        weights = weights / (weights @ sizes)[:, None]
+        for collected, array in zip(means, sums, strict=True):
             collected.append(weights @ array)
     return [np.concatenate(collected) for collected in means]
 
 
 def bootstrap_calls(
-    samples: int,
+    units: int,
     evaluate: Callable[[NDArray[np.int64]], tuple[float, float]],
     draws: int = RESAMPLES_OF_FUNCTION,
     advance: Callable[[int], object] = lambda done: None,
@@ -230,11 +285,12 @@ def bootstrap_calls(
     """`evaluate(indices)` on resamples: float64 of shape (2, draws); of fewer, the first ones.
 
     Args:
+        units: how many there are to draw from.
         advance: called with how many were just done.
         over: number of draws done -> whether to stop there.
     """
     found: list[tuple[float, float]] = []
-    for draw in _resamples(samples, draws, 1):
+    for draw in _resamples(units, draws, 1):
         found.append(evaluate(draw[0]))
         advance(1)
         if over(len(found)):

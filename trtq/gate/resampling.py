@@ -31,11 +31,12 @@ class Resampling:
     longest: float = 600.0
 
     def draws(
-        self, samples: int, evaluate: Callable[[NDArray[np.int64]], tuple[float, float]], per_draw: float
+        self, units: int, evaluate: Callable[[NDArray[np.int64]], tuple[float, float]], per_draw: float
     ) -> Float:
         """`evaluate(indices)` on as many resamples as there is time for: float64 of shape (2, draws).
 
         Args:
+            units: how many there are to draw from.
             per_draw: seconds that a draw takes, by the calls on the samples themselves.
         """
         if per_draw * FEWEST > self.longest:
@@ -48,7 +49,7 @@ class Resampling:
             return spent > self.seconds and (done >= FEWEST or spent > self.longest)
 
         with self.console.progress("resample", wanted, "draw") as advance:
-            found = bootstrap_calls(samples, evaluate, wanted, advance, over)
+            found = bootstrap_calls(units, evaluate, wanted, advance, over)
         return found if found.shape[1] >= FEWEST else np.empty((2, 0))
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import builder
-from trtq.backends.interface import Profile, find_gpu
+from trtq.backends.interface import BuildOptions, Profile, find_gpu
 from trtq.backends.runner import open_engine
 from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
@@ -130,6 +130,7 @@ def compare_three(
     backend: str | None = None,
     profile: Profile | None = None,
     threads: int | None = None,
+    plugins: Sequence[str] = (),
 ) -> ThreeWay:
     """Run fp32, the simulation and, if there is a GPU, the engine; compare tensor by tensor.
 
@@ -141,6 +142,7 @@ def compare_three(
         int8: the same model with Q/DQ.
         samples: a few dozen rows will do.
         profile: of the engine; None: batches of up to 8 and the samples' shapes.
+        plugins: libraries of TensorRT plugins.
 
     Raises:
         InputError: a model that does not load or run, or two models without a tensor in common. Where only
@@ -166,7 +168,7 @@ def compare_three(
             only_one = not runs_on_several(fp32.graph, samples)
             profile = profile_from_samples(quantized.inputs, [samples], BATCH, only_one=only_one)
         try:
-            with _engine(quantized, names, profile, backend) as engine:
+            with _engine(quantized, names, profile, backend, plugins) as engine:
                 sqnr = _sqnr([*simulations, engine], names, samples, parts)
         except TrtqError as error:  # what the CPU has to say stands without it
             failure = str(error)
@@ -197,7 +199,9 @@ def _tensors(model: Model, known: set[str]) -> list[tuple[str, gs.Node]]:
 
 
 @contextlib.contextmanager
-def _engine(model: Model, names: list[str], profile: Profile, backend: str | None) -> Iterator[Run]:
+def _engine(
+    model: Model, names: list[str], profile: Profile, backend: str | None, plugins: Sequence[str]
+) -> Iterator[Run]:
     """The engine of the model with `names` as its outputs, on the GPU."""
     graph = model.graph.copy()
     tensors = graph.tensors()
@@ -205,8 +209,9 @@ def _engine(model: Model, names: list[str], profile: Profile, backend: str | Non
     with scratch_folder() as folder:
         marked, plan = folder / "marked.onnx", folder / "marked.plan"
         save_model(graph, marked)
-        builder(backend).build(marked, plan, profile=profile)
-        with open_engine(plan) as loaded:
+        options = BuildOptions(plugin_lib=tuple(plugins))
+        builder(backend).build(marked, plan, profile=profile, options=options)
+        with open_engine(plan, plugins) as loaded:
             yield loaded.infer
 
 

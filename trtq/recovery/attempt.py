@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trtq.backends.builders import builder
+from trtq.backends.builders import NO_ENGINE, builder
 from trtq.backends.coverage import Coverage, coverage, planned
 from trtq.backends.engine import why_not_loaded
 from trtq.backends.interface import Build, Profile, find_gpu
@@ -38,9 +38,10 @@ class Attempt:
     Attributes:
         step: which one.
         folder: where its `model.int8.onnx`, `model.plan`, `plan.json` and `calibration.cache` are.
-        build: None where the builder makes no engine; the verdict says why, and the coverage is the plan's.
+        build: None where the builder makes no engine, for which the verdict says why, or none is wanted; the
+            coverage is then the plan's.
         accuracy: what the gate says, with the checks on the outputs, on whatever it was measured.
-        on_engine: the checks on what the engine runs.
+        on_engine: the checks on what the engine runs, or what the plan has where no engine is wanted.
         verdict: both together, or inconclusive where an engine is required and none ran.
         seconds: that the step took, with building and gating.
     """
@@ -59,6 +60,11 @@ class Attempt:
     def measured(self) -> Verdict:
         """The gate and all checks, on whatever they were measured: what the workflow goes by."""
         return self.accuracy.with_checks(*self.on_engine)
+
+    @property
+    def refused(self) -> tuple[Check, ...]:
+        """The check that says why the builder makes no engine; empty where it does, or none is wanted."""
+        return tuple(check for check in self.verdict.checks if check.name == ENGINE_BUILT)
 
     def to_json(self) -> dict[str, Any]:
         """The figures of the attempt, for `workflow.json`."""
@@ -138,8 +144,8 @@ def attempt(
     on_gpu = comparable and engine_runs_here(folder / "model.plan", recipe.plugin_lib, console)
     accuracy = evaluation.verdict(folder / ("model.plan" if on_gpu else "model.int8.onnx"), final=False)
     on_engine: tuple[Check, ...] = ()
-    if build is not None and recipe.min_int8 is not None:
-        on_engine = (share_check(covered, recipe.min_int8),)
+    if not isinstance(made, BuildError) and recipe.min_int8 is not None:
+        on_engine = (share_check(covered, recipe.min_int8, planned_only=build is None),)
     verdict = evaluation.published(accuracy).with_checks(*on_engine)
     if isinstance(made, BuildError):
         verdict = verdict.with_checks(Check(ENGINE_BUILT, Outcome.FAIL, one_line(made)))
@@ -155,18 +161,23 @@ def with_interval(kept: Attempt, evaluation: Evaluation) -> Attempt:
         return kept
     on_engine = kept.accuracy.executor == "engine"
     accuracy = evaluation.verdict(kept.folder / ("model.plan" if on_engine else "model.int8.onnx"))
-    refused = [check for check in kept.verdict.checks if check.name == ENGINE_BUILT]
-    verdict = evaluation.published(accuracy).with_checks(*kept.on_engine, *refused)
+    verdict = evaluation.published(accuracy).with_checks(*kept.on_engine, *kept.refused)
     return replace(kept, accuracy=accuracy, verdict=verdict)
 
 
-def _build_or_refusal(job: Job, plan: Plan, folder: Path) -> Build | BuildError:
-    """The engine of the model in a folder, or what the builder has against it, with a warning."""
+def _build_or_refusal(job: Job, plan: Plan, folder: Path) -> Build | BuildError | None:
+    """The engine of the model in a folder, or what the builder has against it, with a warning; None where no
+    engine is wanted."""
+    if job.recipe.backend == NO_ENGINE:
+        return None
     try:
-        return build_in(folder, job.recipe, job.profile, plan)
+        build = build_in(folder, job.recipe, job.profile, plan)
     except BuildError as error:
         job.console.warn(one_line(error))
         return error
+    for note in build.notes:
+        job.console.warn(note)
+    return build
 
 
 def _engine_text(build: Build | None, covered: Coverage) -> str:
@@ -217,11 +228,10 @@ def one_line(error: BuildError) -> str:
     return ": ".join(filter(None, [error.problem, cause])) + (f" ({error.remedy})" if error.remedy else "")
 
 
-def share_check(covered: Coverage, least: float) -> Check:
-    """Whether the engine runs at least the share `least` in INT8."""
-    message = (
-        f"--min-int8: the engine runs {percent(covered.share)} in INT8, at least {least:.1%} is required"
-    )
+def share_check(covered: Coverage, least: float, *, planned_only: bool = False) -> Check:
+    """Whether the engine runs at least the share `least` in INT8, or without an engine the plan has it."""
+    what = "without an engine, the plan has" if planned_only else "the engine runs"
+    message = f"--min-int8: {what} {percent(covered.share)} in INT8, at least {least:.1%} is required"
     outcome = Outcome.PASS if covered.share >= least else Outcome.FAIL
     return Check(f"int8 share at least {least:.1%}", outcome, message)
 

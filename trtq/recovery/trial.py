@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from trtq.backends.apart import try_build
+from trtq.backends.builders import NO_ENGINE
 from trtq.calibration.calibrate import is_calibrated
 from trtq.calibration.methods import AUTO
 from trtq.errors import BuildError
@@ -21,32 +23,60 @@ MOST_BYTES = 1 << 28
 """Models with more weights are not built on trial: that takes as long as the search for their ranges."""
 
 
-def refusal(job: Job, plan: Plan) -> BuildError | None:
+@dataclass(frozen=True)
+class Refusal:
+    """What the builder has against a model.
+
+    Attributes:
+        model: what tells the refused model from others of the job (`_identity`).
+        final: it refuses the model in float32 and without Q/DQ, too.
+    """
+
+    error: BuildError
+    model: tuple[Any, ...]
+    final: bool
+
+    def of(self, job: Job, quantization: Quantization) -> BuildError | None:
+        """What the builder has against a quantization; None where it builds that.
+
+        It is asked again where that is another model than the one that it refused.
+        """
+        if self.final or _identity(job, quantization.plan) == self.model:
+            return self.error
+        return objection(job, quantization)
+
+
+def refusal(job: Job, plan: Plan) -> Refusal | None:
     """What the builder has against the plan's Q/DQ model before there are ranges; None where it builds it.
 
     It is asked in a process of its own, which may crash. Where nothing is searched for, because the recipe
-    names a method or the cache has the ranges, and where the model is too large, it is not asked.
+    names a method or the cache has the ranges, where the model is too large, and where no engine is wanted,
+    it is not asked.
 
     Raises:
         InputError, MissingBackendError: an option, the profile or the machine does not suit the builder.
     """
+    if job.recipe.backend == NO_ENGINE:
+        return None
     large = weight_bytes(job.model.graph) > MOST_BYTES
     if job.recipe.method != AUTO or large or is_calibrated(job, plan):
         return None
     ones = Quantization(job.model.graph, plan, dict.fromkeys(plan.tensors, np.float32(1)))
-    if (error := _tried(job, ones)) is None:
+    if (error := objection(job, ones)) is None:
         return None
-    floating = _tried(job, Quantization(job.model.graph, replace(plan, edges=[], weights=[]), {}))
+    bare = Quantization(job.model.graph, replace(plan, edges=[], weights=[]), {})
+    floating = objection(job, bare) is not None
     also = "it builds the same model without Q/DQ: --exclude the nodes that it names"
-    if floating is not None:
+    if floating:
         also = "it does not build the model in floating point either, so this is not due to quantization"
     remedy = "; ".join(filter(None, [error.remedy, also]))
     found = BuildError(error.problem, file=job.model.path, cause=error.cause, remedy=remedy)
-    job.console.warn(f"{one_line(found)}; the job goes on without an engine")
-    return found
+    job.console.say("builder", f"{one_line(found)}; the job goes on without an engine, unless that changes")
+    return Refusal(found, _identity(job, plan), floating and job.recipe.precision == "fp32")
 
 
-def _tried(job: Job, quantization: Quantization) -> BuildError | None:
+def objection(job: Job, quantization: Quantization) -> BuildError | None:
+    """What the builder, in a process of its own, has against a quantization; None where it builds it."""
     recipe = job.recipe
     with scratch_folder() as folder:
         path = folder / "model.onnx"
@@ -62,3 +92,8 @@ def _tried(job: Job, quantization: Quantization) -> BuildError | None:
         except BuildError as error:
             return of_model(error, path, job.model.path)
     return None
+
+
+def _identity(job: Job, plan: Plan) -> tuple[Any, ...]:
+    """What of a plan, and of the precision of the rest, decides which Q/DQ model is built."""
+    return plan.edges, plan.weights, [node.name for node in plan.float32], job.recipe.precision

@@ -22,7 +22,7 @@ from typing import Any
 
 from trtq.cache import remove
 from trtq.calibration.calibrate import calibrate
-from trtq.errors import BuildError, InputError, MissingBackendError
+from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_json
 from trtq.gate.drift import gap
 from trtq.gate.evaluation import Evaluation
@@ -37,6 +37,7 @@ from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
 from trtq.recovery.partial import Search, given_away
+from trtq.recovery.trial import Refusal, objection
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
@@ -51,7 +52,7 @@ def recover(
     evaluation: Evaluation,
     steps: Collection[str],
     folder: Path,
-    refusal: BuildError | None = None,
+    refusal: Refusal | None = None,
 ) -> tuple[list[Attempt | Fruitless], Job, Evaluation]:
     """Every step that was tried, in order, and the job and its gate as they were at last (`in_float32`); the
     workflow stops at the first step that passes the gate and checks.
@@ -169,7 +170,7 @@ class _Workflow:
     evaluation: Evaluation
     steps: Collection[str]
     folder: Path
-    refusal: BuildError | None
+    refusal: Refusal | None
     done: list[Attempt | Fruitless] = field(default_factory=list)
     set_aside: Quantization | None = None
 
@@ -209,24 +210,32 @@ class _Workflow:
             return None
         self.warn_of_share(step, quantization.plan)
         folder = self.folder / f"attempt{len(self.done)}"
-        tried = attempt(step, quantization, self.job, self.evaluation, folder, started, self.refusal)
+        refused = None if self.refusal is None else self.refusal.of(self.job, quantization)
+        tried = attempt(step, quantization, self.job, self.evaluation, folder, started, refused)
         self.done.append(tried)
-        if not tried.measured.passed and self.leaves_half(quantization):
+        if self.leaves_half(tried):
             return self.attempt(f"{step}, rest fp32", lambda: Made(_without_half(quantization), True))
         return tried
 
-    def leaves_half(self, quantization: Quantization) -> bool:
-        """Whether float16 is what the gate fails for, and the recipe leaves it open; then on with float32.
+    def leaves_half(self, tried: Attempt) -> bool:
+        """Whether float16 is what the builder refuses or the gate fails for, and the recipe leaves it open;
+        then on with float32.
 
-        It is where the same quantization passes with the rest in float32, or where float16 alone, without
-        INT8, does not.
+        It is what the gate fails for where the same quantization passes with the rest in float32, or where
+        float16 alone, without INT8, does not.
         """
         if self.job.recipe.rest != "auto" or self.job.recipe.precision == "fp32":
             return False
+        if tried.measured.passed and not tried.refused:
+            return False
         job, evaluation = in_float32(self.job, self.evaluation)
-        plan = quantization.plan
+        quantization, plan = tried.quantization, tried.quantization.plan
         bare = leave_out(quantization.graph, plan, dict.fromkeys(plan.int8_nodes, "left out to measure"))
-        if evaluation.simulated(_without_half(quantization)).passed:
+        if tried.refused and objection(job, _without_half(quantization)) is None:
+            self.refusal, found = None, "the builder refuses the model in float16 and not in float32"
+        elif tried.measured.passed:
+            return False
+        elif evaluation.simulated(_without_half(quantization)).passed:
             found = "in float16 the gate fails and in float32 it passes"
         elif not self.evaluation.simulated(replace(quantization, plan=bare)).passed:
             found = "float16 fails the gate without any INT8"

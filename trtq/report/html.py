@@ -9,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from trtq.backends.builders import describe_engine
+from trtq.backends.builders import NO_ENGINE, describe_engine
 from trtq.backends.compiled import Compiled
 from trtq.backends.coverage import Coverage, coverage, planned
 from trtq.calibration.table import Table, metadata_path
@@ -19,6 +19,7 @@ from trtq.files import PathLike, decode, read_json, read_own_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Float32Node, Plan, percent
 from trtq.numerics import INT8_MAX
+from trtq.recipe import Recipe
 from trtq.recovery.attempt import ENGINE_BUILT
 
 _GREEN, _RED, _GREY = "#18794e", "#c62a2f", "#8888"
@@ -350,13 +351,22 @@ def _steps(path: Path) -> list[Step] | None:
     return [Step.of(step) for step in recorded]
 
 
+def _wants_engine(folder: Path) -> bool:
+    """Whether the job that wrote a folder was to build an engine."""
+    recipe = folder / "recipe.toml"
+    return not recipe.is_file() or Recipe.load(recipe).backend != NO_ENGINE
+
+
 def _engine(path: Path, plan: Plan, verdict: Verdict) -> tuple[Coverage, list[str]]:
-    """What the engine runs in INT8, and what there is to say of it; where the builder made none, why.
+    """What the engine runs in INT8, and what there is to say of it; where there is none, why.
 
     Raises:
         InputError: it is missing or damaged, or the record beside it is.
     """
-    if refused := [check.message for check in verdict.checks if check.name == ENGINE_BUILT]:
+    refused = [check.message for check in verdict.checks if check.name == ENGINE_BUILT]
+    if not path.exists() and not _wants_engine(path.parent):
+        refused = ["none was asked for (--backend none)"]
+    if refused:
         covered = planned(plan)
         return covered, [
             "no engine",

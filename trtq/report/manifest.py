@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trtq import __version__
-from trtq.backends.builders import builder, chosen
+from trtq.backends.builders import NO_ENGINE, builder, chosen
 from trtq.files import sha256_file
 from trtq.gate.evaluation import Evaluation
 from trtq.job import Job
@@ -34,9 +34,11 @@ def manifest(job: Job, evaluation: Evaluation, command: str, folder: Path) -> di
 
 def versions(recipe: Recipe) -> dict[str, str]:
     """Versions of everything that the results depend on."""
+    found = {"trtq": __version__, **{name: version(name) for name in _PACKAGES}}
+    if recipe.backend == NO_ENGINE:
+        return found
     backend = chosen(recipe.backend)
-    packages = {name: version(name) for name in _PACKAGES}
-    return {"trtq": __version__, **packages, backend: builder(backend).version()}
+    return found | {backend: builder(backend).version()}
 
 
 def hashes_of(folder: Path) -> dict[str, Any]:

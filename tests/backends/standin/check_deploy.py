@@ -74,3 +74,15 @@ def test_tensors_of_an_engine_cannot_be_compared(case: Case, tmp_path: Path) -> 
     )
     assert run.code == 2
     assert "an engine shows its outputs only" in run.err
+
+
+def test_tensor_by_tensor_plugin_libraries_are_loaded(case: Case, tmp_path: Path) -> None:
+    deployed(case, tmp_path / "out")
+    models = [case.model, tmp_path / "out" / "model.int8.onnx"]
+    run = trtq_command(
+        *("gate", *models, "--eval", case.data, "--metric", "cosine"),
+        *("--tensors", tmp_path / "tensors.json", "--plugin-lib", tmp_path / "missing.so"),
+    )
+    assert run.code == 0, run.err
+    failure = json.loads((tmp_path / "tensors.json").read_text())["failure"]
+    assert "the plugin library cannot be loaded" in failure

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,17 @@ def test_values_that_half_cannot_hold(plan: Any) -> None:
 def test_a_static_engine(plan: Any) -> None:
     fixed = model("(float[4,3] x) => (float[4,3] y) { y = Neg(x) }")
     np.testing.assert_array_equal(run_engine(plan(fixed, profiles=[{}]), samples()).arrays["y"], -X)
+
+
+def test_an_output_that_is_also_an_input_has_its_name(plan: Any) -> None:
+    """The network calls it otherwise; an output whose own name ends alike keeps that."""
+    text = "(float[n,3] x) => (float[n,3] x_input_as_output, float[n,3] y_input_as_output)"
+    path = plan(model(text + " { x_input_as_output = Identity(x) y_input_as_output = Neg(x) }"))
+    with open_engine(path) as engine:
+        found = engine.infer({"x": X[:8]})
+    assert found.keys() == {"x", "y_input_as_output"}
+    np.testing.assert_array_equal(found["x"], X[:8])
+    np.testing.assert_array_equal(found["y_input_as_output"], -X[:8])
 
 
 def test_scalars(plan: Any) -> None:
@@ -406,6 +419,30 @@ def test_gates_that_cannot_be(plan: Any, case: list[str], says: Any, bits: int, 
     assert said in run.err
     assert "internal error" not in run.err
     assert run.err.count("trtq: ") == 1
+
+
+@pytest.mark.parametrize("command", ["gate", "bench"])
+def test_plugin_libraries_are_loaded_with_engines(
+    plan: Any, case: list[str], tmp_path: Path, command: str
+) -> None:
+    """A gate of two engines asks the first one for its inputs before anything runs."""
+    library, other = tmp_path / "empty.so", tmp_path / "other.plan"
+    compiler = shutil.which("cc") or shutil.which("g++")
+    assert compiler is not None
+    source = b"int trtq_loaded = 41;"
+    subprocess.run([compiler, "-shared", "-x", "c", "-o", library, "-"], input=source, check=True)
+    other.write_bytes(plan().read_bytes())
+    gate, _, candidate, *rest = case
+    commands = {
+        "gate": [gate, other, candidate, *rest],
+        "bench": ["bench", other, "--duration", "0.02", "--warm-up", "5"],
+    }
+    run = trtq_command(*commands[command], "--plugin-lib", library)
+    assert run.code == 0, run.err
+    assert str(library) in Path("/proc/self/maps").read_text()
+    missing = trtq_command(*commands[command], "--plugin-lib", tmp_path / "missing.so")
+    assert missing.code == 2
+    assert "the plugin library cannot be loaded" in missing.err
 
 
 def test_why_an_engine_does_not_load_is_said_in_a_line(plan: Any) -> None:
