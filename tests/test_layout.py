@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1] / "trtq"
 LAYERS = """
 trtq.errors
 trtq.files
+trtq.arrays
 trtq.numerics
 trtq.console
 trtq.budget

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from trtq.cache import Cache, Entry
 from trtq.cli import convert
 from trtq.cli.command import Command, argument, recipe_of
+from trtq.cli.paths import Output
 from trtq.errors import ExitCode, InputError
 
 
@@ -49,4 +50,5 @@ CACHE = Command(
         *convert.ARGUMENTS,
         argument("--days", type=float, default=30.0, help="prune: keep entries younger than this (30)"),
     ),
+    output=Output.TEXT,
 )

@@ -34,7 +34,7 @@ from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npz
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
-from trtq.scripts import load_function
+from trtq.scripts import load_function, not_leaving
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
@@ -400,7 +400,8 @@ def _from_script(spec: str) -> list[dict[str, NDArray]]:
     path, name, function = load_function(spec, "data")
     try:
         # copied: loaders may fill one buffer again and again
-        feeds = [{key: np.array(value) for key, value in feed.items()} for feed in function()]
+        with not_leaving():
+            feeds = [{key: np.array(value) for key, value in feed.items()} for feed in function()]
     except (Exception, SystemExit) as error:
         raise InputError(
             f"the data script's '{name}' failed", file=path, cause=f"{type(error).__name__}: {error}"

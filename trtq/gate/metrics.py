@@ -21,7 +21,7 @@ from trtq.code_hash import script_sha256
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
 from trtq.gate import detections
-from trtq.scripts import load_function
+from trtq.scripts import load_function, not_leaving
 from trtq.simulation import similarity
 from trtq.simulation.finite import both_compared
 from trtq.simulation.values import AllValues, Values, paired, same_shapes, shape_text
@@ -428,7 +428,8 @@ def _metric_of_file(spec: str) -> Metric:
 
     def checked(outputs: AllValues, targets: Arrays) -> Float:
         try:
-            found = np.asarray(called(_read_only(outputs), _read_only(targets)))
+            with not_leaving():
+                found = np.asarray(called(_read_only(outputs), _read_only(targets)))
             values = found.astype(np.float64)
         except (Exception, SystemExit) as error:
             raise InputError(
@@ -444,7 +445,7 @@ def _check_values(found: NDArray, samples: int, name: str, path: Path, *, alone:
     """Refuse what a user's metric returned unless it is numbers, one for each sample or, if that may be, one
     for all of them."""
     cause = None
-    if found.dtype.kind not in "biuf" or np.isnan(found.astype(np.float64)).any():
+    if found.dtype.kind not in "biuf" or not np.isfinite(found.astype(np.float64)).all():
         cause = repr(found.tolist())[:200]
     elif found.shape != (samples,) and not (alone and found.size == 1):
         cause = f"its shape is {found.shape}, and there are {samples} samples"
