@@ -188,12 +188,11 @@ def read_bytes(path: PathLike, most: int = MOST_BYTES) -> bytes:
     """
     try:
         with open(path, "rb", opener=_open_regular) as file:
-            content = file.read(most + 1)
+            if os.fstat(file.fileno()).st_size <= most and len(content := file.read(most + 1)) <= most:
+                return content
     except ValueError as error:  # a path with a NUL
         raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"it is larger than the {most:,} bytes that such a file may have")
-    return content
+    raise OSError(errno.EFBIG, f"it is larger than the {most:,} bytes that such a file may have")
 
 
 def _open_regular(path: str, flags: int) -> int:

@@ -22,6 +22,8 @@ import tomli_w
 
 from trtq.backends.builders import BUILDERS
 from trtq.backends.interface import (
+    INT32_MAX,
+    INT64_MAX,
     BuildOptions,
     Profile,
     Range,
@@ -265,9 +267,6 @@ INPUTS = Kind(
     lambda tables: {name: dict(table.options) for name, table in tables.items()},
 )
 STATE = Kind(_read_state, "write INPUT=OUTPUT, or a table [state]", many=dict, table=True)
-INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
-"""What the builders' sizes and bytes go up to."""
-
 MOST_THREADS = 1024
 
 COUNT = _number(int, lambda n: 1 <= n <= MOST_THREADS, f"from 1 to {MOST_THREADS}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable
 
 from trtq.cache import Cache, Entry
@@ -20,6 +21,8 @@ def _cache(given: argparse.Namespace) -> int:
         raise InputError(f"'{given.action}' takes no SOURCE", remedy="only 'trtq cache convert' does")
     cache = Cache.at(recipe_of(given).cache)
     if given.action == "prune":
+        if not 0 <= given.days < math.inf:
+            raise InputError(f"--days is {given.days}", remedy="use a number from 0")
         removed, kept = cache.prune_older(given.days)
         print(f"{removed} of {removed + kept} entries removed from {cache.root}")
         return ExitCode.PASS

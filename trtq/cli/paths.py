@@ -22,7 +22,10 @@ class Output(enum.Enum):
     FILE = "a file"
     TEXT = "a file or a stream"
     FOLDER = "a folder"
+    CACHE = "a folder of files whose names are hashes"
 
+
+_FOLDERS = (Output.FOLDER, Output.CACHE)
 
 _BESIDE = ("", ".json", ".data", ".cache", ".cache.json")
 """What is added to the name of an output file, for those that come to lie beside it."""
@@ -63,16 +66,21 @@ class Written(NamedTuple):
 
 
 def paths_of_recipe(recipe: Recipe, output: Output) -> Iterator[Read | Written]:
-    """The paths among the options of a recipe; the cache is a folder of its own and none of them."""
+    """The paths among the options of a recipe.
+
+    Args:
+        output: what the command makes of -o.
+    """
+    kinds = {"output": output, "timing_cache": Output.FILE, "cache": Output.CACHE}
     for option in options():
-        if not option.metadata["path"] or option.name == "cache":
+        if not option.metadata["path"]:
             continue
         value, spelled = getattr(recipe, option.name), flag(option.name)
         for text in value if isinstance(value, tuple) else [value]:
             if text is None or is_url(text) or (option.name == "metric" and ".py:" not in text):
                 continue
-            if option.name in ("output", "timing_cache"):
-                yield Written(spelled, Path(text), output if option.name == "output" else Output.FILE)
+            if option.name in kinds:
+                yield Written(spelled, Path(text), kinds[option.name])
             else:
                 path = text.rpartition(":")[0] if ".py:" in text else text
                 yield Read("MODEL" if option.name == "model" else spelled, Path(path))
@@ -93,7 +101,7 @@ def check_paths(paths: Iterable[Read | Written]) -> None:
             raise InputError(f"{read.spelled} is not a regular file", file=read.path, remedy="give a file")
     for written in writes:
         _check_place(written)
-    writes = [written for written in writes if not is_stream(written.path)]
+    writes = [w for w in writes if w.kind is not Output.CACHE and not is_stream(w.path)]
     for one, other in combinations(writes, 2):
         if {_identity(path) for path in _made(one)} & {_identity(path) for path in _made(other)}:
             raise InputError(
@@ -125,11 +133,12 @@ def _check_place(written: Written) -> None:
                 f"{spelled} is a stream; {kind.value} is written", file=path, remedy="give a path"
             )
         return
-    if path.exists() and not (path.is_dir() if kind is Output.FOLDER else path.is_file()):
+    if path.exists() and not (path.is_dir() if kind in _FOLDERS else path.is_file()):
         cause = "it is a folder" if path.is_dir() else "it is a file"
         if not (path.is_dir() or path.is_file()):
             cause = "it is not a regular file"
-        raise InputError(f"{spelled} cannot be written", file=path, cause=cause, remedy="give another path")
+        problem = "the cache is not a folder" if kind is Output.CACHE else f"{spelled} cannot be written"
+        raise InputError(problem, file=path, cause=cause, remedy="give another path")
     if any(path.resolve().is_relative_to(folder) for folder in _NO_FILES) and not path.is_relative_to(
         "/dev/shm"
     ):

@@ -31,7 +31,7 @@ from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, Mapped, Origin, Samples, rows_of
 from trtq.data.sequences import ARRAY, Sequences, Starts, starts_of
 from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npz
-from trtq.errors import InputError
+from trtq.errors import InputError, shown
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
 from trtq.scripts import load_function, not_leaving
@@ -319,7 +319,7 @@ def _from_images(
     if not names:
         raise InputError("the folder holds no .npz and no images", file=folder)
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{len(missing)} images are missing, the first is {missing[0]}", file=folder)
+        raise InputError(f"{len(missing)} images are missing, the first is {shown(missing[0])}", file=folder)
     candidates = [s for s in inputs if s.name in recipes] or list(inputs)
     if len(inputs) != 1 or not recipes:
         name = candidates[0].name
