@@ -100,11 +100,78 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
 def test_neither_folders_nor_devices_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "pipe"):
-        with pytest.raises(InputError, match="not a regular file"):
-            files.write_bytes(tmp_path / name, b"new")
+    for path in (tmp_path / "folder", tmp_path / "pipe", Path("/dev/null"), Path("/dev/stdout")):
+        with pytest.raises(InputError, match="not a regular file"), files.atomic_path(path):
+            pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "pipe"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("far/file")
+    files.write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "far") == {"file": b"new"}
+
+
+def test_a_pipe_is_written_into(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        files.write_bytes(tmp_path / "pipe", b"new" * 1000)
+        assert reader.communicate()[0] == b"new" * 1000
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_pipe_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_READER_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="nobody reads the pipe"):
+        files.write_bytes(tmp_path / "pipe", b"new")
+
+
+WRITE_TO_STDOUT = """
+import sys
+from trtq import files
+sys.stdout.write("before ")
+for name in sys.argv[1:]:
+    files.write_bytes(name, b"written ")
+sys.stdout.write("after")
+"""
+
+
+def test_standard_output_is_written_into_in_order_also_where_it_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    names = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", tmp_path / "link", "/dev/null"]
+    command = [sys.executable, "-c", WRITE_TO_STDOUT, *names]
+    expected = b"before " + b"written " * 4 + b"after"
+    assert subprocess.run(command, capture_output=True, check=True).stdout == expected
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run(command, stdout=out, check=True)
+    assert contents(tmp_path)["out"] == expected
+    assert (tmp_path / "link").is_symlink()
+    assert Path("/dev/stdout").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["pipe", "/dev/zero", "folder", "large", "a\0b"])
+def test_only_files_of_a_bounded_size_are_read(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 40)  # no blocks
+    with pytest.raises(OSError, match=r"regular|larger|directory|null"):
+        files.read_bytes(tmp_path / name, 1000)
+
+
+def test_nesting_has_an_end(tmp_path: Path) -> None:
+    for depth, most in ((files.DEEPEST, True), (files.DEEPEST + 1, False), (10**6, False)):
+        text = "[" * depth + "]" * depth
+        if most:
+            assert isinstance(files.parse_json(text), list)
+        else:
+            with pytest.raises(ValueError, match="nested too deeply"):
+                files.parse_json(text)
 
 
 WRITE_TOO_MUCH = """

@@ -16,6 +16,7 @@ trtq.escapes
 trtq.stops
 trtq.scratch
 trtq.files
+trtq.arrays
 trtq.numerics
 trtq.console
 trtq.budget

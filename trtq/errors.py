@@ -7,6 +7,8 @@ import enum
 import os
 from collections.abc import Iterator
 
+_LONGEST = 200
+
 
 class ExitCode(enum.IntEnum):
     """Exit codes of the command line; a CI gates on them."""
@@ -61,6 +63,15 @@ class MissingBackendError(TrtqError):
     """A package, a GPU or a driver that the job needs is missing."""
 
     exit_code = ExitCode.MISSING_BACKEND
+
+
+def shown(value: object) -> str:
+    """A value that somebody gave, as a message has it: not of any length, and whatever it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # integers of thousands of digits, and lists of lists
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 @contextlib.contextmanager

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -24,28 +27,42 @@ PathLike = str | os.PathLike[str]
 
 T = TypeVar("T")
 
+MOST_BYTES = 1 << 28
+"""Files that are read whole as text, JSON or a table are refused above this size."""
+
+DEEPEST = 64
+"""Levels of lists and mappings in a JSON or TOML file."""
+
+_DESCRIPTOR = re.compile(
+    r"/dev/(?P<name>stdin|stdout|stderr)|(/dev|/proc/(?P<process>[^/]+))/fd/(?P<number>\d+)"
+)
+_READER_SECONDS = 10.0
+
 
 @contextlib.contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is moved into place, otherwise removed.
 
     The temporary file is in the same folder, so the move is one rename: a reader, a concurrent
-    writer or Ctrl-C never sees half a file. Missing parent folders are made.
+    writer or Ctrl-C never sees half a file. Missing parent folders are made; of a link, what it leads to is
+    replaced.
 
     Raises:
-        InputError: the folder cannot be written to, the disk is full, or `path` is a folder or a device.
+        InputError: the folder cannot be written to, the disk is full, or `path` is a folder, a device or a
+            stream.
     """
-    path = Path(path)
+    given = Path(path)
     try:
-        if path.exists() and not path.is_file():  # a device such as /dev/null would be replaced by a file
+        if is_stream(given) or (given.exists() and not given.is_file()):
             raise OSError("it is not a regular file")
+        path = Path(os.path.realpath(given))
         path.parent.mkdir(parents=True, exist_ok=True)
         with folder_in(path.parent, path.name) as folder:
             yield folder / path.name
             stops.check()
             os.replace(folder / path.name, path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise _cannot_write(given, error) from error
 
 
 @contextlib.contextmanager
@@ -83,20 +100,108 @@ def staged_folder(output: PathLike, replaced: Sequence[str] = ()) -> Iterator[Pa
             raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
 
 
+def is_stream(path: PathLike) -> bool:
+    """Whether a path leads to a pipe, a character device such as a terminal, or an open descriptor such as
+    /dev/stdout, also where that is redirected to a file: bytes go there in order, and nothing replaces it."""
+    if _descriptor(path) is not None:
+        return True
+    with contextlib.suppress(OSError, ValueError):
+        mode = os.stat(path).st_mode
+        return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+    return False
+
+
+def is_stdout(path: PathLike) -> bool:
+    """Whether a path is this process's standard output."""
+    return _descriptor(path) == 1
+
+
+def _descriptor(path: PathLike) -> int | None:
+    """The open descriptor of this process that a path leads to by way of its links, if it is one."""
+    path = os.path.abspath(path)
+    for _ in range(40):  # as many links as Linux follows
+        if (found := _DESCRIPTOR.fullmatch(path)) and found["process"] in (None, "self", str(os.getpid())):
+            names = ("stdin", "stdout", "stderr")
+            return names.index(found["name"]) if found["name"] else int(found["number"])
+        try:
+            path = os.path.abspath(os.path.join(os.path.dirname(path), os.readlink(path)))
+        except (OSError, ValueError):  # no link
+            return None
+    return None
+
+
 def write_bytes(path: PathLike, content: bytes) -> None:
-    """Write `content` to `path` in one move (see `atomic_path`)."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+    """Write `content` to `path`: to a file in one move (see `atomic_path`), into a stream as it comes.
+
+    Raises:
+        InputError: as `atomic_path`; a pipe that nobody reads; a stream that cannot be written to.
+    """
+    if not is_stream(path):
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+        return
+    try:
+        with os.fdopen(_opened_stream(path), "wb") as stream:
+            stream.write(content)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _cannot_write(Path(path), error) from error
+
+
+def _opened_stream(path: PathLike) -> int:
+    """A new descriptor of a stream, for writing. A pipe's reader is waited for some seconds."""
+    if (descriptor := _descriptor(path)) is not None:
+        if descriptor == 1 and sys.stdout is not None:
+            sys.stdout.flush()
+        return os.dup(descriptor)
+    end = time.monotonic() + _READER_SECONDS
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > end:
+                raise OSError(errno.ENXIO, "nobody reads the pipe") from error
+            time.sleep(0.05)
+            continue
+        os.set_blocking(descriptor, True)
+        return descriptor
 
 
 def write_text(path: PathLike, content: str) -> None:
-    """Write `content` to `path` as UTF-8 in one move (see `atomic_path`)."""
+    """Write `content` to `path` as UTF-8 (see `write_bytes`)."""
     write_bytes(path, content.encode())
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Write `value` as indented JSON in one move; NaN is refused, since JSON has none."""
+    """Write `value` as indented JSON (see `write_bytes`); NaN is refused, since JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_bytes(path: PathLike, most: int = MOST_BYTES) -> bytes:
+    """A file that is read whole: a regular one of at most so many bytes, never a pipe or an endless device.
+
+    Raises:
+        OSError: missing, unreadable, no regular file, or too large; `strerror` says so.
+    """
+    try:
+        with open(path, "rb", opener=_open_regular) as file:
+            if os.fstat(file.fileno()).st_size <= most and len(content := file.read(most + 1)) <= most:
+                return content
+    except ValueError as error:  # a path with a NUL
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
+    raise OSError(errno.EFBIG, f"it is larger than the {most:,} bytes that such a file may have")
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open without waiting, as for a pipe's other end, and only what is a regular file."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    return descriptor
 
 
 def read_json(path: PathLike, what: str) -> Any:
@@ -106,9 +211,40 @@ def read_json(path: PathLike, what: str) -> Any:
         InputError: the file is missing, unreadable or not JSON, which has no NaN and no infinity.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(read_bytes(path))
+    except OSError as error:
+        raise InputError(f"cannot read the {what}", file=path, cause=error.strerror) from error
+    except ValueError as error:
         raise InputError(f"cannot read the {what}", file=path, cause=error) from error
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, which has no NaN and no infinity, or nested too deeply.
+    """
+    try:
+        value = json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Refuse lists and mappings within each other beyond `DEEPEST`: what walks through them recurses.
+
+    Raises:
+        ValueError: they are nested too deeply.
+    """
+    level = [value] if isinstance(value, Mapping | list) else []
+    for _ in range(DEEPEST):
+        inner = (v.values() if isinstance(v, Mapping) else v for v in level)
+        level = [child for values in inner for child in values if isinstance(child, Mapping | list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -198,12 +334,15 @@ def sha256_file(path: PathLike) -> str:
     """
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_regular) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(
-            "cannot read the file", file=path, cause=error.strerror, remedy="check the path"
+            "cannot read the file",
+            file=path,
+            cause=getattr(error, "strerror", error),
+            remedy="check the path",
         ) from error
     return digest.hexdigest()
 

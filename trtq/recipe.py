@@ -22,6 +22,8 @@ import tomli_w
 
 from trtq.backends.builders import BUILDERS, NO_ENGINE
 from trtq.backends.interface import (
+    INT32_MAX,
+    INT64_MAX,
     BuildOptions,
     Profile,
     Range,
@@ -33,8 +35,8 @@ from trtq.cache import Cache
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.data.feeding import Feeding, InputOptions
 from trtq.data.preprocess import Preprocess
-from trtq.errors import InputError, about
-from trtq.files import PathLike
+from trtq.errors import InputError, about, shown
+from trtq.files import PathLike, check_depth, read_bytes
 from trtq.simulation.pool import Pool, parse_parallel
 
 if sys.version_info >= (3, 11):
@@ -45,6 +47,9 @@ else:
 
 STEPS = ("fix", "partial", "learn")
 """What may follow calibration, in this order."""
+
+MOST_OF_A_RECIPE = 1 << 20
+"""Bytes of a recipe."""
 
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
@@ -228,8 +233,8 @@ def _read_state(value: Any) -> tuple[str, str]:
 
 
 def _read_text(value: Any) -> str:
-    """Text that says something: an empty path would be the folder at hand."""
-    if not _instance(str)(value):
+    """Text that says something: an empty path would be the folder at hand, and none has a NUL."""
+    if not _instance(str)(value) or "\0" in value:
         raise ValueError
     return value
 
@@ -263,10 +268,9 @@ INPUTS = Kind(
     lambda tables: {name: dict(table.options) for name, table in tables.items()},
 )
 STATE = Kind(_read_state, "write INPUT=OUTPUT, or a table [state]", many=dict, table=True)
-INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
-"""What the builders' sizes and bytes go up to."""
+MOST_THREADS = 1024
 
-COUNT = _number(int, lambda n: 1 <= n <= INT32_MAX, "from 1")
+COUNT = _number(int, lambda n: 1 <= n <= MOST_THREADS, f"from 1 to {MOST_THREADS}")
 BATCH = _number(int, lambda n: 1 <= 4 * n <= INT32_MAX, "from 1, of which TensorRT can take 4 times as many")
 BYTES = _number(int, lambda n: 1 <= n <= INT64_MAX, "from 1")
 
@@ -459,8 +463,13 @@ class Recipe:
         """
         path = Path(path)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            values = tomllib.loads(read_bytes(path, MOST_OF_A_RECIPE).decode())
+            check_depth(values)
+        except RecursionError as error:
+            raise InputError("cannot read the recipe", file=path, cause="it is nested too deeply") from error
+        except OSError as error:
+            raise InputError("cannot read the recipe", file=path, cause=error.strerror) from error
+        except ValueError as error:
             raise InputError("cannot read the recipe", file=path, cause=error) from error
         given: dict[str, Any] = {}
         with about(path):
@@ -596,7 +605,7 @@ def read(name: str, given: Any, spelled: str) -> Any:
     try:
         return kind.read_all(given)
     except (ValueError, OverflowError) as error:
-        raise InputError(f"{spelled} is {given!r}", remedy=kind.allowed) from error
+        raise InputError(f"{spelled} is {shown(given)}", remedy=kind.allowed) from error
     except InputError as error:
         if name in ("preprocess", "inputs"):  # which name themselves
             raise
@@ -615,7 +624,7 @@ def from_command_line(name: str, text: str) -> Any:
     try:
         given = kind.from_text(text)
     except ValueError as error:
-        raise InputError(f"{flag(name)} is {text!r}", remedy=kind.allowed) from error
+        raise InputError(f"{flag(name)} is {shown(text)}", remedy=kind.allowed) from error
     value = read(name, given, flag(name))
     return value if kind.many is None else given
 

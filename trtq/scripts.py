@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from trtq.errors import InputError
 
@@ -46,8 +48,27 @@ def load_module(path: Path, what: str) -> ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up
     try:
-        module_spec.loader.exec_module(module)
+        with not_leaving():
+            module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}"
         raise InputError(f"the {what}'s file does not import", file=path, cause=cause) from error
     return module
+
+
+@contextlib.contextmanager
+def not_leaving() -> Iterator[None]:
+    """Make `os._exit` in the user's code an error as `sys.exit` is one: the process would end with whatever
+    exit code it names, and 0 is what passes. Processes that the code forks end as they like."""
+    leave, own = os._exit, os.getpid()
+
+    def refuse(status: int) -> NoReturn:
+        if os.getpid() != own:
+            leave(status)
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = leave

@@ -35,7 +35,7 @@ from trtq.calibration.table import Table, metadata_path, version_number
 from trtq.data.batches import batches
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError, TrtqError
-from trtq.files import PathLike, read_json, sha256_bytes, write_bytes, write_json
+from trtq.files import PathLike, read_bytes, read_json, sha256_bytes, write_bytes, write_json
 
 BASES = {
     "EntropyCalibration2": "IInt8EntropyCalibrator2",
@@ -306,7 +306,7 @@ class CacheFile:
         if not self.path.exists():
             return None
         try:
-            content = self.path.read_bytes()
+            content = read_bytes(self.path)
         except OSError as error:
             raise InputError(
                 "cannot read the calibration cache", file=self.path, cause=error.strerror

@@ -16,6 +16,9 @@ from trtq.backends.compiled import Compiled
 from trtq.errors import InputError
 from trtq.files import PathLike
 
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+"""What the builders' sizes and bytes go up to."""
+
 OPT_BATCH = 8
 """Batch size an engine is tuned for when nothing else is asked."""
 
@@ -250,6 +253,8 @@ def parse_profile(texts: Iterable[str]) -> dict[str, Range]:
             )
         parsed = [tuple(int(d) for d in shape.split("x")) for shape in shapes.split(",")]
         low, opt, high = parsed if len(parsed) == 3 else parsed * 3
+        if max(max(shape) for shape in (low, opt, high)) > INT32_MAX:
+            raise InputError("an axis of an optimization profile is too long", cause=f"at most {INT32_MAX}")
         if not len(low) == len(opt) == len(high) or not all(
             a <= b <= c for a, b, c in zip(low, opt, high, strict=True)
         ):

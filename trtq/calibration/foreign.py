@@ -13,7 +13,6 @@ tensor has no row.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 
 from trtq.calibration.table import Table
 from trtq.errors import InputError
-from trtq.files import PathLike
+from trtq.files import PathLike, parse_json, read_bytes
 from trtq.numerics import has_scale, scale_from_amax
 
 HIGHEST_ONLY = (
@@ -50,7 +49,7 @@ def read_table(path: PathLike, encoding: str = "scale") -> Table:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise InputError("cannot read the calibration table", file=path, cause=error.strerror) from error
     lines = [line for line in content.decode(errors="replace").split("\n") if line.strip()]
@@ -98,7 +97,7 @@ def _bad(path: Path, cause: object) -> InputError:
 def _json_ranges(content: bytes, path: Path) -> Iterable[tuple[str, list[float]]]:
     """Tensor, [lowest, highest] from `write_calibration_table`'s JSON, of any version."""
     try:
-        tensors = json.loads(content)
+        tensors = parse_json(content)
         if tensors.get("CLS") == "TensorsData":
             tensors = tensors["data"]
         return [(name, _bounds(entry)) for name, entry in tensors.items()]

@@ -18,14 +18,14 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.arrays import read_arrays
 from trtq.errors import InputError
-from trtq.files import PathLike, write_bytes
+from trtq.files import PathLike, read_bytes, write_bytes
 
 EQUAL_BITS = 13
 """The range has 2^13 bins of equal width, but for those that octaves split."""
@@ -220,8 +220,7 @@ class Statistics:
             ValueError: they are not statistics of this format.
         """
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as npz:
-                arrays = dict(npz)
+            arrays = read_arrays(content)
             found = str(arrays["format"]) if "format" in arrays else None
             statistics = cls._from_arrays(arrays) if found == FORMAT else None
         except Exception as error:  # zipfile, zlib and numpy each raise their own
@@ -256,6 +255,6 @@ class Statistics:
             InputError: the file is missing, damaged or not statistics.
         """
         try:
-            return cls.from_bytes(Path(path).read_bytes())
+            return cls.from_bytes(read_bytes(path))
         except (OSError, ValueError) as error:
             raise InputError("cannot read the statistics", file=path, cause=error) from error

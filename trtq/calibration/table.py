@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtq.errors import InputError
-from trtq.files import PathLike, read_json, sha256_bytes, write_bytes, write_json
+from trtq.files import PathLike, is_stream, read_bytes, read_json, sha256_bytes, write_bytes, write_json
 from trtq.numerics import INT8_MAX
 
 if TYPE_CHECKING:
@@ -149,7 +149,8 @@ class Table:
         """Write the table, and its metadata to `<path>.json`, each in one move."""
         content = self.to_bytes()
         write_bytes(path, content)
-        write_json(metadata_path(path), {"sha256": sha256_bytes(content), **self.metadata})
+        if not is_stream(path):
+            write_json(metadata_path(path), {"sha256": sha256_bytes(content), **self.metadata})
 
     @classmethod
     def load(cls, path: PathLike, encoding: str = "scale") -> Table:
@@ -162,7 +163,7 @@ class Table:
             InputError: missing, unreadable or not a table; or the metadata beside it is not JSON.
         """
         try:
-            content = Path(path).read_bytes()
+            content = read_bytes(path)
         except OSError as error:
             raise InputError("cannot read the calibration table", file=path, cause=error.strerror) from error
         table = cls.from_bytes(content, path, encoding)

@@ -18,6 +18,7 @@ def _bench(given: argparse.Namespace) -> int:
     from trtq.backends.interface import find_gpu
     from trtq.backends.timing import Measuring
 
+    recipe = recipe_of(given)
     how = Measuring(given.warm_up, given.duration, given.iterations)
     for name, value in (("--duration", how.duration_s), ("--warm-up", how.warm_up_ms)):
         if not 0 <= value < math.inf:
@@ -28,7 +29,6 @@ def _bench(given: argparse.Namespace) -> int:
     if ignored and not given.three:
         raise InputError(f"--{ignored[0]} belongs to --three", remedy="add --three, or leave it out")
     gpu = find_gpu()
-    recipe = recipe_of(given)
     engines = _build_three(recipe, given) if given.three else [Path(e) for e in given.engines]
     if gpu is not None:
         console_of(given).say(
@@ -68,13 +68,19 @@ BENCH = Command(
         *BUILD_OPTIONS,
     ),
     (
-        argument("engines", nargs="+", metavar="ENGINE", help="plan files; with --three an fp32 ONNX model"),
+        argument(
+            "engines",
+            path="read",
+            nargs="+",
+            metavar="ENGINE",
+            help="plan files; with --three an fp32 ONNX model",
+        ),
         argument("--three", action="store_true", help="build FP32, FP16 and INT8 engines into -o DIR first"),
-        argument("--int8", metavar="MODEL", help="--three: the model with Q/DQ"),
-        argument("--table", metavar="TABLE", help="--three: take the scales from this table"),
+        argument("--int8", path="read", metavar="MODEL", help="--three: the model with Q/DQ"),
+        argument("--table", path="read", metavar="TABLE", help="--three: take the scales from this table"),
         argument("--warm-up", type=float, default=200, metavar="MS", help="run so long before (200)"),
         argument("--duration", type=float, default=3, metavar="S", help="time each engine this long (3)"),
         argument("--iterations", type=int, default=10, metavar="N", help="and at least this often (10)"),
-        argument("--json", metavar="F", help="write the results as JSON"),
+        argument("--json", path="written", metavar="F", help="write the results as JSON"),
     ),
 )

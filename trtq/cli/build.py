@@ -7,6 +7,7 @@ import argparse
 from trtq.calibration.table import ALGORITHMS
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import ENGINE
+from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode
 from trtq.recipe import BUILD_OPTIONS
@@ -35,11 +36,14 @@ BUILD = Command(
         *BUILD_OPTIONS,
     ),
     (
-        argument("--table", metavar="TABLE", help="implicit INT8 with this table (TensorRT ≤ 10.16)"),
+        argument(
+            "--table", path="read", metavar="TABLE", help="implicit INT8 with this table (TensorRT ≤ 10.16)"
+        ),
         argument(
             "--calibrator",
             choices=ALGORITHMS,
             help="implicit INT8, measured by this calibrator of TensorRT's on --data (TensorRT ≤ 10.16)",
         ),
     ),
+    output=Output.FILE,
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable
 
 from trtq.cache import Cache, Entry
 from trtq.cli import convert
 from trtq.cli.command import Command, argument, recipe_of
+from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode, InputError
 
@@ -20,6 +22,8 @@ def _cache(given: argparse.Namespace) -> int:
         raise InputError(f"'{given.action}' takes no SOURCE", remedy="only 'trtq cache convert' does")
     cache = Cache.at(recipe_of(given).cache)
     if given.action == "prune":
+        if not 0 <= given.days < math.inf:
+            raise InputError(f"--days is {given.days}", remedy="use a number from 0")
         removed, kept = cache.prune_older(given.days)
         show(f"{removed} of {removed + kept} entries removed from {cache.root}")
         return ExitCode.PASS
@@ -50,4 +54,5 @@ CACHE = Command(
         *convert.ARGUMENTS,
         argument("--days", type=float, default=30.0, help="prune: keep entries younger than this (30)"),
     ),
+    output=Output.TEXT,
 )

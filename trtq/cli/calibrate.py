@@ -6,6 +6,7 @@ import argparse
 
 from trtq.cli.command import Command, console_of, recipe_of
 from trtq.cli.options import CALIBRATION, PLACEMENT
+from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode
 
@@ -28,4 +29,5 @@ CALIBRATE = Command(
     "make a calibration table from data",
     _calibrate,
     ("model", "output", *CALIBRATION, "ignore_nonfinite", *PLACEMENT),
+    output=Output.TEXT,
 )

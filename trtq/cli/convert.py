@@ -16,7 +16,9 @@ from trtq.recipe import Recipe
 OPTIONS = ("output", "data", "state", "include", "exclude", "weights", "rest")
 
 ARGUMENTS = (
-    argument("source", nargs="?", metavar="SOURCE", help="convert: a table, or a Q/DQ model (.onnx)"),
+    argument(
+        "source", path="read", nargs="?", metavar="SOURCE", help="convert: a table, or a Q/DQ model (.onnx)"
+    ),
     argument("--model", metavar="MODEL", help="convert a table: the fp32 model to put Q/DQ into"),
     argument("--for", dest="tensorrt", metavar="VERSION", help="TensorRT that will read the table: 10.16"),
     argument("--algorithm", choices=ALGORITHMS, help="calibrator class that will read the table"),

@@ -46,12 +46,15 @@ GATE = Command(
     _gate,
     (*OPTIONS, "state", "op_reference", "plugin_lib", "batch", "threads", "parallel", "cache"),
     (
-        argument("reference", metavar="REFERENCE", help="the fp32 ONNX model, or an engine"),
-        argument("candidate", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"),
-        argument("--json", metavar="F", help="write the verdict as JSON"),
-        argument("--junit", metavar="F", help="write the verdict as JUnit XML"),
+        argument("reference", path="read", metavar="REFERENCE", help="the fp32 ONNX model, or an engine"),
+        argument(
+            "candidate", path="read", metavar="CANDIDATE", help="the quantized ONNX model, or an engine"
+        ),
+        argument("--json", path="written", metavar="F", help="write the verdict as JSON"),
+        argument("--junit", path="written", metavar="F", help="write the verdict as JUnit XML"),
         argument(
             "--tensors",
+            path="written",
             metavar="F",
             help="compare ONNX models tensor by tensor as well: fp32, simulation, engine (GPU)",
         ),

@@ -26,7 +26,7 @@ INSPECT = Command(
     "describe a model, plan, table, engine or statistics file",
     _inspect,
     arguments=(
-        argument("file", metavar="FILE"),
+        argument("file", path="read", metavar="FILE"),
         argument("--json", action="store_true", help="print JSON"),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -17,7 +18,7 @@ from trtq.cli.bench import BENCH
 from trtq.cli.build import BUILD
 from trtq.cli.cache import CACHE
 from trtq.cli.calibrate import CALIBRATE
-from trtq.cli.command import Command
+from trtq.cli.command import Command, path_text
 from trtq.cli.demo import DEMO
 from trtq.cli.deploy import DEPLOY
 from trtq.cli.doctor import DOCTOR
@@ -75,7 +76,8 @@ def _main(arguments: list[str]) -> int:
         with stops.unmasked():
             given = parser().parse_args(arguments)
             given.command_line = shlex.join(["trtq", *arguments])
-            code = int(given.run(given))
+            with contextlib.redirect_stdout(sys.stdout):  # undoes what `recipe_of` may turn it to
+                code = int(given.command.run(given))
             _flush_output()
             return code
     except TrtqError as error:
@@ -131,12 +133,17 @@ def parser() -> argparse.ArgumentParser:
         for argument in command.arguments:
             argument.add_to(sub)
         if command.options:
-            sub.add_argument("--recipe", metavar="FILE.toml", help="options in a file; the command line wins")
+            sub.add_argument(
+                "--recipe",
+                type=path_text,
+                metavar="FILE.toml",
+                help="options in a file; the command line wins",
+            )
             for name in command.options:
                 _add_option(sub, name, positional=name == "model")
         sub.add_argument("-q", "--quiet", action="store_true", help="print the result only")
         sub.add_argument("--debug", action="store_true", help="show tracebacks")
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(command=command)
     return root
 
 

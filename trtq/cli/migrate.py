@@ -40,7 +40,7 @@ MIGRATE = Command(
         *BUILD_OPTIONS,
     ),
     (
-        argument("--table", metavar="TABLE", help="calibration table of that model"),
+        argument("--table", path="read", metavar="TABLE", help="calibration table of that model"),
         *TABLE_FORMAT,
     ),
 )  # fmt: skip

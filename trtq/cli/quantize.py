@@ -6,6 +6,7 @@ import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import CALIBRATION, PLACEMENT
+from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode
 
@@ -30,8 +31,10 @@ QUANTIZE = Command(
     (
         argument(
             "--table",
+            path="read",
             metavar="TABLE",
             help="take the scales from this table; --data then tells only what float16 can hold",
         ),
     ),
+    output=Output.FILE,
 )

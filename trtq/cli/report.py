@@ -20,5 +20,5 @@ REPORT = Command(
     "report",
     "write report.html again from a folder of results",
     _report,
-    arguments=(argument("folder", metavar="DIR"),),
+    arguments=(argument("folder", path="read", metavar="DIR"),),
 )

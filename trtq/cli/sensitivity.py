@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode
 
@@ -36,4 +37,5 @@ SENSITIVITY = Command(
             help="leave one layer at a time in floating point, with all others in INT8",
         ),
     ),
+    output=Output.TEXT,
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.errors import InputError
+from trtq.errors import InputError, shown
 from trtq.graph.inputs import InputSpec, dims_text, fits
 
 OPTIONS = ("batch_axis", "value")
@@ -36,16 +36,16 @@ class InputOptions:
             InputError: an unknown option, or a value that is not valid.
         """
         if not isinstance(options, Mapping) or not options or set(options) - set(OPTIONS):
-            raise InputError(f"inputs.{name} is {options!r}", remedy=f"use {' or '.join(OPTIONS)}")
+            raise InputError(f"inputs.{name} is {shown(options)}", remedy=f"use {' or '.join(OPTIONS)}")
         axis = options.get("batch_axis", NO_AXIS)
         if axis != NO_AXIS and (type(axis) is not int or axis < 0):
             raise InputError(
-                f"inputs.{name}.batch_axis is {axis!r}", remedy=f'use an axis from 0, or "{NO_AXIS}"'
+                f"inputs.{name}.batch_axis is {shown(axis)}", remedy=f'use an axis from 0, or "{NO_AXIS}"'
             )
         if "value" in options:
             try:
                 numbers = np.asarray(options["value"]).dtype.kind in "biuf"
-            except ValueError:  # rows of different lengths
+            except (ValueError, OverflowError):  # rows of different lengths, or integers beyond any
                 numbers = False
             if not numbers:
                 raise InputError(f"inputs.{name}.value holds no numbers", remedy="use a number, or lists")

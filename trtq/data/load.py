@@ -31,10 +31,10 @@ from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, Mapped, Origin, Samples, rows_of
 from trtq.data.sequences import ARRAY, Sequences, Starts, starts_of
 from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npz
-from trtq.errors import InputError
+from trtq.errors import InputError, shown
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
-from trtq.scripts import load_function
+from trtq.scripts import load_function, not_leaving
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
@@ -319,7 +319,7 @@ def _from_images(
     if not names:
         raise InputError("the folder holds no .npz and no images", file=folder)
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{len(missing)} images are missing, the first is {missing[0]}", file=folder)
+        raise InputError(f"{len(missing)} images are missing, the first is {shown(missing[0])}", file=folder)
     candidates = [s for s in inputs if s.name in recipes] or list(inputs)
     if len(inputs) != 1 or not recipes:
         name = candidates[0].name
@@ -400,7 +400,8 @@ def _from_script(spec: str) -> list[dict[str, NDArray]]:
     path, name, function = load_function(spec, "data")
     try:
         # copied: loaders may fill one buffer again and again
-        feeds = [{key: np.array(value) for key, value in feed.items()} for feed in function()]
+        with not_leaving():
+            feeds = [{key: np.array(value) for key, value in feed.items()} for feed in function()]
     except (Exception, SystemExit) as error:
         raise InputError(
             f"the data script's '{name}' failed", file=path, cause=f"{type(error).__name__}: {error}"

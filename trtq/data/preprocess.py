@@ -10,11 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.errors import InputError
+from trtq.errors import InputError, shown
 from trtq.files import PathLike
 
 VERSION = 2
 """Version of what the options mean, part of the data's hash; 2: resizes and crops as torchvision does."""
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pixels in a file, and nothing that is interpreted, as EPS is by Ghostscript."""
+
+MOST_PIXELS = 1 << 27
+"""Of an image, and of what it is resized or cropped to."""
 
 OPTIONS = ("from", "scale", "mean", "std", "layout", "resize", "crop", "color")
 
@@ -50,7 +56,7 @@ class Preprocess:
         """
         if not isinstance(options, Mapping):
             raise InputError(
-                f"preprocess.{name} is {options!r}, not a table", remedy=f"use {', '.join(OPTIONS)}"
+                f"preprocess.{name} is {shown(options)}, not a table", remedy=f"use {', '.join(OPTIONS)}"
             )
         checks: dict[str, Callable[[Any], object]] = {
             "from": lambda v: isinstance(v, str) or _fail(),
@@ -70,7 +76,7 @@ class Preprocess:
             try:
                 checks[option](value)
             except (TypeError, ValueError, ArithmeticError) as error:
-                raise InputError(f"[preprocess.{name}] {option} = {value!r} is not valid") from error
+                raise InputError(f"[preprocess.{name}] {option} = {shown(value)} is not valid") from error
         return cls(name, dict(options))
 
     @property
@@ -113,18 +119,22 @@ class Preprocess:
 
 
 def decode_image(path: PathLike) -> NDArray[np.uint8]:
-    """An image file as uint8 (height, width, 3), RGB.
+    """An image file as uint8 (height, width, 3), RGB. What it is its content says, whatever its name.
 
     Raises:
-        InputError: the file is missing or not an image.
+        InputError: the file is missing, no image of `FORMATS`, damaged, or of more than `MOST_PIXELS`.
     """
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels")
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError("cannot read the image", file=path, cause=error) from error
+    except Exception as error:  # every format's reader raises its own
+        raise InputError(
+            "cannot read the image", file=path, cause=error, remedy=f"give one of {', '.join(FORMATS)}"
+        ) from error
 
 
 def _resize_and_crop(row: NDArray, resize: Any, crop: Any) -> NDArray:
@@ -152,6 +162,8 @@ def _resized(row: NDArray, size: tuple[int, int]) -> NDArray[np.uint8]:
     """An image (height, width) or (height, width, channels) of another size, by Pillow."""
     from PIL import Image
 
+    if size[0] * size[1] > MOST_PIXELS:
+        raise InputError(f"resize makes {size[0]} x {size[1]} pixels of a row of shape {row.shape}")
     single = row.ndim == 3 and row.shape[2] == 1
     try:
         image = Image.fromarray(row[:, :, 0] if single else row)
@@ -206,7 +218,7 @@ def _per_channel(value: Any) -> NDArray[np.float32]:
 
 def _size(value: Any) -> None:
     sides = [value, value] if isinstance(value, int) else value
-    if len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides):
+    if len(sides) != 2 or any(type(s) is not int or s < 1 for s in sides) or math.prod(sides) > MOST_PIXELS:
         raise ValueError(value)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.arrays import Member, check_whole, members
 from trtq.errors import InputError
 
 IN_MEMORY = 1 << 24
@@ -107,32 +108,34 @@ def read_npz(path: Path, in_memory: int | None = None) -> dict[str, NDArray | St
     Raises:
         OSError, ValueError, zipfile.BadZipFile, zlib.error: the file is not an `.npz`, or damaged.
     """
-    arrays: dict[str, NDArray | StoredRows] = {}
-    with np.load(path, allow_pickle=False) as archive:
-        for name in archive.files:
-            stored = _stored(archive.zip, name, path, IN_MEMORY if in_memory is None else in_memory)
-            arrays[name] = archive[name] if stored is None else stored
-    return arrays
+    most = IN_MEMORY if in_memory is None else in_memory
+    with zipfile.ZipFile(path) as archive:
+        found = members(archive)
+        check_whole(member for member in found if not _stays(member, most))
+        return {
+            member.name: _stored(archive, member, path) if _stays(member, most) else member.read(archive)
+            for member in found
+        }
 
 
-def _stored(archive: zipfile.ZipFile, name: str, path: Path, in_memory: int) -> StoredRows | None:
-    """A large array as rows in the file, or None where it has to be read."""
-    member = name if name in archive.namelist() else f"{name}.npy"
-    info = archive.getinfo(member)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size <= in_memory:
-        return None
+def _stays(member: Member, in_memory: int) -> bool:
+    """Whether an array's rows are read from the file one by one."""
+    return (
+        member.info.compress_type == zipfile.ZIP_STORED
+        and member.info.file_size > in_memory
+        and not member.fortran_order
+        and member.shape != ()
+        and member.shape[0] > 0
+    )
+
+
+def _stored(archive: zipfile.ZipFile, member: Member, path: Path) -> StoredRows:
+    """An array as rows in the file, once its checksum is verified."""
+    info = member.info
     with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            return None
-        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
-        shape, fortran_order, dtype = read_header(file)
-        if fortran_order or dtype.hasobject or not shape or not shape[0]:
-            return None
-        header = file.tell()
         while file.read(_PIECE):  # the end of the member compares its checksum
             pass
     with path.open("rb") as raw:
         raw.seek(info.header_offset)
         before = sum(struct.unpack("<HH", raw.read(_LOCAL_HEADER)[-4:])) + _LOCAL_HEADER
-    return StoredRows(path, info.header_offset + before + header, dtype, shape)
+    return StoredRows(path, info.header_offset + before + member.header, member.dtype, member.shape)

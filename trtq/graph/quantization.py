@@ -14,6 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.arrays import read_arrays
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.names import Names
@@ -150,18 +151,18 @@ class Quantization:
     @classmethod
     def from_bytes(cls, content: bytes) -> Quantization:
         """The inverse of `to_bytes`."""
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            header = json.loads(stored["header"].tobytes())
-            weights = {(t, int(axis)): stored[f"weight_{i}"] for i, (t, axis) in enumerate(header["weights"])}
-            corrections = {
-                name: Correction(node, index, stored[f"bias_{i}"])
-                for i, (name, node, index) in enumerate(header["corrections"])
-            }
-            return cls(
-                gs.import_onnx(onnx.load_from_string(stored["graph"].tobytes())),
-                Plan.from_json(header["plan"]),
-                dict(zip(header["tensors"], stored["scales"], strict=True)),
-                weights,
-                corrections,
-                header["notes"],
-            )
+        stored = read_arrays(content)
+        header = json.loads(stored["header"].tobytes())
+        weights = {(t, int(axis)): stored[f"weight_{i}"] for i, (t, axis) in enumerate(header["weights"])}
+        corrections = {
+            name: Correction(node, index, stored[f"bias_{i}"])
+            for i, (name, node, index) in enumerate(header["corrections"])
+        }
+        return cls(
+            gs.import_onnx(onnx.load_from_string(stored["graph"].tobytes())),
+            Plan.from_json(header["plan"]),
+            dict(zip(header["tensors"], stored["scales"], strict=True)),
+            weights,
+            corrections,
+            header["notes"],
+        )

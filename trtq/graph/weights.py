@@ -267,6 +267,8 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
     while position < end:
         tag, value = _varint(data, position)
         kind, length = tag & 7, 0
+        if tag >> 3 == 0:
+            raise ValueError(f"no protobuf field at byte {position}")
         if kind == 0:
             _, last = _varint(data, value)
         elif kind == 2:

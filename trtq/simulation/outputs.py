@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.arrays import read_arrays
 from trtq.console import Advance
 from trtq.data.batches import Arrays, Batch, batches, single_rows
 from trtq.data.samples import Samples
@@ -65,14 +66,14 @@ class Outputs:
     @classmethod
     def from_bytes(cls, content: bytes) -> Outputs:
         """The inverse of `to_bytes`."""
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            arrays: dict[str, Values] = {
-                name: stored[f"output.{name}"]
-                if f"output.{name}" in stored
-                else unpacked({part: stored[f"{part}.{name}"] for part in ("values", "ranks", "sizes")})
-                for name in stored["names"].tolist()
-            }
-            return cls(arrays, "engine" if str(stored["executor"]) == "engine" else "simulation")
+        stored = read_arrays(content)
+        arrays: dict[str, Values] = {
+            name: stored[f"output.{name}"]
+            if f"output.{name}" in stored
+            else unpacked({part: stored[f"{part}.{name}"] for part in ("values", "ranks", "sizes")})
+            for name in stored["names"].tolist()
+        }
+        return cls(arrays, "engine" if str(stored["executor"]) == "engine" else "simulation")
 
 
 class BatchLimits(NamedTuple):

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from trtq.simulation.processors import processors
 
+MOST_PROCESSES = 1024
+
 
 class Pool(NamedTuple):
     """The workers that `--parallel` names.
@@ -49,6 +51,6 @@ def parse_parallel(text: str) -> Pool | None:
     if text.startswith("dask://") and (address := text.removeprefix("dask://")):
         return Pool("dask", address)
     name, _, count = text.partition(":")
-    if name == "loky" and (text == name or (count.isdecimal() and int(count) > 0)):
+    if name == "loky" and (text == name or (count.isdecimal() and 0 < int(count) <= MOST_PROCESSES)):
         return Pool(name, processes=int(count) if count else None)
     raise ValueError(f"{text!r} names no workers")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.arrays import read_arrays
 from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.batches import Arrays, Batch, repeated
@@ -162,5 +163,5 @@ def _to_bytes(states: dict[str, list[NDArray]]) -> bytes | None:
 
 
 def _from_bytes(content: bytes) -> dict[str, list[NDArray]]:
-    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-        return {name: list(stored[str(index)]) for index, name in enumerate(stored["names"].tolist())}
+    stored = read_arrays(content)
+    return {name: list(stored[str(index)]) for index, name in enumerate(stored["names"].tolist())}

@@ -1,0 +1,197 @@
+"""What a command reads and writes, checked before any work: no output replaces an input or another output."""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+from trtq.data.remote import is_url
+from trtq.errors import InputError
+from trtq.files import is_stdout, is_stream
+from trtq.recipe import Recipe, flag, options
+
+
+class Output(enum.Enum):
+    """What a command makes of the path it is given: a file, text that may go into a stream, or a folder."""
+
+    FILE = "a file"
+    TEXT = "a file or a stream"
+    FOLDER = "a folder"
+    CACHE = "a folder of files whose names are hashes"
+
+
+_FOLDERS = (Output.FOLDER, Output.CACHE)
+
+_BESIDE = ("", ".json", ".data", ".cache", ".cache.json")
+"""What is added to the name of an output file, for those that come to lie beside it."""
+
+_IN_FOLDER = (
+    *(
+        "model.*onnx",
+        "model.*onnx.data",
+        "model.*plan",
+        "model.*plan.json",
+        "calibration.cache*",
+        "plan.json",
+    ),
+    *("verdict.json", "junit.xml", "report.html", "workflow.json", "migration.json", "manifest.json"),
+    *("study.json", "study.txt", "study.svg"),
+)
+"""Names of results in folders. A recipe among them may be given again: it is written as it was read."""
+
+_SAMPLES = (".npz", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+_NO_FILES = ("/dev", "/proc", "/sys")
+
+
+class Read(NamedTuple):
+    """An input: how the user spells it, and its path."""
+
+    spelled: str
+    path: Path
+
+
+class Written(NamedTuple):
+    """An output: how the user spells it, its path, and what is made there."""
+
+    spelled: str
+    path: Path
+    kind: Output
+
+
+def paths_of_recipe(recipe: Recipe, output: Output) -> Iterator[Read | Written]:
+    """The paths among the options of a recipe.
+
+    Args:
+        output: what the command makes of -o.
+    """
+    kinds = {"output": output, "timing_cache": Output.FILE, "cache": Output.CACHE}
+    for option in options():
+        if not option.metadata["path"]:
+            continue
+        value, spelled = getattr(recipe, option.name), flag(option.name)
+        for text in value if isinstance(value, tuple) else [value]:
+            if text is None or is_url(text) or (option.name == "metric" and ".py:" not in text):
+                continue
+            if option.name in kinds:
+                yield Written(spelled, Path(text), kinds[option.name])
+            else:
+                path = text.rpartition(":")[0] if ".py:" in text else text
+                yield Read("MODEL" if option.name == "model" else spelled, Path(path))
+
+
+def check_paths(paths: Iterable[Read | Written]) -> None:
+    """Refuse what cannot be read or written as it has to be, and outputs that would replace an input or each
+    other.
+
+    Raises:
+        InputError: for the first of these.
+    """
+    paths = list(paths)
+    reads = [path for path in paths if isinstance(path, Read)]
+    writes = [path for path in paths if isinstance(path, Written)]
+    for read in reads:
+        if read.path.exists() and not (read.path.is_file() or read.path.is_dir()):
+            raise InputError(f"{read.spelled} is not a regular file", file=read.path, remedy="give a file")
+    for written in writes:
+        _check_place(written)
+    writes = [w for w in writes if w.kind is not Output.CACHE and not is_stream(w.path)]
+    for one, other in combinations(writes, 2):
+        if {_identity(path) for path in _made(one)} & {_identity(path) for path in _made(other)}:
+            raise InputError(
+                f"{one.spelled} and {other.spelled} are written to the same file",
+                file=other.path,
+                remedy="give each a path of its own",
+            )
+    for written in writes:
+        for read in reads:
+            if file := _replaced(written, read):
+                raise InputError(
+                    f"{written.spelled} would replace an input, {read.spelled}",
+                    file=file,
+                    remedy="give another output path",
+                )
+
+
+def writes_to_stdout(paths: Iterable[Read | Written]) -> bool:
+    """Whether an output is the standard output: what else is printed then goes elsewhere."""
+    return any(isinstance(path, Written) and is_stdout(path.path) for path in paths)
+
+
+def _check_place(written: Written) -> None:
+    """Refuse a path that cannot become what is to be made there."""
+    spelled, path, kind = written
+    if is_stream(path):
+        if kind is not Output.TEXT:
+            raise InputError(
+                f"{spelled} is a stream; {kind.value} is written", file=path, remedy="give a path"
+            )
+        return
+    if path.exists() and not (path.is_dir() if kind in _FOLDERS else path.is_file()):
+        cause = "it is a folder" if path.is_dir() else "it is a file"
+        if not (path.is_dir() or path.is_file()):
+            cause = "it is not a regular file"
+        problem = "the cache is not a folder" if kind is Output.CACHE else f"{spelled} cannot be written"
+        raise InputError(problem, file=path, cause=cause, remedy="give another path")
+    if any(path.resolve().is_relative_to(folder) for folder in _NO_FILES) and not path.is_relative_to(
+        "/dev/shm"
+    ):
+        raise InputError(f"{spelled} cannot be written", file=path, cause="no files are kept there")
+    around = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    folder = around if around.is_dir() or around != path else path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        cause = "Permission denied" if folder.is_dir() else "it is not a folder"
+        raise InputError(
+            f"{spelled} cannot be written: {folder}", file=path, cause=cause, remedy="give another path"
+        )
+
+
+def _made(written: Written) -> list[Path]:
+    """The files that come to lie where an output is written; of a folder, itself."""
+    if written.kind is Output.FOLDER:
+        return [written.path]
+    return [Path(f"{written.path}{suffix}") for suffix in _BESIDE]
+
+
+def _replaced(written: Written, read: Read) -> Path | None:
+    """The file of an input that an output would replace."""
+    if written.kind is Output.FOLDER:
+        own = os.path.realpath(written.path)
+        inside = [f for f in _files(read, written) if os.path.dirname(os.path.realpath(f)) == own]
+        return next((f for f in inside if any(fnmatchcase(f.name, name) for name in _IN_FOLDER)), None)
+    taken = {_identity(path) for path in _made(written)}
+    return next((file for file in _files(read, written) if _identity(file) in taken), None)
+
+
+def _files(read: Read, written: Written) -> list[Path]:
+    """The files of an input: of a folder the samples, of a model also its external data.
+
+    Those are looked up only where the output is there already, and may be one of them.
+    """
+    if not read.path.exists() or not any(path.exists() for path in _made(written)):
+        return [read.path]
+    if read.path.is_dir():
+        return [read.path, *(f for f in read.path.iterdir() if f.suffix.lower() in _SAMPLES)]
+    if read.path.suffix == ".onnx":
+        from trtq.graph.model import model_files
+
+        try:
+            return model_files(read.path)
+        except InputError:  # which the command reports
+            return [read.path]
+    return [read.path]
+
+
+def _identity(path: Path) -> object:
+    """Equal for two paths of one file, also for links to it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
