@@ -103,7 +103,7 @@ def _main(arguments: list[str]) -> int:
 
 def _report(error: TrtqError, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
     print(printable(f"trtq: {error}"), file=sys.stderr)
     return int(error.exit_code)
 

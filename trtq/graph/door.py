@@ -61,6 +61,11 @@ _SINGLE = {
 _WEIGHT_AT = {"Conv": 1, "ConvTranspose": 1, "MatMul": 1, "Gemm": 1, "DequantizeLinear": 0}
 """Operator -> the input that an empty weight cannot be."""
 
+_WINDOWED = frozenset({"Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool"})
+
+_WINDOW = {"kernel_shape": 1, "strides": 1, "dilations": 1, "pads": 2}
+"""Attributes of a window -> how many numbers each has for an axis."""
+
 _NO_INPUT = (TensorProto.STRING, TensorProto.COMPLEX64, TensorProto.COMPLEX128)
 """Types that TensorRT lacks, so that no input can be of them."""
 
@@ -232,6 +237,8 @@ class _Check:
         for attribute in node.attribute:
             self._attribute(node, attribute)
         self._signature(node, versions)
+        if node.op_type in _WINDOWED:
+            self._window(node)
         for body in bodies(node):
             self._graph(body, scopes, versions)
 
@@ -288,6 +295,19 @@ class _Check:
                     f"attribute '{name}' of {named(node)} ({node.op_type}) is of another kind",
                     f"ONNX defines it as {defined.type.name}",
                 )
+
+    def _window(self, node: NodeProto) -> None:
+        """The sizes of a window are numbers that there are, for the same axes."""
+        found = {attribute.name: [*attribute.ints] for attribute in node.attribute if attribute.ints}
+        sizes = {name: numbers for name, numbers in found.items() if name in _WINDOW}
+        if len({len(numbers) / _WINDOW[name] for name, numbers in sizes.items()}) > 1:
+            raise self.refuse(
+                f"{named(node)} ({node.op_type}) has a window of different numbers of axes", sizes
+            )
+        for name, numbers in sizes.items():
+            lowest = -LARGEST_SIZE if name == "pads" else 1
+            if any(not lowest <= number <= LARGEST_SIZE for number in numbers):
+                raise self.refuse(f"'{name}' of {named(node)} ({node.op_type}) is out of bounds", numbers)
 
     def _no_cycle(self, graph: Graph) -> None:
         """Every node can run once what it reads is there; names from outside the graph are there."""

@@ -40,13 +40,18 @@ def write_report(folder: PathLike) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=lambda value: printable(value) if isinstance(value, str) else value,
+        finalize=_shown,
     )
     environment.filters["decibels"] = lambda value: "" if value is None else f"{value:.1f} dB"
     environment.filters["tenths"] = lambda value: "" if value is None else f"{value:.1%}"
     page = environment.get_template("report.html.j2").render(vars(report))
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _shown(value: object) -> object:
+    """Text of others without control characters; markup of the template itself stays as it is."""
+    return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 @dataclass(frozen=True)
