@@ -118,6 +118,31 @@ def test_the_engine_takes_the_shapes_of_both_data_sets(tmp_path: Path) -> None:
     assert (several["x"].opt[0], several["h"].opt) == (8, (2, 8, 4))
 
 
+def test_sizes_that_vary_are_in_the_engines_profile(tmp_path: Path) -> None:
+    """As SAM's decoder takes the size of the image: the engine takes those of both data sets."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]>
+        g (float[1,8,8,8] x, int64[2] orig_im_size) => (float[1,4,h,w] y) <int64[2] head = {1,4}> {
+          c = Conv(x, k)  sizes = Concat<axis=0>(head, orig_im_size)
+          y = Resize<mode="linear">(c, , , sizes)
+        }"""
+    )
+    weight = RANDOM.normal(size=(4, 8, 3, 3)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "k"))
+    onnx.save(proto, tmp_path / "model.onnx")
+    for part, sizes in (("calib", [(16, 24), (20, 12), (16, 24)]), ("eval", [(12, 40), (16, 24)])):
+        x = RANDOM.normal(size=(len(sizes), 1, 8, 8, 8)).astype(np.float32)
+        np.savez(tmp_path / f"{part}.npz", x=x, orig_im_size=np.array(sizes))
+    done = trtq_command(
+        *("deploy", tmp_path / "model.onnx", "--data", tmp_path / "calib.npz", "--method", "max"),
+        *("--eval", tmp_path / "eval.npz", "--metric", "cosine", "-o", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "out" / "model.plan.json").read_text())
+    assert record["profile_values"] == {"orig_im_size": [[12, 12], [16, 24], [20, 40]]}
+
+
 def test_a_table_for_a_model_with_a_fixed_input(tmp_path: Path) -> None:
     """The rate decides an If and is 16 in all data; the table needs the recipe that says so, too."""
     proto = onnx.parser.parse_model(

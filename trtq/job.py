@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from trtq.backends.builders import NO_ENGINE, builder, chosen
-from trtq.backends.interface import OPT_BATCH, Profile, Range, Shape, check_profile, find_gpu, profiles_from
+from trtq.backends.interface import (
+    OPT_BATCH,
+    Profile,
+    Range,
+    Shape,
+    ValuedProfile,
+    check_profile,
+    find_gpu,
+    profiles_from,
+    value_range,
+)
 from trtq.budget import NO_BUDGET, Budget
 from trtq.cache import Cache, Key
 from trtq.console import Console
@@ -356,12 +368,12 @@ def profile_for(model: Model, recipe: Recipe, *data: Samples | None) -> Profile:
     Raises:
         InputError: a profile of the recipe does not fit the model, or nothing tells an axis's size.
     """
+    known = [samples for samples in data if samples is not None]
     if recipe.profiles:
         dimensions = {spec.name: spec.shape for spec in model.inputs}
         for profile in recipe.profiles:
             check_profile(profile, dimensions, model.path)
-        return recipe.profiles[0]
-    known = [samples for samples in data if samples is not None]
+        return ValuedProfile(recipe.profiles[0], _held(known))
     only_one = recipe.batch is None and not all(runs_on_several(model.graph, samples) for samples in known)
     return profile_from_samples(model.inputs, known, recipe.batch or OPT_BATCH, only_one=only_one)
 
@@ -391,10 +403,33 @@ def profile_from_samples(
     ranges = profiles_from(
         dimensions, row_shapes(data[:1]), batch, also=row_shapes(data[1:]), only_one=only_one
     )
-    return {
+    shapes = {
         name: Range(*(specs[name].fed_shape(row, size) for size, *row in sizes))
         for name, sizes in ranges.items()
     }
+    return ValuedProfile(shapes, _held(data))
+
+
+def _held(data: Sequence[Samples]) -> Profile:
+    """What inputs of a fixed shape hold that are integers along one axis at most, as sizes are.
+
+    Args:
+        data: all of it counts; what is most frequent is so in the first.
+    """
+    found = {}
+    for spec in data[0].specs if data else ():
+        sizes = [dim for dim in spec.shape if isinstance(dim, int)]
+        if spec.dtype.kind != "i" or len(spec.shape) > 1 or len(sizes) < len(spec.shape):
+            continue
+        first, *others = ([_numbers(samples, spec, i) for i in range(len(samples))] for samples in data)
+        if all(len(numbers) == math.prod(sizes) for numbers in first):
+            found[spec.name] = value_range(first, chain.from_iterable(others))
+    return found
+
+
+def _numbers(samples: Samples, spec: InputSpec, row: int) -> tuple[int, ...]:
+    """What an input is fed in a row."""
+    return tuple(samples.row(row, [spec.name])[spec.name].reshape(-1).tolist())
 
 
 def _takes_row(profile: Profile, specs: Sequence[InputSpec], row: Mapping[str, Shape]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 
@@ -9,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtq.backends.interface import Range, find_gpu, parse_profile, profiles_from, several_profiles
+from trtq.backends.interface import (
+    Range,
+    ValuedProfile,
+    find_gpu,
+    held_values,
+    parse_profile,
+    profiles_from,
+    several_profiles,
+    value_range,
+)
 from trtq.errors import InputError
 
 
@@ -111,6 +121,23 @@ shapes = st.lists(st.integers(1, 99), min_size=1, max_size=4)
 def test_every_name_can_be_written(name: str, shape: list[int]) -> None:
     text = "x".join(map(str, shape))
     assert parse_profile([f"{name}:{text}"]) == {name: Range(*[tuple(shape)] * 3)}
+
+
+def test_values_range_number_by_number() -> None:
+    """The most frequent ones belong together; of equally frequent ones it is those in the middle."""
+    seen = [(480, 640), (640, 480), (480, 640), (100, 900)]
+    assert value_range(seen) == Range((100, 480), (480, 640), (640, 900))
+    assert value_range(seen, [(32, 1000)]) == Range((32, 480), (480, 640), (640, 1000))
+    assert value_range([(3,), (5,), (9,)]) == Range((3,), (5,), (9,))
+    assert value_range([(-1, 0), (0, 0), (4, 0)]).opt in {(-1, 0), (0, 0), (4, 0)}
+
+
+def test_a_profile_that_knows_what_inputs_hold_is_one_of_shapes() -> None:
+    shapes, held = {"x": Range((1, 3), (8, 3), (32, 3))}, {"size": Range((1, 1), (2, 2), (3, 3))}
+    profile = ValuedProfile(shapes, held)
+    assert profile == shapes
+    assert held_values(pickle.loads(pickle.dumps(profile))) == held
+    assert held_values(shapes) == {}
 
 
 def test_gpu_as_the_driver_reports_it() -> None:

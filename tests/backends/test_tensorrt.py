@@ -246,11 +246,11 @@ def test_calibration_runs_at_the_shapes_of_the_batches(tmp_path: Path) -> None:
     network = built.create_network(0)
     parser = trt.OnnxParser(network, log)
     assert parser.parse_from_file(str(tmp_path / "m.onnx"))
-    made = optimization_profile(built, network, tensorrt.calibration_profile(fed, profile), tmp_path)
+    made = optimization_profile(built, network, tensorrt.calibration_profile(fed, profile), {}, tmp_path)
     assert [tuple(shape) for shape in made.get_shape("x")] == [(8, 12, 16)] * 3
     fed.shapes = {"x": (8, 12, 15)}
     with pytest.raises(InputError, match="shape 8x12x15 does not fit input 'x'"):
-        optimization_profile(built, network, tensorrt.calibration_profile(fed, profile), tmp_path)
+        optimization_profile(built, network, tensorrt.calibration_profile(fed, profile), {}, tmp_path)
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")

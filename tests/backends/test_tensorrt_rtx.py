@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from small_nets import Net
 
 from trtq.backends import tensorrt_rtx
-from trtq.backends.interface import Build, Range
+from trtq.backends.interface import Build, Range, ValuedProfile
 from trtq.backends.record import sidecar
 from trtq.errors import InputError, MissingBackendError
 
@@ -289,3 +291,43 @@ def test_an_input_that_is_also_an_output_keeps_its_name(build_engine: Callable[.
     built = build_engine(model, PROFILE)
     assert {t.name for layer in built.compiled.layers for t in layer.inputs} >= {"x"}
     assert {t.name for layer in built.compiled.layers for t in layer.outputs} >= {"x_input_as_output"}
+
+
+RESIZED = """<ir_version: 8, opset_import: ["": 17]>
+g (float[N,4,8,8] x, int64[2] size, int32[2] other) => (float[N,4,h,w] y, int32[2] z) {
+  all = Shape(x)  lead = Slice(all, from, to)
+  sizes = Concat<axis=0>(lead, size)  y = Resize<mode="nearest">(x, , , sizes)  z = Neg(other)
+}"""
+
+
+def resized() -> onnx.ModelProto:
+    """An input whose values are the sizes of the output, and one of the same kind that decides nothing."""
+    model = onnx.parser.parse_model(RESIZED)
+    for name, value in (("from", 0), ("to", 2)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value]), name))
+    return model
+
+
+def test_values_that_decide_shapes_have_ranges(build_engine: Callable[..., Build]) -> None:
+    """What else is held makes no shapes, and no profile."""
+    shapes = {"x": Range((1, 4, 8, 8), (2, 4, 8, 8), (4, 4, 8, 8))}
+    held = {"size": Range((8, 12), (16, 16), (64, 32)), "other": Range((0, 0), (1, 1), (2, 2))}
+    built = build_engine(resized(), ValuedProfile(shapes, held))
+    assert built.compiled.kernels
+    record = json.loads(sidecar(built.engine).read_text())
+    assert record["profile_values"] == {"size": [[8, 12], [16, 16], [64, 32]]}
+    assert record["profile"].keys() == {"x"}
+
+
+@pytest.mark.parametrize("profile", [None, {}])
+def test_without_them_the_input_is_named(
+    profile: dict[str, Range] | None, build_engine: Callable[..., Build]
+) -> None:
+    model = resized()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    message = refused(lambda: build_engine(model, profile))
+    assert "the values of input 'size' decide shapes" in message
+    assert "--data" in message
+    assert build_engine(
+        model, ValuedProfile({}, {"size": Range((8, 8), (16, 16), (32, 32))})
+    ).compiled.kernels

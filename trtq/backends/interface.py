@@ -30,7 +30,7 @@ _SHAPE = r"[1-9]\d*(x[1-9]\d*)*"
 
 
 class Range(NamedTuple):
-    """Smallest, most frequent and largest shape of one input (TensorRT: min, opt, max)."""
+    """Smallest, most frequent and largest shape of one input (TensorRT: min, opt, max); or its values."""
 
     min: Shape
     opt: Shape
@@ -39,6 +39,24 @@ class Range(NamedTuple):
 
 Profile = Mapping[str, Range]
 """Input name -> its range of shapes; empty for a model without dynamic axes."""
+
+
+class ValuedProfile(dict[str, Range]):
+    """A profile that also knows what inputs hold whose values may decide shapes in the network.
+
+    Attributes:
+        held: input name -> range of its values, of inputs that hold a few integers. It is for the network to
+            say which of them decide shapes (TensorRT's shape inputs).
+    """
+
+    def __init__(self, shapes: Profile, held: Profile) -> None:
+        super().__init__(shapes)
+        self.held = dict(held)
+
+
+def held_values(profile: Profile) -> Profile:
+    """What the inputs of a profile hold, as far as it knows."""
+    return profile.held if isinstance(profile, ValuedProfile) else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,6 +349,18 @@ def check_profile(profile: Profile, inputs: Mapping[str, Sequence[int | str | No
             file=model,
             remedy=f"its dimensions are {'x'.join(map(str, dims[missing[0]]))}; give min, opt and max",
         )
+
+
+def value_range(seen: Sequence[Shape], others: Iterable[Shape] = ()) -> Range:
+    """The range of an input's values: each number by itself, and the most frequent ones of those seen.
+
+    Args:
+        seen: its values in each row of the data, at least one; all of one length.
+        others: of other rows that the engine must take.
+    """
+    every = [*seen, *others]
+    low, high = (tuple(extreme(numbers) for numbers in zip(*every, strict=True)) for extreme in (min, max))
+    return Range(low, _typical({"": seen})[""], high)
 
 
 def find_gpu() -> Gpu | None:

@@ -19,7 +19,7 @@ from typing import Any
 from trtq import stops
 from trtq.backends.compiled import HEADER
 from trtq.backends.dialect import Dialect
-from trtq.backends.interface import BuildOptions, Profile, check_profile
+from trtq.backends.interface import BuildOptions, Profile, check_profile, held_values
 from trtq.errors import BuildError, InputError, MissingBackendError
 from trtq.files import write_bytes
 
@@ -79,12 +79,14 @@ class Compilation:
         layers: the message that lists the compiled layers; empty where the builder logs none.
         warnings: the builder's, each once.
         notes: what was done otherwise than asked.
+        held: the inputs whose values decide shapes -> the range that it takes.
     """
 
     plan: Any
     layers: str
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    held: Profile
 
 
 @contextlib.contextmanager
@@ -137,9 +139,11 @@ def compile_plan(
     _keep_input_names(network)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    known = held_values(profiles[0]) if profiles else {}
+    held = that_decide_shapes(network, known, model)
     for profile in profiles or [{}]:  # the check is for what lacks one, too
-        ranges = optimization_profile(builder, network, profile, model)
-        if profile:
+        ranges = optimization_profile(builder, network, profile, held, model)
+        if profile or held:
             config.add_optimization_profile(ranges)
     _name_axes_apart(network, profiles)
     notes = _apply(trt, builder, config, options)
@@ -157,7 +161,7 @@ def compile_plan(
         )
     if options.timing_cache is not None:
         write_bytes(options.timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
-    return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)), notes)
+    return Compilation(plan, log.layers, tuple(dict.fromkeys(log.warnings)), notes, held)
 
 
 def _no_nms(trt: Any, network: Any, cause: str) -> str | None:
@@ -259,8 +263,11 @@ def opt_batch(profile: Profile) -> int:
     return next((shapes.opt[0] for shapes in profile.values() if shapes.opt), 1)
 
 
-def optimization_profile(builder: Any, network: Any, profile: Profile, model: Path) -> Any:
+def optimization_profile(builder: Any, network: Any, profile: Profile, held: Profile, model: Path) -> Any:
     """A profile as TensorRT's object.
+
+    Args:
+        held: the ranges of the inputs whose values decide shapes.
 
     Raises:
         InputError: it does not fit the network's inputs.
@@ -270,7 +277,27 @@ def optimization_profile(builder: Any, network: Any, profile: Profile, model: Pa
     result = builder.create_optimization_profile()
     for name, shapes in profile.items():
         result.set_shape(name, *shapes)
+    for name, values in held.items():
+        result.set_shape_input(name, *values)
     return result
+
+
+def that_decide_shapes(network: Any, known: Profile, model: Path) -> Profile:
+    """The ranges of those inputs whose values decide shapes, among what is known of inputs (`held_values`).
+
+    Raises:
+        InputError: nothing is known of one.
+    """
+    inputs = map(network.get_input, range(network.num_inputs))
+    names = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
+    if missing := [name for name in names if name not in known]:
+        raise InputError(
+            f"the values of input '{missing[0]}' decide shapes, and nothing tells their range",
+            file=model,
+            remedy="give --data, which shows what it holds; or the one value that it always has:"
+            f" [inputs.{missing[0]}] value in a recipe",
+        )
+    return {name: known[name] for name in names}
 
 
 def _network_flags(trt: Any, dialect: Dialect, strongly_typed: bool) -> int:

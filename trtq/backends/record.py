@@ -37,12 +37,14 @@ def write_record(
     version: str,
     model: Path,
     profiles: Sequence[Profile],
+    held: Profile,
     options: BuildOptions,
 ) -> None:
     """Write `<engine>.json`: builder, versions, hashes, targets, profiles, options, warnings and kernels.
 
     Args:
         profiles: the engine's optimization profiles, at least one.
+        held: ranges of the values of those inputs that decide shapes; the same in all profiles.
     """
     first, *further = [{n: [list(shape) for shape in sizes] for n, sizes in p.items()} for p in profiles]
     write_json(
@@ -56,6 +58,7 @@ def write_record(
             "targets": list(build.targets),
             "profile": first,
             "further_profiles": further,
+            "profile_values": {name: [list(numbers) for numbers in three] for name, three in held.items()},
             "options": {name: str(getattr(options, name)) for name in options.given()},
             "warnings": list(build.warnings),
             "compiled": build.compiled.to_json(),

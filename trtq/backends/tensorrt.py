@@ -20,8 +20,24 @@ from typing import Any
 from trtq.backends.calibrators import Calibrator, DataCalibrator, TableCalibrator, stop_on_error
 from trtq.backends.compiled import Compiled, onnx_layers, parse_inspection
 from trtq.backends.dialect import Dialect, dialect_of
-from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Gpu, Profile, Range, find_gpu
-from trtq.backends.network import compile_plan, logger, opt_batch, optimization_profile, started
+from trtq.backends.interface import (
+    DEFAULT_OPTIONS,
+    Build,
+    BuildOptions,
+    Gpu,
+    Profile,
+    Range,
+    find_gpu,
+    held_values,
+)
+from trtq.backends.network import (
+    compile_plan,
+    logger,
+    opt_batch,
+    optimization_profile,
+    started,
+    that_decide_shapes,
+)
 from trtq.backends.record import write_record
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import PathLike, write_bytes
@@ -73,7 +89,7 @@ def build(
     """
     trt = _tensorrt()
     dialect = dialect_of(trt)
-    model, engine, profile = Path(model), Path(engine), profile or {}
+    model, engine, profile = Path(model), Path(engine), {} if profile is None else profile
     targets, profiles = check_targets(targets), (profile, *further)
     if implicit is not None and not dialect.weak_typing:
         raise InputError(
@@ -109,7 +125,13 @@ def build(
     write_bytes(engine, plan)
     built = Build(engine, targets, compiled, made.warnings, made.notes)
     write_record(
-        built, builder=NAME, version=trt.__version__, model=model, profiles=profiles, options=options
+        built,
+        builder=NAME,
+        version=trt.__version__,
+        model=model,
+        profiles=profiles,
+        held=made.held,
+        options=options,
     )
     return built
 
@@ -252,7 +274,9 @@ def _use_calibrator(
     config.int8_calibrator = calibrator
     if (monitor := stop_on_error(trt, calibrator)) is not None:
         config.progress_monitor = monitor
-    fed = optimization_profile(builder, network, calibration_profile(calibrator, profile), model)
+    shapes = calibration_profile(calibrator, profile)
+    held = that_decide_shapes(network, held_values(profile), model)
+    fed = optimization_profile(builder, network, shapes, held, model)
     if profile:
         config.set_calibration_profile(fed)
 

@@ -71,7 +71,7 @@ def build(
             be written to.
     """
     trt = _tensorrt_rtx()
-    targets, profile = check_targets(targets), profile or {}
+    targets, profile = check_targets(targets), {} if profile is None else profile
     model, engine = Path(model), Path(engine)
     if (options.refit or options.strip_weights) and find_gpu() is None:
         raise MissingBackendError(
@@ -94,7 +94,13 @@ def build(
         temporary.write_bytes(made.plan)
     built = Build(engine, targets, parse_layers(made.layers, opt_batch(profile)), made.warnings, made.notes)
     write_record(
-        built, builder=NAME, version=trt.__version__, model=model, profiles=profiles, options=options
+        built,
+        builder=NAME,
+        version=trt.__version__,
+        model=model,
+        profiles=profiles,
+        held=made.held,
+        options=options,
     )
     return built
 

@@ -136,6 +136,7 @@ def _engine(path: Path) -> Inspection:
     lines += [
         f"model     {build['model']} ({build['model_sha256'][:16]}…)",
         f"profile   {build['profile'] or 'static'}",
+        *(f"values    {name}: {held}" for name, held in build.get("profile_values", {}).items()),
         f"kernels   {compiled.kernels}, about {megabytes:.1f} MB moved at batch {compiled.batch}",
         "compute   " + ", ".join(f"{count} kernels read {types}" for types, count in datatypes.most_common()),
     ]

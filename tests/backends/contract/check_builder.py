@@ -25,6 +25,8 @@ CLASSES = {
     "network": "INetworkDefinition",
     "layer": "ILayer",
     "output": "ITensor",
+    "tensor": "ITensor",
+    "result": "IOptimizationProfile",
     "parser": "OnnxParser",
     "error": "ParserError",
     "runtime": "Runtime",
