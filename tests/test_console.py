@@ -18,6 +18,12 @@ def test_further_lines_are_indented_to_the_first() -> None:
     assert second.index("second") == first.index("first")
 
 
+def test_a_label_longer_than_its_column_is_apart_from_the_text() -> None:
+    stream = io.StringIO()
+    Console(stream).say("calibrate, rest fp32", "PASS")
+    assert stream.getvalue() == "  calibrate, rest fp32 PASS\n"
+
+
 def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     SILENT.warn("careful")
     with SILENT.progress("rows", 10) as advance:

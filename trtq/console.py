@@ -44,6 +44,7 @@ class Console:
     def say(self, label: str, text: str) -> None:
         """One finished step: a short label and what came of it; further lines are indented."""
         if not self._quiet:
+            label += " "  # parts it from the text even where it is long
             indented = text.replace("\n", "\n" + " " * (_LABEL + 2))
             print(printable(f"  {label:<{_LABEL}}{indented}"), file=self._stream, flush=True)
 

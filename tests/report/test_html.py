@@ -166,7 +166,7 @@ def test_hostile_text_is_text_wherever_it_comes_from(demo: Deployed, tmp_path: P
         folder / "calibration.cache.json",
         **{"method": text(), "rows": 8, "held_back": 2, "sqnr_db": {text(): 1.0}, "fixes": text()},
         **{"fixes_sqnr_db": {text(): 1.0}, "left_out": {text(): text()}, "exceptions": {text(): text()}},
-        sqnr_db_with_exceptions=1.0,
+        confirmed={"rows": 2, "sqnr_db": [1.0, 2.0]},
     )
     plan = json.loads((folder / "plan.json").read_text())
     plan["nodes"].append({"name": text(), "op": text(), "int8": False, "rule": "r", "reason": text()})
@@ -232,7 +232,7 @@ def put(value: Any, path: Sequence[str | int], new: object) -> None:
         ("calibration.cache.json", ["sqnr_db"], {"max": "30"}, "sqnr_db"),
         ("calibration.cache.json", ["held_back"], None, "held_back"),
         ("calibration.cache.json", ["exceptions"], ["conv"], "exceptions"),
-        ("calibration.cache.json", ["sqnr_db_with_exceptions"], None, "sqnr_db_with_exceptions"),
+        ("calibration.cache.json", ["confirmed"], None, "confirmed"),
         ("calibration.cache.json", ["learned"], {"sqnr_db": [1.0], "steps": 3}, "learned.sqnr_db"),
         ("verdict.json", ["outcome"], None, "outcome"),
         ("verdict.json", ["checks"], "all", "checks"),
@@ -248,7 +248,8 @@ def test_what_is_wrong_in_a_file_is_named(
     """Methods are compared, and a tensor takes one of its own, as with --method auto."""
     change(
         copied(demo, tmp_path) / "calibration.cache.json",
-        sqnr_db={"max": 30.0}, held_back=64, exceptions={"conv": "max"}, sqnr_db_with_exceptions=30.5,
+        sqnr_db={"max": 30.0}, held_back=64, exceptions={"conv": "max"},
+        confirmed={"rows": 64, "sqnr_db": [30.0, 30.5]},
     )  # fmt: skip
     write_report(tmp_path)
     value = json.loads((tmp_path / name).read_text())

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import onnx_graphsurgeon as gs
@@ -314,8 +314,7 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         with the note `CUT_SHORT` where the budget was spent meanwhile.
     """
     plan, console = bare.plan, job.console
-    rows = held_back(job)
-    choice = choose_method(rows, bare, statistics, console, job.budget)
+    choice = choose_method(held_back(job), bare, statistics, console, job.budget)
     console.say("method", _choice_text(choice))
     others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
     started = time.perf_counter()
@@ -330,20 +329,20 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         ignore_nonfinite=job.recipe.ignore_nonfinite,
         budget=job.budget,
     )
-    before = after = choice.sqnr_db[str(choice.method)]
-    if exceptions := _confirmed(job, bare, statistics, choice.method, refined.exceptions):
-        own = scales_from(statistics, choice.method, exceptions)
-        after = rows.sqnr_db(replace(bare, scales=own), console, "ranges")
+    exceptions, confirmed = _confirmed(job, bare, statistics, choice.method, refined.exceptions)
+    better = f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own"
+    if confirmed is not None:
+        before, after = confirmed.sqnr_db
+        better += f": {before:.1f} -> {after:.1f} dB on {confirmed.rows} rows"
     console.say(
         "ranges",
-        f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own: "
-        f"{before:.1f} -> {after:.1f} dB on the rows held back; {refined.runs} runs"
-        f" ({refined.passes:.1f} passes over the data) in {time.perf_counter() - started:.1f} s",
+        f"{better}; {refined.runs} runs ({refined.passes:.1f} passes over the data)"
+        f" in {time.perf_counter() - started:.1f} s",
     )
     notes: dict[str, Any] = {
         "method": str(choice.method),
         "sqnr_db": dict(choice.sqnr_db),
-        "sqnr_db_with_exceptions": after,
+        "confirmed": None if confirmed is None else asdict(confirmed),
         "held_back": choice.rows,
         "exceptions": {tensor: str(method) for tensor, method in exceptions.items()},
         "runs": refined.runs,
@@ -355,9 +354,17 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
     return replace(bare, scales=scales_from(whole, choice.method, exceptions), notes=notes)
 
 
+@dataclass(frozen=True)
+class Confirmation:
+    """What ranges of their own do for the outputs: their SQNR in dB without and with them, on some rows."""
+
+    rows: int
+    sqnr_db: tuple[float, float]
+
+
 def _confirmed(
     job: Job, bare: Quantization, statistics: Statistics, start: Method, found: Mapping[str, Method]
-) -> dict[str, Method]:
+) -> tuple[dict[str, Method], Confirmation | None]:
     """The tensors whose own methods do better on other rows than those of the search: all that were found, or
     those that each do better with the ones before it; while the budget lasts.
 
@@ -365,21 +372,25 @@ def _confirmed(
     """
     kept: dict[str, Method] = {}
     if not found:
-        return kept
+        return kept, None
     few = len(job.parts[1]) < FEWEST_TO_CONFIRM
-    trials = Trials(_rows_of(job, job.data.spread(FEWEST_TO_CONFIRM)) if few else held_back(job), bare)
+    rows = _rows_of(job, job.data.spread(FEWEST_TO_CONFIRM)) if few else held_back(job)
+    trials = Trials(rows, bare)
 
     def sqnr_db(exceptions: Mapping[str, Method]) -> float:
         return trials.sqnr_db(scales_from(statistics, start, exceptions))
 
-    best, together = sqnr_db(kept), sqnr_db(found)
+    before, together = sqnr_db(kept), sqnr_db(found)
+    best = before
     for tensor, method in found.items():
         if job.budget.over:
             break
         score = sqnr_db({**kept, tensor: method})
         if score > best:
             kept[tensor], best = method, score
-    return dict(found) if together > best else kept
+    if together > best:
+        kept, best = dict(found), together
+    return kept, Confirmation(len(rows.samples), (before, best))
 
 
 def _choice_text(choice: Choice) -> str:

@@ -172,6 +172,14 @@ class RecordedLearning:
 
 
 @dataclass(frozen=True)
+class RecordedConfirmation:
+    """What the metadata of a table say of ranges of their own: dB without and with them, on how many rows."""
+
+    rows: int
+    sqnr_db: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class RecordedChoice:
     """What the metadata of a table say of the choice among methods and fixes, in dB."""
 
@@ -182,7 +190,7 @@ class RecordedChoice:
     learned: RecordedLearning | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     exceptions: dict[str, str] = field(default_factory=dict)
-    sqnr_db_with_exceptions: float | None = None
+    confirmed: RecordedConfirmation | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,7 @@ class Choice:
         learned: what learning gained, in words.
         left_out: node -> why it is in floating point.
         exceptions: tensor -> the method of its own.
-        with_exceptions: what these reach together.
+        confirmed: what these gain together, in words.
     """
 
     held_back: int
@@ -204,7 +212,7 @@ class Choice:
     learned: str | None
     left_out: Mapping[str, str]
     exceptions: Mapping[str, str]
-    with_exceptions: float | None
+    confirmed: str | None
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Choice | None:
@@ -216,12 +224,15 @@ class Choice:
         if not metadata.get("sqnr_db"):
             return None
         found = decode(metadata, RecordedChoice, closed=False)
-        if found.exceptions and found.sqnr_db_with_exceptions is None:
-            raise ValueError("the key 'sqnr_db_with_exceptions' is missing")
-        learned = None
+        if found.exceptions and found.confirmed is None:
+            raise ValueError("the key 'confirmed' is missing")
+        learned = confirmed = None
         if found.learned is not None:
             before, after = found.learned.sqnr_db
             learned = f"Learned in {found.learned.steps} steps: {before:.2f} dB before, {after:.2f} dB after."
+        if found.confirmed is not None:
+            before, after = found.confirmed.sqnr_db
+            confirmed = f"{before:.2f} dB without, {after:.2f} dB with them on {found.confirmed.rows} rows"
         return cls(
             held_back=found.held_back,
             methods=_best_first(found.sqnr_db),
@@ -230,7 +241,7 @@ class Choice:
             learned=learned,
             left_out=found.left_out,
             exceptions=found.exceptions,
-            with_exceptions=found.sqnr_db_with_exceptions,
+            confirmed=confirmed,
         )
 
     def bar(self, value: float) -> str:
