@@ -71,7 +71,7 @@ def test_many_make_and_sweep_at_once(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from trtq.scratch import folder_in, sweep
-for step in range(300):
+for step in range(100):
     with folder_in(sys.argv[1]) as folder:
         (folder / "file").write_bytes(b"mine")
         sweep(Path(sys.argv[1]))

@@ -38,6 +38,7 @@ from trtq.code_hash import code_sha256
 from trtq.console import show
 from trtq.errors import InputError
 from trtq.files import PathLike, decode, locked, sha256_bytes, sha256_json, write_bytes, write_json
+from trtq.scratch import sweep
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,9 @@ class Cache:
                     yield entry
 
     def prune(self, keep: Callable[[Entry], bool]) -> list[Entry]:
-        """Remove and return the entries that `keep` does not want."""
+        """Remove and return the entries that `keep` does not want; what killed processes left goes, too."""
+        for folder in Path(self.root).glob("*/*/"):
+            sweep(folder)
         unwanted = [entry for entry in self.entries() if not keep(entry)]
         for entry in unwanted:
             remove(entry.path)

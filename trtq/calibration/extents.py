@@ -7,7 +7,6 @@ nothing but scalars leaves it and memory stays that of a plain run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -27,16 +26,6 @@ MOST_ROWS = 32
 _HIGHEST = float(np.finfo(np.float32).max)
 
 
-class _Figures(NamedTuple):
-    """Names of the outputs that hold a tensor's figures."""
-
-    high: str
-    low: str
-    energy: str
-    size: str
-    smallest: str
-
-
 def measure_extents(
     graph: gs.Graph, samples: Samples, *, rows: int = MOST_ROWS, workers: int | None = None
 ) -> dict[str, Extent]:
@@ -51,21 +40,21 @@ def measure_extents(
     Raises:
         InputError: the model does not run on the data.
     """
-    probed, figures = _probed(graph)
-    if not figures:  # a model that is all in float16
+    probed, tensors = _probed(graph)
+    if not tensors:  # a model that is all in float16
         return {}
-    names = [name for of_tensor in figures.values() for name in of_tensor]
+    (output,) = probed.outputs
 
     def look(_: Batch, found: Arrays) -> NDArray[np.float64]:
-        return np.array([found[name] for name in names], np.float64).reshape(len(figures), -1)
+        return np.asarray(found[output.name], np.float64).reshape(len(tensors), -1)
 
     part = samples.spread(rows)
     found = np.stack(list(Runner(probed).over(part, part.batches(), look, workers=workers)))
-    return {name: _joined(found[:, index]) for index, name in enumerate(figures)}
+    return {name: _joined(found[:, index]) for index, name in enumerate(tensors)}
 
 
 def _joined(rows: NDArray[np.float64]) -> Extent:
-    """The extent of all rows from the figures of each, shape (rows, figures)."""
+    """The extent of all rows from the figures of each (see `_Probe.of`), shape (rows, figures)."""
     high, low, energy, size, smallest = rows.T
     return Extent(
         low=float(low.min()),
@@ -76,16 +65,16 @@ def _joined(rows: NDArray[np.float64]) -> Extent:
     )
 
 
-def _probed(graph: gs.Graph) -> tuple[gs.Graph, Mapping[str, _Figures]]:
-    """A copy of the graph that has the figures of its float32 tensors as its outputs."""
+def _probed(graph: gs.Graph) -> tuple[gs.Graph, list[str]]:
+    """A copy of the graph whose output is one vector, the figures of its float32 tensors; and their names."""
     probed = graph.copy()
     made = [tensor for node in probed.nodes for tensor in node.outputs if tensor.name]
     hidden = View.of(graph).hidden
     tensors = [t for t in [*probed.inputs, *made] if t.dtype == np.float32 and t.name not in hidden]
     probe = _Probe(probed)
-    figures = {tensor.name: probe.of(tensor) for tensor in tensors}
-    probed.outputs = probe.outputs
-    return probed.toposort(), figures
+    figures = [figure for tensor in tensors for figure in probe.of(tensor)]
+    probed.outputs = [probe.joined(figures)] if figures else []
+    return probed.toposort(), [tensor.name for tensor in tensors]
 
 
 class _Probe:
@@ -95,21 +84,25 @@ class _Probe:
         self._graph, self._names = graph, Names(graph)
         self._zero = gs.Constant(self._names.tensor("probe/zero"), np.zeros((), np.float32))
         self._highest = gs.Constant(self._names.tensor("probe/highest"), np.array(_HIGHEST, np.float32))
-        self.outputs: list[gs.Variable] = []
 
-    def of(self, tensor: gs.Tensor) -> _Figures:
-        """The figures of a tensor; its smallest magnitude that is not zero only where a rule looks at it."""
+    def of(self, tensor: gs.Tensor) -> list[gs.Tensor]:
+        """The figures of a tensor: highest, lowest, energy, size, and the smallest magnitude that is not zero
+        (only where a rule looks at it).
+        """
         searched = any(reads_singular(node, tensor) for node in tensor.outputs)
         size = self._node("Size", [tensor], dtype=np.int64)
-        found = [
+        return [
             self._node("ReduceMax", [tensor], {"keepdims": 0}),
             self._node("ReduceMin", [tensor], {"keepdims": 0}),
             self._node("ReduceSumSquare", [tensor], {"keepdims": 0}),
             self._node("Cast", [size], {"to": onnx.TensorProto.FLOAT}),
-            self._smallest(tensor) if searched else self._node("Identity", [self._highest]),
+            self._smallest(tensor) if searched else self._highest,
         ]
-        self.outputs += found
-        return _Figures(*(output.name for output in found))
+
+    def joined(self, figures: Sequence[gs.Tensor]) -> gs.Variable:
+        """One vector of figures in place of an output for each."""
+        sequence = self._node("SequenceConstruct", figures, dtype=None)
+        return self._node("ConcatFromSequence", [sequence], {"axis": 0, "new_axis": 1})
 
     def _smallest(self, tensor: gs.Tensor) -> gs.Variable:
         magnitude = self._node("Abs", [tensor])
@@ -122,7 +115,7 @@ class _Probe:
         op: str,
         inputs: Sequence[gs.Tensor],
         attributes: Mapping[str, int] | None = None,
-        dtype: type = np.float32,
+        dtype: type | None = np.float32,
     ) -> gs.Variable:
         output = gs.Variable(self._names.tensor(f"{inputs[0].name}/{op}"), dtype)
         name = self._names.node(output.name)

@@ -18,9 +18,10 @@ class Names:
     def __init__(self, *graphs: gs.Graph) -> None:
         bodies = [body for graph in graphs for body in (graph, *graph.subgraphs(recursive=True))]
         nodes = [node for body in bodies for node in body.nodes]
-        self._nodes = {node.name for node in nodes}
-        self._tensors = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
-        self._tensors |= {tensor.name for body in bodies for tensor in (*body.inputs, *body.outputs)}
+        tensors = {tensor.name for node in nodes for tensor in (*node.inputs, *node.outputs)}
+        tensors |= {tensor.name for body in bodies for tensor in (*body.inputs, *body.outputs)}
+        self._nodes = dict.fromkeys((node.name for node in nodes), 0)
+        self._tensors = dict.fromkeys(tensors, 0)
 
     def tensor(self, wish: str) -> str:
         """The wanted name for a tensor if it is free, else the name with a number appended."""
@@ -31,10 +32,12 @@ class Names:
         return _take(wish, self._nodes)
 
 
-def _take(wish: str, taken: set[str]) -> str:
-    name, suffix = wish, 0
+def _take(wish: str, taken: dict[str, int]) -> str:
+    """The first name that is free; `taken` holds the last number that was tried behind each."""
+    name, suffix = wish, taken.get(wish, 0)
     while name in taken:
         suffix += 1
         name = f"{wish}_{suffix}"
-    taken.add(name)
+    taken[wish] = suffix
+    taken.setdefault(name, 0)
     return name
