@@ -47,7 +47,7 @@ _IN_FOLDER = (
 _SAMPLES = (".npz", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
-_NO_FILES = ("/dev", "/proc", "/sys")
+_NO_FILES = ("/dev/", "/proc/", "/sys/")
 
 
 class Read(NamedTuple):
@@ -137,18 +137,17 @@ def _check_place(written: Written) -> None:
         cause = "it is a folder" if path.is_dir() else "it is a file"
         if not (path.is_dir() or path.is_file()):
             cause = "it is not a regular file"
-        problem = "the cache is not a folder" if kind is Output.CACHE else f"{spelled} cannot be written"
+        problem = "the cache is not a folder" if kind is Output.CACHE else f"cannot write {spelled}"
         raise InputError(problem, file=path, cause=cause, remedy="give another path")
-    if any(path.resolve().is_relative_to(folder) for folder in _NO_FILES) and not path.is_relative_to(
-        "/dev/shm"
-    ):
-        raise InputError(f"{spelled} cannot be written", file=path, cause="no files are kept there")
-    around = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    folder = around if around.is_dir() or around != path else path.absolute().parent
+    real = os.path.realpath(path)
+    if real.startswith(_NO_FILES) and not real.startswith("/dev/shm/"):
+        raise InputError(f"cannot write {spelled}", file=path, cause="no files are kept there")
+    outside = [path] if path.is_dir() else list(Path(real).parents)
+    folder = next(folder for folder in outside if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         cause = "Permission denied" if folder.is_dir() else "it is not a folder"
         raise InputError(
-            f"{spelled} cannot be written: {folder}", file=path, cause=cause, remedy="give another path"
+            f"cannot write {spelled} in {folder}", file=path, cause=cause, remedy="give another path"
         )
 
 
