@@ -45,4 +45,5 @@ BUILD = Command(
         ),
     ),
     output=Output.FILE,
+    makes=(".json", ".cache", ".cache.json"),
 )

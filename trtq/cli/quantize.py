@@ -36,4 +36,5 @@ QUANTIZE = Command(
         ),
     ),
     output=Output.FILE,
+    makes=(".data",),
 )
