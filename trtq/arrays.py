@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -61,9 +62,9 @@ def members(archive: zipfile.ZipFile) -> list[Member]:
         zipfile.BadZipFile, zlib.error: the archive is damaged.
     """
     found = [_member(archive, info) for info in archive.infolist()]
-    names = [member.name for member in found]
-    if twice := [name for name in names if names.count(name) > 1] if len(set(names)) < len(names) else []:
-        raise ValueError(f"it has two arrays '{twice[0]}'")
+    name, times = Counter(member.name for member in found).most_common(1)[0] if found else ("", 0)
+    if times > 1:
+        raise ValueError(f"it has {times} arrays '{name}'")
     return found
 
 

@@ -23,7 +23,6 @@ import tomli_w
 from trtq.backends.builders import BUILDERS, NO_ENGINE
 from trtq.backends.interface import (
     INT32_MAX,
-    INT64_MAX,
     BuildOptions,
     Profile,
     Range,
@@ -232,14 +231,18 @@ def _read_state(value: Any) -> tuple[str, str]:
     return names[0], names[1]
 
 
+LONGEST_TEXT = 4096
+"""Characters, as of a path on Linux."""
+
+
 def _read_text(value: Any) -> str:
     """Text that says something: an empty path would be the folder at hand, and none has a NUL."""
-    if not _instance(str)(value) or "\0" in value:
+    if not _instance(str)(value) or "\0" in value or len(value) > LONGEST_TEXT:
         raise ValueError
     return value
 
 
-TEXT = Kind(_read_text, "use text that is not empty")
+TEXT = Kind(_read_text, f"use text that is not empty, up to {LONGEST_TEXT} characters")
 FLAG = Kind(_instance(bool), "use true or false")
 PATTERNS = Kind(_read_text, "write text, or a list of strings, none of them empty", many=tuple)
 FILES = Kind(_read_text, "write a path, or a list of paths, none of them empty", many=tuple)
@@ -268,11 +271,11 @@ INPUTS = Kind(
     lambda tables: {name: dict(table.options) for name, table in tables.items()},
 )
 STATE = Kind(_read_state, "write INPUT=OUTPUT, or a table [state]", many=dict, table=True)
-MOST_THREADS = 1024
+MOST_THREADS, MOST_WORKSPACE = 1024, 1 << 40
 
 COUNT = _number(int, lambda n: 1 <= n <= MOST_THREADS, f"from 1 to {MOST_THREADS}")
 BATCH = _number(int, lambda n: 1 <= 4 * n <= INT32_MAX, "from 1, of which TensorRT can take 4 times as many")
-BYTES = _number(int, lambda n: 1 <= n <= INT64_MAX, "from 1")
+BYTES = _number(int, lambda n: 1 <= n <= MOST_WORKSPACE, "from 1 to 2^40, 1 TiB")
 
 
 def _option(

@@ -437,7 +437,7 @@ def options() -> Iterator[Hostile]:
     taken: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {
         ("--batch", build): (*numbers, "0", "1000000000"),
         ("--threads", build[:1]): (),
-        ("--workspace", build): (*numbers, "0"),
+        ("--workspace", build): (*numbers, "0", str(2**63 - 1)),
         ("--dla-core", build): numbers,
         ("--optimization-level", build): ("6", *numbers),
         ("--profile", build): ("other:1x4", *(p if p.startswith("x") else f"{X}:{p}" for p in profiles)),
@@ -539,6 +539,6 @@ def _no_files(folder: Path) -> None:
     finally:
         os.chdir(own)
     with (folder / "sparse").open("wb") as file:
-        file.truncate(1 << 31)
+        file.truncate(1 << 29)
     (folder / "text").write_text("plain text\n")
     (folder / "zeros").write_bytes(bytes(1000))

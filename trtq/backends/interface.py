@@ -16,8 +16,8 @@ from trtq.backends.compiled import Compiled
 from trtq.errors import InputError
 from trtq.files import PathLike
 
-INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
-"""What the builders' sizes and bytes go up to."""
+INT32_MAX = 2**31 - 1
+"""What the builders' sizes go up to."""
 
 OPT_BATCH = 8
 """Batch size an engine is tuned for when nothing else is asked."""

@@ -46,4 +46,5 @@ BUILD = Command(
         ),
     ),
     output=Output.FILE,
+    makes=(".json", ".cache", ".cache.json"),
 )

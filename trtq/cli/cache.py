@@ -55,4 +55,5 @@ CACHE = Command(
         argument("--days", type=float, default=30.0, help="prune: keep entries younger than this (30)"),
     ),
     output=Output.TEXT,
+    makes=(".json", ".data"),
 )

@@ -30,4 +30,5 @@ CALIBRATE = Command(
     _calibrate,
     ("model", "output", *CALIBRATION, "ignore_nonfinite", *PLACEMENT),
     output=Output.TEXT,
+    makes=(".json",),
 )

@@ -48,7 +48,7 @@ class Command:
     """A command: `options` are names of recipe options, `arguments` those that are its own.
 
     Attributes:
-        output: what it makes of -o.
+        output, makes: what it makes of -o (see `Written`).
     """
 
     name: str
@@ -57,12 +57,13 @@ class Command:
     options: tuple[str, ...] = ()
     arguments: tuple[Argument, ...] = ()
     output: Output = Output.FOLDER
+    makes: tuple[str, ...] = ()
 
     def paths(self, given: argparse.Namespace, recipe: Recipe) -> Iterator[Read | Written]:
         """What it reads and writes, as far as that is named."""
         if given.recipe:
             yield Read("--recipe", Path(given.recipe))
-        yield from paths_of_recipe(recipe, self.output)
+        yield from paths_of_recipe(recipe, self.output, self.makes)
         for argument in self.arguments:
             yield from argument.paths(given)
 
@@ -85,8 +86,8 @@ def path_text(text: str) -> str:
 
 def recipe_of(given: argparse.Namespace) -> Recipe:
     """The recipe file's options with the command line's on top, once it is certain that nothing that the
-    command reads is written over. Where it writes to standard output, what it
-    prints goes to standard error (`main` undoes that).
+    command reads is written over. Where it writes to standard output, what it prints goes to standard error
+    (`main` undoes that).
 
     Raises:
         InputError: an option or a path cannot be used.

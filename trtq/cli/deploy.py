@@ -6,7 +6,7 @@ import argparse
 import time
 
 from trtq.cli.command import Command, console_of, recipe_of
-from trtq.cli.options import CALIBRATION, ENGINE, GATE, PLACEMENT, RECOVERY
+from trtq.cli.options import CALIBRATION, ENGINE, GATE, PLACEMENT, RECOVERY, RESULTS
 from trtq.console import show
 from trtq.recipe import BUILD_OPTIONS, Recipe
 
@@ -37,4 +37,5 @@ DEPLOY = Command(
     "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
     _deploy,
     ("model", "output", *CALIBRATION, *GATE, *RECOVERY, *PLACEMENT, *ENGINE, *BUILD_OPTIONS),
+    makes=RESULTS,
 )

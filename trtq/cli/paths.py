@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -27,27 +26,8 @@ class Output(enum.Enum):
 
 _FOLDERS = (Output.FOLDER, Output.CACHE)
 
-_BESIDE = ("", ".json", ".data", ".cache", ".cache.json")
-"""What is added to the name of an output file, for those that come to lie beside it."""
-
-_IN_FOLDER = (
-    *(
-        "model.*onnx",
-        "model.*onnx.data",
-        "model.*plan",
-        "model.*plan.json",
-        "calibration.cache*",
-        "plan.json",
-    ),
-    *("verdict.json", "junit.xml", "report.html", "workflow.json", "migration.json", "manifest.json"),
-    *("study.json", "study.txt", "study.svg"),
-)
-"""Names of results in folders. A recipe among them may be given again: it is written as it was read."""
-
 _SAMPLES = (".npz", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-
-
-_NO_FILES = ("/dev", "/proc", "/sys")
+_NO_FILES = ("/dev/", "/proc/", "/sys/")
 
 
 class Read(NamedTuple):
@@ -58,18 +38,30 @@ class Read(NamedTuple):
 
 
 class Written(NamedTuple):
-    """An output: how the user spells it, its path, and what is made there."""
+    """An output: how the user spells it, its path, and what is made there.
+
+    Attributes:
+        makes: of a folder the names that are written in it; of a file what is added to its name for files
+            that come to lie beside it.
+    """
 
     spelled: str
     path: Path
     kind: Output
+    makes: tuple[str, ...] = ()
+
+    def files(self) -> list[Path]:
+        """All that is written."""
+        if self.kind is Output.FOLDER:
+            return [self.path / name for name in self.makes]
+        return [self.path, *(Path(f"{self.path}{suffix}") for suffix in self.makes)]
 
 
-def paths_of_recipe(recipe: Recipe, output: Output) -> Iterator[Read | Written]:
+def paths_of_recipe(recipe: Recipe, output: Output, makes: tuple[str, ...]) -> Iterator[Read | Written]:
     """The paths among the options of a recipe.
 
     Args:
-        output: what the command makes of -o.
+        output, makes: what the command makes of -o.
     """
     kinds = {"output": output, "timing_cache": Output.FILE, "cache": Output.CACHE}
     for option in options():
@@ -80,7 +72,8 @@ def paths_of_recipe(recipe: Recipe, output: Output) -> Iterator[Read | Written]:
             if text is None or is_url(text) or (option.name == "metric" and ".py:" not in text):
                 continue
             if option.name in kinds:
-                yield Written(spelled, Path(text), kinds[option.name])
+                own = makes if option.name == "output" else ()
+                yield Written(spelled, Path(text), kinds[option.name], own)
             else:
                 path = text.rpartition(":")[0] if ".py:" in text else text
                 yield Read("MODEL" if option.name == "model" else spelled, Path(path))
@@ -103,7 +96,7 @@ def check_paths(paths: Iterable[Read | Written]) -> None:
         _check_place(written)
     writes = [w for w in writes if w.kind is not Output.CACHE and not is_stream(w.path)]
     for one, other in combinations(writes, 2):
-        if {_identity(path) for path in _made(one)} & {_identity(path) for path in _made(other)}:
+        if {_identity(path) for path in one.files()} & {_identity(path) for path in other.files()}:
             raise InputError(
                 f"{one.spelled} and {other.spelled} are written to the same file",
                 file=other.path,
@@ -126,7 +119,7 @@ def writes_to_stdout(paths: Iterable[Read | Written]) -> bool:
 
 def _check_place(written: Written) -> None:
     """Refuse a path that cannot become what is to be made there."""
-    spelled, path, kind = written
+    spelled, path, kind, _ = written
     if is_stream(path):
         if kind is not Output.TEXT:
             raise InputError(
@@ -137,35 +130,23 @@ def _check_place(written: Written) -> None:
         cause = "it is a folder" if path.is_dir() else "it is a file"
         if not (path.is_dir() or path.is_file()):
             cause = "it is not a regular file"
-        problem = "the cache is not a folder" if kind is Output.CACHE else f"{spelled} cannot be written"
+        problem = "the cache is not a folder" if kind is Output.CACHE else f"cannot write {spelled}"
         raise InputError(problem, file=path, cause=cause, remedy="give another path")
-    if any(path.resolve().is_relative_to(folder) for folder in _NO_FILES) and not path.is_relative_to(
-        "/dev/shm"
-    ):
-        raise InputError(f"{spelled} cannot be written", file=path, cause="no files are kept there")
-    around = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    folder = around if around.is_dir() or around != path else path.absolute().parent
+    real = os.path.realpath(path)
+    if real.startswith(_NO_FILES) and not real.startswith("/dev/shm/"):
+        raise InputError(f"cannot write {spelled}", file=path, cause="no files are kept there")
+    outside = [path] if path.is_dir() else list(Path(real).parents)
+    folder = next(folder for folder in outside if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         cause = "Permission denied" if folder.is_dir() else "it is not a folder"
         raise InputError(
-            f"{spelled} cannot be written: {folder}", file=path, cause=cause, remedy="give another path"
+            f"cannot write {spelled} in {folder}", file=path, cause=cause, remedy="give another path"
         )
-
-
-def _made(written: Written) -> list[Path]:
-    """The files that come to lie where an output is written; of a folder, itself."""
-    if written.kind is Output.FOLDER:
-        return [written.path]
-    return [Path(f"{written.path}{suffix}") for suffix in _BESIDE]
 
 
 def _replaced(written: Written, read: Read) -> Path | None:
     """The file of an input that an output would replace."""
-    if written.kind is Output.FOLDER:
-        own = os.path.realpath(written.path)
-        inside = [f for f in _files(read, written) if os.path.dirname(os.path.realpath(f)) == own]
-        return next((f for f in inside if any(fnmatchcase(f.name, name) for name in _IN_FOLDER)), None)
-    taken = {_identity(path) for path in _made(written)}
+    taken = {_identity(path) for path in written.files()}
     return next((file for file in _files(read, written) if _identity(file) in taken), None)
 
 
@@ -174,7 +155,7 @@ def _files(read: Read, written: Written) -> list[Path]:
 
     Those are looked up only where the output is there already, and may be one of them.
     """
-    if not read.path.exists() or not any(path.exists() for path in _made(written)):
+    if not read.path.exists() or not any(path.exists() for path in written.files()):
         return [read.path]
     if read.path.is_dir():
         return [read.path, *(f for f in read.path.iterdir() if f.suffix.lower() in _SAMPLES)]

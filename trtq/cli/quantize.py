@@ -37,4 +37,5 @@ QUANTIZE = Command(
         ),
     ),
     output=Output.FILE,
+    makes=(".data",),
 )

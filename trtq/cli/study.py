@@ -30,4 +30,5 @@ STUDY = Command(
         *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "op_reference"),
         *("cache", "threads", "parallel"),
     ),
+    makes=("study.json", "study.txt", "study.svg"),
 )

@@ -31,12 +31,14 @@ from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, Mapped, Origin, Samples, rows_of
 from trtq.data.sequences import ARRAY, Sequences, Starts, starts_of
 from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npz
-from trtq.errors import InputError, shown
+from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
 from trtq.scripts import load_function, not_leaving
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
+
+_LONGEST_PATH = 4096
 
 EXAMPLE = '[preprocess.{name}] with scale = "1/255", mean = [...], std = [...], layout = "NCHW"'
 
@@ -319,7 +321,7 @@ def _from_images(
     if not names:
         raise InputError("the folder holds no .npz and no images", file=folder)
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{len(missing)} images are missing, the first is {shown(missing[0])}", file=folder)
+        raise InputError(f"{len(missing)} images are missing, the first is {missing[0]}", file=folder)
     candidates = [s for s in inputs if s.name in recipes] or list(inputs)
     if len(inputs) != 1 or not recipes:
         name = candidates[0].name
@@ -376,8 +378,9 @@ def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
         raise InputError(
             "the CSV lists no images", file=path, remedy="it needs a header with a column `file`, and rows"
         )
-    if empty := [index for index, record in enumerate(records) if not record["file"]]:
-        raise InputError(f"row {empty[0]} of the CSV names no file", file=path)
+    for index, record in enumerate(records):
+        if not (name := record["file"]) or len(name) > _LONGEST_PATH or "\0" in name:
+            raise InputError(f"row {index} of the CSV names no file", file=path)
     targets: dict[str, Column] = {}
     for name in records[0]:
         if name == "file" or name is None:

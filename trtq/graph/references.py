@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from trtq.code_hash import script_sha256
 from trtq.errors import InputError
 from trtq.files import sha256_file, sha256_json
-from trtq.scripts import load_module
+from trtq.scripts import load_module, not_leaving
 
 Function = Callable[..., Any]
 
@@ -95,8 +95,9 @@ def compute(
     if reference is None:
         raise missing(node)
     try:
-        results = reference.function(*map(_read_only, inputs), **_attributes(node))
-    except Exception as error:
+        with not_leaving():
+            results = reference.function(*map(_read_only, inputs), **_attributes(node))
+    except (Exception, SystemExit) as error:
         shapes = ", ".join("none" if a is None else f"{a.dtype}{list(a.shape)}" for a in inputs)
         raise InputError(
             f"the reference of operator '{node.op_type}' fails on {named(node)}",
