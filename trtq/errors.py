@@ -20,6 +20,10 @@ class ExitCode(enum.IntEnum):
     MISSING_BACKEND = 4
 
 
+LONGEST_CAUSE = 4000
+"""Characters of an error's cause; what a backend says of many layers fits."""
+
+
 class TrtqError(Exception):
     """A problem the user can act on: one message that names the problem, file, cause and remedy.
 
@@ -42,13 +46,18 @@ class TrtqError(Exception):
     ) -> None:
         self.problem = problem
         self.file = None if file is None else os.fspath(file)
-        self.cause = None if cause is None else str(cause).strip()
+        self.cause = None if cause is None else _to_an_end(str(cause).strip())
         self.remedy = remedy
         lines = [problem]
         lines += [f"  file:   {self.file}"] if self.file else []
         lines += [f"  cause:  {self.cause}"] if self.cause else []
         lines += [f"  remedy: {remedy}"] if remedy else []
         super().__init__("\n".join(lines))
+
+
+def _to_an_end(text: str) -> str:
+    """Text that may hold names and values of any length, as a message can show it."""
+    return text if len(text) <= LONGEST_CAUSE else f"{text[:LONGEST_CAUSE]}…"
 
 
 class InputError(TrtqError):

@@ -23,9 +23,6 @@ from trtq.scratch import folder_in
 if sys.platform != "win32":
     import fcntl
 
-_LONGEST_PROBLEM = 200
-"""Characters of what is wrong with a JSON value; a value that is named in it may be of any length."""
-
 PathLike = str | os.PathLike[str]
 
 T = TypeVar("T")
@@ -298,7 +295,7 @@ def decode(value: Any, kind: type[T], *, format: str | None = None, closed: bool
         where = where.replace("$.", "").replace("$", "")
         problem = re.sub(r"^Object missing required field `(.*)`", r"the key '\1' is missing", problem)
         problem = problem.replace("`", "")
-        problem = problem[0].lower() + problem[1 : 1 + _LONGEST_PROBLEM]
+        problem = problem[0].lower() + problem[1:]
         raise ValueError(f"{where}: {problem}" if where else problem) from error
 
 
@@ -308,9 +305,7 @@ def _refuse_unknown_keys(value: Any, kind: Any, where: str) -> None:
         known = get_type_hints(kind)
         if unknown := [name for name in value if name not in known]:
             place = f"`{where}`: " if where else ""
-            raise ValueError(
-                f"{place}unknown key {unknown[0][:_LONGEST_PROBLEM]!r}; it may have {', '.join(known)}"
-            )
+            raise ValueError(f"{place}unknown key {unknown[0]!r}; it may have {', '.join(known)}")
         for name, item in value.items():
             _refuse_unknown_keys(item, known[name], f"{where}.{name}" if where else name)
         return

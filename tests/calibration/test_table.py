@@ -207,11 +207,19 @@ def test_metadata_that_is_missing_or_of_another_table(tmp_path: Path) -> None:
     assert Table.load(path).metadata == {}
     path.write_bytes(TABLE.to_bytes())
     assert Table.load(path).metadata == TABLE.metadata
-    for other in ("[]", "{}", '{"method": "max"}', "1"):
+    for other in ("{}", '{"method": "max"}'):
         metadata_path(path).write_text(other)
         assert Table.load(path).metadata == {}
     metadata_path(path).unlink()
     assert Table.load(path).metadata == {}
+
+
+@pytest.mark.parametrize("other", ["[]", "1", "null", '"text"'])
+def test_metadata_that_are_no_object(other: str, tmp_path: Path) -> None:
+    TABLE.save(path := tmp_path / "calibration.cache")
+    metadata_path(path).write_text(other)
+    with pytest.raises(InputError, match=r"calibration\.cache\.json\n  cause:  it is not a JSON object"):
+        Table.load(path)
 
 
 def test_metadata_that_is_no_json(tmp_path: Path) -> None:

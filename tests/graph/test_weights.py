@@ -244,6 +244,29 @@ def test_external_data_outside_the_models_folder(location: str, tmp_path: Path) 
         load_model(path)
 
 
+@pytest.mark.parametrize("size", [4, 1 << 16])
+def test_model_and_data_that_are_links_into_one_folder(size: int, tmp_path: Path) -> None:
+    """As download caches keep them: the links lie in a folder of their own."""
+    values = np.arange(size, dtype=np.float32)
+    graph = gs.Graph(
+        [gs.Node("Add", "add", {}, [gs.Variable("x", np.float32, [size]), gs.Constant("w", values)])],
+        opset=17,
+    )
+    graph.inputs = [graph.nodes[0].inputs[0]]
+    graph.nodes[0].outputs = graph.outputs = [gs.Variable("y", np.float32, [size])]
+    model = gs.export_onnx(graph)
+    weights._refer(model.graph.initializer[0], "weights.bin", 0, values.nbytes)
+    model.graph.initializer[0].ClearField("raw_data")
+    for folder in ("blobs", "links"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "blobs" / "1").write_bytes(model.SerializeToString())
+    (tmp_path / "blobs" / "2").write_bytes(values.tobytes())
+    for name, blob in (("model.onnx", "1"), ("weights.bin", "2")):
+        (tmp_path / "links" / name).symlink_to(f"../blobs/{blob}")
+    loaded = load_model(tmp_path / "links" / "model.onnx").graph
+    np.testing.assert_array_equal(weights.values_of(loaded.nodes[0].inputs[1]), values)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "apart"])
 def test_memory(kind: str, tmp_path: Path) -> None:

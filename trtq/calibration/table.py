@@ -160,7 +160,7 @@ class Table:
             encoding: what the rows hold, one of `ENCODINGS`.
 
         Raises:
-            InputError: missing, unreadable or not a table; or the metadata beside it is not JSON.
+            InputError: missing, unreadable or not a table; or the metadata beside it is not a JSON object.
         """
         try:
             content = read_bytes(path)
@@ -171,7 +171,14 @@ class Table:
         if not beside.exists():
             return table
         metadata = read_json(beside, "calibration table's metadata")
-        if not isinstance(metadata, dict) or metadata.pop("sha256", None) != sha256_bytes(content):
+        if not isinstance(metadata, dict):
+            raise InputError(
+                "not a calibration table's metadata of trtq",
+                file=beside,
+                cause="it is not a JSON object",
+                remedy="delete it, or calibrate again",
+            )
+        if metadata.pop("sha256", None) != sha256_bytes(content):
             return table
         return cls(table.scales, table.version, table.algorithm, metadata)
 

@@ -23,7 +23,7 @@ from trtq.errors import InputError
 from trtq.files import PathLike
 from trtq.graph.foreign import bodies
 from trtq.graph.references import named
-from trtq.graph.weights import read_light
+from trtq.graph.weights import BITS, nbytes, read_light
 
 LONGEST_NAME = 4095
 """Bytes of a name that TensorRT takes."""
@@ -38,12 +38,6 @@ _HIGHEST_VERSION = 2**31 - 1
 
 _TEXTS = ("doc_string", "value")
 """Fields of text of any length; `value` is that of metadata and of external data."""
-
-_BITS = {
-    **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1), 4),
-    **{kind: 2 for name, kind in TensorProto.DataType.items() if name in ("INT2", "UINT2")},
-}
-"""Types smaller than a byte."""
 
 _TWO_NUMBERS = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
 
@@ -371,14 +365,14 @@ class _Check:
             return
         count, stored = math.prod(tensor.dims), [field for field in _FIELDS if len(getattr(tensor, field))]
         if tensor.HasField("raw_data") and (not stored or tensor.raw_data):
-            found, expected, unit = len(tensor.raw_data), {_nbytes(tensor)}, "bytes"
+            found, expected, unit = len(tensor.raw_data), {nbytes(tensor)}, "bytes"
             if tensor.data_type == TensorProto.STRING:
                 raise self.refuse(f"{name} is text without values", "its bytes cannot be text")
         else:
             unit = onnx.helper.tensor_dtype_to_field(tensor.data_type)
             found = len(getattr(tensor, unit))
             expected = {count * (2 if tensor.data_type in _TWO_NUMBERS else 1)}
-            if bits := _BITS.get(tensor.data_type):
+            if bits := BITS.get(tensor.data_type):
                 expected.add(-(-count * bits // 8))
             stored = [field for field in stored if field != unit]
         if found not in expected or stored:
@@ -414,7 +408,7 @@ class _Check:
                 cause=f"it keeps weights in {location}",
                 remedy=f"put the file into {self.path.parent}",
             )
-        needed, size = _nbytes(tensor), file.stat().st_size
+        needed, size = nbytes(tensor), file.stat().st_size
         offset, length = (self._number(name, key, entries.get(key) or "0") for key in ("offset", "length"))
         if offset + needed > size or length not in (0, needed):
             told = f", and it claims {length}" if length else ""
@@ -498,11 +492,3 @@ def _domain(name: str) -> str:
 def _schema(operator: str, version: int, domain: str) -> Any:
     """ONNX's definition of an operator; None where that version has none."""
     return defs.get_schema(operator, version, domain) if defs.has(operator, version, domain) else None
-
-
-def _nbytes(tensor: TensorProto) -> int:
-    """Bytes of a tensor's values as `raw_data` and external data hold them."""
-    count = math.prod(tensor.dims)
-    if bits := _BITS.get(tensor.data_type):
-        return -(-count * bits // 8)
-    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_tensor, uses_external_data
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 IN_MEMORY = 1 << 28
@@ -34,6 +34,13 @@ _ALIGNMENT = 64
 
 _SMALL = 1 << 16
 """Weights below this many bytes, shapes among them, are always read."""
+
+
+BITS = {
+    **dict.fromkeys((onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1), 4),
+    **{kind: 2 for name, kind in onnx.TensorProto.DataType.items() if name in ("INT2", "UINT2")},
+}
+"""Types smaller than a byte; several values share one."""
 
 
 class FileValues(LazyValues):
@@ -100,18 +107,30 @@ def read_light(path: Path) -> onnx.ModelProto:
         return model
 
 
+def nbytes(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor's values as `raw_data` and external data hold them."""
+    count = prod(tensor.dims)
+    if bits := BITS.get(tensor.data_type):
+        return -(-count * bits // 8)
+    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+
+
 def load_small(proto: onnx.ModelProto, folder: Path) -> None:
     """Read, in place, all external values except the large initializers of the model's main graph.
 
     Raises:
-        Exception: what ONNX raises where external data cannot be read.
+        OSError: a file cannot be read.
     """
     keep = not proto.functions and not any(
         a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
         for node in proto.graph.node
         for a in node.attribute
     )
-    large = [t for t in proto.graph.initializer if keep and uses_external_data(t) and _bytes(t) >= _SMALL]
+    large = [
+        tensor
+        for tensor in proto.graph.initializer
+        if keep and uses_external_data(tensor) and tensor.data_type not in BITS and nbytes(tensor) >= _SMALL
+    ]
     kept = {id(tensor) for tensor in large}
     for tensor in onnx.external_data_helper._get_all_tensors(proto):
         if uses_external_data(tensor) and id(tensor) not in kept:
@@ -119,8 +138,11 @@ def load_small(proto: onnx.ModelProto, folder: Path) -> None:
 
 
 def inline(tensor: onnx.TensorProto, folder: Path) -> None:
-    """Read an external tensor's values into it."""
-    load_external_data_for_tensor(tensor, str(folder))
+    """Read an external tensor's values into it; the door has seen that they are there."""
+    info = ExternalDataInfo(tensor)
+    with (folder / info.location).open("rb") as file:
+        file.seek(info.offset or 0)
+        tensor.raw_data = file.read(nbytes(tensor))
     tensor.data_location = onnx.TensorProto.DEFAULT
     del tensor.external_data[:]
 
@@ -199,7 +221,7 @@ def write_weights(
 def write_whole(proto: onnx.ModelProto, constants: Mapping[str, gs.Constant], file: BinaryIO) -> None:
     """Write a light model and the values of its initializers as one ONNX file."""
     heads = [tensor.SerializeToString(deterministic=True) for tensor in proto.graph.initializer]
-    raws = [_bytes(tensor) if tensor.name in constants else 0 for tensor in proto.graph.initializer]
+    raws = [nbytes(tensor) if tensor.name in constants else 0 for tensor in proto.graph.initializer]
     names = [tensor.name for tensor in proto.graph.initializer]
     raw_tags = [_tag(onnx.TensorProto, "raw_data", raw) if raw else b"" for raw in raws]
     lengths = [sum(map(len, parts)) + raw for *parts, raw in zip(heads, raw_tags, raws, strict=True)]
@@ -231,10 +253,6 @@ def _tag(message: type, field: str, length: int) -> bytes:
             number >>= 7
         result.append(number)
     return bytes(result)
-
-
-def _bytes(tensor: onnx.TensorProto) -> int:
-    return prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _light_tensor(data: mmap.mmap, start: int, end: int, location: str) -> onnx.TensorProto:

@@ -342,6 +342,13 @@ class Report:
         plan, table = Plan.load(folder / "plan.json"), Table.load(folder / "calibration.cache")
         covered, engine_lines = _engine(folder / "model.plan", plan, verdict)
         metadata = table.metadata
+        if missing := [name for name in plan.tensors if name not in table.scales]:
+            raise InputError(
+                f"the table has no scale for tensor '{missing[0]}', which the plan quantizes",
+                file=folder / "plan.json",
+                cause="plan.json and calibration.cache are of different runs, or one was edited",
+                remedy="run 'trtq deploy' again",
+            )
         return cls(
             verdict=verdict,
             summary=verdict.headline().removeprefix(verdict.outcome.value.upper()).strip(),
@@ -361,7 +368,7 @@ class Report:
 
 def _steps(path: Path) -> list[Step] | None:
     """Every step that the workflow took, where `deploy` left a record of them."""
-    if not path.is_file():
+    if not path.exists():
         return None
     recorded = read_own_json(path, "record of the steps", lambda value: decode(value, list[RecordedStep]))
     return [Step.of(step) for step in recorded]
