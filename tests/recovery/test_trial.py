@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,14 @@ import pytest
 from jobs import Case, Run, conv_case, deploy_arguments, refused_case, save_case, trtq_command
 
 from trtq.cli.main import main
-from trtq.errors import ExitCode
-from trtq.graph.plan import Plan
+from trtq.console import SILENT
+from trtq.errors import BuildError, ExitCode
+from trtq.graph.place import leave_out
+from trtq.graph.plan import Float32Node, Plan
+from trtq.graph.quantization import Quantization
+from trtq.job import Job
+from trtq.recipe import Recipe
+from trtq.recovery.trial import refusal
 
 LEFT = {
     *("calibration.cache", "calibration.cache.json", "junit.xml", "manifest.json", "model.int8.onnx"),
@@ -95,6 +102,33 @@ def test_what_was_refused_on_trial_is_asked_for_again_where_it_has_changed(tmp_p
     assert "warning     TensorRT" not in run.err
     assert (tmp_path / "out" / "model.plan").is_file()
     assert {n.name: n.rule for n in Plan.load(tmp_path / "out" / "plan.json").float32}.keys() == {"normalize"}
+
+
+def test_only_the_model_that_was_refused_is_not_asked_for_again(tmp_path: Path) -> None:
+    """With the normalization in float16 the builder refuses this model whatever is quantized."""
+    case = normalizing_case(tmp_path)
+    recipe = Recipe(
+        model=str(case.model),
+        data=str(case.data),
+        rest="fp16",
+        cache=str(tmp_path / "cache"),
+        target=("8.6",),
+    )
+    job = Job.open(recipe, SILENT)
+    plan = job.place()
+    found = refusal(job, plan)
+    assert found is not None
+
+    def asked(other: Plan) -> BuildError | None:
+        ones = dict.fromkeys(plan.tensors, np.float32(1))
+        return found.of(job, Quantization(job.model.graph, other, ones))
+
+    assert asked(plan) is found.error
+    less = asked(leave_out(job.model.graph, plan, {"second": "left out here"}))
+    assert less is not None
+    assert less is not found.error
+    node = Float32Node("normalize", "MeanVarianceNormalization", "rule", "reason")
+    assert asked(replace(plan, float32=[node])) is None
 
 
 def test_no_message_names_a_folder_that_is_gone(tmp_path: Path) -> None:

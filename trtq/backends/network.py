@@ -286,12 +286,12 @@ def that_decide_shapes(network: Any, known: Profile, model: Path) -> Profile:
     """The ranges of those inputs whose values decide shapes, among what is known of inputs (`held_values`).
 
     Raises:
-        InputError: nothing is known of one.
+        BuildError: nothing is known of one.
     """
     inputs = map(network.get_input, range(network.num_inputs))
     names = [tensor.name for tensor in inputs if tensor.is_shape_tensor]
     if missing := [name for name in names if name not in known]:
-        raise InputError(
+        raise BuildError(
             f"the values of input '{missing[0]}' decide shapes, and nothing tells their range",
             file=model,
             remedy="give --data, which shows what it holds; or the one value that it always has:"

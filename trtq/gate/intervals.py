@@ -261,15 +261,15 @@ def bootstrap_means(units: Units, *rows: Float) -> list[Float]:
         units: what is resampled.
         rows: float64 arrays of shape (samples, k).
     """
-    drawn, sizes, sums = units.count, units.sizes, [units.sums(array) for array in rows]
+    drawn, sizes, sums = units.count, units.sizes.astype(np.float64), [units.sums(array) for array in rows]
     per_block = max(1, _BLOCK // drawn)
     means: list[list[Float]] = [[] for _ in rows]
     offsets = drawn * np.arange(per_block)[:, None]
     for draw in _resamples(drawn, RESAMPLES, per_block):
         count = len(draw)
         times = np.bincount((draw + offsets[:count]).ravel(), minlength=count * drawn)
-        weights = times.reshape(count, drawn)
-        weights = weights / (weights @ sizes)[:, None]
+        weights = times.reshape(count, drawn).astype(np.float64)
+        weights /= (weights @ sizes)[:, None]
         for collected, array in zip(means, sums, strict=True):
             collected.append(weights @ array)
     return [np.concatenate(collected) for collected in means]
