@@ -389,7 +389,7 @@ class Recipe:
     )
     rest: str = _option(
         "precision of what is not quantized: fp32, fp16, or auto: fp16 where there are data that show what it"
-        " can hold, unless it alone fails the gate",
+        " can hold, unless it alone fails the gate; with migrate, cache convert and study it is fp32",
         _choice("auto", "fp16", "fp32"),
         default="auto",
     )
@@ -442,7 +442,7 @@ class Recipe:
     strip_weights: bool = _option("leave the weights out; refit before running", FLAG, default=False)
     lower_precision: str | None = _option(
         "type that TensorRT up to 10 may choose by itself for what is not INT8; the model stays fp32. --rest"
-        " fp16 sets it where TensorRT takes half in no other way: with --table, --calibrator, and 8.6",
+        " fp16 sets it where TensorRT takes half in no other way: with --table, --calibrator, and up to 8.6",
         _choice("fp16", "bf16"),
     )
     state: Mapping[str, str] = _option(

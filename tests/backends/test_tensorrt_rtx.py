@@ -95,6 +95,14 @@ def test_default_target_is_the_gpu_here_or_the_builders_set(
     assert named == list(result.targets) if result.targets else {"8.0", "8.6", "8.9", "12.0"} <= set(named)
 
 
+def test_the_gpu_here_is_no_target_without_one(
+    quantized: onnx.ModelProto, build_engine: Callable[..., Build], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_rtx, "find_gpu", lambda: None)
+    with pytest.raises(MissingBackendError, match="is the GPU in this machine"):
+        build_engine(quantized, targets=["current"], profile=PROFILE)
+
+
 def test_unknown_target(quantized: onnx.ModelProto, build_engine: Callable[..., Build]) -> None:
     message = refused(lambda: build_engine(quantized, PROFILE, ["8.6", "3.5"]))
     assert "3.5" in message

@@ -65,7 +65,7 @@ def build(
         float32: of no effect; the model says so itself.
 
     Raises:
-        MissingBackendError: tensorrt_rtx is not installed, or an option needs a GPU.
+        MissingBackendError: tensorrt_rtx is not installed, or an option or a target needs a GPU.
         InputError: an unknown target; an option that RTX does not have; a file that is not ONNX; a model
             that TensorRT cannot parse or build; a profile that does not fit; an output path that cannot
             be written to.
@@ -79,6 +79,14 @@ def build(
             file=model,
             cause="there is no GPU or no NVIDIA driver here",
             remedy="build without refit and stripped weights, or on a machine with a GPU",
+        )
+
+    if CURRENT in targets and find_gpu() is None:
+        raise MissingBackendError(
+            f"the target '{CURRENT}' is the GPU in this machine",
+            file=model,
+            cause="there is no GPU or no NVIDIA driver here",
+            remedy="name a compute capability, such as --target 8.6, or build on the machine with the GPU",
         )
 
     def choose_targets(builder: Any, network: Any, config: Any) -> None:
