@@ -38,7 +38,7 @@ class Console:
         """One finished step: a short label and what came of it; further lines are indented."""
         if not self._quiet:
             indented = text.replace("\n", "\n" + " " * (_LABEL + 2))
-            print(f"  {label:<{_LABEL}}{indented}", file=self._stream, flush=True)
+            print(f"  {label + ' ':<{_LABEL}}{indented}", file=self._stream, flush=True)
 
     def warn(self, text: str) -> None:
         """Something that did not stop the job but should be known; it is kept in `warnings`."""

@@ -64,7 +64,7 @@ class Metric:
         function: (outputs, targets) -> the value, or float64 (samples,) whose mean it is.
         needs_targets: labels are needed; without, outputs are scored against the reference's.
         labels: targets -> the class numbers (samples, ...) that a built-in metric with labels reads.
-        reads: (reference outputs) -> a sentence on which arrays it reads, where that is not obvious.
+        reads: (reference outputs, targets) -> a sentence on which arrays it reads, where that is not obvious.
         at_best: `rows` if what cannot be compared with the reference were like it; None where everything can.
     """
 
@@ -75,7 +75,7 @@ class Metric:
     function: Callable[[AllValues, Arrays], Float] | None = None
     needs_targets: bool = True
     labels: Callable[[Arrays], NDArray[np.int64]] | None = None
-    reads: Callable[[AllValues], str] | None = None
+    reads: Callable[[AllValues, Arrays], str] | None = None
     at_best: Rows | None = None
 
     @property
@@ -392,7 +392,7 @@ def _detections(spec: str, selection: _Selection) -> Metric:
         partial(detections.counts, options),
         detections.f1,
         needs_targets=False,
-        reads=lambda reference: detections.Reader.of(reference, options).text(),
+        reads=partial(detections.text, options),
     )
 
 
@@ -403,7 +403,7 @@ def _average_precision(statistic: int, spec: str, selection: _Selection) -> Metr
         spec,
         spec,
         function=partial(detections.average_precision, statistic, options),
-        reads=lambda reference: detections.Reader.of(reference, options).text(),
+        reads=partial(detections.text, options),
     )
 
 
