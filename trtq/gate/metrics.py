@@ -365,11 +365,14 @@ def _telling(names: list[str], outputs: AllValues, reference: AllValues) -> list
     the same for every sample, unless all are so.
 
     Raises:
-        InputError: there is not one value in any of them.
+        InputError: the reference has no value in any of them, or only zeros.
     """
-    if not any(np.size(row) for name in names for row in reference[name]):
+    if not any(np.any(row) for name in names for row in reference[name]):
+        found = (
+            "only zeros" if any(np.size(row) for name in names for row in reference[name]) else "no values"
+        )
         raise InputError(
-            "nothing can be compared: the reference gives no values for any sample",
+            f"nothing can be compared: the reference gives {found} for any sample",
             cause=f"the outputs are {', '.join(names)}",
             remedy="evaluate on samples in which the fp32 model finds something",
         )

@@ -211,7 +211,7 @@ class _Workflow:
         folder = self.folder / f"attempt{len(self.done)}"
         tried = attempt(step, quantization, self.job, self.evaluation, folder, started, self.refusal)
         self.done.append(tried)
-        if not tried.measured.passed and self.leaves_half(quantization):
+        if not tried.accuracy.passed and self.leaves_half(quantization):
             return self.attempt(f"{step}, rest fp32", lambda: Made(_without_half(quantization), True))
         return tried
 
