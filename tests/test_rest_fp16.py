@@ -166,6 +166,27 @@ def test_what_fails_in_float16_alone_goes_back_to_float32(
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["float32"] == []
 
 
+def test_what_a_check_of_int8_fails_for_is_not_put_down_to_float16(
+    tmp_path: Path, trtq_run: Callable[..., Run]
+) -> None:
+    """Half of the products are excluded, and all are required: float16 has no part in that."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N,32] x) => (float[N,32] y) {'
+        " [first] a = MatMul(x, w) b = Relu(a) [second] y = MatMul(b, w) }"
+    )
+    random = np.random.default_rng(0)
+    weight = random.normal(0, 0.2, (32, 32)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(model, tmp_path / "model.onnx")
+    for part, rows in (("calib", 24), ("eval", 32)):
+        np.savez(tmp_path / f"{part}.npz", x=random.normal(size=(rows, 32)).astype(np.float32))
+    run = deploy_grown(trtq_run, tmp_path, tmp_path, "--exclude", "first", "--min-int8", "100%")
+    assert run.code == 1, run.err
+    assert "float16" not in run.err
+    assert holds_narrow(onnx.load(tmp_path / "out" / "model.int8.onnx"))
+
+
 def test_float16_that_was_asked_for_stays(grows: Path, tmp_path: Path, trtq_run: Callable[..., Run]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     run = deploy_grown(trtq_run, grows, tmp_path, "--rest", "fp16")

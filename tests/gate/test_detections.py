@@ -84,6 +84,8 @@ def test_targets_are_the_truth_where_they_are_boxes() -> None:
     assert f1(REFERENCE, labels=np.array([3, 1, 2])) == 1.0  # of each image: these are no boxes
     with pytest.raises(InputError, match="classes are not those of their boxes"):
         f1(REFERENCE, boxes=gt, classes=classes[:, :1])
+    with pytest.raises(InputError, match=r"boxes have the shape \(3, 2, 5\)"):  # not taken for none at all
+        f1(REFERENCE, gt_boxes=np.concatenate([gt, classes[..., None]], axis=2))
 
 
 def padded(rows: list[NDArray], count: int) -> NDArray:
@@ -149,7 +151,7 @@ def test_every_form_reads_the_same(reference: dict[str, Values], spec: str) -> N
     found = metric.value(reference, {"gt_boxes": gt, "gt_classes": classes}, reference)
     assert found == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert metric.value(reference, {}, reference) == 1.0
-    assert "from" in metric.reads(reference)
+    assert "from" in metric.reads(reference, {})
 
 
 def test_what_nonmaxsuppression_picked() -> None:
@@ -187,8 +189,12 @@ def test_one_box_in_every_sample_has_no_axis_of_boxes() -> None:
 
 def test_what_is_not_said_is_told_by_names() -> None:
     named = {"a": REFERENCE["boxes"], "boxes": REFERENCE["boxes"], "scores": REFERENCE["scores"]}
-    text = load_metric("detections@boxes=a").reads(named)
-    assert text == "detections: boxes from 'a', scores from 'scores'; IoU from 0.5, scores from 0.25"
+    reads = load_metric("detections@boxes=a").reads
+    expected = (
+        "detections: boxes from 'a', scores from 'scores'; IoU from 0.5, scores from 0.25; matched with "
+    )
+    assert reads(named, {}) == expected + "what fp32 finds"
+    assert reads(named, {"boxes": np.zeros((3, 1, 4))}) == expected + "the boxes of the targets"
 
 
 def test_what_cannot_be_read_says_what_to_write() -> None:

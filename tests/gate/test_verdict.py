@@ -326,6 +326,16 @@ def test_one_box_in_every_sample_is_still_a_list_of_boxes():
     assert found.candidate == pytest.approx(38 / 40)
 
 
+@pytest.mark.parametrize("metric", ["cosine", "kl"])
+def test_a_reference_of_zeros_alone_says_nothing(metric: str):
+    """A model that is fed zeros, or finds nothing, would pass with whatever weights."""
+    nothing = {"y": np.zeros((40, 3), np.float32)}
+    with pytest.raises(InputError, match="the reference gives only zeros for any sample"):
+        decide(nothing, nothing, {}, load_metric(metric), executor="simulation")
+    one = {"y": np.eye(40, 3, dtype=np.float32)}
+    assert decide(one, one, {}, load_metric(metric), executor="simulation").passed
+
+
 def test_where_nothing_is_found_nothing_can_be_compared():
     empty = rows_of_boxes(0, 0, 0)
     with pytest.raises(InputError, match="nothing can be compared"):

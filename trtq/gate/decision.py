@@ -99,7 +99,7 @@ def decide(
         notes=(
             *_evidence_notes(evidence, samples, max_drop, gate.level, found),
             *(_sequence_note(units, evidence) if sequences else ()),
-            *((metric.reads(reference),) if metric.reads else ()),
+            *((metric.reads(reference, targets),) if metric.reads else ()),
             *finite.ignored(reference),
             *_not_compared(outputs, reference, metric),
         ),

@@ -256,12 +256,27 @@ def f1(mean: Float) -> Float:
     return np.divide(2 * hit, whole, out=np.full_like(whole, np.nan), where=whole > 0)
 
 
+def text(options: Options, reference: AllValues, targets: Arrays) -> str:
+    """Which outputs are read, and what they are matched with."""
+    truth = "what fp32 finds" if truths(targets) is None else "the boxes of the targets"
+    return f"{Reader.of(reference, options).text()}; matched with {truth}"
+
+
 def truths(targets: Arrays) -> list[Found] | None:
-    """The boxes given as targets, of each sample; None where there are none."""
+    """The boxes given as targets, of each sample; None where there are none.
+
+    Raises:
+        InputError: they are no boxes, or their classes are not theirs.
+    """
     named = {_word(name.lower()): array for name, array in targets.items()}
     boxes = named.get("boxes")
-    if boxes is None or boxes.ndim != 3 or boxes.shape[2] != 4:
+    if boxes is None:
         return None
+    if boxes.ndim != 3 or boxes.shape[2] != 4:
+        raise InputError(
+            f"the targets' boxes have the shape {boxes.shape}",
+            remedy="give corners (samples, M, 4), classes (samples, M) beside them, or no array named boxes",
+        )
     classes = named.get("classes", np.zeros(boxes.shape[:2]))
     if classes.shape != boxes.shape[:2]:
         raise InputError(

@@ -64,7 +64,7 @@ class Metric:
         function: (outputs, targets) -> the value, or float64 (samples,) whose mean it is.
         needs_targets: labels are needed; without, outputs are scored against the reference's.
         labels: targets -> the class numbers (samples, ...) that a built-in metric with labels reads.
-        reads: (reference outputs) -> a sentence on which arrays it reads, where that is not obvious.
+        reads: (reference outputs, targets) -> a sentence on which arrays it reads, where that is not obvious.
         at_best: `rows` if what cannot be compared with the reference were like it; None where everything can.
     """
 
@@ -75,7 +75,7 @@ class Metric:
     function: Callable[[AllValues, Arrays], Float] | None = None
     needs_targets: bool = True
     labels: Callable[[Arrays], NDArray[np.int64]] | None = None
-    reads: Callable[[AllValues], str] | None = None
+    reads: Callable[[AllValues, Arrays], str] | None = None
     at_best: Rows | None = None
 
     @property
@@ -365,11 +365,14 @@ def _telling(names: list[str], outputs: AllValues, reference: AllValues) -> list
     the same for every sample, unless all are so.
 
     Raises:
-        InputError: there is not one value in any of them.
+        InputError: the reference has no value in any of them, or only zeros.
     """
-    if not any(np.size(row) for name in names for row in reference[name]):
+    if not any(np.any(row) for name in names for row in reference[name]):
+        found = (
+            "only zeros" if any(np.size(row) for name in names for row in reference[name]) else "no values"
+        )
         raise InputError(
-            "nothing can be compared: the reference gives no values for any sample",
+            f"nothing can be compared: the reference gives {found} for any sample",
             cause=f"the outputs are {', '.join(names)}",
             remedy="evaluate on samples in which the fp32 model finds something",
         )
@@ -392,7 +395,7 @@ def _detections(spec: str, selection: _Selection) -> Metric:
         partial(detections.counts, options),
         detections.f1,
         needs_targets=False,
-        reads=lambda reference: detections.Reader.of(reference, options).text(),
+        reads=partial(detections.text, options),
     )
 
 
@@ -403,7 +406,7 @@ def _average_precision(statistic: int, spec: str, selection: _Selection) -> Metr
         spec,
         spec,
         function=partial(detections.average_precision, statistic, options),
-        reads=lambda reference: detections.Reader.of(reference, options).text(),
+        reads=partial(detections.text, options),
     )
 
 

@@ -226,14 +226,14 @@ class _Workflow:
         """
         if self.job.recipe.rest != "auto" or self.job.recipe.precision == "fp32":
             return False
-        if tried.measured.passed and not tried.refused:
+        if tried.accuracy.passed and not tried.refused:
             return False
         job, evaluation = in_float32(self.job, self.evaluation)
         quantization, plan = tried.quantization, tried.quantization.plan
         bare = leave_out(quantization.graph, plan, dict.fromkeys(plan.int8_nodes, "left out to measure"))
         if tried.refused and objection(job, _without_half(quantization)) is None:
             self.refusal, found = None, "the builder refuses the model in float16 and not in float32"
-        elif tried.measured.passed:
+        elif tried.accuracy.passed:
             return False
         elif evaluation.simulated(_without_half(quantization)).passed:
             found = "in float16 the gate fails and in float32 it passes"
