@@ -4,7 +4,7 @@
 
 - kills: calibrate, deploy with recovery, sensitivity and study are killed (SIGKILL) at random moments; with
   `--parallel loky`, the main process or one of its workers. Each job is run again and must leave the files of
-  an undisturbed run, byte by byte but for times (`comparable`), and nothing else: no staging or temporary
+  an undisturbed run without workers, byte by byte but for times (`comparable`), and nothing else: no staging or temporary
   folder, no process.
 - terms: the same with SIGTERM, which must end the job as exit 143 with its line, and leave nothing even
   before it is run again.
@@ -41,7 +41,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 JOBS = {
     "calibrate": "calibrate {model} --data {data} --method auto -o {out}/calibration.cache",
-    "deploy": "deploy {model} --data {data} --eval {data} --metric cosine --max-drop 1e-9% -o {out}",
+    "deploy": "deploy {model} --data {data} --eval {data} --metric cosine --max-drop 1e-9%"
+    " --recover fix,partial -o {out}",
     "sensitivity": "sensitivity {model} --data {data} --eval {data} --metric cosine -o {out}/effects.json",
     "study": "study {model} --data {data} --eval {data} --metric top1 -o {out}",
 }
@@ -102,7 +103,8 @@ class Place:
 
     def results(self) -> dict[str, object]:
         """Name -> content of every file of the output, as `comparable`."""
-        return {path.name: comparable(path) for path in sorted((self.root / "out").iterdir())}
+        made = [path for path in sorted((self.root / "out").iterdir()) if path.is_file()]
+        return {path.name: comparable(path, self.root) for path in made}
 
     def litter(self) -> list[str]:
         """What should not be there: files of a dead process. `.ses` is ONNX Runtime's, of any run."""
@@ -111,13 +113,15 @@ class Place:
         return sorted({*staged, *temporary})
 
 
-def comparable(path: Path) -> object:
-    """A file's content without times: JSON without such keys, HTML and manifests by their being there."""
+def comparable(path: Path, root: Path) -> object:
+    """A file's content without times and its folder's path: JSON without such keys, HTML and manifests by
+    their being there.
+    """
     if path.suffix == ".json" and path.name != "manifest.json":
         return _timeless(json.loads(path.read_text()))
     if path.name in ("manifest.json", "report.html", "junit.xml", "study.svg"):
         return path.stat().st_size > 0
-    return path.read_bytes()
+    return path.read_bytes().replace(str(root).encode(), b"")
 
 
 def _timeless(value: object) -> object:
@@ -226,11 +230,11 @@ def kills(count: Count, folder: Path, *, plain: int, parallel: int, terms: int) 
         for turn in range(times):
             name = list(JOBS)[turn % len(JOBS)]
             command = f"{JOBS[name]} {more}"
-            if command not in known:
-                known[command] = Undisturbed.of(command, case, folder / f"{name}{len(known)}")
+            if name not in known:
+                known[name] = Undisturbed.of(JOBS[name], case, folder / name)
             where = folder / f"{kind.replace(', ', '-')}-{turn}"
             worker = bool(more) and turn // len(JOBS) % 2 == 1
-            problems = killed(command, case, where, known[command], number, worker=worker)
+            problems = killed(command, case, where, known[name], number, worker=worker)
             count.add(f"{kind}: {name}{', a worker' if worker else ''}", problems)
 
 
@@ -269,6 +273,7 @@ def writers(count: Count, folder: Path, *, number: int, seconds: float) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, str(folder), role, str(seconds)],
+            cwd=ROOT,
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
