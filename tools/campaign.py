@@ -4,8 +4,8 @@
 
 - kills: calibrate, deploy with recovery, sensitivity and study are killed (SIGKILL) at random moments; with
   `--parallel loky`, the main process or one of its workers. Each job is run again and must leave the files of
-  an undisturbed run without workers, byte by byte but for times (`comparable`), and nothing else: no staging or temporary
-  folder, no process.
+  an undisturbed run without workers, byte by byte but for times (`comparable`), and nothing else: no staging
+  or temporary folder, no process.
 - terms: the same with SIGTERM, which must end the job as exit 143 with its line, and leave nothing even
   before it is run again.
 - writers: so many processes store and fetch the same entries of one cache, while others verify and prune it:
