@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trtq.cache import Cache
 from trtq.scratch import folder_in, sweep
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks")
@@ -70,6 +71,7 @@ def test_many_make_and_sweep_at_once(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
+from trtq.cache import Cache
 from trtq.scratch import folder_in, sweep
 for step in range(100):
     with folder_in(sys.argv[1]) as folder:
@@ -83,3 +85,15 @@ for step in range(100):
     ]
     assert [(process.communicate()[1], process.returncode) for process in both] == [(b"", 0)] * 4
     assert os.listdir(tmp_path) == []
+
+
+def test_pruning_a_cache_sweeps_it(tmp_path: Path) -> None:
+    home = tmp_path / ("a" * 16) / ("b" * 16)
+    home.mkdir(parents=True)
+    process, name = holder(home)
+    with process:
+        Cache(tmp_path).prune(lambda entry: True)
+        assert names(home) == [name]
+        process.kill()
+    Cache(tmp_path).prune(lambda entry: True)
+    assert names(home) == []
