@@ -236,3 +236,10 @@ def test_extra_arrays_are_left_alone(tmp_path):
     model = save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], ["n", 3], ["n", 3])
     row = {"x": np.ones((1, 3), np.float32), "unused": np.ones((1, 9))}
     assert run_model(model, Rows([row])).arrays["y"].shape == (1, 3)
+
+
+def test_text_is_no_output_to_compare(tmp_path):
+    cast = net("g (float[n,2] x) => (string[n,2] names) { names = Cast <to = 8> (x) }", opset=17)
+    model = saved(cast, tmp_path)
+    with pytest.raises(InputError, match="output 'names' holds text"):
+        run_model(model, rows_of(np.ones((3, 2), np.float32)))

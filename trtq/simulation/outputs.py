@@ -257,8 +257,15 @@ class Columns:
 
         Raises:
             NotByRowError: an output neither has a row for each row of the batch, nor is always the same.
+            InputError: an output holds text.
         """
         for name, output in outputs.items():
+            if output.dtype.hasobject:
+                raise InputError(
+                    f"output {name!r} holds text, and only numbers can be compared",
+                    file=self._model,
+                    remedy="export the model without the lookup of names, or without that output",
+                )
             column = self._columns.setdefault(name, _Column(self._total))
             size = batch.rows + batch.padding
             if output.ndim and len(output) == size and name not in self._apart:
