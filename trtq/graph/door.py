@@ -185,7 +185,7 @@ class _Check:
         outputs = graph.output if isinstance(graph, FunctionProto) else [value.name for value in graph.output]
         given = {*inputs, *(tensor.name for tensor in weights)}
         made = [name for node in graph.node for name in node.output if name]
-        self._once("a maker of tensor", made)
+        self._once("the maker of tensor", made)
         if both := sorted(given.intersection(made)):
             raise self.refuse(
                 f"tensor '{both[0]}' is made twice", "a node makes it, and it is an input or a weight"
@@ -360,10 +360,12 @@ class _Check:
             raise self.refuse(f"{name} is of an unknown dtype", f"its number is {tensor.data_type}")
         if any(size < 0 for size in tensor.dims):
             raise self.refuse(f"{name} has a negative size", f"its dims are {[*tensor.dims]}")
+        count, stored = math.prod(tensor.dims), [field for field in _FIELDS if len(getattr(tensor, field))]
         if uses_external_data(tensor):
+            if stored or tensor.raw_data:
+                raise self.refuse(f"{name} has its values twice", "in the model, and in its external data")
             self._external(tensor, name)
             return
-        count, stored = math.prod(tensor.dims), [field for field in _FIELDS if len(getattr(tensor, field))]
         if tensor.HasField("raw_data") and (not stored or tensor.raw_data):
             found, expected, unit = len(tensor.raw_data), {nbytes(tensor)}, "bytes"
             if tensor.data_type == TensorProto.STRING:

@@ -114,7 +114,7 @@ def load_model(path: PathLike, *, opset: int = LOWEST_OPSET) -> Model:
     `trtq.graph.weights`).
 
     Raises:
-        InputError: the file is missing, not ONNX or truncated; external data is missing; an operator is
+        InputError: the file is missing, or not what it claims (see `trtq.graph.door`); an operator is
             unknown; the opset cannot be upgraded; the model has no inputs or outputs.
     """
     path = Path(path)
