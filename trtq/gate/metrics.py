@@ -367,10 +367,9 @@ def _telling(names: list[str], outputs: AllValues, reference: AllValues) -> list
     Raises:
         InputError: the reference has no value in any of them, or only zeros.
     """
-    if not any(np.any(row) for name in names for row in reference[name]):
-        found = (
-            "only zeros" if any(np.size(row) for name in names for row in reference[name]) else "no values"
-        )
+    rows = [row for name in names for row in reference[name]]
+    if not any(map(np.any, rows)):
+        found = "only zeros" if any(map(np.size, rows)) else "no values"
         raise InputError(
             f"nothing can be compared: the reference gives {found} for any sample",
             cause=f"the outputs are {', '.join(names)}",
@@ -478,22 +477,17 @@ class _Given:
         return values
 
     def _check(self, found: NDArray, values: Float, samples: int, alone: bool) -> None:
-        with np.errstate(all="ignore"):
-            finite = values.size == 0 or bool(np.isfinite(values.mean()))
-        if (
-            found.dtype.kind in "biuf"
-            and finite
-            and (found.shape == (samples,) or (alone and found.size == 1))
-        ):
-            return
         numbers = found.dtype.kind in "biuf"
+        with np.errstate(all="ignore"):
+            finite = numbers and (values.size == 0 or bool(np.isfinite(values.mean())))
+        if finite and (found.shape == (samples,) or (alone and found.size == 1)):
+            return
         what = "a number, or one for each sample" if alone else "one number for each sample"
+        shapes = f"its shape is {found.shape}, and there are {samples} samples"
         raise (NotFiniteScoreError if numbers and not finite else InputError)(
             f"the metric {self.name!r} did not return {what}",
             file=self.path,
-            cause=f"its shape is {found.shape}, and there are {samples} samples"
-            if numbers and finite
-            else repr(found.tolist())[:200],
+            cause=shapes if finite else repr(found.tolist())[:200],
         )
 
 
