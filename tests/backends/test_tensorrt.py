@@ -25,6 +25,7 @@ from trtq.backends.dialect import dialect_of
 from trtq.backends.interface import BuildOptions, Gpu, Range, find_gpu
 from trtq.backends.network import compile_plan, logger, optimization_profile, use_timing_cache
 from trtq.backends.record import sidecar
+from trtq.calibration.table import Table
 from trtq.data.samples import Samples
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_file
@@ -235,7 +236,7 @@ def test_calibration_runs_at_the_shapes_of_the_batches(tmp_path: Path) -> None:
         "here.npz", (InputSpec("x", np.dtype(np.float32), ("N", "L", 16)),), {"x": rows}, {}, "0" * 64
     )
     fed = DataCalibrator(samples, {"x": (8, 12, 16)}, 8, None, object(), True, None)
-    given = TableCalibrator(b"TRT-101601-EntropyCalibration2\n")
+    given = TableCalibrator(Table.from_bytes(b"TRT-101601-EntropyCalibration2\n"))
     assert tensorrt.calibration_profile(fed, profile) == {"x": Range(*[(8, 12, 16)] * 3)}
     assert tensorrt.calibration_profile(given, profile) == {"x": Range(*[(8, 32, 16)] * 3)}
 
