@@ -92,7 +92,7 @@ def command(*arguments: str) -> int:
         flags = (*field.metadata["flags"], "--" + field.name.replace("_", "-"))
         parser.add_argument(*flags, dest=field.name, **many)
     given = parser.parse_args(arguments)
-    given.recipe, given.quiet = None, True
+    given.recipe, given.quiet, given.command = None, True, BENCH
     return BENCH.run(given)
 
 

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trtq.calibration.table import Table, tensorrt_version, version_number
 from trtq.cli import convert as cli
+from trtq.cli.cache import CACHE
 from trtq.data.load import load_samples
 from trtq.errors import ExitCode, InputError
 from trtq.graph.model import load_model, save_model
@@ -498,7 +499,7 @@ def convert() -> Convert:
         item.add_to(parser)
     parser.add_argument("-o", "--output")
     parser.add_argument("--data")
-    parser.set_defaults(recipe=None, quiet=True)
+    parser.set_defaults(recipe=None, quiet=True, command=CACHE)
     return lambda *arguments: cli.run(parser.parse_args([str(a) for a in arguments]))
 
 
