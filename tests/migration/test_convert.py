@@ -517,8 +517,8 @@ def test_convert_rewrites_headers_and_reads_foreign_caches(tmp_path: Path, conve
     out = tmp_path / "out.cache"
     convert(tmp_path / "ort.cache", "-o", out, "--for", "10.16", "--algorithm", "MinMaxCalibration")
     assert out.read_text() == "TRT-101601-MinMaxCalibration\nimage: 3c23d70a\n"
-    convert(out, "-o", out, "--for", "8.6.1")
-    assert out.read_text() == "TRT-8601-MinMaxCalibration\nimage: 3c23d70a\n"
+    convert(out, "-o", tmp_path / "old.cache", "--for", "8.6.1")
+    assert (tmp_path / "old.cache").read_text() == "TRT-8601-MinMaxCalibration\nimage: 3c23d70a\n"
 
 
 def test_convert_strictly_writes_nothing(tmp_path: Path, convert: Convert) -> None:
