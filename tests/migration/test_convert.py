@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from trtq.calibration.table import Table, tensorrt_version, version_number
 from trtq.cli import convert as cli
+from trtq.cli.cache import CACHE
 from trtq.data.load import load_samples
 from trtq.errors import ExitCode, InputError
 from trtq.graph.model import load_model, save_model
@@ -498,7 +499,7 @@ def convert() -> Convert:
         item.add_to(parser)
     parser.add_argument("-o", "--output")
     parser.add_argument("--data")
-    parser.set_defaults(recipe=None, quiet=True)
+    parser.set_defaults(recipe=None, quiet=True, command=CACHE)
     return lambda *arguments: cli.run(parser.parse_args([str(a) for a in arguments]))
 
 
@@ -516,8 +517,8 @@ def test_convert_rewrites_headers_and_reads_foreign_caches(tmp_path: Path, conve
     out = tmp_path / "out.cache"
     convert(tmp_path / "ort.cache", "-o", out, "--for", "10.16", "--algorithm", "MinMaxCalibration")
     assert out.read_text() == "TRT-101601-MinMaxCalibration\nimage: 3c23d70a\n"
-    convert(out, "-o", out, "--for", "8.6.1")
-    assert out.read_text() == "TRT-8601-MinMaxCalibration\nimage: 3c23d70a\n"
+    convert(out, "-o", tmp_path / "old.cache", "--for", "8.6.1")
+    assert (tmp_path / "old.cache").read_text() == "TRT-8601-MinMaxCalibration\nimage: 3c23d70a\n"
 
 
 def test_convert_strictly_writes_nothing(tmp_path: Path, convert: Convert) -> None:

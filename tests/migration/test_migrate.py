@@ -295,6 +295,7 @@ def test_the_command(
     given = argparse.Namespace(
         recipe=None,
         quiet=True,
+        command=MIGRATE,
         command_line="trtq migrate digits.onnx",
         table=str(tmp_path / "old.cache"),
         encoding="scale",
