@@ -332,8 +332,7 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
     exceptions, confirmed = _confirmed(job, bare, statistics, choice.method, refined.exceptions)
     better = f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own"
     if confirmed is not None:
-        before, after = confirmed.sqnr_db
-        better += f": {before:.1f} -> {after:.1f} dB on {confirmed.rows} rows"
+        better += f": {confirmed.before_db:.1f} -> {confirmed.after_db:.1f} dB on {confirmed.rows} rows"
     console.say(
         "ranges",
         f"{better}; {refined.runs} runs ({refined.passes:.1f} passes over the data)"
@@ -356,10 +355,11 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
 
 @dataclass(frozen=True)
 class Confirmation:
-    """What ranges of their own do for the outputs: their SQNR in dB without and with them, on some rows."""
+    """What ranges of their own do for the outputs: their SQNR in dB before and after, on some rows."""
 
     rows: int
-    sqnr_db: tuple[float, float]
+    before_db: float
+    after_db: float
 
 
 def _confirmed(
@@ -390,7 +390,7 @@ def _confirmed(
             kept[tensor], best = method, score
     if together > best:
         kept, best = dict(found), together
-    return kept, Confirmation(len(rows.samples), (before, best))
+    return kept, Confirmation(len(rows.samples), before, best)
 
 
 def _choice_text(choice: Choice) -> str:
