@@ -176,7 +176,8 @@ class RecordedConfirmation:
     """What the metadata of a table say of ranges of their own: dB without and with them, on how many rows."""
 
     rows: int
-    sqnr_db: tuple[float, float]
+    before_db: float
+    after_db: float
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,8 @@ class Choice:
             before, after = found.learned.sqnr_db
             learned = f"Learned in {found.learned.steps} steps: {before:.2f} dB before, {after:.2f} dB after."
         if found.confirmed is not None:
-            before, after = found.confirmed.sqnr_db
-            confirmed = f"{before:.2f} dB without, {after:.2f} dB with them on {found.confirmed.rows} rows"
+            own = found.confirmed
+            confirmed = f"{own.before_db:.2f} dB without, {own.after_db:.2f} dB with them on {own.rows} rows"
         return cls(
             held_back=found.held_back,
             methods=_best_first(found.sqnr_db),
