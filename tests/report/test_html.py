@@ -166,7 +166,7 @@ def test_hostile_text_is_text_wherever_it_comes_from(demo: Deployed, tmp_path: P
         folder / "calibration.cache.json",
         **{"method": text(), "rows": 8, "held_back": 2, "sqnr_db": {text(): 1.0}, "fixes": text()},
         **{"fixes_sqnr_db": {text(): 1.0}, "left_out": {text(): text()}, "exceptions": {text(): text()}},
-        confirmed={"rows": 2, "sqnr_db": [1.0, 2.0]},
+        confirmed={"rows": 2, "before_db": 1.0, "after_db": 2.0},
     )
     plan = json.loads((folder / "plan.json").read_text())
     plan["nodes"].append({"name": text(), "op": text(), "int8": False, "rule": "r", "reason": text()})
@@ -249,7 +249,7 @@ def test_what_is_wrong_in_a_file_is_named(
     change(
         copied(demo, tmp_path) / "calibration.cache.json",
         sqnr_db={"max": 30.0}, held_back=64, exceptions={"conv": "max"},
-        confirmed={"rows": 64, "sqnr_db": [30.0, 30.5]},
+        confirmed={"rows": 64, "before_db": 30.0, "after_db": 30.5},
     )  # fmt: skip
     write_report(tmp_path)
     value = json.loads((tmp_path / name).read_text())
