@@ -227,7 +227,7 @@ DIE_ONCE = """
                 except FileExistsError:
                     pass
                 else:
-                    os._exit(1)
+                    os.kill(os.getpid(), 9)
 """
 
 
@@ -240,7 +240,7 @@ def test_a_worker_that_dies_is_replaced(graph: gs.Graph, cache: Cache, pool: str
 
 @pytest.mark.slow
 def test_workers_that_always_die(graph: gs.Graph, cache: Cache, tmp_path: Path) -> None:
-    samples = load_samples(script(tmp_path, "os._exit(1)"), SPECS)
+    samples = load_samples(script(tmp_path, "os.kill(os.getpid(), 9)"), SPECS)
     with pytest.raises(InputError) as caught:
         statistics(graph, samples, cache, "loky:2")
     assert caught.value.problem == (
