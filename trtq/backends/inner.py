@@ -36,8 +36,9 @@ def inner_scales(trt: Any, network: Any, known: Mapping[str, np.float32]) -> dic
     for layer in layers:
         made = layer.get_output(0)
         if lacks(made) and layer.type == trt.LayerType.CONSTANT:
-            layer.__class__ = trt.IConstantLayer  # as the bindings have it, to read the weights
-            if weights := np.abs(layer.weights).max(initial=0):
+            constant = layer
+            constant.__class__ = trt.IConstantLayer  # as the bindings have it, to read the weights
+            if weights := np.abs(constant.weights).max(initial=0):
                 found[made.name] = np.float32(scale_from_amax(weights))
         elif lacks(made) and layer.type in moves and (source := scale_of(layer.get_input(0))) is not None:
             found[made.name] = source

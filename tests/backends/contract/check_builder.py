@@ -6,24 +6,22 @@ Run by tests/backends/test_tensorrt.py, once for each version. What a version la
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 import tensorrt_bindings as trt
+from runner_api import exists, used_names
 
-import trtq.backends
 from trtq.backends.dialect import dialect_of
 from trtq.backends.network import logger, started
 from trtq.errors import MissingBackendError
 
 MAJOR = int(trt.__version__.split(".")[0])
-MODULES = ("network.py", "tensorrt.py")
+MODULES = ("network.py", "tensorrt.py", "inner.py")
 CLASSES = {
     "builder": "Builder",
     "config": "IBuilderConfig",
     "network": "INetworkDefinition",
     "layer": "ILayer",
+    "constant": "IConstantLayer",
     "output": "ITensor",
     "tensor": "ITensor",
     "result": "IOptimizationProfile",
@@ -39,23 +37,23 @@ CLASSES = {
 
 RTX_ONLY = {
     "ICudaEngine.create_runtime_config",
-    "trt.DynamicShapesKernelSpecializationStrategy",
-    "trt.DynamicShapesKernelSpecializationStrategy.EAGER",
+    "DynamicShapesKernelSpecializationStrategy",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
 }
 MISSING = {
     8: {
-        "trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED",
-        "trt.BuilderFlag.STRIP_PLAN",
+        "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+        "BuilderFlag.STRIP_PLAN",
         "IBuilderConfig.progress_monitor",
         "ParserError.node_name",
         "ParserError.node_operator",
     },
     10: set(),
     11: {
-        "trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
-        "trt.BuilderFlag.INT8",
-        "trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
+        "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
+        "BuilderFlag.INT8",
+        "BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
         "IBuilderConfig.int8_calibrator",
         "IBuilderConfig.set_calibration_profile",
         "ILayer.precision",
@@ -64,31 +62,12 @@ MISSING = {
 }
 
 
-def used_names() -> set[str]:
-    """Dotted names below `trt`, and attributes of the variables in `CLASSES`, in the modules' source."""
-    folder, names = Path(trtq.backends.__file__).parent, set()
-    for module in MODULES:
-        for node in ast.walk(ast.parse((folder / module).read_text())):
-            if isinstance(node, ast.Attribute):
-                variable, *attributes = ast.unparse(node).partition("(")[0].removeprefix("self._").split(".")
-                if variable == "trt" and attributes and not attributes[0].startswith("__"):
-                    names.add(".".join(["trt", *attributes[:2]]))
-                elif variable in CLASSES and len(attributes) == 1:
-                    names.add(f"{CLASSES[variable]}.{attributes[0]}")
-    return names
-
-
-def exists(name: str) -> bool:
-    found = trt
-    for part in name.removeprefix("trt.").split("."):
-        found = getattr(found, part, None)
-    return found is not None
-
-
 def test_only_what_the_dialect_excludes_is_missing() -> None:
-    names = used_names() - RTX_ONLY - {"ParserError.strerror"}  # `error` is an OSError elsewhere
+    names = (
+        used_names(MODULES, CLASSES) - RTX_ONLY - {"ParserError.strerror"}
+    )  # `error` is an OSError elsewhere
     assert len(names) > 50  # the search itself works
-    assert {name for name in names if not exists(name)} == MISSING[MAJOR]
+    assert {name for name in names if not exists(trt, name)} == MISSING[MAJOR]
 
 
 def test_dialect() -> None:

@@ -1,8 +1,9 @@
-"""The names of TensorRT's API in the modules that load and run engines."""
+"""The names of TensorRT's API that modules use: how they are found, and those of what runs engines."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,24 @@ NOT_BEFORE_10 = {
 }
 
 
-def used_names() -> set[str]:
-    """Dotted names below the module, attributes of what `CLASSES` names, and methods called by their name."""
+def used_names(modules: Sequence[str] = MODULES, classes: Mapping[str, str] = CLASSES) -> set[str]:
+    """Dotted names below the module, attributes of what `classes` names, and methods called by their name."""
     folder, names = Path(trtq.backends.__file__).parent, set()
-    for module in MODULES:
+    for module in modules:
         for node in ast.walk(ast.parse((folder / module).read_text())):
             if isinstance(node, ast.Attribute):
-                names |= _name_of(node)
+                names |= _name_of(node, classes)
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "self._succeed":
                 names.add(f"IExecutionContext.{ast.literal_eval(node.args[0])}")
     return {name for name in names if "__" not in name}
 
 
-def _name_of(node: ast.Attribute) -> set[str]:
-    variable, *attributes = ast.unparse(node).removeprefix("self._").split(".")
+def _name_of(node: ast.Attribute, classes: Mapping[str, str]) -> set[str]:
+    variable, *attributes = ast.unparse(node).partition("(")[0].removeprefix("self._").split(".")
     if variable == "trt" and attributes:
         return {attributes[0], ".".join(attributes[:2])}
-    if variable in CLASSES and len(attributes) == 1:
-        return {f"{CLASSES[variable]}.{attributes[0]}"}
+    if variable in classes and len(attributes) == 1:
+        return {f"{classes[variable]}.{attributes[0]}"}
     return set()
 
 
