@@ -435,15 +435,9 @@ def _numbers(samples: Samples, spec: InputSpec, row: int) -> tuple[int, ...]:
 def _takes_row(profile: Profile, specs: Sequence[InputSpec], row: Mapping[str, Shape]) -> bool:
     """Whether a row of these shapes, without the batch axis, lies inside a profile."""
     return all(
-        low <= size <= high
+        Range(*map(spec.row_shape, profile[spec.name])).holds(row[spec.name])
         for spec in specs
         if spec.name in profile
-        for low, size, high in zip(
-            spec.row_shape(profile[spec.name].min),
-            row[spec.name],
-            spec.row_shape(profile[spec.name].max),
-            strict=True,
-        )
     )
 
 

@@ -68,31 +68,25 @@ RTX = Dialect(
     named_parser_errors=True,
 )
 
+_EIGHT_6 = Dialect(
+    name="TensorRT 8.6",
+    explicit_batch=True,
+    weak_typing=True,
+    strong_typing=False,
+    flags=_COMMON_FLAGS | _WEAK_FLAGS,
+    options=_EVERY_OPTION - {"strip_weights"},
+    named_parser_errors=False,
+)
+_EIGHT_5 = dataclasses.replace(
+    _EIGHT_6,
+    name="TensorRT 8.5",
+    flags=_EIGHT_6.flags - {"VERSION_COMPATIBLE"},
+    options=_EIGHT_6.options - _SINCE_8_6,
+)
+
 _SINCE: tuple[tuple[tuple[int, int], Dialect], ...] = (
-    (
-        (8, 5),
-        Dialect(
-            name="TensorRT 8.5",
-            explicit_batch=True,
-            weak_typing=True,
-            strong_typing=False,
-            flags=(_COMMON_FLAGS | _WEAK_FLAGS) - {"VERSION_COMPATIBLE"},
-            options=_EVERY_OPTION - {"strip_weights"} - _SINCE_8_6,
-            named_parser_errors=False,
-        ),
-    ),
-    (
-        (8, 6),
-        Dialect(
-            name="TensorRT 8.6",
-            explicit_batch=True,
-            weak_typing=True,
-            strong_typing=False,
-            flags=_COMMON_FLAGS | _WEAK_FLAGS,
-            options=_EVERY_OPTION - {"strip_weights"},
-            named_parser_errors=False,
-        ),
-    ),
+    ((8, 5), _EIGHT_5),
+    ((8, 6), _EIGHT_6),
     (
         (10, 0),
         Dialect(

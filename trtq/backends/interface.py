@@ -36,6 +36,12 @@ class Range(NamedTuple):
     opt: Shape
     max: Shape
 
+    def holds(self, shape: Shape) -> bool:
+        """Whether a shape lies between the smallest and the largest on every axis."""
+        return len(shape) == len(self.min) and all(
+            low <= size <= high for low, size, high in zip(self.min, shape, self.max, strict=True)
+        )
+
 
 Profile = Mapping[str, Range]
 """Input name -> its range of shapes; empty for a model without dynamic axes."""

@@ -34,10 +34,10 @@ class Profile(NamedTuple):
     def misfit(self, arrays: Mapping[str, NDArray]) -> str | None:
         """What it does not take of these inputs; None: it takes them all."""
         for name, sizes in self.shapes.items():
-            if not _within(shape := arrays[name].shape, sizes):
+            if not sizes.holds(shape := arrays[name].shape):
                 return f"{name}: {_text(shape)} is not within {_text(sizes.min)} to {_text(sizes.max)}"
         for name, bounds in self.values.items():
-            if not _within(values := tuple(arrays[name].reshape(-1).tolist()), bounds):
+            if not bounds.holds(values := tuple(arrays[name].reshape(-1).tolist())):
                 return f"{name}: the values {values} are not within {bounds.min} to {bounds.max}"
         return None
 
@@ -386,12 +386,6 @@ def output_allocator(trt: Any, buffer: Any) -> Any:
 def _ranges(found: Mapping[str, Any]) -> dict[str, Range]:
     """Smallest, optimal and largest of each name, of those that TensorRT says anything of."""
     return {name: Range(*(tuple(each) for each in three)) for name, three in found.items() if three}
-
-
-def _within(sizes: tuple[int, ...], bounds: Range) -> bool:
-    return len(sizes) == len(bounds.min) and all(
-        low <= size <= high for size, low, high in zip(sizes, bounds.min, bounds.max, strict=True)
-    )
 
 
 def _text(shape: tuple[int, ...]) -> str:
