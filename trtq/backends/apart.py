@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from trtq.backends.builders import builder, chosen
 from trtq.backends.interface import DEFAULT_OPTIONS, BuildOptions, Profile
 from trtq.errors import BuildError, InputError, MissingBackendError, TrtqError
 from trtq.scratch import scratch_folder
+from trtq.stops import end_with
 
 _KINDS = {kind.__name__: kind for kind in (BuildError, InputError, MissingBackendError)}
 
@@ -37,7 +39,7 @@ def try_build(
         engine = folder / "model.plan"
         request.write_bytes(pickle.dumps((name, model, engine, profile, tuple(targets), options)))
         code = f"import sys; sys.path[:] = {sys.path!r}; from trtq.backends.apart import serve; serve()"
-        command = [sys.executable, "-c", code, str(request), str(answer)]
+        command = [sys.executable, "-c", code, str(request), str(answer), str(os.getpid())]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if not answer.exists():
             said = done.stderr.strip().splitlines()
@@ -54,7 +56,8 @@ def try_build(
 
 def serve() -> None:
     """In the process of its own: build what the request file says, and answer with the error or null."""
-    request, answer = map(Path, sys.argv[1:])
+    end_with(int(sys.argv[3]))
+    request, answer = map(Path, sys.argv[1:3])
     name, model, engine, profile, targets, options = pickle.loads(request.read_bytes())
     error = None
     try:

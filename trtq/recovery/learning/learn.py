@@ -16,8 +16,10 @@ that were trained with: `Quantization.rewritten` writes exactly them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,6 +38,7 @@ from trtq.graph.quantization import Quantization
 from trtq.graph.selecting import up_to_measured
 from trtq.graph.weights import is_plain
 from trtq.recipe import Recipe
+from trtq.scratch import scratch_folder
 from trtq.simulation.finite import check_reference
 from trtq.simulation.processors import processors
 from trtq.simulation.rows import taken
@@ -66,6 +69,8 @@ LABEL_WEIGHT = 0.05
 """Of the cross-entropy with labels, added to the noise against the teacher."""
 
 LEAST_GAIN_DB = 0.05
+
+_COMPILER_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 Answer: TypeAlias = "dict[str, list[Tensor]]"
@@ -145,11 +150,26 @@ def learn(
     torch.set_num_threads(recipe.threads or processors())
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with flags, _compiler_folder():
             run = _Run(quantization, teacher, fitting, held_back, recipe, device)
             return run.learn(console, budget, checkpoint)
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _compiler_folder() -> Iterator[None]:
+    """Where PyTorch's compiler, which its optimizers import, makes a folder that it would leave for good."""
+    if _COMPILER_FOLDER in os.environ:
+        yield
+        return
+    with scratch_folder() as folder:
+        os.environ[_COMPILER_FOLDER] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ[_COMPILER_FOLDER]
 
 
 @dataclass(frozen=True)
