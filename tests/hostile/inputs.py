@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+from jobs import inside
 
 X = "suitable"
 """Name of the array and input that the model takes."""
@@ -531,13 +532,8 @@ def _no_files(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
-    own = os.getcwd()
-    os.chdir(folder)  # the name of a socket may have 108 bytes
-    try:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind("socket")
-    finally:
-        os.chdir(own)
+    with inside(folder), socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")  # whose name may have 108 bytes
     with (folder / "sparse").open("wb") as file:
         file.truncate(1 << 29)
     (folder / "text").write_text("plain text\n")
