@@ -29,6 +29,7 @@ trtq.simulation
 trtq.calibration
 trtq.backends
 trtq.recipe
+trtq.paths
 trtq.job
 trtq.calibration.calibrate
 trtq.calibration.search

@@ -31,6 +31,7 @@ from trtq.graph.plan import Plan
 from trtq.job import for_builder, open_cache, opt_shapes, prepare, profile_for, samples_of, settled
 from trtq.migration.implied import Implied, implied
 from trtq.migration.source import load_source
+from trtq.paths import BUILT, THREE, Output, check_recipe
 from trtq.pipeline import quantize
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import share_check
@@ -63,10 +64,11 @@ def build(
         table, calibrator: as for `build_implicit`.
 
     Raises:
-        InputError: an option, the model or the data cannot be used.
+        InputError: an option, the model or the data cannot be used, or the engine would replace an input.
         MissingBackendError: the builder is not installed.
     """
     recipe.require("model", "output")
+    check_recipe(recipe, Output.FILE, BUILT, table=table)
     least, notes = recipe.min_int8, tuple[str, ...]()
     if table is not None or calibrator is not None:
         built, plan, notes = build_implicit(recipe, table, calibrator)
@@ -260,6 +262,8 @@ def build_three(
         InputError, MissingBackendError: as `quantize` and the builder.
     """
     folder = Path(recipe.require("model", "output").output)
+    makes = (*THREE, "model.int8.onnx") if int8 is None else THREE
+    check_recipe(recipe, Output.FOLDER, makes, table=table, int8=int8)
     if len(recipe.profiles) > 1:
         raise InputError("engines are compared at one optimization profile", remedy="give one --profile each")
     recipe = for_builder(recipe)

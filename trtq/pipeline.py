@@ -45,6 +45,7 @@ from trtq.job import (
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
+from trtq.paths import DEPLOYED, Output, check_recipe
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
@@ -123,14 +124,6 @@ def _step_line(step: Attempt | Fruitless, *, kept: bool) -> str:
     return f"{step.step}{' (kept)' if kept else ''}: {found}"
 
 
-RESULT = (
-    *("model.int8.onnx", "model.plan", "model.plan.json", "calibration.cache", "calibration.cache.json"),
-    *("plan.json", "verdict.json", "junit.xml", "report.html", "workflow.json", "recipe.toml"),
-    "manifest.json",
-)
-"""What `deploy` leaves; an engine of an earlier job goes even where this one has none."""
-
-
 def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Deployment:
     """Calibrate, quantize, build and gate a model; recover accuracy until the gate passes (paper section 6).
 
@@ -146,10 +139,11 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         command: the command line, for the manifest.
 
     Raises:
-        InputError: an option, the model or the data cannot be used.
+        InputError: an option, the model or the data cannot be used, or the results would replace an input.
         MissingBackendError: the builder is not installed.
     """
     output = recipe.require("model", "data", "eval", "metric", "output").output
+    check_recipe(recipe, Output.FOLDER, DEPLOYED)
     if recipe.backend != NO_ENGINE:
         builder(recipe.backend).check_targets(recipe.target)
     metric_of(recipe)
@@ -164,7 +158,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     job.warn_of_profiles()
     console.say("plan", plan.text())
     started, refused = time.perf_counter(), refusal(job, plan)
-    with staged_folder(output, RESULT) as folder:
+    with staged_folder(output, DEPLOYED) as folder:
         tried, job, evaluation = recover(job, plan, evaluation, recipe.recover, folder, refused)
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = max(attempts, key=lambda attempt: (attempt.build is not None, attempt.measured.rank))

@@ -1,4 +1,4 @@
-"""What a command reads and writes, checked before any work: no output replaces an input or another output."""
+"""What a job reads and writes, checked before any work: no output replaces an input or another output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from trtq.data.remote import is_url
 from trtq.errors import InputError
-from trtq.files import is_stdout, is_stream
+from trtq.files import PathLike, is_stdout, is_stream
 from trtq.recipe import Recipe, flag, options
 
 
 class Output(enum.Enum):
-    """What a command makes of the path it is given: a file, text that may go into a stream, or a folder."""
+    """What is made of a path: a file, text that may go into a stream, or a folder."""
 
     FILE = "a file"
     TEXT = "a file or a stream"
@@ -28,6 +28,30 @@ _FOLDERS = (Output.FOLDER, Output.CACHE)
 
 _SAMPLES = (".npz", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _NO_FILES = ("/dev/", "/proc/", "/sys/")
+
+
+_QUANTIZED = (
+    *("model.int8.onnx", "model.int8.onnx.data", "model.plan", "model.plan.json", "plan.json"),
+    *("calibration.cache", "calibration.cache.json", "verdict.json", "junit.xml", "report.html"),
+)
+
+RECIPE = "recipe.toml"
+"""May be given again among the results, and is written as it was read."""
+
+DEPLOYED = (*_QUANTIZED, "workflow.json", "manifest.json", RECIPE)
+"""What `deploy` makes in its folder; what an earlier job left of it goes even where there is no new one."""
+
+MIGRATED = (*_QUANTIZED, "migration.json")
+"""The same of `migrate`."""
+
+BUILT = (".json", ".cache", ".cache.json")
+"""What `build` adds to its engine's name for files beside it."""
+
+THREE = (
+    *("model.fp32.onnx", "model.fp16.onnx", "model.fp32.plan", "model.fp16.plan", "model.int8.plan"),
+    *("model.fp32.plan.json", "model.fp16.plan.json", "model.int8.plan.json"),
+)
+"""What `bench --three` makes in its folder, beside the model with Q/DQ where none is given."""
 
 
 class Read(NamedTuple):
@@ -61,7 +85,7 @@ def paths_of_recipe(recipe: Recipe, output: Output, makes: tuple[str, ...]) -> I
     """The paths among the options of a recipe.
 
     Args:
-        output, makes: what the command makes of -o.
+        output, makes: what is made of the recipe's output (see `Written`).
     """
     kinds = {"output": output, "timing_cache": Output.FILE, "cache": Output.CACHE}
     for option in options():
@@ -77,6 +101,20 @@ def paths_of_recipe(recipe: Recipe, output: Output, makes: tuple[str, ...]) -> I
             else:
                 path = text.rpartition(":")[0] if ".py:" in text else text
                 yield Read("MODEL" if option.name == "model" else spelled, Path(path))
+
+
+def check_recipe(recipe: Recipe, output: Output, makes: tuple[str, ...], **more: PathLike | None) -> None:
+    """`check_paths` of a job's recipe, for callers from Python; the command line checks its own options, too.
+
+    Args:
+        output, makes: as for `paths_of_recipe`.
+        more: option -> another file that the job reads, if it is given.
+
+    Raises:
+        InputError: as `check_paths`.
+    """
+    reads = [Read(flag(name), Path(path)) for name, path in more.items() if path is not None]
+    check_paths([*paths_of_recipe(recipe, output, makes), *reads])
 
 
 def check_paths(paths: Iterable[Read | Written]) -> None:
