@@ -70,7 +70,7 @@ def write_own(folder: Path) -> None:
         for command in (
             ("deploy", *job, "-o", "."),
             ("sensitivity", *job, "-o", "effects.json"),
-            ("study", *job, "-o", "."),
+            ("study", *job, "--budget", "1s", "-o", "."),
             _CALIBRATE,
             _GATE,
         ):

@@ -65,6 +65,7 @@ class Engine:
         self._buffers: dict[str, tuple[int, int]] = {}
         self._host: Arrays = {}
         self._allocators: dict[str, Any] = {}
+        self._by_value: set[str] = set()
         self._graphs: list[Graph] = []
         with self._saying("the engine cannot be made ready to run"):
             self._context = self._kernels.context(trt, self._engine)
@@ -78,6 +79,11 @@ class Engine:
             InputSpec(name, tensor.dtype, tuple(None if d < 0 else d for d in tensor.shape))
             for name, tensor in self.inputs.items()
         ]
+
+    @property
+    def by_value(self) -> set[str]:
+        """The outputs whose first axis has a size that depends on the data, as far as inputs were bound."""
+        return {self._model_name(name) for name in self._by_value}
 
     def infer(self, feed: Mapping[str, NDArray]) -> Arrays:
         """The outputs for a feed, which may hold more than the engine takes.
@@ -258,6 +264,8 @@ class Engine:
     def _bind_output(self, tensor: Tensor) -> None:
         shape = tuple(self._context.get_tensor_shape(tensor.name))
         if min(shape, default=0) < 0:
+            if shape[0] < 0:
+                self._by_value.add(tensor.name)
             if tensor.name not in self._allocators:
                 self._allocators[tensor.name] = output_allocator(self._trt, self._buffer)
             self._succeed("set_output_allocator", tensor.name, self._allocators[tensor.name])

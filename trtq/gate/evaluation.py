@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,6 +148,8 @@ class Evaluation:
         remark = None if is_engine(reference) else View.of_model(read_model(reference)).remark()
         if remark is not None and remark not in console.warnings:
             console.warn(remark)
+        if outputs.mixed:
+            console.warn(_mixed(outputs.mixed))
         check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
         with about(samples.source):
             scored = score_reference(outputs.arrays, dict(samples.targets), metric)
@@ -218,6 +220,16 @@ class Evaluation:
     def outputs(self, model: Path, label: str) -> Outputs:
         """A model's outputs on the evaluation rows."""
         return _outputs(model, label, self.recipe, self.samples, self.cache, self.console)
+
+
+def _mixed(names: Sequence[str]) -> str:
+    """What is to be said of a model whose rows are not independent."""
+    return (
+        f"what the model gives for a row depends on the other rows of its batch ({', '.join(names)}): the"
+        " verdict holds for the batches of this run, and another --batch or another order may give another;"
+        " export the model so that each row is computed by itself (a mean over the batch axis, or a batch"
+        " normalization in training mode?)"
+    )
 
 
 def _sqnr_check(verdict: Verdict, least: float, rows: int) -> Check:
