@@ -412,7 +412,11 @@ class Recipe:
         PARALLEL,
         metavar="WHERE",
     )
-    threads: int | None = _option("CPU threads; default: all", COUNT, metavar="N")
+    threads: int | None = _option(
+        "CPU threads; default: as many as this process may use (affinity, cgroup, OMP_NUM_THREADS)",
+        COUNT,
+        metavar="N",
+    )
     cache: str | None = _option(
         "cache of statistics, tables and outputs; default: $TRTQ_CACHE or the user's cache folder",
         metavar="DIR",

@@ -171,7 +171,7 @@ def analyse(
     if pool is None:
         effects = measured(simulator, mode, cache, key, console)
     else:
-        effects = _measured_in(pool, simulator, mode, cache, key, console)
+        effects = _measured_in(pool, recipe.threads, simulator, mode, cache, key, console)
     return Sensitivity(
         model=quantization.plan.model,
         data=samples.hash,
@@ -226,9 +226,19 @@ def known(quantization: Quantization, cache: Cache, key: Key) -> list[Effect]:
 
 
 def _measured_in(
-    pool: Pool, simulator: Simulator, mode: Mode, cache: Cache, key: Key, console: Console
+    pool: Pool,
+    threads: int | None,
+    simulator: Simulator,
+    mode: Mode,
+    cache: Cache,
+    key: Key,
+    console: Console,
 ) -> list[Effect]:
-    """`measured` in a pool's workers, a few groups at a time."""
+    """`measured` in a pool's workers, a few groups at a time.
+
+    Args:
+        threads: of each worker; None: its share (see `Pool.threads`).
+    """
     if not simulator.quantization.storable:
         raise InputError("a model above 2 GB is not sent to workers", remedy="leave --parallel out")
     found = _Found(simulator, cache, key)
@@ -244,7 +254,7 @@ def _measured_in(
         if pool.on_this_machine:
             write_bytes(path, content)
         sent = _Sent(sha256_json(key.to_json()), path if pool.on_this_machine else content, metric)
-        task = partial(_scores, sent, mode, pool.threads(None))
+        task = partial(_scores, sent, mode, pool.threads(threads))
         for _, scores in results(task, shards, pool, cache, console, "sensitivity", "group"):
             found.add({name: Score(*score) for name, score in json.loads(scores).items()})
     return found.effects()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,9 +98,10 @@ def _options(
 ) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads or _every_thread()
+    options.intra_op_num_threads = threads or processors()
     options.enable_mem_pattern = False  # it keeps one more buffer for every shape, and saves no time
     options.log_severity_level = _FATAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other processes want them, too
     for key, value in _SESSION_CONFIG.items():
         options.add_session_config_entry(key, value)
     if large:
@@ -144,11 +144,6 @@ def _values(
     if tensor.name in weights:
         return np.asarray(weights[tensor.name].numpy())
     return onnx.numpy_helper.to_array(tensor, str(folder or ""))
-
-
-def _every_thread() -> int:
-    """ONNX Runtime's own choice (0), all of the machine's cores, unless this process may not use them all."""
-    return processors() if processors() < (os.cpu_count() or 1) else 0
 
 
 def _is_large(model: str | Path | bytes | Light) -> bool:

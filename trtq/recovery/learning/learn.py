@@ -40,7 +40,7 @@ from trtq.graph.weights import is_plain
 from trtq.recipe import Recipe
 from trtq.scratch import scratch_folder
 from trtq.simulation.finite import check_reference
-from trtq.simulation.processors import processors
+from trtq.simulation.processors import patient_openmp, processors
 from trtq.simulation.rows import taken
 from trtq.simulation.similarity import Reference, noise_db
 
@@ -140,7 +140,8 @@ def learn(
             outputs are not finite.
     """
     try:
-        import torch
+        with patient_openmp():
+            import torch
     except ImportError as error:
         raise MissingBackendError(
             "PyTorch is not installed, and learning needs it", remedy="pip install 'trtq[qat]'"
