@@ -51,12 +51,12 @@ class Read:
     Attributes:
         tensor: where it is stored: what only reshapes is looked through.
         ends: the inputs by which the kernel's nodes take it: node, and index of the input.
-        elements: how many are read; of a strided convolution of size 1, not all.
+        share: how much of it is read; of what a convolution of size 1 strides over, not all.
     """
 
     tensor: str
     ends: tuple[tuple[str, int], ...]
-    elements: int
+    share: float = 1.0
 
 
 @dataclass
@@ -71,7 +71,8 @@ class Kernel:
         weights: elements of its constants.
         reads: activations from outside.
         writes: tensors that others read, or that the model gives.
-        is_max_pool: whether it is nothing but a MaxPool, which gives values that it took.
+        keeps_values: whether what it writes was in what it reads, so that quantizing behind it is the same
+            as in front of it.
     """
 
     work: Work
@@ -81,7 +82,7 @@ class Kernel:
     weights: int = 0
     reads: list[Read] = field(default_factory=list)
     writes: list[str] = field(default_factory=list)
-    is_max_pool: bool = False
+    keeps_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,11 @@ class Fused:
     """A graph's kernels, in an order in which they can run.
 
     Attributes:
-        elements: tensor -> its number of elements.
-        shapes: tensor -> its shape.
+        shapes: of the tensors that kernels read and write, as far as they are known.
         inputs, outputs: the model's.
     """
 
     kernels: tuple[Kernel, ...]
-    elements: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
     inputs: frozenset[str]
     outputs: frozenset[str]
@@ -130,8 +129,7 @@ _MOVES = frozenset(
 _VIEWS = frozenset({"Concat", "Split"})
 _HOST = frozenset({"Shape", "Size", "Constant", "ConstantOfShape", "Range", "NonZero"})
 
-MOVES_INT8 = frozenset({"move", "view"})
-"""Work that gives values as it takes them, so that a quantizer behind it can stand in front as well."""
+_KEEPING = (_MOVES | _VIEWS | {"MaxPool", "GlobalMaxPool"}) - {"Resize", "Upsample"}
 
 _LARGEST_HEAD = 256
 """Up to this size of a head TensorRT fuses attention."""
@@ -171,7 +169,6 @@ class _Fusing:
         used = {name for kernel in kernels for name in (*kernel.writes, *(r.tensor for r in kernel.reads))}
         return Fused(
             kernels=tuple(kernels),
-            elements={name: self._elements(name) for name in used},
             shapes={name: self._shapes[name] for name in used if name in self._shapes},
             inputs=frozenset(tensor.name for tensor in self._graph.inputs),
             outputs=frozenset(self._root(name) for name in self._outputs),
@@ -291,9 +288,9 @@ class _Fusing:
     def _kernel(self, index: int, owner: Mapping[str, int]) -> Kernel:
         nodes = self._members[index]
         kernel = Kernel(self._works[index], [node.name for node in nodes])
-        kernel.is_max_pool = nodes[0].op in ("MaxPool", "GlobalMaxPool")
+        kernel.keeps_values = all(node.op in _KEEPING for node in nodes if node.op not in _VANISHING)
         reads: dict[str, list[tuple[str, int]]] = {}
-        strided: dict[str, int] = {}
+        shares: dict[str, float] = {}
         for node in nodes:
             if product(node):
                 kernel.weighted.append(node.name)
@@ -305,14 +302,14 @@ class _Fusing:
                     root = self._root(tensor.name)
                     if self._made.get(root) != index:
                         reads.setdefault(root, []).append((node.name, i))
-                        strided[root] = max(strided.get(root, 0), self._read_elements(node, tensor))
+                        shares[root] = max(shares.get(root, 0.0), self._share(node, tensor))
             for tensor in node.outputs:
                 outside = any(owner.get(n.name) not in (index, None) for n in tensor.outputs)
                 if tensor.name and (outside or tensor.name in self._outputs):
                     root = self._root(tensor.name)
                     if self._made.get(root) == index and root not in kernel.writes:
                         kernel.writes.append(root)
-        kernel.reads = [Read(root, tuple(ends), strided[root]) for root, ends in reads.items()]
+        kernel.reads = [Read(root, tuple(ends), shares[root]) for root, ends in reads.items()]
         return kernel
 
     def _constant(self, node: gs.Node, tensor: gs.Constant) -> int:
@@ -320,13 +317,14 @@ class _Fusing:
         count = math.prod(tensor.shape)
         return min(count, self._elements(node.outputs[0].name)) if node.op == "Gather" else count
 
-    def _read_elements(self, node: gs.Node, tensor: gs.Tensor) -> int:
-        count = self._elements(tensor.name)
+    def _share(self, node: gs.Node, tensor: gs.Tensor) -> float:
+        """How much of a tensor a node reads."""
         if node.op == "Conv" and all(k == 1 for k in self._shapes.get(node.inputs[1].name, (0,))[2:]):
-            return count // math.prod(node.attrs.get("strides", [1]))
+            return 1.0 / math.prod(node.attrs.get("strides", [1]))
         if node.op in ("Slice", "Gather", "Split"):
-            return min(count, sum(self._elements(t.name) for t in node.outputs))
-        return count
+            given = sum(self._elements(t.name) for t in node.outputs)
+            return min(1.0, given / max(self._elements(tensor.name), 1))
+        return 1.0
 
     def _gemms(self, node: gs.Node) -> Iterator[Gemm]:
         shapes = [self._shapes.get(t.name) for t in (*node.inputs[:2], node.outputs[0])]

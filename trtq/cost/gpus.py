@@ -36,9 +36,9 @@ class Gpu:
     source: str
 
     @property
-    def dp4a(self) -> float:
-        """INT8 rate of the CUDA cores: four products for each of float32 (compute capability 6.1 on)."""
-        return 4 * self.fp32
+    def clock(self) -> float:
+        """Boost clock in GHz, by which the data sheet's rates are computed."""
+        return self.fp32 * 1e3 / (2 * self.sms * (64 if self.capability in (70, 75, 80) else 128))
 
 
 _VOLTA = "NVIDIA V100 Tensor Core GPU data sheet (2020), INT8 from its dp4a instruction"

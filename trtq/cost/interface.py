@@ -29,7 +29,8 @@ class Part:
         precision: of its product, or of what it reads and writes where it has none.
         microseconds: of the kernel and its reformats.
         reformats_us: the part of `microseconds` that goes to quantizing its inputs.
-        why: what bounds it, in a few words: "memory: 12.8 MB", "compute", "launch".
+        why: what bounds it, in a few words: "memory: 12.8 MB", "launch".
+        kernels: how many it launches.
     """
 
     nodes: tuple[str, ...]
@@ -37,6 +38,7 @@ class Part:
     microseconds: float
     reformats_us: float
     why: str
+    kernels: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Latency:
     """What one inference of an engine costs.
 
     Attributes:
-        microseconds: the sum over the parts; what TensorRT's profiler shows as the sum of its layers.
+        microseconds: the sum over the parts: what the GPU takes where the engine runs as a CUDA graph. The
+            sum of the layers that TensorRT's profiler shows is larger: it adds some to each kernel.
         parts: in the order in which they run.
         kind: where the figures come from.
         source: the same in words: "roofline of NVIDIA L4", names of files.

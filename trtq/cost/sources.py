@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from trtq.cost.gpus import gpu_named
 from trtq.cost.interface import CostSource
-from trtq.cost.roofline import Roofline
+from trtq.cost.modelled import Modelled
 from trtq.graph.shapes import concrete_shapes
 
 
@@ -26,5 +26,5 @@ def source_for(
         InputError: there is no data sheet for that GPU.
     """
     if gpu is not None:
-        return Roofline(graph, concrete_shapes(graph, input_shapes), gpu_named(gpu))
+        return Modelled(graph, concrete_shapes(graph, input_shapes), gpu_named(gpu))
     return None
