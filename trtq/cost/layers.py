@@ -30,7 +30,8 @@ def layer_load(layer: CompiledLayer, batch: int = 1) -> Load:
     sizes += [tensor.size(batch) for tensor in layer.constants]
     gemm = _gemm(layer, batch) if layer.computes else None
     operands = [c for c in layer.constants if c.name in _WEIGHTS] or [*layer.inputs]
-    precision = next((_PRECISIONS[t.datatype] for t in operands if t.datatype in _PRECISIONS), "fp32")
+    known = [_PRECISIONS[tensor.datatype] for tensor in operands if tensor.datatype in _PRECISIONS]
+    precision: Precision = known[0] if known else "fp32"
     if gemm is not None and len(layer.inputs[0].dims) > 2 and gemm.k == gemm.channels:  # of size 1
         positions = math.prod(batch if d < 0 else d for d in layer.inputs[0].dims) // gemm.channels
         sizes[0] = sizes[0] * min(gemm.m, positions) // positions

@@ -1,8 +1,9 @@
 """What a kernel takes on a GPU by its data sheet.
 
-A kernel takes a launch, and the longer of computing and moving its bytes. The few constants that no data sheet
-has were fitted to profiles of an A100 and an RTX 3090; `tools/cost_check.py` prints how well they fit, and how
-well those fitted to one GPU fit the other. This is a model: it ranks placements, and is no measurement.
+A kernel takes a launch, and the longer of computing and moving its bytes. The few constants that no data
+sheet has were fitted to profiles of an A100 and an RTX 3090; `tools/cost_check.py` prints how well they fit,
+and how well those fitted to one GPU fit the other. This is a model: it ranks placements, and is no
+measurement.
 
 Source of the idea: Williams et al. 2009, "Roofline: An Insightful Visual Performance Model".
 """
