@@ -19,6 +19,9 @@ Precision = Literal["int8", "fp16", "fp32"]
 Rest = Literal["fp16", "fp32"]
 """What is not INT8."""
 
+Builder = Literal["tensorrt", "tensorrt-rtx"]
+"""Whose kernels: TensorRT fuses INT8 convolutions with what follows, TensorRT for RTX does not."""
+
 
 @dataclass(frozen=True)
 class Part:

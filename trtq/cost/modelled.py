@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from trtq.cost.fused import fuse
 from trtq.cost.gpus import Gpu
-from trtq.cost.interface import Kind, Latency, Part, Rest
+from trtq.cost.interface import Builder, Kind, Latency, Part, Rest
 from trtq.cost.placed import placed
 from trtq.cost.roofline import FITTED, Constants, Load, Time, kernel_time
 from trtq.graph.plan import Plan
@@ -20,6 +20,7 @@ class Modelled:
     Args:
         graph: folded, not yet quantized.
         shapes: of its tensors (see `graph.shapes.concrete_shapes`).
+        builder: whose engines.
         constants: what no data sheet says.
     """
 
@@ -30,32 +31,36 @@ class Modelled:
         graph: gs.Graph,
         shapes: Mapping[str, Sequence[int]],
         gpu: Gpu,
+        builder: Builder = "tensorrt",
         constants: Constants = FITTED,
     ) -> None:
         self.fused = fuse(graph, shapes)
         self.gpu = gpu
+        self._builder: Builder = builder
         self._constants = constants
         self._times: dict[Load, Time] = {}
 
     @property
     def name(self) -> str:
-        return f"roofline of NVIDIA {self.gpu.name}"
+        builder = "TensorRT for RTX" if self._builder == "tensorrt-rtx" else "TensorRT"
+        return f"roofline of NVIDIA {self.gpu.name}, {builder}"
 
     def latency(self, plan: Plan, rest: Rest) -> Latency:
         """See `CostSource`."""
         parts, moved = [], 0
-        for each in placed(self.fused, plan, rest):
+        for each in placed(self.fused, plan, rest, self._builder):
             reformats = sum(self.time(load).microseconds for load in each.before)
             time = self.time(each.load)
-            moved += each.load.bytes + sum(load.bytes for load in each.before)
+            own = time.microseconds + sum(self.time(load).microseconds for load in each.after)
+            moved += sum(load.bytes for load in (each.load, *each.before, *each.after))
             parts.append(
                 Part(
                     nodes=tuple(each.kernel.nodes),
                     precision=each.load.precision,
-                    microseconds=time.microseconds + reformats,
+                    microseconds=own + reformats,
                     reformats_us=reformats,
                     why=time.why,
-                    kernels=1 + len(each.before),
+                    kernels=1 + len(each.before) + len(each.after),
                 )
             )
         return Latency(sum(part.microseconds for part in parts), tuple(parts), self.kind, self.name, moved)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from trtq.cost.fused import Fused, Kernel
-from trtq.cost.interface import Precision, Rest
-from trtq.cost.roofline import THIN, Load, converted, stored_bytes
+from trtq.cost.fused import Fused, Kernel, Read
+from trtq.cost.interface import Builder, Precision, Rest
+from trtq.cost.roofline import BYTES, THIN, Load, converted, stored_bytes
 from trtq.graph.plan import Plan
 
 
@@ -20,22 +20,24 @@ class Placed:
 
     Attributes:
         load: what it has to do.
-        before: the kernels in front of it that quantize or convert what it reads.
+        before: the kernels in front of it that quantize, convert or copy what it reads.
+        after: the kernel that does what it fuses with, where the builder does not.
     """
 
     kernel: Kernel
     load: Load
     before: tuple[Load, ...]
+    after: tuple[Load, ...] = ()
 
 
-def placed(fused: Fused, plan: Plan, rest: Rest) -> list[Placed]:
+def placed(fused: Fused, plan: Plan, rest: Rest, builder: Builder = "tensorrt") -> list[Placed]:
     """The kernels of the engine that has a plan's nodes in INT8 and Q/DQ on its edges.
 
     A tensor is written in INT8 where all who read it want so and what writes it can quantize: INT8 products,
     generated kernels, and what only moves values that it reads in INT8. Else it is written in floating
     point, and a kernel of its own quantizes it, once for each range.
     """
-    return _Placing(fused, plan, rest).kernels()
+    return _Placing(fused, plan, rest, builder).kernels()
 
 
 @dataclass
@@ -52,9 +54,10 @@ class _Use:
 
 
 class _Placing:
-    def __init__(self, fused: Fused, plan: Plan, rest: Rest) -> None:
+    def __init__(self, fused: Fused, plan: Plan, rest: Rest, builder: Builder) -> None:
         self._fused = fused
         self._rest: Rest = rest
+        self._builder = builder
         self._int8 = set(plan.int8_nodes)
         self._edges = {(edge.node, edge.index): edge.range for edge in plan.edges}
         self._uses: dict[str, _Use] = {}
@@ -71,9 +74,12 @@ class _Placing:
             self._write(name, "fp32", may_quantize=False)
         found = []
         for position, kernel in enumerate(self._fused.kernels):
-            load = self._load(position, kernel)
-            if kernel.work != "view":
-                found.append(Placed(kernel, load, tuple(self._before.get(position, ()))))
+            loads = self._loads(position, kernel)
+            before = self._before.get(position, [])
+            if not loads:
+                loads, before = before[:1], before[1:]
+            if loads:
+                found.append(Placed(kernel, loads[0], tuple(before), tuple(loads[1:])))
         return found
 
     def _use(self, name: str) -> _Use:
@@ -105,7 +111,8 @@ class _Placing:
 
     # --- from the beginning to the end: who can give it ---
 
-    def _load(self, position: int, kernel: Kernel) -> Load:
+    def _loads(self, position: int, kernel: Kernel) -> list[Load]:
+        """What a kernel has to do, and what another one has to do for it."""
         is_int8 = bool(kernel.weighted) and self._int8.issuperset(kernel.weighted)
         quantized = [(position, read.tensor) in self._quantized for read in kernel.reads]
         kept: Precision = self._rest
@@ -114,28 +121,56 @@ class _Placing:
             kept = self._rest if kept == "int8" else kept
         elif is_int8 and all(0 < gemm.channels <= THIN for gemm in kernel.gemms):
             kept = "fp32"  # dp4a's kernels write INT8 or float32
-        if kernel.work == "product" or kernel.work == "attention":
+        if kernel.work in ("product", "attention"):
             may = is_int8
         else:
             may = kernel.work == "pointwise" or (bool(quantized) and all(quantized))
-        sizes = [kernel.weights * {"int8": 1, "fp16": 2, "fp32": 4}["int8" if is_int8 else self._rest]]
-        for read, as_int8 in zip(kernel.reads, quantized, strict=True):
-            sizes.append(self._read_bytes(position, kernel, read.tensor, read.share, as_int8))
+        sizes = [
+            self._read_bytes(position, kernel, read, as_int8)
+            for read, as_int8 in zip(kernel.reads, quantized, strict=True)
+        ]
         for name in kernel.writes:
             self._write(name, kept, may_quantize=may)
-            sizes.append(stored_bytes(self._fused.shapes.get(name, (0,)), self._stored[name]))
+        written = [stored_bytes(self._shape(name), self._stored[name]) for name in kernel.writes]
+        if kernel.work == "view":
+            return self._copies(position, kernel)
         precision: Precision = self._rest
         if is_int8 or (not kernel.weighted and quantized and all(quantized)):
             precision = "int8"
-        moved = 0
-        if kernel.work == "move":
-            moved = sum(converted(self._fused.shapes.get(name, (0,))) for name in kernel.writes)
-        return Load(precision, tuple(kernel.gemms), tuple(size for size in sizes if size), moved)
+        weights = kernel.weights * BYTES[precision if is_int8 else self._rest]
+        if self._builder == "tensorrt-rtx" and is_int8 and kernel.work == "product":
+            sums = self._sums(kernel)
+            operands = kernel.operands
+            return [
+                Load(precision, tuple(kernel.gemms), (weights, *sizes[:operands], sums)),
+                Load(self._rest, (), (sums, *sizes[operands:], *written)),
+            ]
+        moved = sum(converted(self._shape(name)) for name in kernel.writes) if kernel.work == "move" else 0
+        return [Load(precision, tuple(kernel.gemms), (weights, *sizes, *written), moved)]
 
-    def _read_bytes(self, position: int, kernel: Kernel, name: str, share: float, as_int8: bool) -> int:
+    def _sums(self, kernel: Kernel) -> int:
+        """Bytes of what an INT8 product of TensorRT-RTX writes: float32 of convolutions, else as the rest."""
+        elements = sum(gemm.m * gemm.n * gemm.count for gemm in kernel.gemms)
+        return elements * BYTES["fp32" if kernel.is_conv else self._rest]
+
+    def _copies(self, position: int, kernel: Kernel) -> list[Load]:
+        """What copies tensors to where they are concatenated, where they cannot be written there."""
+        loads = []
+        for read in kernel.reads:
+            if read.copied:
+                shape, stored = self._shape(read.tensor), self._stored[read.tensor]
+                size = stored_bytes(shape, "int8" if (position, read.tensor) in self._quantized else stored)
+                loads.append(Load(self._rest, (), (size, size), converted(shape)))
+        self._before.setdefault(position, []).extend(loads)
+        return []
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._fused.shapes.get(name, (0,))
+
+    def _read_bytes(self, position: int, kernel: Kernel, read: Read, as_int8: bool) -> int:
         """Bytes of a tensor that a kernel reads; what is float32 beside float16 is converted for products."""
-        shape = self._fused.shapes.get(name, (0,))
-        stored = self._stored.get(name, self._rest)
+        name, share = read.tensor, read.share
+        shape, stored = self._shape(name), self._stored.get(name, self._rest)
         if as_int8:
             return int(stored_bytes(shape, "int8") * share)
         if (
@@ -156,7 +191,7 @@ class _Placing:
         as_int8 = bool(use and use.only_int8 and may_quantize)
         self._stored[name] = "int8" if as_int8 else kept
         for _ in ranges[as_int8:]:
-            shape = self._fused.shapes.get(name, (0,))
+            shape = self._shape(name)
             sizes = (stored_bytes(shape, self._stored[name]), stored_bytes(shape, "int8"))
             assert use is not None
             self._before.setdefault(use.first, []).append(Load(self._rest, (), sizes, converted(shape)))

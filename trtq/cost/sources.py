@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 import onnx_graphsurgeon as gs
 
 from trtq.cost.gpus import gpu_named
-from trtq.cost.interface import CostSource
+from trtq.cost.interface import Builder, CostSource
 from trtq.cost.modelled import Modelled
 from trtq.graph.shapes import concrete_shapes
 
 
 def source_for(
-    graph: gs.Graph, input_shapes: Mapping[str, Sequence[int]], *, gpu: str | None = None
+    graph: gs.Graph,
+    input_shapes: Mapping[str, Sequence[int]],
+    *,
+    gpu: str | None = None,
+    builder: Builder = "tensorrt",
 ) -> CostSource | None:
     """The source of costs for a model; None where nothing says what a kernel takes.
 
@@ -21,10 +25,11 @@ def source_for(
         graph: folded, not yet quantized.
         input_shapes: of the inference whose latency counts: model input -> shape without dynamic dimensions.
         gpu: name of a GPU, for the roofline of its data sheet.
+        builder: whose engines.
 
     Raises:
         InputError: there is no data sheet for that GPU.
     """
     if gpu is not None:
-        return Modelled(graph, concrete_shapes(graph, input_shapes), gpu_named(gpu))
+        return Modelled(graph, concrete_shapes(graph, input_shapes), gpu_named(gpu), builder)
     return None
