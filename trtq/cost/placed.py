@@ -139,19 +139,23 @@ class _Placing:
             precision = "int8"
         weights = kernel.weights * BYTES[precision if is_int8 else self._rest]
         if self._builder == "tensorrt-rtx" and is_int8 and kernel.work == "product":
-            sums = self._sums(kernel)
-            operands = kernel.operands
-            return [
-                Load(precision, tuple(kernel.gemms), (weights, *sizes[:operands], sums)),
-                Load(self._rest, (), (sums, *sizes[operands:], *written)),
-            ]
+            return self._unfused(kernel, weights, sizes, written)
         moved = sum(converted(self._shape(name)) for name in kernel.writes) if kernel.work == "move" else 0
         return [Load(precision, tuple(kernel.gemms), (weights, *sizes, *written), moved)]
 
-    def _sums(self, kernel: Kernel) -> int:
-        """Bytes of what an INT8 product of TensorRT-RTX writes: float32 of convolutions, else as the rest."""
+    def _unfused(self, kernel: Kernel, weights: int, sizes: list[int], written: list[int]) -> list[Load]:
+        """An INT8 product of TensorRT for RTX, which writes its sums, and what is done to them.
+
+        Sums are float32 of convolutions, else of the rest's type. Depthwise convolutions take every channel
+        in a pack of four. (Seen in engines of TensorRT for RTX 1.7.1.)
+        """
         elements = sum(gemm.m * gemm.n * gemm.count for gemm in kernel.gemms)
-        return elements * BYTES["fp32" if kernel.is_conv else self._rest]
+        sums = elements * BYTES["fp32" if kernel.is_conv else self._rest]
+        operands, others = sizes[: kernel.operands], sizes[kernel.operands :]
+        if kernel.is_conv and all(gemm.n == 1 for gemm in kernel.gemms):
+            operands = [size for operand in operands for size in (4 * operand, 3 * operand)]
+        whole = Load("int8", tuple(kernel.gemms), (weights, *operands, sums))
+        return [whole, Load(self._rest, (), (sums, *others, *written))]
 
     def _copies(self, position: int, kernel: Kernel) -> list[Load]:
         """What copies tensors to where they are concatenated, where they cannot be written there."""
