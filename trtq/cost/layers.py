@@ -10,7 +10,7 @@ from trtq.cost.fused import Gemm
 from trtq.cost.interface import Precision
 from trtq.cost.roofline import Load, converted
 
-_PRECISIONS: dict[str, Precision] = {"Int8": "int8", "Half": "fp16", "BFloat16": "fp16", "Float": "fp32"}
+PRECISIONS: dict[str, Precision] = {"Int8": "int8", "Half": "fp16", "BFloat16": "fp16", "Float": "fp32"}
 _WIDTHS = {"two": 2, "four": 4, "eight": 8, "sixteen": 16, "thirty-two": 32}
 _WIDE = re.compile(rf"({'|'.join(_WIDTHS)}) wide channel|channel % (\d+) == 0", re.IGNORECASE)
 _MOVES = ("Shuffle", "Slice", "Padding")
@@ -30,7 +30,7 @@ def layer_load(layer: CompiledLayer, batch: int = 1) -> Load:
     sizes += [tensor.size(batch) for tensor in layer.constants]
     gemm = _gemm(layer, batch) if layer.computes else None
     operands = [c for c in layer.constants if c.name in _WEIGHTS] or [*layer.inputs]
-    known = [_PRECISIONS[tensor.datatype] for tensor in operands if tensor.datatype in _PRECISIONS]
+    known = [PRECISIONS[tensor.datatype] for tensor in operands if tensor.datatype in PRECISIONS]
     precision: Precision = known[0] if known else "fp32"
     if gemm is not None and len(layer.inputs[0].dims) > 2 and gemm.k == gemm.channels:  # of size 1
         positions = math.prod(batch if d < 0 else d for d in layer.inputs[0].dims) // gemm.channels

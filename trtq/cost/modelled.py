@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
 from trtq.cost.fused import fuse
 from trtq.cost.gpus import Gpu
 from trtq.cost.interface import Builder, Kind, Latency, Part, Rest
-from trtq.cost.placed import placed
+from trtq.cost.placed import Conversion, Placed, placed
 from trtq.cost.roofline import FITTED, Constants, Load, Time, kernel_time
 from trtq.graph.plan import Plan
 
@@ -36,37 +36,60 @@ class Modelled:
     ) -> None:
         self.fused = fuse(graph, shapes)
         self.gpu = gpu
-        self._builder: Builder = builder
+        self.builder: Builder = builder
         self._constants = constants
         self._times: dict[Load, Time] = {}
 
     @property
     def name(self) -> str:
-        builder = "TensorRT for RTX" if self._builder == "tensorrt-rtx" else "TensorRT"
+        builder = "TensorRT for RTX" if self.builder == "tensorrt-rtx" else "TensorRT"
         return f"roofline of NVIDIA {self.gpu.name}, {builder}"
 
     def latency(self, plan: Plan, rest: Rest) -> Latency:
         """See `CostSource`."""
-        parts, moved = [], 0
-        for each in placed(self.fused, plan, rest, self._builder):
-            reformats = sum(self.time(load).microseconds for load in each.before)
-            time = self.time(each.load)
-            own = time.microseconds + sum(self.time(load).microseconds for load in each.after)
-            moved += sum(load.bytes for load in (each.load, *each.before, *each.after))
-            parts.append(
-                Part(
-                    nodes=tuple(each.kernel.nodes),
-                    precision=each.load.precision,
-                    microseconds=own + reformats,
-                    reformats_us=reformats,
-                    why=time.why,
-                    kernels=1 + len(each.before) + len(each.after),
-                )
-            )
-        return Latency(sum(part.microseconds for part in parts), tuple(parts), self.kind, self.name, moved)
+        return priced(
+            placed(self.fused, plan, rest, self.builder),
+            kernel=self.kernel,
+            why=lambda each: self.time(each.load).why,
+            conversion=lambda each: self.time(each.load).microseconds,
+            kind=self.kind,
+            source=self.name,
+        )
+
+    def kernel(self, each: Placed) -> float:
+        """Microseconds of a kernel and of what does for it what the builder does not fuse."""
+        return sum(self.time(load).microseconds for load in (each.load, *each.after))
 
     def time(self, load: Load) -> Time:
         """What a kernel takes."""
         if load not in self._times:
             self._times[load] = kernel_time(self.gpu, load, self._constants)
         return self._times[load]
+
+
+def priced(
+    kernels: Sequence[Placed],
+    *,
+    kernel: Callable[[Placed], float],
+    conversion: Callable[[Conversion], float],
+    why: Callable[[Placed], str],
+    kind: Kind,
+    source: str,
+) -> Latency:
+    """What an engine costs whose kernels and conversions take what two functions say, in microseconds."""
+    parts, moved = [], 0
+    for each in kernels:
+        reformats = sum(conversion(before) for before in each.before)
+        loads = (each.load, *each.after, *(before.load for before in each.before))
+        moved += sum(load.bytes for load in loads)
+        parts.append(
+            Part(
+                nodes=tuple(each.kernel.nodes),
+                precision=each.load.precision,
+                microseconds=kernel(each) + reformats,
+                reformats_us=reformats,
+                why=why(each),
+                kernels=len(loads),
+            )
+        )
+    return Latency(sum(part.microseconds for part in parts), tuple(parts), kind, source, moved)

@@ -15,18 +15,31 @@ from trtq.graph.plan import Plan
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """A kernel that quantizes, converts or copies a tensor for those who read it.
+
+    Attributes:
+        made: the datatype that it makes.
+    """
+
+    tensor: str
+    made: Precision
+    load: Load
+
+
+@dataclass(frozen=True)
 class Placed:
     """A kernel of an engine.
 
     Attributes:
         load: what it has to do.
-        before: the kernels in front of it that quantize, convert or copy what it reads.
+        before: what is converted for it and for those behind it that read the same.
         after: the kernel that does what it fuses with, where the builder does not.
     """
 
     kernel: Kernel
     load: Load
-    before: tuple[Load, ...]
+    before: tuple[Conversion, ...]
     after: tuple[Load, ...] = ()
 
 
@@ -63,7 +76,7 @@ class _Placing:
         self._uses: dict[str, _Use] = {}
         self._quantized: set[tuple[int, str]] = set()
         self._stored: dict[str, Precision] = {}
-        self._before: dict[int, list[Load]] = {}
+        self._before: dict[int, list[Conversion]] = {}
 
     def kernels(self) -> list[Placed]:
         for name in self._fused.outputs:
@@ -76,8 +89,8 @@ class _Placing:
         for position, kernel in enumerate(self._fused.kernels):
             loads = self._loads(position, kernel)
             before = self._before.get(position, [])
-            if not loads:
-                loads, before = before[:1], before[1:]
+            if not loads and before:
+                loads, before = [before[0].load], before[1:]
             if loads:
                 found.append(Placed(kernel, loads[0], tuple(before), tuple(loads[1:])))
         return found
@@ -163,8 +176,10 @@ class _Placing:
         for read in kernel.reads:
             if read.copied:
                 shape, stored = self._shape(read.tensor), self._stored[read.tensor]
-                size = stored_bytes(shape, "int8" if (position, read.tensor) in self._quantized else stored)
-                loads.append(Load(self._rest, (), (size, size), converted(shape)))
+                made: Precision = "int8" if (position, read.tensor) in self._quantized else stored
+                size = stored_bytes(shape, made)
+                load = Load(self._rest, (), (size, size), converted(shape))
+                loads.append(Conversion(read.tensor, made, load))
         self._before.setdefault(position, []).extend(loads)
         return []
 
@@ -184,7 +199,8 @@ class _Placing:
             and kernel.work != "pointwise"
         ):
             sizes = (stored_bytes(shape, "fp32"), stored_bytes(shape, "fp16"))
-            self._before.setdefault(position, []).append(Load("fp16", (), sizes, converted(shape)))
+            conversion = Conversion(name, "fp16", Load("fp16", (), sizes, converted(shape)))
+            self._before.setdefault(position, []).append(conversion)
             stored = self._stored[name] = "fp16"
         return int(stored_bytes(shape, stored) * share)
 
@@ -198,4 +214,5 @@ class _Placing:
             shape = self._shape(name)
             sizes = (stored_bytes(shape, self._stored[name]), stored_bytes(shape, "int8"))
             assert use is not None
-            self._before.setdefault(use.first, []).append(Load(self._rest, (), sizes, converted(shape)))
+            conversion = Conversion(name, "int8", Load(self._rest, (), sizes, converted(shape)))
+            self._before.setdefault(use.first, []).append(conversion)
