@@ -149,7 +149,7 @@ class Timed:
             taken.add(layer.microseconds, modelled)
 
     def _homes(self, layer: TimedLayer) -> list[int]:
-        """The kernels of the model that a layer is; one that computes nothing is none with products if it can."""
+        """The kernels of the model that a layer is; one that computes nothing is those without products."""
         found = list(dict.fromkeys(self._owner[node] for node in layer.nodes if node in self._owner))
         if layer.compiled is None or layer.compiled.computes:
             return found
