@@ -154,7 +154,8 @@ class _Placing:
         if self._builder == "tensorrt-rtx" and is_int8 and kernel.work == "product":
             return self._unfused(kernel, weights, sizes, written)
         moved = sum(converted(self._shape(name)) for name in kernel.writes) if kernel.work == "move" else 0
-        return [Load(precision, tuple(kernel.gemms), (weights, *sizes, *written), moved)]
+        every = (weights, *sizes, *written) if weights else (*sizes, *written)
+        return [Load(precision, tuple(kernel.gemms), every, moved)]
 
     def _unfused(self, kernel: Kernel, weights: int, sizes: list[int], written: list[int]) -> list[Load]:
         """An INT8 product of TensorRT for RTX, which writes its sums, and what is done to them.

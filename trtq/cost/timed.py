@@ -101,9 +101,10 @@ class Timed:
 
     @property
     def share(self) -> float:
-        """How much of what the engines took is of layers that were found in the model."""
-        found = sum(taken.microseconds for taken in (*self._all.values(), self._converting))
-        return found / max(sum(engine.microseconds for engine in self._engines), 1e-9)
+        """How much of what the engines took, conversions aside, is of layers that the model has."""
+        layers = [layer for engine in self._engines for layer in engine.layers if not layer.converts]
+        found = sum(layer.microseconds for layer in layers if self._homes(layer))
+        return found / max(sum(layer.microseconds for layer in layers), 1e-9)
 
     def latency(self, plan: Plan, rest: Rest) -> Latency:
         """See `CostSource`."""
