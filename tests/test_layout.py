@@ -28,6 +28,7 @@ trtq.data
 trtq.simulation
 trtq.calibration
 trtq.backends
+trtq.cost
 trtq.recipe
 trtq.job
 trtq.calibration.calibrate
