@@ -292,12 +292,14 @@ def onnx_layers(metadata: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\s]*(?:\[ONNX Layer: |$))", metadata))
 
 
-def _named(name: str) -> tuple[str, ...]:
+def named_nodes(name: str) -> tuple[str, ...]:
     """The ONNX nodes that a layer's name lists: TensorRT before 8.6 has no metadata.
 
-    What is fused is joined by `+`, and a pointwise node stands in PWN(...).
+    What is fused is joined by `+`, what runs side by side by `||`, and pointwise nodes stand in PWN(...), one
+    within the other: `PWN(PWN(sigmoid), mul)`.
     """
-    return tuple(part.removeprefix("PWN(").removesuffix(")") for part in name.split(" + "))
+    parts = (part.strip() for part in re.split(r" \+ | \|\| |, ", name.replace("PWN(", "")))
+    return tuple(part.rstrip(")") if part.count(")") > part.count("(") else part for part in parts)
 
 
 def _inspected_layer(layer: Any) -> CompiledLayer | None:
@@ -314,7 +316,7 @@ def _inspected_layer(layer: Any) -> CompiledLayer | None:
             inputs=tuple(_inspected_tensor(t) for t in layer["Inputs"]),
             constants=(*constants, *(_inspected_tensor(t) for t in layer.get("Constants", ()))),
             outputs=tuple(_inspected_tensor(t) for t in layer["Outputs"]),
-            onnx_nodes=onnx_layers(layer["Metadata"]) if "Metadata" in layer else _named(layer["Name"]),
+            onnx_nodes=onnx_layers(layer["Metadata"]) if "Metadata" in layer else named_nodes(layer["Name"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError):
         return None

@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from trtq.graph.products import product
 
 Work = Literal["product", "attention", "pointwise", "pool", "move", "view", "other"]
-"""What a kernel does; a view needs none: concatenated tensors are written where they belong."""
+"""What a kernel does; a view needs none: what is concatenated is written where it belongs, if it can."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ class Read:
     Attributes:
         tensor: where it is stored: what only reshapes is looked through.
         ends: the inputs by which the kernel's nodes take it: node, and index of the input.
-        elements: how many are read; of a strided convolution of size 1, not all.
+        share: how much of it is read; of what a convolution of size 1 strides over, not all.
+        copied: whether a view has to copy it: it stands where it is for others, too.
     """
 
     tensor: str
     ends: tuple[tuple[str, int], ...]
-    elements: int
+    share: float = 1.0
+    copied: bool = False
 
 
 @dataclass
@@ -71,7 +73,10 @@ class Kernel:
         weights: elements of its constants.
         reads: activations from outside.
         writes: tensors that others read, or that the model gives.
-        is_max_pool: whether it is nothing but a MaxPool, which gives values that it took.
+        operands: how many of the reads are factors of the products; the others come in behind them.
+        is_conv: whether its products are convolutions.
+        keeps_values: whether what it writes was in what it reads, so that quantizing behind it is the same
+            as in front of it.
     """
 
     work: Work
@@ -81,7 +86,9 @@ class Kernel:
     weights: int = 0
     reads: list[Read] = field(default_factory=list)
     writes: list[str] = field(default_factory=list)
-    is_max_pool: bool = False
+    operands: int = 0
+    is_conv: bool = False
+    keeps_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,11 @@ class Fused:
     """A graph's kernels, in an order in which they can run.
 
     Attributes:
-        elements: tensor -> its number of elements.
-        shapes: tensor -> its shape.
+        shapes: of the tensors that kernels read and write, as far as they are known.
         inputs, outputs: the model's.
     """
 
     kernels: tuple[Kernel, ...]
-    elements: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
     inputs: frozenset[str]
     outputs: frozenset[str]
@@ -124,14 +129,14 @@ _NORMALIZING = frozenset(
 _POOLS = frozenset("AveragePool GlobalAveragePool GlobalMaxPool LpPool MaxPool".split())
 _MOVES = frozenset(
     """
-    DepthToSpace Expand Gather GatherElements GatherND Pad Resize Slice SpaceToDepth Tile Transpose Upsample
+    DepthToSpace Expand Gather GatherElements GatherND Pad Resize Slice SpaceToDepth Split Tile Transpose
+    Upsample
     """.split()
 )
-_VIEWS = frozenset({"Concat", "Split"})
+_VIEWS = frozenset({"Concat"})
 _HOST = frozenset({"Shape", "Size", "Constant", "ConstantOfShape", "Range", "NonZero"})
 
-MOVES_INT8 = frozenset({"move", "view"})
-"""Work that gives values as it takes them, so that a quantizer behind it can stand in front as well."""
+_KEEPING = (_MOVES | _VIEWS | {"MaxPool", "GlobalMaxPool"}) - {"Resize", "Upsample"}
 
 _LARGEST_HEAD = 256
 """Up to this size of a head TensorRT fuses attention."""
@@ -162,16 +167,18 @@ class _Fusing:
         self._roots: dict[str, str] = {}
         self._members: list[list[gs.Node]] = []
         self._works: list[Work] = []
+        self._shared: set[str] = set()
 
     def fused(self) -> Fused:
         for node in self._graph.nodes:
             self._take(node)
+        self._shared = {self._root(name) for name, t in self._graph.tensors().items() if len(t.outputs) > 1}
+        self._shared |= {tensor.name for tensor in self._graph.inputs}
         owner = {node.name: i for i, nodes in enumerate(self._members) for node in nodes}
         kernels = [self._kernel(i, owner) for i, nodes in enumerate(self._members) if nodes]
         used = {name for kernel in kernels for name in (*kernel.writes, *(r.tensor for r in kernel.reads))}
         return Fused(
             kernels=tuple(kernels),
-            elements={name: self._elements(name) for name in used},
             shapes={name: self._shapes[name] for name in used if name in self._shapes},
             inputs=frozenset(tensor.name for tensor in self._graph.inputs),
             outputs=frozenset(self._root(name) for name in self._outputs),
@@ -222,30 +229,28 @@ class _Fusing:
             return None
         if self._works[last] == "product":
             among = [t for t in self._activations(node) if made[t.name] == last]
+            if _is_gate(node) or _is_gated(node):
+                return last if self._may_activate(last) or _is_gated(node) else None
             return last if len(among) == 1 and self._is_epilogue(node, among[0], last) else None
         return last if self._works[last] == "pointwise" else None
+
+    def _may_activate(self, index: int) -> bool:
+        return not any(node.op in _EPILOGUE for node in self._members[index])
 
     def _is_epilogue(self, node: gs.Node, tensor: gs.Tensor, index: int) -> bool:
         """Whether a product's kernel can do what follows it: nobody else may need what it made before."""
         if len(tensor.outputs) != 1 or tensor.name in self._outputs:
             return False
-        before = [each.op for each in self._members[index]]
-        if node.op in ("Add", "Sub"):
-            if len(self._activations(node)) == 1:  # a bias, or a mask
-                return not any(op in _EPILOGUE for op in before)
-            others = [t for t in self._activations(node) if t is not tensor]
-            same = self._shapes.get(others[0].name) == self._shapes.get(tensor.name)
-            return node.op == "Add" and same and not self._adds_activation(index)
-        if node.op in ("Mul", "Div", "Where"):  # a scale that was not folded
-            return len(self._activations(node)) == 1 and not any(op in _EPILOGUE for op in before)
-        return node.op in _EPILOGUE and not any(op in _EPILOGUE for op in before)
-
-    def _adds_activation(self, index: int) -> bool:
-        """Whether a kernel has an activation or the addition of another tensor already."""
-        return any(
-            node.op in _EPILOGUE or (node.op == "Add" and len(self._activations(node)) == 2)
-            for node in self._members[index]
-        )
+        alone = len(self._activations(node)) == 1
+        if node.op == "Add" and not alone:
+            other = next(t for t in self._activations(node) if t is not tensor)
+            same = self._shapes.get(other.name) == self._shapes.get(tensor.name)
+            return same and not any(
+                each.op == "Add" and len(self._activations(each)) == 2 for each in self._members[index]
+            )
+        if node.op in ("Add", "Sub", "Mul", "Div", "Where"):  # a bias, a scale, a mask
+            return alone and self._may_activate(index)
+        return node.op in _EPILOGUE and self._may_activate(index)
 
     def _attention(self, node: gs.Node) -> int | None:
         """A kernel of a softmax, the product that it takes, and the product `node` of what it gives."""
@@ -291,9 +296,9 @@ class _Fusing:
     def _kernel(self, index: int, owner: Mapping[str, int]) -> Kernel:
         nodes = self._members[index]
         kernel = Kernel(self._works[index], [node.name for node in nodes])
-        kernel.is_max_pool = nodes[0].op in ("MaxPool", "GlobalMaxPool")
+        kernel.keeps_values = all(node.op in _KEEPING for node in nodes if node.op not in _VANISHING)
         reads: dict[str, list[tuple[str, int]]] = {}
-        strided: dict[str, int] = {}
+        shares: dict[str, float] = {}
         for node in nodes:
             if product(node):
                 kernel.weighted.append(node.name)
@@ -305,28 +310,39 @@ class _Fusing:
                     root = self._root(tensor.name)
                     if self._made.get(root) != index:
                         reads.setdefault(root, []).append((node.name, i))
-                        strided[root] = max(strided.get(root, 0), self._read_elements(node, tensor))
+                        shares[root] = max(shares.get(root, 0.0), self._share(node, tensor))
             for tensor in node.outputs:
                 outside = any(owner.get(n.name) not in (index, None) for n in tensor.outputs)
                 if tensor.name and (outside or tensor.name in self._outputs):
                     root = self._root(tensor.name)
                     if self._made.get(root) == index and root not in kernel.writes:
                         kernel.writes.append(root)
-        kernel.reads = [Read(root, tuple(ends), strided[root]) for root, ends in reads.items()]
+        kernel.reads = [
+            Read(root, tuple(ends), shares[root], kernel.work == "view" and root in self._shared)
+            for root, ends in reads.items()
+        ]
+        kernel.reads.sort(key=lambda read: not self._is_factor(read, kernel))  # stable: the rest as it stands
+        kernel.operands = sum(self._is_factor(read, kernel) for read in kernel.reads)
+        kernel.is_conv = any(node.op == "Conv" for node in nodes)
         return kernel
+
+    @staticmethod
+    def _is_factor(read: Read, kernel: Kernel) -> bool:
+        return any(node in kernel.weighted for node, _ in read.ends)
 
     def _constant(self, node: gs.Node, tensor: gs.Constant) -> int:
         """Elements of a constant that a node reads; a table's rows count as read where they are gathered."""
         count = math.prod(tensor.shape)
         return min(count, self._elements(node.outputs[0].name)) if node.op == "Gather" else count
 
-    def _read_elements(self, node: gs.Node, tensor: gs.Tensor) -> int:
-        count = self._elements(tensor.name)
+    def _share(self, node: gs.Node, tensor: gs.Tensor) -> float:
+        """How much of a tensor a node reads."""
         if node.op == "Conv" and all(k == 1 for k in self._shapes.get(node.inputs[1].name, (0,))[2:]):
-            return count // math.prod(node.attrs.get("strides", [1]))
+            return 1.0 / math.prod(node.attrs.get("strides", [1]))
         if node.op in ("Slice", "Gather", "Split"):
-            return min(count, sum(self._elements(t.name) for t in node.outputs))
-        return count
+            given = sum(self._elements(t.name) for t in node.outputs)
+            return min(1.0, given / max(self._elements(tensor.name), 1))
+        return 1.0
 
     def _gemms(self, node: gs.Node) -> Iterator[Gemm]:
         shapes = [self._shapes.get(t.name) for t in (*node.inputs[:2], node.outputs[0])]
@@ -369,6 +385,24 @@ class _Fusing:
 
     def _elements(self, name: str) -> int:
         return math.prod(self._shapes[name]) if name in self._shapes else 0
+
+
+def _is_gate(node: gs.Node) -> bool:
+    """Whether a node is the sigmoid of x * sigmoid(x), which TensorRT takes for one activation."""
+    return node.op in ("Sigmoid", "HardSigmoid") and any(
+        _is_gated(each) and node.outputs[0] in each.inputs for each in node.outputs[0].outputs
+    )
+
+
+def _is_gated(node: gs.Node) -> bool:
+    """Whether a node is the product of x * sigmoid(x), of an x that nobody else reads."""
+    if node.op != "Mul" or len(node.inputs) != 2:
+        return False
+    for x, gate in (node.inputs, node.inputs[::-1]):
+        made = gate.inputs[0] if gate.inputs else None
+        if made is not None and made.op in ("Sigmoid", "HardSigmoid") and made.inputs[0] is x:
+            return len(gate.outputs) == 1 and len(x.outputs) == 2
+    return False
 
 
 def _maker(tensor: gs.Tensor) -> str:

@@ -36,9 +36,9 @@ class Gpu:
     source: str
 
     @property
-    def dp4a(self) -> float:
-        """INT8 rate of the CUDA cores: four products for each of float32 (compute capability 6.1 on)."""
-        return 4 * self.fp32
+    def clock(self) -> float:
+        """Boost clock in GHz, by which the data sheet's rates are computed."""
+        return self.fp32 * 1e3 / (2 * self.sms * (64 if self.capability in (70, 75, 80) else 128))
 
 
 _VOLTA = "NVIDIA V100 Tensor Core GPU data sheet (2020), INT8 from its dp4a instruction"
@@ -62,18 +62,23 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("A10", 86, 72, 600, 6, 31.2, 62.5, 125, 250, "NVIDIA A10 data sheet"),
     Gpu("A2", 86, 10, 200, 2, 4.5, 9, 18, 36, "NVIDIA A2 data sheet"),
     Gpu("A40", 86, 84, 696, 6, 37.4, 74.8, 149.7, 299.3, "NVIDIA A40 data sheet"),
+    Gpu("RTX A6000", 86, 84, 768, 6, 38.7, 77.4, 154.8, 309.7, _GA102),
+    Gpu("RTX 3070", 86, 46, 448, 4, 20.3, 20.3, 81.3, 162.6, _GA102),
     Gpu("RTX 3080", 86, 68, 760, 5, 29.8, 29.8, 119, 238, _GA102),
     Gpu("RTX 3090", 86, 82, 936, 6, 35.6, 35.6, 142, 284, _GA102),
     Gpu("AGX Orin", 87, 16, 204.8, 4, 5.3, 21.2, 42.5, 85, _ORIN),
     Gpu("Orin NX", 87, 8, 102.4, 2, 1.88, 7.5, 15, 30, _ORIN),
     Gpu("Orin Nano", 87, 8, 68, 2, 1.28, 5, 10, 20, _ORIN),
     Gpu("L4", 89, 58, 300, 48, 30.3, 60, 121, 242, "NVIDIA L4 data sheet (its figures with sparsity halved)"),
+    Gpu("RTX 6000 Ada", 89, 142, 960, 96, 91.1, 182.1, 364.2, 728.5, "NVIDIA RTX 6000 Ada data sheet"),
     Gpu("L40S", 89, 142, 864, 96, 91.6, 183, 362, 733, "NVIDIA L40S data sheet"),
     Gpu("RTX 4080", 89, 76, 716.8, 64, 48.7, 48.7, 194.9, 389.9, _ADA),
     Gpu("RTX 4090", 89, 128, 1008, 72, 82.6, 82.6, 330.3, 660.6, _ADA),
     Gpu("H100 PCIe", 90, 114, 2000, 50, 51, 378, 756, 1513, _HOPPER),
     Gpu("H100", 90, 132, 3350, 50, 67, 494, 989, 1979, _HOPPER),
     Gpu("H200", 90, 132, 4800, 50, 67, 494, 989, 1979, "NVIDIA H200 data sheet"),
+    Gpu("B200", 100, 148, 8000, 126, 75, 1125, 2250, 4500, "NVIDIA HGX B200 data sheet, by eight"),
+    Gpu("RTX 5080", 120, 84, 960, 64, 56.3, 56.3, 225.1, 450.2, _BLACKWELL),
     Gpu("RTX 5090", 120, 170, 1792, 96, 104.8, 104.8, 419, 838, _BLACKWELL),
 )
 

@@ -19,6 +19,9 @@ Precision = Literal["int8", "fp16", "fp32"]
 Rest = Literal["fp16", "fp32"]
 """What is not INT8."""
 
+Builder = Literal["tensorrt", "tensorrt-rtx"]
+"""Whose kernels: TensorRT fuses INT8 convolutions with what follows, TensorRT for RTX does not."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -29,7 +32,8 @@ class Part:
         precision: of its product, or of what it reads and writes where it has none.
         microseconds: of the kernel and its reformats.
         reformats_us: the part of `microseconds` that goes to quantizing its inputs.
-        why: what bounds it, in a few words: "memory: 12.8 MB", "compute", "launch".
+        why: what bounds it, in a few words: "memory: 12.8 MB", "launch".
+        kernels: how many it launches.
     """
 
     nodes: tuple[str, ...]
@@ -37,6 +41,7 @@ class Part:
     microseconds: float
     reformats_us: float
     why: str
+    kernels: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Latency:
     """What one inference of an engine costs.
 
     Attributes:
-        microseconds: the sum over the parts; what TensorRT's profiler shows as the sum of its layers.
+        microseconds: the sum over the parts: what the GPU takes where the engine runs as a CUDA graph. The
+            sum of the layers that TensorRT's profiler shows is larger: it adds some to each kernel.
         parts: in the order in which they run.
         kind: where the figures come from.
         source: the same in words: "roofline of NVIDIA L4", names of files.
