@@ -58,6 +58,7 @@ drawn: dict[str, st.SearchStrategy] = {
     "include": texts,
     "exclude": texts,
     "weights": st.sampled_from(["int8", "qdq"]),
+    "io": st.sampled_from(["float", "int8", "int8-in-out", "uint8"]),
     "rest": st.sampled_from(["auto", "fp32", "fp16"]),
     "op_reference": st.lists(path, max_size=2).map(tuple),
     "plugin_lib": st.lists(path, max_size=2).map(tuple),

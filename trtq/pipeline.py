@@ -27,6 +27,8 @@ from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph import references
+from trtq.graph.door import read_model
+from trtq.graph.ends import codes_of
 from trtq.graph.half_rules import Extent
 from trtq.graph.model import Model
 from trtq.graph.plan import Plan
@@ -49,6 +51,7 @@ from trtq.paths import DEPLOYED, Output, check_recipe
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
+from trtq.recovery.ends import ends_of, host_lines, wanted_ends
 from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.trial import refusal
 from trtq.recovery.workflow import recover
@@ -171,6 +174,9 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
             os.replace(path, folder / path.name)
         for attempt in attempts:
             shutil.rmtree(attempt.folder)
+        if best.quantization.ends:
+            codes = codes_of(read_model(folder / "model.int8.onnx").graph)
+            console.say("io", "\n".join(host_lines(best.quantization, codes)))
         complete_table(job, best.quantization).save(folder / "calibration.cache")
         write_verdict(folder, best.verdict)
         write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
@@ -197,13 +203,16 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> tuple[
         if recipe.data is not None:
             recipe, _ = settled(recipe, console)
         quantization = _with_table(recipe, table, console)
+        ends = wanted_ends(recipe, quantization.graph, read_table(table).scales)
+        quantization = dataclasses.replace(quantization, ends=ends)
         say_without_data(recipe, console)
     elif recipe.data is not None:
         job = Job.open(recipe, console)
         recipe, quantization = job.recipe, calibrate(job, job.place())
+        quantization = dataclasses.replace(quantization, ends=ends_of(job))
     else:
         raise InputError("nothing gives the scales", remedy="give --table or --data")
-    return quantization, quantization.rewritten(weights=recipe.weights, rest=recipe.precision)
+    return quantization, quantization.delivered(weights=recipe.weights, rest=recipe.precision)
 
 
 def _with_table(recipe: Recipe, table: PathLike, console: Console) -> Quantization:

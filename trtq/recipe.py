@@ -393,6 +393,14 @@ class Recipe:
         _choice("auto", "fp16", "fp32"),
         default="auto",
     )
+    io: str = _option(
+        "what the engine's float inputs and outputs are: float; int8: inputs that are quantized first of all"
+        " are int8, and the host feeds np.clip(np.rint(x / scale), -128, 127), with the scale in"
+        " manifest.json; int8-in-out: the outputs, too; uint8: images as they are, scaled and normalized by"
+        " the engine as [preprocess.<input>] says",
+        _choice("float", "int8", "int8-in-out", "uint8"),
+        default="float",
+    )
     backend: str | None = _option(
         "builder of the engine, or none to deploy without one; default: the one that is installed, of both"
         " the one for the GPU here",

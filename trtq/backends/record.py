@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -10,6 +10,8 @@ from trtq.backends.compiled import Compiled
 from trtq.backends.interface import Build, BuildOptions, Profile
 from trtq.errors import InputError
 from trtq.files import PathLike, decode, read_json, sha256_file, write_json
+from trtq.graph.door import read_model
+from trtq.graph.ends import Code, codes_of
 
 
 class Record(TypedDict):
@@ -40,7 +42,8 @@ def write_record(
     held: Profile,
     options: BuildOptions,
 ) -> None:
-    """Write `<engine>.json`: builder, versions, hashes, targets, profiles, options, warnings and kernels.
+    """Write `<engine>.json`: builder, versions, hashes, targets, profiles, options, warnings, kernels, and what
+    the numbers of 8-bit inputs and outputs stand for.
 
     Args:
         profiles: the engine's optimization profiles, at least one.
@@ -61,6 +64,7 @@ def write_record(
             "profile_values": {name: [list(numbers) for numbers in three] for name, three in held.items()},
             "options": {name: str(getattr(options, name)) for name in options.given()},
             "warnings": list(build.warnings),
+            "codes": {name: code.to_json() for name, code in codes_of(read_model(model).graph).items()},
             "compiled": build.compiled.to_json(),
         },
     )
@@ -90,3 +94,8 @@ def read_record(engine: PathLike, digest: str) -> dict[str, Any] | None:
             remedy="delete it, or build the engine again",
         ) from error
     return {**record, "compiled": compiled}
+
+
+def codes_in(record: Mapping[str, Any] | None) -> dict[str, Code]:
+    """Input or output of an engine -> what its 8-bit numbers stand for, by its record."""
+    return {name: Code.from_json(value) for name, value in (record or {}).get("codes", {}).items()}

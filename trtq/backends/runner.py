@@ -19,9 +19,11 @@ from trtq.backends.cuda import Cuda, CudaError, Graph, open_cuda
 from trtq.backends.interface import Gpu, Range, find_gpu
 from trtq.backends.loading import KernelCache, load
 from trtq.backends.network import ALSO_INPUT, logger
+from trtq.backends.record import codes_in, read_record
 from trtq.backends.tensors import DTYPES, Tensor
 from trtq.data.batches import Arrays
 from trtq.errors import InputError, MissingBackendError
+from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
 
 
@@ -57,6 +59,7 @@ class Engine:
         self._stream = cuda.new_stream()
         with self._saying("the engine does not load on this machine"):
             self._runtime, self._engine = load(trt, self._log, path, plugins)
+        self._codes = codes_in(read_record(path, sha256_file(path)))
         tensors = [self._tensor(i) for i in range(self._engine.num_io_tensors)]
         self.inputs = {tensor.name: tensor for tensor in tensors if tensor.is_input}
         self.outputs = {tensor.name: tensor for tensor in tensors if not tensor.is_input}
@@ -220,6 +223,7 @@ class Engine:
             tuple(engine.get_tensor_shape(name)),
             engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
             engine.get_tensor_location(name) == trt.TensorLocation.HOST,
+            self._codes.get(name),
         )
 
     def _model_name(self, output: str) -> str:

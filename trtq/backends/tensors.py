@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtq.errors import InputError
+from trtq.graph.ends import Code
 
 DTYPES: dict[str, np.dtype] = {
     "FLOAT": np.dtype(np.float32),
@@ -29,6 +30,7 @@ class Tensor(NamedTuple):
         kind: TensorRT's name of its datatype, such as `FLOAT`.
         shape: -1 where it is dynamic.
         on_host: its values are read or written on the CPU, because shapes depend on them.
+        code: what its numbers stand for, where floats go in and come out all the same.
     """
 
     name: str
@@ -36,10 +38,15 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     is_input: bool
     on_host: bool
+    code: Code | None = None
 
     @property
     def dtype(self) -> np.dtype:
         """Of its arrays."""
+        return np.dtype(np.float32) if self.code else self._stored_dtype
+
+    @property
+    def _stored_dtype(self) -> np.dtype:
         return DTYPES[self.kind]
 
     def stored(self, array: NDArray) -> NDArray:
@@ -48,9 +55,11 @@ class Tensor(NamedTuple):
         Raises:
             InputError: the values would not stay what they are.
         """
-        if array.dtype != self.dtype:
+        if self.code is not None:
+            array = self.code.encoded(array)
+        if array.dtype != self._stored_dtype:
             with np.errstate(all="ignore"):
-                converted = array.astype(self.dtype)
+                converted = array.astype(self._stored_dtype)
             if not _same_numbers(array, converted):
                 raise InputError(
                     f"input '{self.name}' of the engine is {self.kind} and cannot hold the data's values",
@@ -63,10 +72,12 @@ class Tensor(NamedTuple):
 
     def empty(self, shape: tuple[int, ...]) -> NDArray:
         """An array for values as the engine stores them."""
-        return np.empty(shape, np.uint16 if self.kind == "BF16" else self.dtype)
+        return np.empty(shape, np.uint16 if self.kind == "BF16" else self._stored_dtype)
 
     def values(self, stored: NDArray) -> NDArray:
         """The inverse of `stored`."""
+        if self.code is not None:
+            return self.code.decoded(stored)
         return _from_bfloat16(stored) if self.kind == "BF16" else stored
 
 

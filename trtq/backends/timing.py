@@ -206,6 +206,9 @@ def noise(engine: Engine) -> dict[str, NDArray]:
         shape = profile.shapes[name].opt if name in profile.shapes else tensor.shape
         if name in profile.values:
             feed[name] = np.array(profile.values[name].opt, tensor.dtype).reshape(shape)
+        elif tensor.code is not None:
+            codes = random.integers(0, 128, shape, np.int8)
+            feed[name] = codes.astype(tensor.code.dtype)
         elif tensor.dtype.kind == "f":
             feed[name] = random.standard_normal(shape).astype(tensor.dtype)
         else:

@@ -40,6 +40,6 @@ DEPLOY = Command(
     "deploy",
     "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
     _deploy,
-    ("model", "output", *CALIBRATION, *GATE, *RECOVERY, *PLACEMENT, *ENGINE, *BUILD_OPTIONS),
+    ("model", "output", *CALIBRATION, *GATE, *RECOVERY, *PLACEMENT, "io", *ENGINE, *BUILD_OPTIONS),
     makes=WRITTEN,
 )

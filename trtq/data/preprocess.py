@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError, shown
 from trtq.files import PathLike
+from trtq.graph.ends import Image
 
 VERSION = 2
 """Version of what the options mean, part of the data's hash; 2: resizes and crops as torchvision does."""
@@ -100,6 +101,18 @@ class Preprocess:
         if options.get("layout") == "NCHW":
             row = np.moveaxis(row, -1, 0)
         return row
+
+    def image(self) -> Image:
+        """How the input is made of pixels, once they have their size, colours and layout."""
+        options = self.options
+
+        def factor(name: str, default: float) -> Any:
+            values = _per_channel(options.get(name, default))
+            if values.ndim and options.get("layout") == "NCHW":
+                values = values[:, None, None]
+            return values.tolist()
+
+        return Image(_number(options.get("scale", 1)), factor("mean", 0), factor("std", 1))
 
     def _check_axes(self, row: NDArray) -> None:
         """Refuse a row that lacks the axes that the options need, rather than mix up its pixels."""

@@ -82,9 +82,9 @@ def outputs_of(
 
 @contextlib.contextmanager
 def candidate_of(quantization: Quantization, rest: str = "fp32") -> Iterator[Path]:
-    """The file of a quantization's Q/DQ model while the context lasts; `rest` as for its `rewritten`."""
+    """The file of a quantization's Q/DQ model while the context lasts; `rest` as for its `delivered`."""
     with scratch_folder() as folder:
-        save_model(quantization.rewritten(rest=rest), path := folder / "candidate.onnx")
+        save_model(quantization.delivered(rest=rest), path := folder / "candidate.onnx")
         yield path
 
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.arrays import read_arrays
+from trtq.graph.ends import Ends, Image
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.names import Names
@@ -51,6 +52,7 @@ class Quantization:
         weight_scales: the scales of weights that were learned; all others are amax / 127 per channel.
         corrections: node -> what its bias becomes if it is INT8.
         notes: JSON values that say where the ranges come from; the table's metadata.
+        ends: which inputs and outputs of the delivered model are 8-bit numbers.
     """
 
     graph: gs.Graph
@@ -59,6 +61,15 @@ class Quantization:
     weight_scales: WeightScales = field(default_factory=dict)
     corrections: Mapping[str, Correction] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    ends: Ends = field(default_factory=Ends)
+
+    def delivered(self, *, weights: str | None = None, rest: str = "fp32") -> gs.Graph:
+        """The Q/DQ graph as it is built and gated: `rewritten`, with the inputs and outputs of `ends`.
+
+        Raises:
+            InputError: as `rewritten`.
+        """
+        return self.ends.given_to(self.rewritten(weights=weights, rest=rest))
 
     def rewritten(self, *, weights: str | None = None, rest: str = "fp32") -> gs.Graph:
         """The Q/DQ graph.
@@ -143,6 +154,8 @@ class Quantization:
             "weights": keys,
             "corrections": [(name, c.node, c.index) for name, c in self.corrections.items()],
         }
+        if self.ends:
+            header["ends"] = asdict(self.ends)
         arrays: dict[str, Any] = {"scales": np.array(list(self.scales.values()), np.float32)}
         arrays |= {f"weight_{i}": self.weight_scales[key] for i, key in enumerate(keys)}
         arrays |= {f"bias_{i}": c.values for i, c in enumerate(self.corrections.values())}
@@ -158,6 +171,8 @@ class Quantization:
             name: Correction(node, index, stored[f"bias_{i}"])
             for i, (name, node, index) in enumerate(header["corrections"])
         }
+        ends = header.get("ends", {})
+        images = {name: Image(**image) for name, image in ends.pop("images", {}).items()}
         return cls(
             gs.import_onnx(onnx.load_from_string(stored["graph"].tobytes())),
             Plan.from_json(header["plan"]),
@@ -165,4 +180,5 @@ class Quantization:
             weights,
             corrections,
             header["notes"],
+            Ends(images=images, **ends),
         )

@@ -189,7 +189,7 @@ def _engine_text(build: Build | None, covered: Coverage) -> str:
 
 def write(quantization: Quantization, table: Table, recipe: Recipe, folder: Path) -> None:
     """Write a quantization's model, plan and table into a folder."""
-    int8 = quantization.rewritten(weights=recipe.weights, rest=recipe.precision)
+    int8 = quantization.delivered(weights=recipe.weights, rest=recipe.precision)
     save_model(int8, folder / "model.int8.onnx")
     quantization.plan.save(folder / "plan.json")
     table.save(folder / "calibration.cache")

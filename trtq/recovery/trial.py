@@ -80,7 +80,7 @@ def objection(job: Job, quantization: Quantization) -> BuildError | None:
     recipe = job.recipe
     with scratch_folder() as folder:
         path = folder / "model.onnx"
-        save_model(quantization.rewritten(weights=recipe.weights, rest=recipe.precision), path)
+        save_model(quantization.delivered(weights=recipe.weights, rest=recipe.precision), path)
         try:
             try_build(
                 recipe.backend,

@@ -33,6 +33,7 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import Attempt, Fruitless, attempt
+from trtq.recovery.ends import ends_of
 from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
@@ -66,7 +67,8 @@ def recover(
         InputError, MissingBackendError: as calibrating, building and gating.
     """
     workflow = _Workflow(job, evaluation, steps, folder, refusal)
-    whole = workflow.attempt("calibrate", lambda: Made(calibrate(job, plan), True))
+    ends = ends_of(job)
+    whole = workflow.attempt("calibrate", lambda: Made(replace(calibrate(job, plan), ends=ends), True))
     assert whole is not None
     start = whole
     workflow.warn_of_gap(whole)

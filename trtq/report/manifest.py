@@ -10,6 +10,8 @@ from trtq import __version__
 from trtq.backends.builders import NO_ENGINE, builder, chosen
 from trtq.files import sha256_file
 from trtq.gate.evaluation import Evaluation
+from trtq.graph.door import read_model
+from trtq.graph.ends import codes_of
 from trtq.job import Job
 from trtq.recipe import Recipe
 
@@ -28,7 +30,16 @@ def manifest(job: Job, evaluation: Evaluation, command: str, folder: Path) -> di
             "eval": {"source": rows.source, "rows": len(rows), "sha256": rows.hash},
             "metric": {"name": metric.name, "fingerprint": metric.fingerprint},
         },
+        "io": _codes(folder / "model.int8.onnx", {spec.name for spec in model.inputs}),
         "outputs": hashes_of(folder),
+    }
+
+
+def _codes(model: Path, inputs: set[str]) -> dict[str, Any]:
+    """What the 8-bit inputs and outputs of a model stand for, and what the host does for each."""
+    return {
+        name: {**code.to_json(), "host": code.host_line(name, output=name not in inputs)}
+        for name, code in codes_of(read_model(model).graph).items()
     }
 
 

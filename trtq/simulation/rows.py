@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 
@@ -24,7 +25,8 @@ from trtq.data.batches import Arrays, Axes, Batch, repeated, single_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
 from trtq.graph.door import read_model
-from trtq.graph.model import serialized
+from trtq.graph.ends import Code, codes_of
+from trtq.graph.model import export, serialized
 from trtq.graph.selecting import sized_by_values
 from trtq.simulation.processors import processors
 from trtq.simulation.session import simulation_session
@@ -112,6 +114,9 @@ class Runner:
             for item in self._session.get_outputs()
             if fixed and item.shape and not isinstance(item.shape[0], int)
         )
+        narrow = {"tensor(int8)", "tensor(uint8)"}
+        ends = [*self._session.get_inputs(), *self._session.get_outputs()]
+        self._codes = _codes_of(model) if any(item.type in narrow for item in ends) else {}
         self._buffers = threading.local() if reuse else None
         self._tried: tuple[Arrays, Arrays] | None = None
         self._by_value: frozenset[str] | None = None
@@ -119,13 +124,18 @@ class Runner:
     def run(self, feed: Arrays) -> Arrays:
         """The outputs for a feed, which may hold more than the model takes.
 
+        Where inputs and outputs are codes (`trtq.graph.ends`), floats are fed and come out all the same.
+
         Raises:
             KeyError: an input is missing.
             Exception: ONNX Runtime's, which have no common base class; `on` says more.
         """
         feed = {name: feed[name] for name in self.inputs}
+        if self._codes:
+            feed = {n: self._codes[n].encoded(a) if n in self._codes else a for n, a in feed.items()}
         if self._buffers is None:
-            return dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
+            outputs = dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
+            return {n: self._codes[n].decoded(a) if n in self._codes else a for n, a in outputs.items()}
         if not hasattr(self._buffers, "run"):
             self._buffers.run = _Buffered(self._session, self.outputs)
         found: Arrays = self._buffers.run(feed)
@@ -200,6 +210,14 @@ class Runner:
             return found
 
         return taken(run, batches)
+
+
+def _codes_of(model: gs.Graph | str | Path | bytes) -> dict[str, Code]:
+    """What the 8-bit inputs and outputs of a model stand for."""
+    if isinstance(model, gs.Graph):
+        return codes_of(export(model).graph)
+    proto = onnx.load_from_string(model) if isinstance(model, bytes) else read_model(model)
+    return codes_of(proto.graph)
 
 
 def taken(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
