@@ -15,6 +15,7 @@ trtq.errors
 trtq.escapes
 trtq.stops
 trtq.scratch
+trtq.memory
 trtq.files
 trtq.arrays
 trtq.numerics
@@ -29,6 +30,7 @@ trtq.simulation
 trtq.calibration
 trtq.backends
 trtq.recipe
+trtq.options
 trtq.job
 trtq.calibration.calibrate
 trtq.calibration.search
@@ -39,6 +41,7 @@ trtq.report
 trtq.migration
 trtq.pipeline
 trtq.build
+trtq.api
 trtq.cli
 trtq.demo
 trtq.__main__
