@@ -11,7 +11,7 @@ one dict of options may serve several steps:
     >>> common = {"model": model, "data": {"x": images}, "method": "entropy"}
     >>> table = trtq.calibrate(**common)
     >>> table
-    <Table: 3 tensors, method entropy>
+    <Table: 6 tensors, method entropy>
     >>> result = trtq.deploy(**common, eval=(images, labels), metric="top1", max_drop=0.01, output=folder)
     >>> result.verdict.passed
     True

@@ -40,7 +40,7 @@ from trtq.data.remote import is_url
 from trtq.errors import InputError, about, shown
 from trtq.files import PathLike, check_depth, read_bytes
 from trtq.graph.memory import ModelInMemory, model_in_memory
-from trtq.memory import Function
+from trtq.memory import Function, refuse_memory
 from trtq.simulation.pool import Pool, parse_parallel
 
 if sys.version_info >= (3, 11):
@@ -559,7 +559,8 @@ class Recipe:
             beside: arguments of the command that are no options of recipes, but needed as well.
 
         Raises:
-            InputError: some are missing; the message names all of them.
+            InputError: some are missing; the message names all of them. Or the model was in memory when the
+                recipe was saved.
         """
         values = {name: getattr(self, name) for name in names}
         needed = values | beside
@@ -569,6 +570,8 @@ class Recipe:
             which = f"{', '.join(others)} and {last} are" if others else f"{last} is"
             them = "them" if others else "it"
             raise InputError(f"{which} missing", remedy=f"give {them} on the command line or in the recipe")
+        if isinstance(model := values.get("model"), str):
+            refuse_memory(model, "the model was", "give a file, or make the recipe with save_data=True")
         return Required(values)
 
     @property
