@@ -89,7 +89,7 @@ def load_samples(
             file = file.replace(os.path.dirname(copy), os.path.dirname(source), 1)
         raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
     origin = Origin(source, copy, tuple(inputs), dict(preprocess or {}), feeding, samples.hash)
-    return replace(samples, source=source, origin=origin)
+    return replace(samples, source=source, origin=origin, owner=spec)
 
 
 def _copy_of(spec: str | Data) -> str | Path:

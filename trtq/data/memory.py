@@ -8,6 +8,7 @@ back row by row, here and by worker processes, and hashed by content, as the sam
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,6 @@ from trtq.data.preprocess import Preprocess
 from trtq.data.samples import Column, Mapped, Samples
 from trtq.data.stored import IN_MEMORY, StoredRows
 from trtq.errors import InputError, shown
-from trtq.files import parse_json, write_json
 from trtq.graph.inputs import InputSpec
 from trtq.memory import InMemory, folder_of
 
@@ -334,7 +334,8 @@ class _Writer:
         """
         self._files.close()
         arrays = [{"name": name, "entries": entries} for name, (_, entries) in self._arrays.items()]
-        write_json(self._folder / _INDEX, {"items": items, "count": self.count, "arrays": arrays})
+        index = {"items": items, "count": self.count, "arrays": arrays}
+        (self._folder / _INDEX).write_text(json.dumps(index))
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,7 @@ class Kept:
     @classmethod
     def load(cls, folder: Path) -> Kept:
         """Arrays of a name that are small together are read, of others only where they are."""
-        index = parse_json((folder / _INDEX).read_bytes())
+        index = json.loads((folder / _INDEX).read_bytes())
         parts: list[dict[Name, Array]] = [{} for _ in range(index["count"])]
         for number, stored in enumerate(index["arrays"]):
             path, offset = folder / f"{number}.bin", 0
