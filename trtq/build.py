@@ -18,6 +18,7 @@ from trtq.calibration.foreign import read_table
 from trtq.console import SILENT, Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.escapes import html_table
 from trtq.files import PathLike
 from trtq.gate.verdict import Check
 from trtq.graph import references
@@ -50,6 +51,17 @@ class Built:
     coverage: Coverage
     check: Check | None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        first = self.coverage.text().partition("\n")[0]
+        return f"<Built: {self.build.engine.name}, {self.build.compiled.kernels} kernels, {first}>"
+
+    def _repr_html_(self) -> str:
+        lines = [*self.coverage.text().splitlines(), *self.notes, *self.build.warnings]
+        if self.check is not None:
+            lines.append(f"{self.check.outcome.value.upper()} {self.check.message}")
+        rows = [(line,) for line in lines]
+        return html_table(f"{self.build.engine}, {self.build.compiled.kernels} kernels", rows)
 
 
 def build(

@@ -22,6 +22,7 @@ from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
+from trtq.escapes import html_table
 from trtq.files import PathLike, staged_folder, write_json, write_text
 from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.gate.metrics import load_metric
@@ -42,6 +43,7 @@ from trtq.job import (
     samples_of,
     say_without_data,
     settled,
+    with_files,
     with_timing_cache,
 )
 from trtq.migration.fit import require_complete
@@ -73,6 +75,22 @@ class Deployment:
     folder: Path
     best: Attempt
     steps: tuple[Attempt | Fruitless, ...]
+
+    def __repr__(self) -> str:
+        return f"<Deployment: {self.folder}, {' '.join(self.verdict.headline().split())}>"
+
+    def _repr_html_(self) -> str:
+        made = "engine" if self.build is not None else "model"
+        rows = [
+            ("folder", self.folder),
+            ("outcome", " ".join(self.verdict.headline().split())),
+            (made, self.build.engine if self.build is not None else self.folder / "model.int8.onnx"),
+            ("in INT8", self.coverage.text()),
+            ("steps", "\n".join(self.step_lines())),
+            ("details", "\n".join(self.verdict.details())),
+            ("report", self.folder / "report.html"),
+        ]
+        return html_table("trtq.deploy", rows)
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -127,7 +145,9 @@ def _step_line(step: Attempt | Fruitless, *, kept: bool) -> str:
     return f"{step.step}{' (kept)' if kept else ''}: {found}"
 
 
-def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Deployment:
+def deploy(
+    recipe: Recipe, command: str = "", console: Console = SILENT, *, save_data: bool = False
+) -> Deployment:
     """Calibrate, quantize, build and gate a model; recover accuracy until the gate passes (paper section 6).
 
     Files left in the recipe's output folder: `model.int8.onnx`, `model.plan` (+ `.json`: what the engine
@@ -140,6 +160,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
 
     Args:
         command: the command line, for the manifest.
+        save_data: also write what is in memory (see `with_files`), for the recipe that is left there.
 
     Raises:
         InputError: an option, the model or the data cannot be used, or the results would replace an input.
@@ -162,6 +183,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     console.say("plan", plan.text())
     started, refused = time.perf_counter(), refusal(job, plan)
     with staged_folder(output, DEPLOYED) as folder:
+        if save_data:
+            given = with_files(given, job.model.inputs, folder)
         tried, job, evaluation = recover(job, plan, evaluation, recipe.recover, folder, refused)
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = max(attempts, key=lambda attempt: (attempt.build is not None, attempt.measured.rank))

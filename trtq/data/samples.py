@@ -91,6 +91,7 @@ class Samples:
         positions: positions of the samples in the source; None: all of them.
         sequences: which rows follow each other, each with the state that the one before it leaves; None: all
             rows stand for themselves, and what they hold of a state is given.
+        owner: what the files that rows are read from last as long as, where they are scratch.
     """
 
     source: str
@@ -101,6 +102,7 @@ class Samples:
     origin: Origin | None = None
     positions: tuple[int, ...] | None = None
     sequences: Sequences | None = None
+    owner: object = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))

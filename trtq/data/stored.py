@@ -48,6 +48,10 @@ class StoredRows:
         offset = self._offset + index * values * self.dtype.itemsize
         return np.fromfile(self._path, self.dtype, values, offset=offset).reshape(self.shape[1:])
 
+    def reshape(self, shape: tuple[int, ...]) -> StoredRows:
+        """The same values as rows of another shape."""
+        return StoredRows(self._path, self._offset, self.dtype, shape)
+
 
 def _state(path: Path) -> tuple[int, int]:
     """What changes when a file is written again."""
