@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 _OWN = ("recipe", "verbose", "console")
 """Keyword arguments of every step that are no options of recipes."""
 
-_PACKAGE = os.path.dirname(__file__)
+_PACKAGE = os.path.join(os.path.dirname(__file__), "")
 
 
 def deploy(

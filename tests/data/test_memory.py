@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from trtq.data import memory, stored
 from trtq.data.feeding import Feeding, InputOptions
 from trtq.data.load import load_samples, reload
-from trtq.data.memory import Data, as_array
+from trtq.data.memory import Data, as_array, save_npz
 from trtq.data.preprocess import Preprocess
 from trtq.data.samples import Samples
 from trtq.errors import InputError
@@ -256,6 +256,40 @@ def test_what_was_given_may_change_afterwards() -> None:
     np.testing.assert_array_equal(np.concatenate([row["x"] for row in samples.rows()]), X)
 
 
+# --- saved --------------------------------------------------------------------------------------------
+
+
+def test_saved_data_are_the_same_rows(tmp_path: Path) -> None:
+    specs = (
+        InputSpec("x", F32, (6, "N", 2), 1),
+        InputSpec("h", F32, ("N", 2)),
+        InputSpec("k", I64, (), None),
+    )
+    feeding = Feeding({"k": InputOptions("k", {"value": 3})}, {"h": "hn"})
+    rows = np.arange(60, dtype=np.float32).reshape(5, 6, 2)
+    numbers = [0, 0, 1, 1, 1]
+    items = [{"x": x, "sequence": n, "t": n} for x, n in zip(rows, numbers, strict=True)]
+    given_ = load_samples(Data(items), specs, None, feeding)
+    save_npz(given_, tmp_path / "saved.npz")
+    found = load_samples(str(tmp_path / "saved.npz"), specs, None, feeding)
+    assert given_.sequences == found.sequences
+    assert found.sequences is not None
+    assert found.sequences.starts == (0, 2)
+    for row in range(5):
+        known = ["x", "h", "k"] if row in (0, 2) else ["x", "k"]
+        one, other = (samples.row(row, known) for samples in (given_, found))
+        assert one.keys() == other.keys() == set(known)
+        for name in known:
+            np.testing.assert_array_equal(one[name], other[name])
+    np.testing.assert_array_equal(found.targets["t"], [0, 0, 1, 1, 1])
+
+
+def test_rows_of_different_shapes_are_not_saved(tmp_path: Path) -> None:
+    rows = [np.arange(n) for n in (3, 7)]
+    with pytest.raises(InputError, match="rows of 'ids' differ in shape"):
+        save_npz(load_samples(Data([*zip(rows, rows, strict=True)]), TEXT), tmp_path / "s.npz")
+
+
 # --- PyTorch ------------------------------------------------------------------------------------------
 
 
@@ -339,6 +373,12 @@ def test_what_is_wrong_with_data_is_said(form: Callable[[], Any], problem: str) 
         load_samples(Data(form()), IMAGE)
     assert raised.value.file is not None
     assert raised.value.file.startswith("in-memory://")
+
+
+def test_an_open_npz_is_arrays_by_name(tmp_path: Path) -> None:
+    expected = in_file(tmp_path, IMAGE, x=X, labels=Y).hash
+    with np.load(tmp_path / "data.npz") as arrays:
+        assert load_samples(Data(arrays), IMAGE).hash == expected
 
 
 def test_integers_are_not_taken_for_floats() -> None:

@@ -26,7 +26,8 @@ from trtq.console import SILENT, Console
 from trtq.data.axes import Array
 from trtq.data.feeding import Feeding
 from trtq.data.preprocess import Preprocess
-from trtq.data.samples import Column, Mapped, Samples
+from trtq.data.samples import Column, Mapped, Picked, Samples
+from trtq.data.sequences import ARRAY, number_of
 from trtq.data.stored import IN_MEMORY, StoredRows
 from trtq.errors import InputError, shown
 from trtq.graph.inputs import InputSpec
@@ -453,6 +454,7 @@ def save_npz(samples: Samples, path: Path) -> None:
         InputError: rows differ in shape, or the targets are no plain arrays.
     """
     columns: dict[str, Column] = dict(samples.targets)
+    sequences = samples.sequences
     for spec in samples.specs:
         name, column = spec.name, samples.columns[spec.name]
         source: Column = Fed(samples, name)
@@ -460,7 +462,11 @@ def save_npz(samples: Samples, path: Path) -> None:
             if isinstance(column.function, Preprocess):
                 name, source = column.function.source, column.rows
             column = column.rows
+        if sequences is not None and spec.name in sequences.state:  # which is known at their starts
+            source = Picked(source, sequences.starts)
         columns[name] = source
+    if sequences is not None:
+        columns[ARRAY] = np.array([number_of(row, sequences.starts) for row in range(len(samples))])
     with zipfile.ZipFile(path, "w") as archive:
         for name, column in columns.items():
             first = np.asarray(column[0])
