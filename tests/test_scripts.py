@@ -70,11 +70,12 @@ def test_what_the_code_does_to_the_process_ends_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", stdout := io.StringIO())
-    before = os.getcwd()
+    before, deepest = os.getcwd(), sys.getrecursionlimit()
     with contained():
         os.chdir(tmp_path)
+        sys.setrecursionlimit(deepest + 7)
         sys.stdout = sys.stderr = None  # type: ignore[assignment]
-    assert os.getcwd() == before
+    assert (os.getcwd(), sys.getrecursionlimit()) == (before, deepest)
     assert sys.stdout is stdout
     assert sys.stderr is not None
 
@@ -92,5 +93,12 @@ def test_whatever_the_code_raises_can_be_caught() -> None:
 
     with pytest.raises(RuntimeError, match="NoError: why"), contained():
         raise NoError("why")
+
+    class NoText(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    with pytest.raises(RuntimeError, match="NoText: without a text"), contained():
+        raise NoText
     with pytest.raises(SystemExit, match=r"os\._exit\(0\)"), contained():
         os._exit(0)

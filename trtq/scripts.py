@@ -66,10 +66,11 @@ def contained() -> Iterator[None]:
     before, and results are printed where they were.
 
     Raises:
-        RuntimeError: the code raised what is no `Exception`, but for Ctrl-C and `sys.exit`.
+        RuntimeError: the code raised what has no text, or is no `Exception`, but for Ctrl-C and `sys.exit`.
         ValueError: standard output or standard error was closed.
     """
     leave, own, streams = os._exit, os.getpid(), (sys.stdout, sys.stderr)
+    deepest = sys.getrecursionlimit()
     folder = os.getcwd() if os.path.exists(".") else None
 
     def refuse(status: int) -> NoReturn:
@@ -80,16 +81,28 @@ def contained() -> Iterator[None]:
     os._exit = refuse
     try:
         yield
-    except (Exception, KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # which nothing else would catch
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    except BaseException as error:
+        text = _text(error)
+        if text is None or not isinstance(error, Exception):  # nothing else would show, or catch it
+            raise RuntimeError(f"{type(error).__name__}: {text or 'without a text'}") from None
+        raise
     finally:
         os._exit = leave
+        sys.setrecursionlimit(deepest)
         sys.stdout, sys.stderr = streams
         if folder is not None:
             os.chdir(folder)
         _reopen(streams)
+
+
+def _text(error: BaseException) -> str | None:
+    """The text of an error, if its own code can tell it."""
+    try:
+        return str(error)
+    except Exception:
+        return None
 
 
 def _reopen(streams: tuple[TextIO | None, ...]) -> None:
