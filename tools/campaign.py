@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -362,8 +363,9 @@ def hostile(folder: Path, seed: int, scale: int) -> Iterator[Try]:
 
     if not (own := folder / "own").exists():
         write_own(own)
-    with contextlib.closing(Trying(seed, scale, own)) as trying:
-        for number, (kind, name, _) in enumerate(all_tries(seed, scale, own)):
+    cases = functools.partial(all_tries, seed, scale, own)
+    with contextlib.closing(Trying(cases)) as trying:
+        for number, (kind, name, _) in enumerate(cases()):
             yield Try(f"hostile {kind}", f"seed {seed}: {name}", lambda number=number: trying(number))
 
 

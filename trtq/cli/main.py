@@ -106,8 +106,8 @@ def _main(arguments: list[str]) -> int:
 
 
 def _occupy_streams() -> None:
-    """Open what the shell closed of the three standard streams, as by `2>&-`: else a file of ours would get its
-    number, into which libraries print. What is written there fails."""
+    """Open what the shell closed of the three standard streams, as by `2>&-`: else a file of ours would get
+    its number, into which libraries print. What is written there fails."""
     while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= _STDERR:
         pass
     os.close(descriptor)
