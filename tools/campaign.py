@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import pickle
@@ -50,6 +51,9 @@ JOBS = {
     "study": "study {model} --data {data} --eval {data} --metric top1 -o {out}",
 }
 """Name -> command line; `deploy` asks for more than int8 can do, so it recovers until it has nothing left."""
+
+TURNS = [*["calibrate", "deploy", "sensitivity"] * 3, "study"]
+"""The jobs in turn; `study` takes as long as all others together."""
 
 PARALLEL = "--parallel loky:2"
 
@@ -146,7 +150,8 @@ def comparable(path: Path, root: Path) -> object:
     if path.suffix == ".json" and path.name != "manifest.json":
         return _timeless(json.loads(path.read_text()))
     if path.name == "recipe.toml":
-        return [line for line in path.read_text().splitlines() if not line.startswith("parallel =")]
+        lines = path.read_text().replace(str(root), "").splitlines()
+        return [line for line in lines if not line.startswith("parallel =")]
     if path.name in ("manifest.json", "report.html", "junit.xml", "study.svg"):
         return path.stat().st_size > 0
     return path.read_bytes().replace(str(root).encode(), b"")
@@ -265,8 +270,8 @@ def kills(folder: Path, *, plain: int, parallel: int, terms: int, seed: int) -> 
     plan = [("SIGKILL", signal.SIGKILL, "", plain), ("SIGKILL, loky", signal.SIGKILL, PARALLEL, parallel)]
     for kind, number, more, times in [*plan, ("SIGTERM", signal.SIGTERM, "", terms)]:
         for turn in range(times):
-            name = list(JOBS)[turn % len(JOBS)]
-            worker = bool(more) and turn // len(JOBS) % 2 == 1
+            name = TURNS[turn % len(TURNS)]
+            worker = bool(more) and turn % 2 == 1
             where = folder / f"{kind.replace(', ', '-')}-{turn}"
 
             def problems(
@@ -358,8 +363,9 @@ def hostile(folder: Path, seed: int, scale: int) -> Iterator[Try]:
 
     if not (own := folder / "own").exists():
         write_own(own)
-    with contextlib.closing(Trying(seed, scale, own)) as trying:
-        for number, (kind, name, _) in enumerate(all_tries(seed, scale, own)):
+    cases = functools.partial(all_tries, seed, scale, own)
+    with contextlib.closing(Trying(cases)) as trying:
+        for number, (kind, name, _) in enumerate(cases()):
             yield Try(f"hostile {kind}", f"seed {seed}: {name}", lambda number=number: trying(number))
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from trtq.data.remote import is_url
 from trtq.errors import InputError
-from trtq.files import PathLike, is_stdout, is_stream
+from trtq.files import PathLike, check_name, is_stdout, is_stream
 from trtq.recipe import Recipe, flag, options
 
 
@@ -127,6 +127,8 @@ def check_paths(paths: Iterable[Read | Written]) -> None:
     paths = list(paths)
     reads = [path for path in paths if isinstance(path, Read)]
     writes = [path for path in paths if isinstance(path, Written)]
+    for path in paths:
+        check_name(path.path)
     for read in reads:
         if read.path.exists() and not (read.path.is_file() or read.path.is_dir()):
             raise InputError(f"{read.spelled} is not a regular file", file=read.path, remedy="give a file")
@@ -189,7 +191,8 @@ def _replaced(written: Written, read: Read) -> Path | None:
 
 
 def _files(read: Read, written: Written) -> list[Path]:
-    """The files of an input: of a folder the samples, of a model also its external data.
+    """The files of an input: of a folder the samples, of a model also its external data, and of a table or an
+    engine what lies beside it.
 
     Those are looked up only where the output is there already, and may be one of them.
     """
@@ -197,6 +200,8 @@ def _files(read: Read, written: Written) -> list[Path]:
         return [read.path]
     if read.path.is_dir():
         return [read.path, *(f for f in read.path.iterdir() if f.suffix.lower() in _SAMPLES)]
+    if (beside := Path(f"{read.path}.json")).exists() and read.path.suffix != ".onnx":
+        return [read.path, beside]
     if read.path.suffix == ".onnx":
         from trtq.graph.model import model_files
 

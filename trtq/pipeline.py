@@ -24,7 +24,7 @@ from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.escapes import html_table
 from trtq.files import PathLike, staged_folder, write_json, write_text
-from trtq.gate.evaluation import Evaluation, metric_of
+from trtq.gate.evaluation import Evaluation, metric_of, warn_of_walls
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph import references
@@ -289,6 +289,7 @@ def gate(recipe: Recipe, reference: Path, candidate: Path, console: Console) -> 
     """
     inputs = input_specs([reference, candidate], recipe.plugin_lib)
     evaluation = Evaluation.open(recipe, reference, inputs, open_cache(recipe, console), console)
+    warn_of_walls(reference, console)
     return evaluation.published(evaluation.verdict(candidate)), evaluation.samples
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -227,3 +228,15 @@ def test_a_model_that_mixes_rows_is_warned_of_from_the_cache_too(tmp_path: Path)
         console = Console(quiet=True)
         Evaluation.open(recipe, model, input_specs([model]), Cache(tmp_path / "cache"), console)
         assert "depends on the other rows of its batch (y)" in console.warnings[0]
+
+
+def test_where_outputs_come_from_is_said_once(tmp_path: Path) -> None:
+    model = saved(net("g (float[N,3] x) => (float[N,3] y) { y = Neg(x) }"), tmp_path)
+    np.savez(tmp_path / "eval.npz", x=normal(8, 3))
+    recipe, said = replace(PLAIN, eval=str(tmp_path / "eval.npz"), metric="cosine"), io.StringIO()
+    cache, console = Cache(tmp_path / "cache"), Console(said)
+    evaluation = Evaluation.open(recipe, model, input_specs([model]), cache, console)
+    evaluation.verdict(model, again=True)
+    assert "from the cache" not in said.getvalue()
+    evaluation.verdict(model)
+    assert "outputs of the candidate from the cache" in said.getvalue()

@@ -16,7 +16,6 @@ Command = tuple[str, ...]
 READ_BY: dict[str, Sequence[Command]] = {
     "verdict.json": [("report", ".")],
     "workflow.json": [("report", ".")],
-    "manifest.json": [("report", ".")],
     "plan.json": [("report", "."), ("inspect", "plan.json")],
     "calibration.cache.json": [("report", "."), ("inspect", "calibration.cache")],
     "model.plan.json": [("report", "."), ("inspect", "model.plan")],
@@ -31,6 +30,7 @@ _GATE = (
 )
 
 ALSO_READ_BY: dict[str, Sequence[Command]] = {
+    "manifest.json": [("report", ".")],
     "plan.json": [("quantize", "model.onnx", *_DATA, "--plan", "plan.json", "-o", "again.onnx")],
     "calibration.cache": [
         *[("inspect", "calibration.cache"), ("cache", "convert", "calibration.cache", "-o", "again.cache")],

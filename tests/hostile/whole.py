@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,9 +23,6 @@ from hostile.own_files import CACHE_READ_BY, DAMAGES, Command, copied, dumped, e
 from hostile.trial import faults, tried
 
 from trtq.errors import ExitCode
-
-MOST_SECONDS = 120.0
-"""Of the clock, after which a case hangs."""
 
 Try = Callable[[Path], list[str]]
 """Given an empty folder -> what is wrong."""
@@ -125,16 +122,21 @@ def _flipped(source: random.Random, content: bytes) -> bytes:
 
 
 class Trying:
-    """A process that tries cases by their number; it is replaced where one hangs or ends it."""
+    """A process that tries cases by their number; it is replaced where one hangs or ends it.
 
-    def __init__(self, seed: int, scale: int, own: Path) -> None:
-        self._arguments = seed, scale, own
+    Args:
+        cases: gives them, as `all_tries`.
+        seconds: of the clock, after which a case hangs.
+    """
+
+    def __init__(self, cases: Callable[[], Iterable[tuple[str, str, Try]]], seconds: float = 120.0) -> None:
+        self._cases, self._seconds = cases, seconds
         self._context = multiprocessing.get_context("spawn")
         self._start()
 
     def _start(self) -> None:
         self._here, there = self._context.Pipe()
-        self._process = self._context.Process(target=_serve, args=(there, *self._arguments), daemon=True)
+        self._process = self._context.Process(target=_serve, args=(there, self._cases), daemon=True)
         self._process.start()
         there.close()
 
@@ -142,10 +144,10 @@ class Trying:
         """What is wrong with a case."""
         self._here.send(number)
         try:
-            if self._here.poll(MOST_SECONDS):
+            if self._here.poll(self._seconds):
                 return list(self._here.recv())
             problem = "it hangs"
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             problem = f"the process ended: {self._process.exitcode}"
         self.close()
@@ -158,12 +160,12 @@ class Trying:
         self._process.join()
 
 
-def _serve(connection: Connection, seed: int, scale: int, own: Path) -> None:
+def _serve(connection: Connection, cases: Callable[[], Iterable[tuple[str, str, Try]]]) -> None:
     with tempfile.TemporaryDirectory(prefix="hostile-") as home:
         os.environ["TRTQ_CACHE"] = str(Path(home) / "cache")
         os.environ["TMPDIR"] = tempfile.tempdir = str(Path(home) / "tmp")
         (Path(home) / "tmp").mkdir()
-        known = [attempt for _, _, attempt in all_tries(seed, scale, own)]
+        known = [attempt for _, _, attempt in cases()]
         while True:
             number = connection.recv()
             folder = Path(tempfile.mkdtemp(dir=home))

@@ -37,7 +37,7 @@ from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
 from trtq.memory import refuse_memory
-from trtq.scripts import load_function, not_leaving
+from trtq.scripts import contained, load_function
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
@@ -428,7 +428,7 @@ def _from_script(spec: str) -> list[dict[str, NDArray]]:
     path, name, function = load_function(spec, "data")
     try:
         # copied: loaders may fill one buffer again and again
-        with not_leaving():
+        with contained():
             feeds = [{key: np.array(value) for key, value in feed.items()} for feed in function()]
     except (Exception, SystemExit) as error:
         raise InputError(

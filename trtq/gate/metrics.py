@@ -23,7 +23,7 @@ from trtq.data.batches import Arrays
 from trtq.errors import InputError
 from trtq.gate import detections
 from trtq.memory import Function, refuse_memory
-from trtq.scripts import load_function, not_leaving
+from trtq.scripts import contained, load_function
 from trtq.simulation import similarity
 from trtq.simulation.finite import both_compared
 from trtq.simulation.values import AllValues, Values, paired, same_shapes, shape_text
@@ -486,7 +486,7 @@ class _Given:
             InputError: the function fails or returns something else.
         """
         try:
-            with not_leaving():
+            with contained():
                 found = np.asarray(function(_read_only(outputs), _read_only(targets)))
             values = found.astype(np.float64)
         except (Exception, SystemExit) as error:

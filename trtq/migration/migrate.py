@@ -18,7 +18,7 @@ from trtq.console import SILENT, Console
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, sha256_file, staged_folder, write_json
-from trtq.gate.evaluation import Evaluation, outputs_of
+from trtq.gate.evaluation import Evaluation, outputs_of, warn_of_walls
 from trtq.gate.verdict import Check, Outcome, Verdict, overall
 from trtq.graph import references
 from trtq.graph.model import save_model
@@ -216,6 +216,7 @@ class _Given:
             data = samples_of(recipe, recipe.data, model, cache, console)
         if recipe.eval is not None:
             evaluation = Evaluation.open(recipe, model.path, model.inputs, cache, console)
+            warn_of_walls(model.path, console)
         return cls(recipe, file, source, table, data, evaluation, cache, console)
 
     @property
