@@ -191,5 +191,9 @@ def test_parts_of_samples_take_a_few_bytes_a_row() -> None:
 def test_a_part_has_a_hash_of_its_own() -> None:
     rows = np.zeros((8, 4), np.float32)
     samples = Samples("rows", (InputSpec("x", np.dtype(np.float32), ("N", 4)),), {"x": rows}, {}, "hash")
-    assert samples.subset([1, 2]).hash == samples.subset(np.array([1, 2])).hash == samples.subset(range(1, 3)).hash
+    assert (
+        samples.subset([1, 2]).hash
+        == samples.subset(np.array([1, 2])).hash
+        == samples.subset(range(1, 3)).hash
+    )
     assert len({samples.subset(g).hash for g in ([], [0], [0, 1], [1, 0])}) == 4

@@ -53,8 +53,8 @@ class Rows:
         samples: the rows.
         batch: rows to run at once where the model leaves the choice.
         threads: threads within an operator; None: all cores.
-        kept: whether batches stay in memory, up to `KEPT_BYTES`, and are scored as they come, for many runs on
-            few rows. Otherwise every run reads them again and scores the outputs of all rows together.
+        kept: whether batches stay in memory, up to `KEPT_BYTES`, and are scored as they come, for many runs
+            on few rows. Otherwise every run reads them again and scores the outputs of all rows together.
         ignore_nonfinite: measure only where the float model's outputs are finite.
         advance: called with the number of rows that the float model just ran.
         tensors: of both models, to score instead of the outputs (`selecting.instead_of_outputs`), as far as

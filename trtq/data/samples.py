@@ -269,7 +269,7 @@ class Samples:
 
     def _fed(self, spec: InputSpec, index: int) -> NDArray:
         row = self._row(spec, index)
-        return row if spec.batch_axis is None else np.expand_dims(row, spec.batch_axis)
+        return row if spec.batch_axis is None else row[(slice(None),) * spec.batch_axis + (None,)]
 
     def _row(self, spec: InputSpec, index: int) -> NDArray:
         row = np.asarray(self.columns[spec.name][index])

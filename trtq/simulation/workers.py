@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -46,7 +47,7 @@ from trtq.simulation.session import simulation_fingerprint
 SHARD_ROWS = 128
 """Rows of a shard; more where that is needed for whole samples and whole batches."""
 
-MOST_SHARDS = 1000
+MOST_SHARDS = 256
 """Above that many, shards get larger: each has a file of its own."""
 
 KEPT_BYTES = 1 << 28
