@@ -6,7 +6,6 @@ import sys
 
 from trtq import stops
 
-
 GARBAGE = (50_000, 5, 2)
 """Thresholds of Python's search for garbage (`gc.set_threshold`). With its own, it looks at the objects of a
 large graph again and again while it is made; with these a third of the time, and copies still go early."""

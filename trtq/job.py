@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -418,9 +418,10 @@ def profile_from_samples(
     dimensions = {name: (spec.batch_dim, *spec.row_dims) for name, spec in specs.items()}
 
     def row_shapes(some: Sequence[Samples]) -> dict[str, list[Shape]]:
+        of = {name: cache(spec.row_shape) for name, spec in specs.items()}  # one tuple for rows of a shape
         return {
-            name: [spec.row_shape(shape) for samples in some for shape in samples.fed_shapes(name)]
-            for name, spec in specs.items()
+            name: [row_shape(shape) for samples in some for shape in samples.fed_shapes(name)]
+            for name, row_shape in of.items()
         }
 
     ranges = profiles_from(

@@ -439,7 +439,9 @@ def test_other_files_of_numpy(tmp_path: Path) -> None:
     refused(tmp_path / "s.npz", (tmp_path / "z.npz").read_bytes())
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), (FEW, 1), (1, FEW), (FEW + 1, 5), (FEW + 1, FEW + 1), (3, 0), (0, 3)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 2), (FEW, 1), (1, FEW), (FEW + 1, 5), (FEW + 1, FEW + 1), (3, 0), (0, 3)]
+)
 def test_how_counts_are_held_changes_nothing(sizes: tuple[int, int]) -> None:
     """Few values are kept as they are, many are counted, and what was merged or read holds occupied bins."""
     random = np.random.default_rng(0)

@@ -23,6 +23,9 @@ from trtq.simulation.rows import Runner
 MOST_ROWS = 32
 """Rows that the rules of half look at, evenly spread over the data; they leave headroom for all others."""
 
+FIGURES = 4
+"""Of a tensor: highest, lowest, energy and size (see `_Probe.of`)."""
+
 _JOINED = 512
 """Figures that are joined by one node."""
 
@@ -51,24 +54,26 @@ def measure_extents(
     def look(_: Batch, found: Arrays) -> NDArray[np.float64]:
         return np.asarray(found[output.name], np.float64).reshape(-1)
 
-    part = samples.spread(rows)
-    found = np.stack(list(Runner(probed).over(part, part.batches(), look, workers=workers)))
-    figures, smallest = np.split(found, [len(found.T) - len(searched)], axis=1)
-    figures = figures.reshape(len(found), len(tensors), -1)
-    least = dict(zip(searched, smallest.min(axis=0).tolist(), strict=True))
-    return {name: _joined(figures[:, i], least.get(name, _HIGHEST)) for i, name in enumerate(tensors)}
+    part, split = samples.spread(rows), len(tensors) * FIGURES
+    total: NDArray[np.float64] | None = None
+    for found in Runner(probed).over(part, part.batches(), look, workers=workers):
+        total = found if total is None else _joined(total, found, split)
+    assert total is not None
+    least = dict(zip(searched, total[split:].tolist(), strict=True))
+    figures = total[:split].reshape(-1, FIGURES).tolist()
+    return {
+        name: Extent(low, high, least.get(name, _HIGHEST), energy, count)
+        for name, (high, low, energy, count) in zip(tensors, figures, strict=True)
+    }
 
 
-def _joined(rows: NDArray[np.float64], smallest: float) -> Extent:
-    """The extent of all rows from the figures of each (see `_Probe.of`), shape (rows, figures)."""
-    high, low, energy, size = rows.T
-    return Extent(
-        low=float(low.min()),
-        high=float(high.max()),
-        smallest=smallest,
-        energy=float(energy.sum()),
-        count=float(size.sum()),
-    )
+def _joined(one: NDArray[np.float64], other: NDArray[np.float64], split: int) -> NDArray[np.float64]:
+    """The figures of all rows from those of some and of others; smallest magnitudes from `split` on."""
+    made = one + other  # energies and sizes add up
+    made[:split:FIGURES] = np.maximum(one[:split:FIGURES], other[:split:FIGURES])
+    made[1:split:FIGURES] = np.minimum(one[1:split:FIGURES], other[1:split:FIGURES])
+    made[split:] = np.minimum(one[split:], other[split:])
+    return made
 
 
 def _probed(graph: gs.Graph) -> tuple[gs.Graph, list[str], list[str]]:

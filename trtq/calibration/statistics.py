@@ -196,6 +196,7 @@ class Histogram:
         """Count values in the slots."""
         from trtq.calibration import kernels
 
+        assert self._slots is not None
         extrema = _ordered(np.array([self.low, self.high], np.float32).view(np.int32))
         position = 0
         while True:

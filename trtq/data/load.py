@@ -293,8 +293,9 @@ def _hash(
                 isinstance(column, StoredRows | Chained | Repeated) and column.dtype and column.shape
             ):  # as an array of the same values
                 digest.update(f"{column.dtype.str}{column.shape}\n".encode())
-                for index in range(len(column)):
-                    digest.update(column[index].tobytes())
+                blocks = getattr(column, "blocks", None)
+                for part in blocks() if blocks else (column[index] for index in range(len(column))):
+                    digest.update(part.tobytes())
             else:
                 whole = isinstance(column, np.ndarray) and column.dtype != object
                 rows = (column[index] for index in range(len(column)))
