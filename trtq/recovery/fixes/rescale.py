@@ -23,8 +23,9 @@ large. No factor is therefore below `LEAST_FACTOR` of the largest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -62,6 +63,8 @@ from trtq.recovery.fixes.smooth import (
 from trtq.recovery.trial import kernels
 from trtq.simulation.rows import Runner, Workers
 from trtq.simulation.similarity import noise_db
+
+Item = TypeVar("Item")
 
 LEAST_FACTOR = 1 / 256
 """Factors below this share of a tensor's largest are raised to it."""
@@ -393,25 +396,35 @@ def _without_kernels(job: Job, start: Quantization, chosen: dict[Site, Choice]) 
     before = kernels(job, start) if chosen else None
     if before is None:
         return {site: choice for site, choice in chosen.items() if _is_pointwise(start.graph, site)}
-    builds = 1
+    limit = before
 
-    def taken(sites: list[Site], kept: list[Site]) -> list[Site]:
-        """As many of the sites as go with those that are kept already; halves are tried where not all do."""
-        nonlocal builds
-        if builds == MOST_BUILDS or not sites:
-            return kept
-        builds += 1
-        count = kernels(job, _scaled(start, {site: chosen[site] for site in [*kept, *sites]}))
-        if count is not None and count <= before:
-            return [*kept, *sites]
-        if len(sites) == 1:
-            return kept
-        middle = len(sites) // 2
-        return taken(sites[middle:], taken(sites[:middle], kept))
+    def fits(sites: Sequence[Site]) -> bool:
+        count = kernels(job, _scaled(start, {site: chosen[site] for site in sites}))
+        return count is not None and count <= limit
 
-    kept = taken(list(chosen), [])
+    kept = most_that_fit(list(chosen), fits, MOST_BUILDS)
     job.console.say("rescale", f"{len(kept)} of {len(chosen)} add no kernel to the {before} of the engine")
     return {site: chosen[site] for site in kept}
+
+
+def most_that_fit(items: Sequence[Item], fits: Callable[[Sequence[Item]], bool], most: int) -> list[Item]:
+    """As many of the items as fit together: halves of what does not fit are tried, with all that is kept so
+    far, down to single items.
+
+    Args:
+        fits: is asked `most` times at most; what is left then is not kept.
+    """
+    kept: list[Item] = []
+    waiting, asked = [list(items)], 0
+    while waiting and asked < most:
+        part = waiting.pop()
+        asked += 1
+        if fits([*kept, *part]):
+            kept += part
+        elif len(part) > 1:
+            middle = len(part) // 2
+            waiting += [part[middle:], part[:middle]]
+    return kept
 
 
 def _scaled(start: Quantization, chosen: Choices) -> Quantization:
