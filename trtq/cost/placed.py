@@ -130,7 +130,7 @@ class _Placing:
         quantized = [(position, read.tensor) in self._quantized for read in kernel.reads]
         kept: Precision = self._rest
         if kernel.keeps_values and kernel.reads:
-            kept = self._stored[kernel.reads[0].tensor]
+            kept = self._stored.get(kernel.reads[0].tensor, self._rest)
             kept = self._rest if kept == "int8" else kept
         elif is_int8 and all(0 < gemm.channels <= THIN for gemm in kernel.gemms):
             kept = "fp32"  # dp4a's kernels write INT8 or float32
@@ -176,7 +176,7 @@ class _Placing:
         loads = []
         for read in kernel.reads:
             if read.copied:
-                shape, stored = self._shape(read.tensor), self._stored[read.tensor]
+                shape, stored = self._shape(read.tensor), self._stored.get(read.tensor, self._rest)
                 made: Precision = "int8" if (position, read.tensor) in self._quantized else stored
                 size = stored_bytes(shape, made)
                 load = Load(self._rest, (), (size, size), converted(shape))
