@@ -146,3 +146,13 @@ def test_every_kernel_reads_only_what_is_there() -> None:
             assert {read.tensor for read in kernel.reads} <= there
             there |= set(kernel.writes)
         assert view.outputs <= there
+
+
+def test_what_moves_values_one_after_the_other_is_one_kernel() -> None:
+    """A shortcut of ResNet-20: every other position, and channels of zeros."""
+    net = Net()
+    x = net.op("Relu", net.input(1, 8, 4, 4), name="relu")
+    ends = (np.array([0]), np.array([4]), np.array([2]), np.array([2]))
+    sliced = net.op("Slice", x, *ends, name="slice")
+    padded = net.op("Pad", sliced, np.array([0, 4, 0, 0, 0, 4, 0, 0]), name="pad")
+    assert nodes(finished(net, padded)) == [["relu"], ["slice", "pad"]]

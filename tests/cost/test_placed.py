@@ -127,3 +127,15 @@ def test_pooling_in_float_after_int8() -> None:
     assert third.load.sizes == (WEIGHTS, N, N, 2 * N)
     assert pool.load.sizes == (2 * N, 2 * 8 * 64)
     assert [each.made for each in fc.before] == ["int8"]
+
+
+def test_generated_kernels_take_over_what_follows_a_product_in_tensorrt_for_rtx() -> None:
+    """As in its engines of BERT, where the bias, the addition and the normalization are one kernel."""
+    net = Net()
+    x = net.input(8, 128, 384)
+    made = net.op("MatMul", x, net.weight(384, 384), name="product")
+    graph = finished(net, net.op("Softmax", net.op("Erf", made, name="erf"), axis=-1, name="softmax"))
+    product, softmax = placed(fuse(graph, shapes_of(graph)), plan_of(graph), "fp16", "tensorrt-rtx")
+    n = 8 * 128 * 384
+    assert (product.load.sizes, product.after) == ((384 * 384, n, 2 * n), ())
+    assert softmax.load.sizes == (2 * n, 2 * n)

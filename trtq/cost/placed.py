@@ -60,6 +60,7 @@ class _Use:
     in_float: bool = False
     ranges: dict[str, None] = field(default_factory=dict)
     first: int = 0
+    readers: list[Kernel] = field(default_factory=list)
 
     @property
     def only_int8(self) -> bool:
@@ -106,6 +107,7 @@ class _Placing:
         for read in kernel.reads:
             ranges = {self._edges.get(end, carried): None for end in read.ends}
             use = self._use(read.tensor)
+            use.readers.append(kernel)
             if None in ranges:
                 use.in_float = True
             else:
@@ -142,6 +144,10 @@ class _Placing:
             self._read_bytes(position, kernel, read, as_int8)
             for read, as_int8 in zip(kernel.reads, quantized, strict=True)
         ]
+        unfused = self._builder == "tensorrt-rtx" and is_int8 and kernel.work == "product"
+        joined = unfused and self._is_joined(kernel)
+        if joined and kernel.is_conv:
+            kept = "fp32"
         for name in kernel.writes:
             self._write(name, kept, may_quantize=may)
         written = [stored_bytes(self._shape(name), self._stored[name]) for name in kernel.writes]
@@ -151,11 +157,18 @@ class _Placing:
         if is_int8 or (not kernel.weighted and quantized and all(quantized)):
             precision = "int8"
         weights = kernel.weights * BYTES[precision if is_int8 else self._rest]
-        if self._builder == "tensorrt-rtx" and is_int8 and kernel.work == "product":
-            return self._unfused(kernel, weights, sizes, written)
+        if unfused:
+            loads = self._unfused(kernel, weights, sizes, written)
+            return loads[:1] if joined else loads
         moved = sum(converted(self._shape(name)) for name in kernel.writes) if kernel.work == "move" else 0
         every = (weights, *sizes, *written) if weights else (*sizes, *written)
         return [Load(precision, tuple(kernel.gemms), every, moved)]
+
+    def _is_joined(self, kernel: Kernel) -> bool:
+        """Whether the one reader of a product's sums is a generated kernel, which does what follows them, too."""
+        use = self._use(kernel.writes[0]) if len(kernel.writes) == 1 else None
+        alone = use is not None and not use.ranges and [each.work for each in use.readers] == ["pointwise"]
+        return alone and kernel.writes[0] not in self._fused.outputs and len(kernel.reads) == kernel.operands
 
     def _unfused(self, kernel: Kernel, weights: int, sizes: list[int], written: list[int]) -> list[Load]:
         """An INT8 product of TensorRT for RTX, which writes its sums, and what is done to them.
