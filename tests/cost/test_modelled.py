@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cost.nets import plan_of, residual_block, shapes_of, without
-from hypothesis import given
+from cost.blocks import plan_of, residual_block, shapes_of, without
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtq.cost.gpus import GPUS, gpu_named
@@ -42,6 +42,7 @@ def test_bytes_by_hand() -> None:
     assert latency.bytes == (4 + 2) * elements + 2 * (7 * elements + 3 * weights) + tail
 
 
+@settings(deadline=None)
 @given(st.sampled_from(GPUS), st.sampled_from(["bandwidth", "fp32", "tf32", "fp16", "int8"]))
 def test_a_better_gpu_is_never_slower(gpu: object, what: str) -> None:
     better = replace(gpu, **{what: 2 * getattr(gpu, what)})  # type: ignore[type-var]

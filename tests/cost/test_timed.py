@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cost.nets import input_shapes, plan_of, residual_block, shapes_of, without
+from cost.blocks import input_shapes, plan_of, residual_block, shapes_of, without
 
 from trtq.backends.compiled import Compiled, parse_inspection
 from trtq.backends.record import sidecar

@@ -77,6 +77,7 @@ class _Placing:
         self._uses: dict[str, _Use] = {}
         self._quantized: set[tuple[int, str]] = set()
         self._stored: dict[str, Precision] = {}
+        self._in_rows = set(fused.inputs)
         self._before: dict[int, list[Conversion]] = {}
 
     def kernels(self) -> list[Placed]:
@@ -165,7 +166,7 @@ class _Placing:
         return [Load(precision, tuple(kernel.gemms), every, moved)]
 
     def _is_joined(self, kernel: Kernel) -> bool:
-        """Whether the one reader of a product's sums is a generated kernel, which does what follows them, too."""
+        """Whether a product's sums have one reader, a generated kernel, which does what follows as well."""
         use = self._use(kernel.writes[0]) if len(kernel.writes) == 1 else None
         alone = use is not None and not use.ranges and [each.work for each in use.readers] == ["pointwise"]
         return alone and kernel.writes[0] not in self._fused.outputs and len(kernel.reads) == kernel.operands
@@ -201,21 +202,23 @@ class _Placing:
         return self._fused.shapes.get(name, (0,))
 
     def _read_bytes(self, position: int, kernel: Kernel, read: Read, as_int8: bool) -> int:
-        """Bytes of a tensor that a kernel reads; what is float32 beside float16 is converted for products."""
+        """Bytes of a tensor that a kernel reads.
+
+        What is float32 beside float16 is converted for all but generated kernels, and model inputs are
+        rearranged for convolutions, whose channels lie together.
+        """
         name, share = read.tensor, read.share
         shape, stored = self._shape(name), self._stored.get(name, self._rest)
         if as_int8:
             return int(stored_bytes(shape, "int8") * share)
-        if (
-            stored == "fp32"
-            and self._rest == "fp16"
-            and not kernel.keeps_values
-            and kernel.work != "pointwise"
-        ):
-            sizes = (stored_bytes(shape, "fp32"), stored_bytes(shape, "fp16"))
-            conversion = Conversion(name, "fp16", Load("fp16", (), sizes, converted(shape)))
+        takes = kernel.keeps_values or kernel.work == "pointwise"
+        turned = name in self._in_rows and kernel.is_conv and len(shape) > 3
+        if turned or (stored != self._rest and not takes):
+            sizes = (stored_bytes(shape, stored), stored_bytes(shape, self._rest))
+            conversion = Conversion(name, self._rest, Load(self._rest, (), sizes, converted(shape)))
             self._before.setdefault(position, []).append(conversion)
-            stored = self._stored[name] = "fp16"
+            self._in_rows.discard(name)
+            stored = self._stored[name] = self._rest
         return int(stored_bytes(shape, stored) * share)
 
     def _write(self, name: str, kept: Precision, *, may_quantize: bool) -> None:
