@@ -136,7 +136,7 @@ def test_an_engine_costs_what_it_took(tmp_path: Path, version: str, plan: Any, e
 
 
 def test_an_engine_without_q_on_the_residual_input_costs_what_it_took(tmp_path: Path) -> None:
-    """conv1 writes float16, which a kernel quantizes for conv2 and conv3 adds: no other placement is meant."""
+    """conv1 writes float16, which conv3 adds and a kernel of its own quantizes for conv2."""
     made = engine(True)
     made[1][0]["Outputs"] = [tensor("a", HALF)]
     made[3][0]["Inputs"] = [tensor("b", INT8), tensor("a", HALF)]
@@ -151,7 +151,9 @@ def test_an_engine_without_q_on_the_residual_input_costs_what_it_took(tmp_path: 
     )
     plan = replace(PLAN, edges=[edge for edge in PLAN.edges if edge.rule != RESIDUAL])
     assert timed.latency(plan, "fp16").microseconds == pytest.approx(243 + 20, rel=0.02)
-    assert timed.latency(PLAN, "fp16").microseconds < 243
+    assert timed.latency(PLAN, "fp16").microseconds == pytest.approx(
+        243
+    )  # the convolutions are compute-bound
 
 
 def test_a_mixed_placement_is_made_of_both(tmp_path: Path) -> None:
