@@ -54,6 +54,15 @@ def test_int8_as_trtq_places_it() -> None:
     assert not any(each.before for each in (second, third, pool, fc))
 
 
+def test_an_input_that_comes_in_int8_needs_no_kernel() -> None:
+    graph = residual_block()
+    view = fuse(graph, shapes_of(graph))
+    first, *_ = placed(view, plan_of(graph), "fp16", int8_inputs=["x"])
+    assert (first.before, first.load.sizes) == ((), (WEIGHTS, N, N))
+    nothing = without(plan_of(graph))
+    assert placed(view, nothing, "fp16", int8_inputs=["x"]) == placed(view, nothing, "fp16")
+
+
 def test_without_q_on_the_residual_input_it_is_written_in_float16_and_quantized() -> None:
     """As in NVIDIA's engines of ResNets with Q/DQ in front of convolutions only."""
     plan = plan_of(residual_block())

@@ -6,6 +6,7 @@ developer guide.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from trtq.cost.fused import Fused, Kernel, Read
@@ -43,14 +44,23 @@ class Placed:
     after: tuple[Load, ...] = ()
 
 
-def placed(fused: Fused, plan: Plan, rest: Rest, builder: Builder = "tensorrt") -> list[Placed]:
+def placed(
+    fused: Fused,
+    plan: Plan,
+    rest: Rest,
+    builder: Builder = "tensorrt",
+    int8_inputs: Collection[str] = (),
+) -> list[Placed]:
     """The kernels of the engine that has a plan's nodes in INT8 and Q/DQ on its edges.
 
     A tensor is written in INT8 where all who read it want so and what writes it can quantize: INT8 products,
     generated kernels, and what only moves values that it reads in INT8. Else it is written in floating
     point, and a kernel of its own quantizes it, once for each range.
+
+    Args:
+        int8_inputs: model inputs that the engine takes in INT8 where only INT8 kernels read them.
     """
-    return _Placing(fused, plan, rest, builder).kernels()
+    return _Placing(fused, plan, rest, builder, int8_inputs).kernels()
 
 
 @dataclass
@@ -68,10 +78,13 @@ class _Use:
 
 
 class _Placing:
-    def __init__(self, fused: Fused, plan: Plan, rest: Rest, builder: Builder) -> None:
+    def __init__(
+        self, fused: Fused, plan: Plan, rest: Rest, builder: Builder, int8_inputs: Collection[str]
+    ) -> None:
         self._fused = fused
         self._rest: Rest = rest
         self._builder = builder
+        self._int8_inputs = int8_inputs
         self._int8 = set(plan.int8_nodes)
         self._edges = {(edge.node, edge.index): edge.range for edge in plan.edges}
         self._uses: dict[str, _Use] = {}
@@ -86,7 +99,7 @@ class _Placing:
         for position in reversed(range(len(self._fused.kernels))):
             self._read(position)
         for name in self._fused.inputs:
-            self._write(name, "fp32", may_quantize=False)
+            self._write(name, "fp32", may_quantize=name in self._int8_inputs)
         found = []
         for position, kernel in enumerate(self._fused.kernels):
             loads = self._loads(position, kernel)

@@ -16,7 +16,7 @@ from trtq.cost.fused import Kernel
 from trtq.cost.interface import Kind, Latency, Precision, Rest
 from trtq.cost.layers import PRECISIONS, layer_load
 from trtq.cost.modelled import Modelled, priced
-from trtq.cost.placed import Conversion, Placed, placed
+from trtq.cost.placed import Conversion, Placed
 from trtq.cost.roofline import Load
 from trtq.graph.plan import Edge, NodePlan, Plan
 
@@ -111,7 +111,7 @@ class Timed:
     def latency(self, plan: Plan, rest: Rest) -> Latency:
         """See `CostSource`."""
         return priced(
-            placed(self._modelled.fused, plan, rest, self._modelled.builder),
+            self._modelled.placed(plan, rest),
             kernel=self._kernel,
             conversion=self._conversion,
             why=self._why,
@@ -137,7 +137,7 @@ class Timed:
                     layers.setdefault(home, []).append(layer)
         known = set(self._kernels)
         plan, rest = self._placement(engine, layers)
-        for each in placed(self._modelled.fused, plan, rest, self._modelled.builder):
+        for each in self._modelled.placed(plan, rest):
             node, precision = each.kernel.nodes[0], each.load.precision
             if node in taken and (node, precision) not in known:
                 there = _Taken(taken[node], self._modelled.kernel(each))
