@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-from cost.nets import conv, finished, residual_block, shapes_of
+from cost.blocks import conv, finished, plan_of, residual_block, shapes_of, without
+from nets import engine
 from small_nets import Net
 
 from trtq.cost.fused import Fused, Gemm, fuse
+from trtq.cost.placed import placed
 from trtq.graph.products import macs
+from trtq.graph.rewrite import rewrite
 
 
 def fused(graph: gs.Graph) -> Fused:
@@ -146,3 +151,31 @@ def test_every_kernel_reads_only_what_is_there() -> None:
             assert {read.tensor for read in kernel.reads} <= there
             there |= set(kernel.writes)
         assert view.outputs <= there
+
+
+def test_what_moves_values_one_after_the_other_is_one_kernel() -> None:
+    """A shortcut of ResNet-20: every other position, and channels of zeros."""
+    net = Net()
+    x = net.op("Relu", net.input(1, 8, 4, 4), name="relu")
+    ends = (np.array([0]), np.array([4]), np.array([2]), np.array([2]))
+    sliced = net.op("Slice", x, *ends, name="slice")
+    padded = net.op("Pad", sliced, np.array([0, 4, 0, 0, 0, 4, 0, 0]), name="pad")
+    assert nodes(finished(net, padded)) == [["relu"], ["slice", "pad"]]
+
+
+@pytest.mark.slow
+def test_kernels_and_bytes_are_those_that_tensorrt_for_rtx_compiles(tmp_path: Path) -> None:
+    """What the builder lists of engines of the residual block, in float32 and as trtq quantizes it."""
+    graph = residual_block(batch=2, channels=32, size=16)
+    plan = plan_of(graph)
+    scales = {tensor: np.float32(0.05) for tensor in plan.tensors}
+    view = fused(graph)
+    quantized = rewrite(graph, plan, scales)
+    for name, model, made in (("float", graph, without(plan)), ("int8", quantized, plan)):
+        folder = tmp_path / name
+        folder.mkdir()
+        compiled = engine(model, folder).compiled
+        kernels = placed(view, made, "fp32", "tensorrt-rtx")
+        loads = [load for k in kernels for load in (k.load, *k.after, *(b.load for b in k.before))]
+        assert len(loads) == pytest.approx(compiled.kernels, abs=2), name
+        assert sum(load.bytes for load in loads) == pytest.approx(compiled.bytes_moved(2), rel=0.15), name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cost.nets import conv, finished, plan_of, residual_block, shapes_of, without
+from cost.blocks import conv, finished, plan_of, residual_block, shapes_of, without
 from small_nets import Net
 
 from trtq.cost.fused import fuse
@@ -32,13 +32,14 @@ def test_float() -> None:
         assert third.load.sizes == (size * WEIGHTS, size * N, size * N, size * N)
         assert pool.load.sizes == (size * N, size * 8 * 64)
         assert {each.load.precision for each in (first, second, third, pool)} == {rest}
-    assert [len(each.before) for each in kernels(nothing, "fp32")] == [0] * 5
 
 
-def test_float16_rearranges_a_float32_input_once() -> None:
-    first, *others = kernels(without(plan_of(residual_block())))
-    assert [(each.made, each.load.sizes) for each in first.before] == [("fp16", (4 * N, 2 * N))]
-    assert not any(each.before for each in others)
+def test_an_input_is_rearranged_for_convolutions_once() -> None:
+    nothing = without(plan_of(residual_block()))
+    for rest, size in (("fp16", 2), ("fp32", 4)):
+        first, *others = kernels(nothing, rest)  # type: ignore[arg-type]
+        assert [(each.made, each.load.sizes) for each in first.before] == [(rest, (4 * N, size * N))]
+        assert not any(each.before for each in others)
 
 
 def test_int8_as_trtq_places_it() -> None:
@@ -51,6 +52,15 @@ def test_int8_as_trtq_places_it() -> None:
     assert fc.load.sizes == (640, 8 * 64, 2 * 80)
     assert {each.load.precision for each in (first, second, third, pool, fc)} == {"int8"}
     assert not any(each.before for each in (second, third, pool, fc))
+
+
+def test_an_input_that_comes_in_int8_needs_no_kernel() -> None:
+    graph = residual_block()
+    view = fuse(graph, shapes_of(graph))
+    first, *_ = placed(view, plan_of(graph), "fp16", int8_inputs=["x"])
+    assert (first.before, first.load.sizes) == ((), (WEIGHTS, N, N))
+    nothing = without(plan_of(graph))
+    assert placed(view, nothing, "fp16", int8_inputs=["x"]) == placed(view, nothing, "fp16")
 
 
 def test_without_q_on_the_residual_input_it_is_written_in_float16_and_quantized() -> None:
@@ -127,3 +137,15 @@ def test_pooling_in_float_after_int8() -> None:
     assert third.load.sizes == (WEIGHTS, N, N, 2 * N)
     assert pool.load.sizes == (2 * N, 2 * 8 * 64)
     assert [each.made for each in fc.before] == ["int8"]
+
+
+def test_generated_kernels_take_over_what_follows_a_product_in_tensorrt_for_rtx() -> None:
+    """As in its engines of BERT, where the bias, the addition and the normalization are one kernel."""
+    net = Net()
+    x = net.input(8, 128, 384)
+    made = net.op("MatMul", x, net.weight(384, 384), name="product")
+    graph = finished(net, net.op("Softmax", net.op("Erf", made, name="erf"), axis=-1, name="softmax"))
+    product, softmax = placed(fuse(graph, shapes_of(graph)), plan_of(graph), "fp16", "tensorrt-rtx")
+    n = 8 * 128 * 384
+    assert (product.load.sizes, product.after) == ((384 * 384, n, 2 * n), ())
+    assert softmax.load.sizes == (2 * n, 2 * n)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cost.nets import input_shapes, plan_of, residual_block, shapes_of, without
+from cost.blocks import input_shapes, plan_of, residual_block, shapes_of, without
 
 from trtq.backends.compiled import Compiled, parse_inspection
 from trtq.backends.record import sidecar
@@ -24,7 +24,7 @@ from trtq.cost.sources import source_for
 from trtq.cost.timed import Timed, TimedEngine, TimedLayer
 from trtq.errors import InputError
 from trtq.files import sha256_file
-from trtq.graph.place import leave_out
+from trtq.graph.place import RESIDUAL, leave_out
 
 A10 = gpu_named("A10")
 GRAPH = residual_block()
@@ -133,6 +133,27 @@ def test_an_engine_costs_what_it_took(tmp_path: Path, version: str, plan: Any, e
     assert {part.why for part in latency.parts} == {"imported"}
     assert latency.kind == "imported"
     assert latency.source == "False.profile.json of trtexec, True.profile.json of trtexec"
+
+
+def test_an_engine_without_q_on_the_residual_input_costs_what_it_took(tmp_path: Path) -> None:
+    """conv1 writes float16, which conv3 adds and a kernel of its own quantizes for conv2."""
+    made = engine(True)
+    made[1][0]["Outputs"] = [tensor("a", HALF)]
+    made[3][0]["Inputs"] = [tensor("b", INT8), tensor("a", HALF)]
+    made.insert(2, (layer("QuantizeLinear_1", "Reformat", [tensor("a", HALF)], tensor("aq", INT8)), 20.0))
+    compiled = parse_inspection(json.dumps({"Layers": [each for each, _ in made]}))
+    layers = [
+        TimedLayer(found.name, us, found.onnx_nodes, found)
+        for found, (_, us) in zip(compiled.layers, made, strict=True)
+    ]
+    timed = Timed(
+        Modelled(GRAPH, shapes_of(GRAPH), A10), [TimedEngine("it", "int8", tuple(layers))], "imported"
+    )
+    plan = replace(PLAN, edges=[edge for edge in PLAN.edges if edge.rule != RESIDUAL])
+    assert timed.latency(plan, "fp16").microseconds == pytest.approx(243 + 20, rel=0.02)
+    assert timed.latency(PLAN, "fp16").microseconds == pytest.approx(
+        243
+    )  # the convolutions are compute-bound
 
 
 def test_a_mixed_placement_is_made_of_both(tmp_path: Path) -> None:
