@@ -78,7 +78,29 @@ def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantiz
         InputError: no node is left in INT8; or as collecting and measuring.
     """
     source = source or FloatGraph.of(job.model)
-    made = _calibrated(job, plan, source)
+    return _with_float32(job, _calibrated(job, plan, source), source)
+
+
+def unquantized(job: Job, plan: Plan) -> Quantization:
+    """A plan without INT8 nodes as what a step of the workflow takes: the model in floating point, with what
+    stays float32 where the rest is float16.
+
+    Raises:
+        InputError: the model does not run on the data.
+    """
+    notes = {
+        "model": job.model.sha256,
+        "data": job.data.hash,
+        "rows": len(job.data),
+        "trtq": trtq.__version__,
+    }
+    bare = Quantization(job.model.graph, plan, {}, notes=notes | {"method": "none"})
+    return _with_float32(job, bare, FloatGraph.of(job.model))
+
+
+def _with_float32(job: Job, made: Quantization, source: FloatGraph) -> Quantization:
+    """A quantization whose plan says what stays float32 where the rest is to be float16."""
+    plan = made.plan
     if not job.recipe.half:
         return made
     given = {node.name for node in plan.float32}

@@ -1,9 +1,9 @@
 """The fastest placement: which units of a plan pay in INT8, transitions counted.
 
-A unit is what goes to floating point together: a group of nodes, or an input that only spares traffic. What one
-unit costs depends on its neighbours, because a reformat stands wherever INT8 meets floating point: one layer
-alone hardly ever pays where a whole chain does. Flipping units one at a time therefore stops far from the
-fastest placement. Here all units are flipped at once:
+A unit is what goes to floating point together: a group of nodes, or an input that only spares traffic. What
+one unit costs depends on its neighbours, because a reformat stands wherever INT8 meets floating point: one
+layer alone hardly ever pays where a whole chain does. Flipping units one at a time therefore stops far from
+the fastest placement. Here all units are flipped at once:
 
 1. Around a placement, what flipping each unit changes is asked of the source of costs, and what flipping two
    neighbours changes beyond that. A sum of such terms is an energy of pairs, and where flipping both is never
@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, pairwise, product
 
 import onnx_graphsurgeon as gs
 
 from trtq.cost.interface import CostSource, Latency, Rest
-from trtq.graph.place import leave_out
+from trtq.graph.groups import groups
+from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
 
 MOST_ROUNDS = 20
@@ -39,6 +40,18 @@ Units = Mapping[str, tuple[str, ...]]
 """Name -> its nodes: those of a group, or the one addition or pooling whose input is meant."""
 
 
+def units_of(graph: gs.Graph, plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The units of a plan: its groups, and the inputs that only spare traffic."""
+    found = {group.name: group.nodes for group in groups(graph, plan)}
+    spared = [edge for edge in plan.edges if edge.rule in SPARING]
+    return found | {spared_input(edge.node, edge.rule): (edge.node,) for edge in spared}
+
+
+def spared_input(node: str, rule: str) -> str:
+    """The name of the unit that is an input of an addition or pooling."""
+    return f"{SPARING[rule]} of {node}"
+
+
 class Latencies:
     """What a plan costs with some of its units in floating point; every set is asked for once.
 
@@ -47,8 +60,9 @@ class Latencies:
         neighbours: unit -> those with which it shares a tensor, with nothing but other operators in between.
     """
 
-    def __init__(self, graph: gs.Graph, plan: Plan, units: Units, source: CostSource, rest: Rest) -> None:
-        self.units, self.neighbours = units, neighbours(graph, units)
+    def __init__(self, graph: gs.Graph, plan: Plan, source: CostSource, rest: Rest) -> None:
+        self.units: Units = units_of(graph, plan)
+        self.neighbours = neighbours(graph, self.units)
         self._graph, self._plan, self._source, self._rest = graph, plan, source, rest
         self._known: dict[frozenset[str], float] = {}
 
@@ -125,7 +139,7 @@ class Fastest:
         yield from (frozenset([name]) for name in sorted(alone, key=alone.__getitem__) if alone[name] < 0)
 
     def _terms_at(self, now: frozenset[str]) -> _Terms:
-        """The terms around a placement; those of units whose neighbourhood is as in one seen before are its."""
+        """The terms around a placement; of units whose neighbourhood is as in one seen before, that one's."""
         if now in self._terms:
             return self._terms[now]
         nearest = min(self._terms, key=lambda other: len(other ^ now), default=None)
@@ -226,7 +240,7 @@ class _Flow:
                 path.pop()
                 if not path:
                     return False
-        steps = list(zip(path, path[1:], strict=False))
+        steps = list(pairwise(path))
         amount = min(self._residual[start][end] for start, end in steps)
         for start, end in steps:
             self._residual[start][end] -= amount
@@ -262,8 +276,8 @@ def neighbours(graph: gs.Graph, units: Units) -> dict[str, frozenset[str]]:
     makers = [(owner.get(node.name, []), node.outputs) for node in reversed(graph.nodes)]
     for names, tensors in [*makers, ([], graph.inputs)]:
         readers = sorted(set().union(*(reading(tensor) for tensor in tensors)), key=order.__getitem__)
-        pairs = list(combinations(readers, 2)) if len(readers) <= MOST_TOGETHER else zip(readers, readers[1:], strict=False)
-        for one, other in [*pairs, *((name, reader) for name in names for reader in readers), *combinations(names, 2)]:
+        together = combinations(readers, 2) if len(readers) <= MOST_TOGETHER else pairwise(readers)
+        for one, other in (*together, *product(names, readers), *combinations(names, 2)):
             if one != other:
                 found[one].add(other)
                 found[other].add(one)
