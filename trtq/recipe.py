@@ -395,8 +395,8 @@ class Recipe:
     )
     objective: str | None = _option(
         "latency: a layer goes to INT8 where that makes the engine faster, transitions counted, and FP16"
-        " alone may win; int8: every layer that can. Default: latency where something says what layers cost (a"
-        " GPU here, --gpu, --profile-json), unless --min-int8 asks for INT8",
+        " alone may win; int8: every layer that can. Default: latency where something says what layers cost"
+        " (a GPU here, --gpu, --profile-json), unless --min-int8 asks for INT8",
         _choice("latency", "int8"),
     )
     gpu: str | None = _option(

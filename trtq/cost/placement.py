@@ -17,7 +17,7 @@ It begins at all units in INT8 and at none, and the better end counts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations, pairwise, product
 
 import onnx_graphsurgeon as gs
@@ -93,18 +93,21 @@ class Fastest:
         self._of, self._neighbours = latencies.of, latencies.neighbours
         self._all = frozenset(latencies.units)
         self._terms: dict[frozenset[str], _Terms] = {}
+        self._pairs = [
+            (name, other) for name, others in latencies.neighbours.items() for other in others if name < other
+        ]
 
     def left_out(
-        self, penalty: Mapping[str, float] | None = None, starts: Iterable[frozenset[str]] = ()
+        self, penalty: Mapping[str, float] | None = None, starts: Sequence[frozenset[str]] = ()
     ) -> frozenset[str]:
         """The units to leave in floating point.
 
         Args:
             penalty: unit -> what it costs on top where it is in INT8, in microseconds.
-            starts: placements to begin at, beside all and none in INT8.
+            starts: placements to begin at; default: all in INT8, and none.
         """
         penalty = penalty or {}
-        ends = [self._descended(start, penalty) for start in {frozenset(), self._all, *starts}]
+        ends = [self._descended(start, penalty) for start in starts or (frozenset(), self._all)]
         return min(ends, key=lambda end: (self._cost(end, penalty), sorted(end)))
 
     def _cost(self, left_out: frozenset[str], penalty: Mapping[str, float]) -> float:
@@ -151,17 +154,23 @@ class Fastest:
                 terms.alone[name] = self._terms[nearest].alone[name]
             else:
                 terms.alone[name] = self._of(now ^ {name}) - base
-        for name in self._all:
-            for other in self._neighbours[name]:
-                if name >= other:
-                    continue
-                if nearest is not None and name not in changed and other not in changed:
-                    terms.pairs[name, other] = self._terms[nearest].pairs[name, other]
-                else:
-                    both = self._of(now ^ {name, other}) - base
-                    terms.pairs[name, other] = both - terms.alone[name] - terms.alone[other]
+        for pair in self._pairs:
+            if nearest is not None and changed.isdisjoint(pair):
+                terms.pairs[pair] = self._terms[nearest].pairs[pair]
+            else:
+                both = self._of(now.symmetric_difference(pair)) - base
+                terms.pairs[pair] = both - sum(terms.alone[name] for name in pair)
         self._terms[now] = terms
+        if {frozenset(), self._all} <= self._terms.keys():
+            self._forget_independent()
         return terms
+
+    def _forget_independent(self) -> None:
+        """Pairs that do not interact in front of all others in INT8, nor of none, are not asked for again."""
+        extremes = [self._terms[frozenset()].pairs, self._terms[self._all].pairs]
+        self._pairs = [
+            pair for pair in self._pairs if any(abs(pairs[pair]) > LEAST_GAIN for pairs in extremes)
+        ]
 
     def _around(self, names: frozenset[str]) -> frozenset[str]:
         return names.union(*(self._neighbours[name] for name in names))

@@ -8,15 +8,14 @@ first that gain most, while it stays so.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from trtq.cost.placement import LEAST_GAIN, Fastest, Latencies
 from trtq.recovery.speed import reasons_of
 
-STEPS = 24
-"""Prices of noise that the front is walked with."""
+MOST_CORNERS = 64
+"""So many corners of the front are looked for; the largest gaps first."""
 
 
 class Corner(NamedTuple):
@@ -74,27 +73,27 @@ class Front:
         }
 
     def _walked(self) -> list[Corner]:
-        """The corners, from the fastest with most noise to the one with none."""
-        fastest, total = Fastest(self._latencies), sum(self._alone.values())
-        nothing = frozenset[str]()
-        everything = frozenset(self._alone)
-        found = {fastest.left_out()}
-        if total > 0:
-            scale = max(self._latencies.of(everything), self._latencies.of(nothing)) / total
-            last = nothing
-            for step in range(STEPS):
-                price = scale * 10 ** (8 * step / (STEPS - 1) - 3)
-                last = fastest.left_out({name: price * noise for name, noise in self._alone.items()}, [last])
-                found.add(last)
-        found.add(everything)
-        corners = [self._corner(left_out) for left_out in found]
-        corners.sort(key=lambda corner: (corner.microseconds, corner.noise))
-        least, front = math.inf, []
-        for corner in corners:
-            if corner.noise < least or corner.left_out == everything:
-                front.append(corner)
-                least = corner.noise
-        return front
+        """The corners, from the fastest with most noise to the one with none.
+
+        Between two of them, the price at which they are alike either gives one that is better than both, or
+        shows that there is none between them.
+        """
+        search = Fastest(self._latencies)
+        first = self._corner(search.left_out())
+        last = self._corner(frozenset(self._alone))
+        found, waiting = {first, last}, [(first, last)]
+        while waiting and len(found) < MOST_CORNERS:
+            fast, exact = waiting.pop(0)
+            if fast.noise <= exact.noise or exact.microseconds <= fast.microseconds:
+                continue
+            price = (exact.microseconds - fast.microseconds) / (fast.noise - exact.noise)
+            penalty = {name: price * noise for name, noise in self._alone.items()}
+            between = self._corner(search.left_out(penalty, [fast.left_out, exact.left_out]))
+            alike = fast.microseconds + price * fast.noise
+            if between not in found and between.microseconds + price * between.noise < alike - LEAST_GAIN:
+                found.add(between)
+                waiting += [(fast, between), (between, exact)]
+        return _undominated(found)
 
     def _corner(self, left_out: frozenset[str]) -> Corner:
         noise = sum(value for name, value in self._alone.items() if name not in left_out)
@@ -108,18 +107,35 @@ class Front:
         return self._known[left_out] <= target
 
     def _put_back(self, left_out: frozenset[str], target: float) -> frozenset[str]:
-        """The set less the units, those that gain most first, without which it is faster and still holds."""
-        failed: set[str] = set()
+        """The set less the units, those that gain most first, without which it is faster and still holds.
+
+        Neighbours go back together, too: one alone may gain nothing, as it takes reformats on both sides.
+        """
+        failed: set[frozenset[str]] = set()
         while not self._over():
             here = self._latencies.of(left_out)
-            gains = {name: here - self._latencies.of(left_out - {name}) for name in left_out - failed}
-            better = [
-                name for name in sorted(gains, key=lambda n: (-gains[n], n)) if gains[name] > LEAST_GAIN
-            ]
+            gains = {some: here - self._latencies.of(left_out - some) for some in self._together(left_out)}
+            better = [some for some, gain in gains.items() if gain > LEAST_GAIN and some not in failed]
             if not better:
                 break
-            if self._holds(left_out - {better[0]}, target):
-                left_out -= {better[0]}
+            back = min(better, key=lambda some: (-gains[some], sorted(some)))
+            if self._holds(left_out - back, target):
+                left_out -= back
             else:
-                failed.add(better[0])
+                failed.add(back)
         return left_out
+
+    def _together(self, left_out: frozenset[str]) -> set[frozenset[str]]:
+        """Each unit alone, and each pair of neighbours."""
+        links = self._latencies.neighbours
+        pairs = {frozenset([name, other]) for name in left_out for other in links[name] & left_out}
+        return pairs | {frozenset([name]) for name in left_out}
+
+
+def _undominated(corners: Iterable[Corner]) -> list[Corner]:
+    """The corners of which each is less noisy than all faster ones, by latency."""
+    front: list[Corner] = []
+    for corner in sorted(corners, key=lambda corner: (corner.microseconds, corner.noise)):
+        if not front or corner.noise < front[-1].noise:
+            front.append(corner)
+    return front

@@ -226,7 +226,8 @@ def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[d
     found = [replace(point, chosen=point.name == step) for point in points]
     bare = {point.name.split()[0]: point for point in found if point.name.endswith(" alone")}
     plain = [point for point in speed.points(rest) if point.name.lower() not in bare]
-    return [point.to_json() for point in pareto([*plain, *found])]
+    distinct = {(point.microseconds, point.sqnr_db): point for point in (*plain, *found)}
+    return [point.to_json() for point in pareto(list(distinct.values()))]
 
 
 def pareto(points: list[Point]) -> list[Point]:
