@@ -29,7 +29,7 @@ def subsets(names: str | tuple[str, ...]) -> list[frozenset[str]]:
 
 
 @given(
-    alone=st.fixed_dictionaries({name: values for name in NAMES}),
+    alone=st.fixed_dictionaries(dict.fromkeys(NAMES, values)),
     pairs=st.dictionaries(
         st.sampled_from(list(combinations(NAMES, 2))), st.floats(-4, 0).map(lambda v: round(v, 3))
     ),
@@ -38,7 +38,9 @@ def test_the_cut_is_the_set_of_least_energy(
     alone: dict[str, float], pairs: dict[tuple[str, str], float]
 ) -> None:
     def energy(chosen: frozenset[str]) -> float:
-        return sum(alone[name] for name in chosen) + sum(v for pair, v in pairs.items() if set(pair) <= chosen)
+        return sum(alone[name] for name in chosen) + sum(
+            v for pair, v in pairs.items() if set(pair) <= chosen
+        )
 
     assert energy(least_energy(alone, pairs)) == pytest.approx(min(map(energy, subsets(NAMES))), abs=1e-4)
 

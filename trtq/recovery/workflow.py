@@ -291,7 +291,8 @@ class _Workflow:
         then on with float32.
 
         It is what the gate fails for where the same quantization passes with the rest in float32, or where
-        float16 alone, without INT8, does not.
+        float16 alone, without INT8, does not. Where the fastest engine is wanted only the latter counts:
+        there may be a plan beside float16 that passes, and float32 is slower.
         """
         if self.job.recipe.rest != "auto" or self.job.recipe.precision == "fp32":
             return False
@@ -304,7 +305,7 @@ class _Workflow:
             self.refusal, found = None, "the builder refuses the model in float16 and not in float32"
         elif tried.accuracy.passed:
             return False
-        elif evaluation.simulated(_without_half(quantization)).passed:
+        elif self.speed is None and evaluation.simulated(_without_half(quantization)).passed:
             found = "in float16 the gate fails and in float32 it passes"
         elif not self.evaluation.simulated(replace(quantization, plan=bare)).passed:
             found = "float16 fails the gate without any INT8"
