@@ -31,7 +31,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from trtq.cost.gpus import Gpu, gpu_named
-from trtq.cost.imported import closest_gpu, read_engine
+from trtq.cost.imported import closest_gpu, layer_times, read_engine
 from trtq.cost.interface import Latency, Rest
 from trtq.cost.layers import layer_load
 from trtq.cost.modelled import Modelled
@@ -76,15 +76,14 @@ def _read(graph: Path, gpu: str | None) -> Profiled:
     about = json.loads(metadata.read_text()) if metadata.exists() else {}
     batch = _batch(about)
     engine = read_engine(profile, graph, batch)
-    taken: dict[str, list[float]] = {}
-    for entry in json.loads(profile.read_text()):
-        if "name" in entry:
-            taken.setdefault(entry["name"], []).append(1e3 * entry["averageMs"])
+    milliseconds = itertools.chain.from_iterable(layer_times(profile).values())
     layers = [
-        (layer.name, layer_load(layer.compiled, batch), us)
-        for layer, us in zip(engine.layers, itertools.chain.from_iterable(taken.values()), strict=True)
-        if layer.compiled is not None and layer.compiled.launches
+        (layer.name, layer_load(layer.compiled, batch), 1e3 * ms)
+        for layer, ms in zip(engine.layers, milliseconds, strict=True)
+        if layer.compiled is not None and layer.compiled.launches and ms
     ]
+    if missing := sum(layer.compiled is None and layer.microseconds > 0 for layer in engine.layers):
+        print(f"{stem}: {missing} layers of the profile are not in the list of layers")
     whole = about.get("performance_summary", {}).get("GPU Compute Time")
     return Profiled(
         stem,
@@ -101,7 +100,8 @@ def _batch(about: dict[str, Any]) -> int:
 
 
 def _gpu(stem: str, about: dict[str, Any], said: str | None, engine: TimedEngine) -> Gpu:
-    for name in (said, about.get("device_information", {}).get("Selected Device"), stem):
+    device = about.get("device_information", {}).get("Selected Device")
+    for name in (said, device, *re.findall(r"[^-_. ]+", stem)):
         if name:
             try:
                 return gpu_named(name)

@@ -24,6 +24,11 @@ def test_engines(version: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_costs_of_layers(tmp_path: Path) -> None:
+    run_checks("check_cost.py", tmp_path)
+
+
+@pytest.mark.slow
 def test_deploy_where_the_engine_does_not_load(tmp_path: Path) -> None:
     run_checks("check_deploy.py", tmp_path, tensorrt=False)
 

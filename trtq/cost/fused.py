@@ -225,6 +225,8 @@ class _Fusing:
         last = max(indices)
         if node.op == "MatMul":
             return self._attention(node)
+        if node.op in _MOVES:
+            return last if self._is_chained(node, last) else None
         if node.op not in _POINTWISE | _NORMALIZING:
             return None
         if self._works[last] == "product":
@@ -233,6 +235,12 @@ class _Fusing:
                 return last if self._may_activate(last) or _is_gated(node) else None
             return last if len(among) == 1 and self._is_epilogue(node, among[0], last) else None
         return last if self._works[last] == "pointwise" else None
+
+    def _is_chained(self, node: gs.Node, index: int) -> bool:
+        """Whether a node moves nothing but what another one has just moved for it."""
+        source = node.inputs[0]
+        alone = len(source.outputs) == 1 and source.name not in self._outputs
+        return self._works[index] == "move" and alone and self._made.get(self._root(source.name)) == index
 
     def _may_activate(self, index: int) -> bool:
         return not any(node.op in _EPILOGUE for node in self._members[index])

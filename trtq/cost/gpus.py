@@ -56,8 +56,8 @@ GPUS: tuple[Gpu, ...] = (
     Gpu("T4", 75, 40, 320, 4, 8.1, 0, 65, 130, "NVIDIA T4 data sheet (2019); " + _TURING),
     Gpu("RTX 2080", 75, 46, 448, 4, 10.1, 0, 80.5, 161.1, _TURING),
     Gpu("RTX 2080 Ti", 75, 68, 616, 5.5, 13.4, 0, 107.6, 215.2, _TURING),
-    Gpu("A100 40GB", 80, 108, 1555, 40, 19.5, 156, 312, 624, _GA100),
     Gpu("A100 80GB", 80, 108, 1935, 40, 19.5, 156, 312, 624, _GA100),
+    Gpu("A100 40GB", 80, 108, 1555, 40, 19.5, 156, 312, 624, _GA100),
     Gpu("A30", 80, 56, 933, 24, 10.3, 82, 165, 330, "NVIDIA A30 data sheet"),
     Gpu("A10", 86, 72, 600, 6, 31.2, 62.5, 125, 250, "NVIDIA A10 data sheet"),
     Gpu("A2", 86, 10, 200, 2, 4.5, 9, 18, 36, "NVIDIA A2 data sheet"),
@@ -84,23 +84,28 @@ GPUS: tuple[Gpu, ...] = (
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU of a name as the driver or a person writes it: "NVIDIA A100 80GB PCIe", "rtx4090", "L4".
+    """The GPU of a name as the driver or a person writes it: "NVIDIA A100-SXM4-40GB", "rtx4090", "L4".
 
-    Of several that the name could be, it is the one of which it says most.
+    Of several that it could be, it is the one of which the name says most, or else the first of the table.
 
     Raises:
         InputError: none has that name.
     """
-    said = _letters(name)
-    found = [gpu for gpu in GPUS if _letters(gpu.name) in said]
-    found = found or [gpu for gpu in GPUS if said and said in _letters(gpu.name)]
-    if not found:
+    said = _words(name)
+    whole = [gpu for gpu in GPUS if _words(gpu.name) <= said and not (said - _words(gpu.name)) & _OTHERS]
+    part = [gpu for gpu in GPUS if said and said <= _words(gpu.name)]
+    if not whole + part:
         raise InputError(
             f"no data sheet of a GPU named {shown(name)}",
-            remedy=f"one of {', '.join(gpu.name for gpu in GPUS)}; or a profile of your GPU",
+            remedy=f"one of {', '.join(gpu.name for gpu in GPUS)}; or a profile of engines on your GPU",
         )
-    return max(found, key=lambda gpu: len(gpu.name))
+    return max(whole, key=lambda gpu: len(_words(gpu.name))) if whole else part[0]
 
 
-def _letters(name: str) -> str:
-    return re.sub("nvidia|geforce|jetson|tesla|[^a-z0-9]", "", name.lower())
+_NOISE = frozenset({"nvidia", "geforce", "tesla", "jetson", "rtx", "gpu"})
+_OTHERS = frozenset({"ti", "super", "laptop", "mobile", "max"})
+"""What makes another GPU of a name."""
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", re.sub("rtx", " ", name.lower()))) - _NOISE

@@ -36,7 +36,7 @@ def read_engine(profile: PathLike, layer_info: PathLike, batch: int = 1) -> Time
     Raises:
         InputError: a file is missing or is something else, or they are of two engines.
     """
-    times = _times(profile)
+    times = layer_times(profile)
     compiled = _layers(layer_info, batch)
     described: dict[str, list[CompiledLayer]] = defaultdict(list)
     for layer in compiled.layers:
@@ -86,8 +86,12 @@ def closest_gpu(engines: Sequence[TimedEngine], gpus: Sequence[Gpu] = GPUS) -> G
     return min(gpus, key=lambda gpu: sum(abs(us - kernel_time(gpu, load).microseconds) for us, load in loads))
 
 
-def _times(path: PathLike) -> Mapping[str, list[float]]:
-    """Layer -> average milliseconds, of every layer of that name, in the order of the file."""
+def layer_times(path: PathLike) -> Mapping[str, list[float]]:
+    """Layer -> average milliseconds, of every layer of that name, as `--exportProfile` has them.
+
+    Raises:
+        InputError: the file is missing or is something else.
+    """
     value = read_json(path, "profile of trtexec")
     times: dict[str, list[float]] = {}
     try:

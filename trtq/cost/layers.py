@@ -29,7 +29,8 @@ def layer_load(layer: CompiledLayer, batch: int = 1) -> Load:
     sizes = [listed_bytes(tensor, batch) for tensor in (*layer.inputs, *layer.outputs)]
     sizes += [tensor.size(batch) for tensor in layer.constants]
     gemm = _gemm(layer, batch) if layer.computes else None
-    operands = [c for c in layer.constants if c.name in _WEIGHTS] or [*layer.inputs]
+    weights = _weights(layer)
+    operands = [weights] if weights else layer.inputs
     known = [PRECISIONS[tensor.datatype] for tensor in operands if tensor.datatype in PRECISIONS]
     precision: Precision = known[0] if known else "fp32"
     if gemm is not None and len(layer.inputs[0].dims) > 2 and gemm.k == gemm.channels:  # of size 1
@@ -50,12 +51,21 @@ def listed_bytes(tensor: CompiledTensor, batch: int = 1) -> int:
     return tensor.bytes_of(math.prod(dims))
 
 
+def _weights(layer: CompiledLayer) -> CompiledTensor | None:
+    """The constant that a product multiplies by; TensorRT for RTX has names of its own for it."""
+    if named := [constant for constant in layer.constants if constant.name in _WEIGHTS]:
+        return named[0]
+    factors = [c for c in layer.constants if len([size for size in c.dims if size != 1]) > 1]
+    return max(factors, key=lambda c: math.prod(c.dims)) if factors and layer.computes else None
+
+
 def _gemm(layer: CompiledLayer, batch: int) -> Gemm | None:
     """The product of a layer, or None where its shapes do not tell."""
     if not layer.inputs or not layer.outputs:
         return None
     first, out = ([batch if d < 0 else d for d in t.dims] for t in (layer.inputs[0], layer.outputs[0]))
-    weights = next((math.prod(c.dims) for c in layer.constants if c.name in _WEIGHTS), 0)
+    constant = _weights(layer)
+    weights = math.prod(constant.dims) if constant else 0
     if weights and len(out) > 2:  # a convolution, (batch, channels, ...)
         positions, k = math.prod(out) // out[1], weights // out[1]
         if k < first[1]:  # fewer weights than channels: grouped; taken for depthwise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -22,6 +22,7 @@ class Modelled:
         shapes: of its tensors (see `graph.shapes.concrete_shapes`).
         builder: whose engines.
         constants: what no data sheet says.
+        int8_inputs: model inputs that the engine takes in INT8.
     """
 
     kind: Kind = "modelled"
@@ -33,11 +34,13 @@ class Modelled:
         gpu: Gpu,
         builder: Builder = "tensorrt",
         constants: Constants = FITTED,
+        int8_inputs: Collection[str] = (),
     ) -> None:
         self.fused = fuse(graph, shapes)
         self.gpu = gpu
         self.builder: Builder = builder
         self._constants = constants
+        self._int8_inputs = frozenset(int8_inputs)
         self._times: dict[Load, Time] = {}
 
     @property
@@ -48,13 +51,17 @@ class Modelled:
     def latency(self, plan: Plan, rest: Rest) -> Latency:
         """See `CostSource`."""
         return priced(
-            placed(self.fused, plan, rest, self.builder),
+            self.placed(plan, rest),
             kernel=self.kernel,
             why=lambda each: self.time(each.load).why,
             conversion=lambda each: self.time(each.load).microseconds,
             kind=self.kind,
             source=self.name,
         )
+
+    def placed(self, plan: Plan, rest: Rest) -> list[Placed]:
+        """The kernels of the engine with a placement."""
+        return placed(self.fused, plan, rest, self.builder, self._int8_inputs)
 
     def kernel(self, each: Placed) -> float:
         """Microseconds of a kernel and of what does for it what the builder does not fuse."""

@@ -6,6 +6,7 @@ developer guide.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from trtq.cost.fused import Fused, Kernel, Read
@@ -43,14 +44,23 @@ class Placed:
     after: tuple[Load, ...] = ()
 
 
-def placed(fused: Fused, plan: Plan, rest: Rest, builder: Builder = "tensorrt") -> list[Placed]:
+def placed(
+    fused: Fused,
+    plan: Plan,
+    rest: Rest,
+    builder: Builder = "tensorrt",
+    int8_inputs: Collection[str] = (),
+) -> list[Placed]:
     """The kernels of the engine that has a plan's nodes in INT8 and Q/DQ on its edges.
 
     A tensor is written in INT8 where all who read it want so and what writes it can quantize: INT8 products,
     generated kernels, and what only moves values that it reads in INT8. Else it is written in floating
     point, and a kernel of its own quantizes it, once for each range.
+
+    Args:
+        int8_inputs: model inputs that the engine takes in INT8 where only INT8 kernels read them.
     """
-    return _Placing(fused, plan, rest, builder).kernels()
+    return _Placing(fused, plan, rest, builder, int8_inputs).kernels()
 
 
 @dataclass
@@ -60,6 +70,7 @@ class _Use:
     in_float: bool = False
     ranges: dict[str, None] = field(default_factory=dict)
     first: int = 0
+    readers: list[Kernel] = field(default_factory=list)
 
     @property
     def only_int8(self) -> bool:
@@ -67,15 +78,19 @@ class _Use:
 
 
 class _Placing:
-    def __init__(self, fused: Fused, plan: Plan, rest: Rest, builder: Builder) -> None:
+    def __init__(
+        self, fused: Fused, plan: Plan, rest: Rest, builder: Builder, int8_inputs: Collection[str]
+    ) -> None:
         self._fused = fused
         self._rest: Rest = rest
         self._builder = builder
+        self._int8_inputs = int8_inputs
         self._int8 = set(plan.int8_nodes)
         self._edges = {(edge.node, edge.index): edge.range for edge in plan.edges}
         self._uses: dict[str, _Use] = {}
         self._quantized: set[tuple[int, str]] = set()
         self._stored: dict[str, Precision] = {}
+        self._in_rows = set(fused.inputs)
         self._before: dict[int, list[Conversion]] = {}
 
     def kernels(self) -> list[Placed]:
@@ -84,7 +99,7 @@ class _Placing:
         for position in reversed(range(len(self._fused.kernels))):
             self._read(position)
         for name in self._fused.inputs:
-            self._write(name, "fp32", may_quantize=False)
+            self._write(name, "fp32", may_quantize=name in self._int8_inputs)
         found = []
         for position, kernel in enumerate(self._fused.kernels):
             loads = self._loads(position, kernel)
@@ -106,6 +121,7 @@ class _Placing:
         for read in kernel.reads:
             ranges = {self._edges.get(end, carried): None for end in read.ends}
             use = self._use(read.tensor)
+            use.readers.append(kernel)
             if None in ranges:
                 use.in_float = True
             else:
@@ -130,7 +146,7 @@ class _Placing:
         quantized = [(position, read.tensor) in self._quantized for read in kernel.reads]
         kept: Precision = self._rest
         if kernel.keeps_values and kernel.reads:
-            kept = self._stored[kernel.reads[0].tensor]
+            kept = self._stored.get(kernel.reads[0].tensor, self._rest)
             kept = self._rest if kept == "int8" else kept
         elif is_int8 and all(0 < gemm.channels <= THIN for gemm in kernel.gemms):
             kept = "fp32"  # dp4a's kernels write INT8 or float32
@@ -142,6 +158,10 @@ class _Placing:
             self._read_bytes(position, kernel, read, as_int8)
             for read, as_int8 in zip(kernel.reads, quantized, strict=True)
         ]
+        unfused = self._builder == "tensorrt-rtx" and is_int8 and kernel.work == "product"
+        joined = unfused and self._is_joined(kernel)
+        if joined and kernel.is_conv:
+            kept = "fp32"
         for name in kernel.writes:
             self._write(name, kept, may_quantize=may)
         written = [stored_bytes(self._shape(name), self._stored[name]) for name in kernel.writes]
@@ -151,10 +171,18 @@ class _Placing:
         if is_int8 or (not kernel.weighted and quantized and all(quantized)):
             precision = "int8"
         weights = kernel.weights * BYTES[precision if is_int8 else self._rest]
-        if self._builder == "tensorrt-rtx" and is_int8 and kernel.work == "product":
-            return self._unfused(kernel, weights, sizes, written)
+        if unfused:
+            loads = self._unfused(kernel, weights, sizes, written)
+            return loads[:1] if joined else loads
         moved = sum(converted(self._shape(name)) for name in kernel.writes) if kernel.work == "move" else 0
-        return [Load(precision, tuple(kernel.gemms), (weights, *sizes, *written), moved)]
+        every = (weights, *sizes, *written) if weights else (*sizes, *written)
+        return [Load(precision, tuple(kernel.gemms), every, moved)]
+
+    def _is_joined(self, kernel: Kernel) -> bool:
+        """Whether a product's sums have one reader, a generated kernel, which does what follows as well."""
+        use = self._use(kernel.writes[0]) if len(kernel.writes) == 1 else None
+        alone = use is not None and not use.ranges and [each.work for each in use.readers] == ["pointwise"]
+        return alone and kernel.writes[0] not in self._fused.outputs and len(kernel.reads) == kernel.operands
 
     def _unfused(self, kernel: Kernel, weights: int, sizes: list[int], written: list[int]) -> list[Load]:
         """An INT8 product of TensorRT for RTX, which writes its sums, and what is done to them.
@@ -175,7 +203,7 @@ class _Placing:
         loads = []
         for read in kernel.reads:
             if read.copied:
-                shape, stored = self._shape(read.tensor), self._stored[read.tensor]
+                shape, stored = self._shape(read.tensor), self._stored.get(read.tensor, self._rest)
                 made: Precision = "int8" if (position, read.tensor) in self._quantized else stored
                 size = stored_bytes(shape, made)
                 load = Load(self._rest, (), (size, size), converted(shape))
@@ -187,21 +215,23 @@ class _Placing:
         return self._fused.shapes.get(name, (0,))
 
     def _read_bytes(self, position: int, kernel: Kernel, read: Read, as_int8: bool) -> int:
-        """Bytes of a tensor that a kernel reads; what is float32 beside float16 is converted for products."""
+        """Bytes of a tensor that a kernel reads.
+
+        What is float32 beside float16 is converted for all but generated kernels, and model inputs are
+        rearranged for convolutions, whose channels lie together.
+        """
         name, share = read.tensor, read.share
         shape, stored = self._shape(name), self._stored.get(name, self._rest)
         if as_int8:
             return int(stored_bytes(shape, "int8") * share)
-        if (
-            stored == "fp32"
-            and self._rest == "fp16"
-            and not kernel.keeps_values
-            and kernel.work != "pointwise"
-        ):
-            sizes = (stored_bytes(shape, "fp32"), stored_bytes(shape, "fp16"))
-            conversion = Conversion(name, "fp16", Load("fp16", (), sizes, converted(shape)))
+        takes = kernel.keeps_values or kernel.work == "pointwise"
+        turned = name in self._in_rows and kernel.is_conv and len(shape) > 3
+        if turned or (stored != self._rest and not takes):
+            sizes = (stored_bytes(shape, stored), stored_bytes(shape, self._rest))
+            conversion = Conversion(name, self._rest, Load(self._rest, (), sizes, converted(shape)))
             self._before.setdefault(position, []).append(conversion)
-            stored = self._stored[name] = "fp16"
+            self._in_rows.discard(name)
+            stored = self._stored[name] = self._rest
         return int(stored_bytes(shape, stored) * share)
 
     def _write(self, name: str, kept: Precision, *, may_quantize: bool) -> None:

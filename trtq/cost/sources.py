@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_graphsurgeon as gs
 
@@ -25,6 +25,7 @@ def source_for(
     layer_infos: Sequence[PathLike] = (),
     gpu: str | None = None,
     builder: Builder = "tensorrt",
+    int8_inputs: Collection[str] = (),
 ) -> CostSource | None:
     """The source of costs for a model; None where nothing says what a kernel takes.
 
@@ -37,6 +38,7 @@ def source_for(
         gpu: name of a GPU, for the roofline of its data sheet; by default the one that is closest to the
             timed engines.
         builder: whose engines.
+        int8_inputs: model inputs that the engine takes in INT8, quantized by the host.
 
     Raises:
         InputError: there is no data sheet for that GPU; a file cannot be read; the engines are of another
@@ -47,7 +49,7 @@ def source_for(
     batch = next((shape[0] for shape in input_shapes.values() if len(shape)), 1)
     engines = list(measured) or _imported(profiles, layer_infos, batch)
     card = gpu_named(gpu) if gpu else closest_gpu(engines)
-    modelled = Modelled(graph, concrete_shapes(graph, input_shapes), card, builder)
+    modelled = Modelled(graph, concrete_shapes(graph, input_shapes), card, builder, int8_inputs=int8_inputs)
     if not engines:
         return modelled
     timed = Timed(modelled, engines, "measured" if measured else "imported")

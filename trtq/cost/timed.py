@@ -1,22 +1,24 @@
 """Costs by engines that were timed layer by layer, here or elsewhere.
 
 A kernel of another placement takes what it took in the engine that had it in that precision, corrected by the
-roofline for what it reads and writes in other datatypes. What no engine had is the roofline's, scaled to what
-the engines took. So figures of an FP16 and of an INT8 engine cost every placement between them.
+roofline for what it reads and writes in other datatypes than there. What no engine had is the roofline's,
+scaled to what the engines took. So figures of an FP16 and of an INT8 engine cost every placement between
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trtq.backends.compiled import CompiledLayer
+from trtq.cost.fused import Kernel
 from trtq.cost.interface import Kind, Latency, Precision, Rest
 from trtq.cost.layers import PRECISIONS, layer_load
 from trtq.cost.modelled import Modelled, priced
-from trtq.cost.placed import Conversion, Placed, placed
+from trtq.cost.placed import Conversion, Placed
 from trtq.cost.roofline import Load
-from trtq.graph.plan import Plan
+from trtq.graph.plan import Edge, NodePlan, Plan
 
 UNSURE = 4.0
 """By at most this factor the roofline corrects what a kernel took."""
@@ -101,14 +103,15 @@ class Timed:
 
     @property
     def share(self) -> float:
-        """How much of what the engines took is of layers that were found in the model."""
-        found = sum(taken.microseconds for taken in (*self._all.values(), self._converting))
-        return found / max(sum(engine.microseconds for engine in self._engines), 1e-9)
+        """How much of what the engines took, conversions aside, is of layers that the model has."""
+        layers = [layer for engine in self._engines for layer in engine.layers if not layer.converts]
+        found = sum(layer.microseconds for layer in layers if self._homes(layer))
+        return found / max(sum(layer.microseconds for layer in layers), 1e-9)
 
     def latency(self, plan: Plan, rest: Rest) -> Latency:
         """See `CostSource`."""
         return priced(
-            placed(self._modelled.fused, plan, rest, self._modelled.builder),
+            self._modelled.placed(plan, rest),
             kernel=self._kernel,
             conversion=self._conversion,
             why=self._why,
@@ -119,28 +122,64 @@ class Timed:
     # --- what the engines tell ---
 
     def _learn(self, engine: TimedEngine) -> None:
-        known = set(self._kernels)
+        """Remember what each kernel took, and what the roofline says of it in this engine's placement."""
+        taken: dict[str, float] = {}
+        layers: dict[int, list[TimedLayer]] = {}
         for layer in engine.layers:
-            if layer.microseconds <= 0:
-                continue
-            load = None if layer.compiled is None else layer_load(layer.compiled, engine.batch)
-            modelled = 0.0 if load is None else self._modelled.time(load).microseconds
-            if layer.converts:
-                self._learn_conversion(layer, modelled)
-                continue
-            precision = engine.precision if load is None else load.precision
-            homes = self._homes(layer)
-            total = sum(self._weight(home, precision) for home in homes)
-            for home in homes:
-                key = (self._modelled.fused.kernels[home].nodes[0], precision)
-                if key in known:
-                    continue
-                share = self._weight(home, precision) / total
-                alone = len(homes) == 1
-                self._kernels.setdefault(key, _Taken()).add(layer.microseconds * share, alone * modelled)
-                self._all.setdefault(precision, _Taken()).add(layer.microseconds * share, modelled * share)
+            if layer.microseconds > 0 and layer.converts:
+                self._learn_conversion(layer, engine.batch)
+            elif layer.microseconds > 0:
+                homes = self._homes(layer)
+                weights = [self._weight(home, engine.precision) for home in homes]
+                for home, weight in zip(homes, weights, strict=True):
+                    node = self._kernel_at(home).nodes[0]
+                    taken[node] = taken.get(node, 0.0) + layer.microseconds * weight / sum(weights)
+                    layers.setdefault(home, []).append(layer)
+        known = set(self._kernels)
+        plan, rest = self._placement(engine, layers)
+        for each in self._modelled.placed(plan, rest):
+            node, precision = each.kernel.nodes[0], each.load.precision
+            if node in taken and (node, precision) not in known:
+                there = _Taken(taken[node], self._modelled.kernel(each))
+                self._kernels[node, precision] = there
+                self._all.setdefault(precision, _Taken()).add(there.microseconds, there.modelled)
 
-    def _learn_conversion(self, layer: TimedLayer, modelled: float) -> None:
+    def _placement(
+        self, engine: TimedEngine, layers: Mapping[int, Sequence[TimedLayer]]
+    ) -> tuple[Plan, Rest]:
+        """The placement that an engine has, from the datatypes of its layers.
+
+        Of INT8 products the factors are INT8; all else goes by the inputs of the layer, in their order.
+        """
+        nodes, edges = [], []
+        for home, found in layers.items():
+            kernel = self._kernel_at(home)
+            compiled = [layer.compiled for layer in found if layer.compiled is not None]
+            computing = [layer for layer in compiled if layer.computes]
+            is_int8 = any(layer.int8 for layer in computing) or (not compiled and engine.precision == "int8")
+            nodes += [NodePlan(name, "", is_int8, "timed", "") for name in kernel.weighted]
+            types = [tensor.datatype for layer in (computing or compiled)[:1] for tensor in layer.inputs]
+            for i, read in enumerate(kernel.reads):
+                factor = i < kernel.operands
+                listed = types[i] if i < len(types) else types[-1] if types else ""
+                if is_int8 if factor else listed == "Int8":
+                    edges += [
+                        Edge(read.tensor, node, index, "timed", read.tensor) for node, index in read.ends
+                    ]
+        halves = any(
+            tensor.datatype == "Half"
+            for layer in engine.layers
+            if layer.compiled is not None
+            for tensor in (*layer.compiled.inputs, *layer.compiled.outputs)
+        )
+        return Plan("", nodes, edges, []), "fp16" if halves or engine.precision != "fp32" else "fp32"
+
+    def _kernel_at(self, position: int) -> Kernel:
+        return self._modelled.fused.kernels[position]
+
+    def _learn_conversion(self, layer: TimedLayer, batch: int) -> None:
+        load = None if layer.compiled is None else layer_load(layer.compiled, batch)
+        modelled = 0.0 if load is None else self._modelled.time(load).microseconds
         every = [self._converting] if modelled else []
         if layer.compiled is not None and layer.compiled.inputs and layer.compiled.outputs:
             made = PRECISIONS.get(layer.compiled.outputs[0].datatype, "fp32")
@@ -153,12 +192,12 @@ class Timed:
         found = list(dict.fromkeys(self._owner[node] for node in layer.nodes if node in self._owner))
         if layer.compiled is None or layer.compiled.computes:
             return found
-        return [home for home in found if not self._modelled.fused.kernels[home].gemms] or found
+        return [home for home in found if not self._kernel_at(home).gemms] or found
 
     def _weight(self, home: int, precision: Precision) -> float:
         """By which a layer's time is divided among several kernels."""
-        kernel = self._modelled.fused.kernels[home]
-        return self._modelled.time(Load(precision, tuple(kernel.gemms), ())).microseconds
+        load = Load(precision, tuple(self._kernel_at(home).gemms), ())
+        return self._modelled.time(load).microseconds
 
     # --- what another placement takes ---
 
