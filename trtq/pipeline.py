@@ -6,8 +6,10 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -55,6 +57,7 @@ from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.ends import ends_of, host_lines, wanted_ends
 from trtq.recovery.sensitivity import Sensitivity, analyse
+from trtq.recovery.speed import front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
 from trtq.recovery.workflow import recover
 from trtq.report.html import write_report
@@ -70,11 +73,13 @@ class Deployment:
     Attributes:
         best: the attempt whose files are in `folder`.
         steps: every step that the workflow tried, in order.
+        front: plans between latency and accuracy, as in `workflow.json`; empty where INT8 was the objective.
     """
 
     folder: Path
     best: Attempt
     steps: tuple[Attempt | Fruitless, ...]
+    front: tuple[Mapping[str, Any], ...] = ()
 
     def __repr__(self) -> str:
         return f"<Deployment: {self.folder}, {' '.join(self.verdict.headline().split())}>"
@@ -100,6 +105,10 @@ class Deployment:
     def step_lines(self) -> list[str]:
         """What came of each step, a line each."""
         return [_step_line(step, kept=step is self.best) for step in self.steps]
+
+    def front_lines(self) -> list[str]:
+        """The front as a table; none where INT8 was the objective."""
+        return front_lines(self.front) if self.front else []
 
     @property
     def plan(self) -> Plan:
@@ -175,19 +184,26 @@ def deploy(
     given, recipe = recipe, with_timing_cache(for_builder(recipe))
     job = Job.open(recipe, console)
     recipe, plan = job.recipe, job.place()
+    speed = speed_of(job, plan)
+    if speed is not None and recipe.plan is None:
+        plan = speed.fastest(rest_of(recipe))
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     job = dataclasses.replace(job, evaluation=evaluation.samples)
     console.say("data", f"{len(job.data)} rows to calibrate, {len(evaluation.samples)} to evaluate")
     job.warn_of_shared(evaluation.samples)
     job.warn_of_profiles()
     console.say("plan", plan.text())
+    if speed is not None:
+        console.say("latency", speed.text(plan, rest_of(recipe)))
     started, refused = time.perf_counter(), refusal(job, plan)
     with staged_folder(output, DEPLOYED) as folder:
         if save_data:
             given = with_files(given, job.model.inputs, folder)
-        tried, job, evaluation = recover(job, plan, evaluation, recipe.recover, folder, refused)
+        tried, job, evaluation, points = recover(
+            job, plan, evaluation, recipe.recover, folder, refused, speed
+        )
         attempts = [step for step in tried if isinstance(step, Attempt)]
-        kept = max(attempts, key=lambda attempt: (attempt.build is not None, attempt.measured.rank))
+        kept = max(attempts, key=lambda attempt: attempt.worth)
         in_the_way = diagnose(job, evaluation, attempts, kept, time.perf_counter() - started)
         best = with_interval(kept, evaluation)
         verdict = dataclasses.replace(best.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
@@ -203,12 +219,14 @@ def deploy(
         complete_table(job, best.quantization).save(folder / "calibration.cache")
         write_verdict(folder, best.verdict)
         write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
+        front = [] if speed is None else front_of(speed, points, best.step, rest_of(job.recipe))
         record = [{**step.to_json(), "kept": step is best} for step in tried]
+        record = [{**step, "front": front} if front and step["kept"] else step for step in record]
         write_json(folder / "workflow.json", record)
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
     console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))
-    return Deployment(Path(output), best, tuple(tried))
+    return Deployment(Path(output), best, tuple(tried), tuple(front))
 
 
 def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> tuple[Quantization, gs.Graph]:

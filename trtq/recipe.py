@@ -436,6 +436,26 @@ class Recipe:
         _choice("auto", "fp16", "fp32"),
         default="auto",
     )
+    objective: str | None = _option(
+        "latency: a layer goes to INT8 where that makes the engine faster, transitions counted, and FP16"
+        " alone may win; int8: every layer that can. Default: latency where something says what layers cost"
+        " (a GPU here, --gpu, --profile-json), unless --min-int8 asks for INT8",
+        _choice("latency", "int8"),
+    )
+    gpu: str | None = _option(
+        "GPU whose data sheet says what layers cost, where the engine will run: L4, T4, A100, RTX 4090, ...",
+        metavar="NAME",
+    )
+    profile_json: tuple[str, ...] = _option(
+        "times of layers that trtexec --exportProfile wrote of the model's FP16 or INT8 engine (repeatable)",
+        FILES,
+        path=True,
+    )
+    layer_info: tuple[str, ...] = _option(
+        "layers that trtexec --exportLayerInfo wrote of the same engine, in the same order (repeatable)",
+        FILES,
+        path=True,
+    )
     io: str = _option(
         "what the engine's float inputs and outputs are: float; int8: inputs that are quantized first of all"
         " are int8, and the host feeds np.clip(np.rint(x / scale), -128, 127), with the scale in"

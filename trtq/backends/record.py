@@ -49,8 +49,8 @@ def write_record(
     held: Profile,
     options: BuildOptions,
 ) -> None:
-    """Write `<engine>.json`: builder, versions, hashes, targets, profiles, options, warnings, kernels, and what
-    the numbers of 8-bit inputs and outputs stand for.
+    """Write `<engine>.json`: builder, versions, hashes, targets, profiles, options, warnings, kernels, and
+    what the numbers of 8-bit inputs and outputs stand for.
 
     Args:
         profiles: the engine's optimization profiles, at least one.

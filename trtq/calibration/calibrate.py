@@ -81,6 +81,23 @@ def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantiz
     return with_float32_nodes(job, _calibrated(job, plan, source), source)
 
 
+def unquantized(job: Job, plan: Plan) -> Quantization:
+    """A plan without INT8 nodes as what a step of the workflow takes: the model in floating point, with what
+    stays float32 where the rest is float16.
+
+    Raises:
+        InputError: the model does not run on the data.
+    """
+    notes = {
+        "model": job.model.sha256,
+        "data": job.data.hash,
+        "rows": len(job.data),
+        "trtq": trtq.__version__,
+    }
+    bare = Quantization(job.model.graph, plan, {}, notes=notes | {"method": "none"})
+    return with_float32_nodes(job, bare, FloatGraph.of(job.model))
+
+
 def with_float32_nodes(job: Job, made: Quantization, source: FloatGraph) -> Quantization:
     """A quantization whose plan also says what stays float32, where the rest is to be float16.
 

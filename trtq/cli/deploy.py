@@ -6,7 +6,7 @@ import argparse
 import time
 
 from trtq.cli.command import Command, console_of, recipe_of
-from trtq.cli.options import CALIBRATION, ENGINE, GATE, PLACEMENT, RECOVERY
+from trtq.cli.options import CALIBRATION, COST, ENGINE, GATE, PLACEMENT, RECOVERY
 from trtq.console import show
 from trtq.paths import DEPLOYED, RECIPE
 from trtq.recipe import BUILD_OPTIONS, Recipe
@@ -20,6 +20,8 @@ def run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
     result = deploy(recipe, given.command_line, console_of(given))
     if len(result.steps) > 1:
         show("\n".join(result.step_lines()))
+    if lines := result.front_lines():
+        show("\n".join(lines))
     if result.verdict.in_the_way is not None:
         show("\n".join(result.verdict.in_the_way.lines()))
     seconds = time.perf_counter() - started
@@ -40,6 +42,6 @@ DEPLOY = Command(
     "deploy",
     "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
     _deploy,
-    ("model", "output", *CALIBRATION, *GATE, *RECOVERY, *PLACEMENT, "io", *ENGINE, *BUILD_OPTIONS),
+    ("model", "output", *CALIBRATION, *GATE, *RECOVERY, *PLACEMENT, *COST, "io", *ENGINE, *BUILD_OPTIONS),
     makes=WRITTEN,
 )

@@ -7,6 +7,7 @@ from trtq.cli.command import argument
 
 PLACEMENT = ("plan", "include", "exclude", "weights", "rest")
 CALIBRATION = ("data", "state", "method", "op_reference", "budget", "cache", "threads", "parallel")
+COST = ("objective", "gpu", "profile_json", "layer_info")
 ENGINE = ("backend", "target", "profile", "batch", "min_int8")
 GATE = ("eval", "metric", "max_drop", "confidence", "require_engine", "min_reference", "ignore_nonfinite")
 RECOVERY = ("min_sqnr", "recover", "partial_limit", "labels")

@@ -1,9 +1,9 @@
 """The fastest placement: which units of a plan pay in INT8, transitions counted.
 
-A unit is what goes to floating point together: a group of nodes, or an input that only spares traffic. What one
-unit costs depends on its neighbours, because a reformat stands wherever INT8 meets floating point: one layer
-alone hardly ever pays where a whole chain does. Flipping units one at a time therefore stops far from the
-fastest placement. Here all units are flipped at once:
+A unit is what goes to floating point together: a group of nodes, or an input that only spares traffic. What
+one unit costs depends on its neighbours, because a reformat stands wherever INT8 meets floating point: one
+layer alone hardly ever pays where a whole chain does. Flipping units one at a time therefore stops far from
+the fastest placement. Here all units are flipped at once:
 
 1. Around a placement, what flipping each unit changes is asked of the source of costs, and what flipping two
    neighbours changes beyond that. A sum of such terms is an energy of pairs, and where flipping both is never
@@ -17,13 +17,14 @@ It begins at all units in INT8 and at none, and the better end counts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import combinations
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import combinations, pairwise, product
 
 import onnx_graphsurgeon as gs
 
 from trtq.cost.interface import CostSource, Latency, Rest
-from trtq.graph.place import leave_out
+from trtq.graph.groups import groups
+from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import Plan
 
 MOST_ROUNDS = 20
@@ -39,6 +40,18 @@ Units = Mapping[str, tuple[str, ...]]
 """Name -> its nodes: those of a group, or the one addition or pooling whose input is meant."""
 
 
+def units_of(graph: gs.Graph, plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The units of a plan: its groups, and the inputs that only spare traffic."""
+    found = {group.name: group.nodes for group in groups(graph, plan)}
+    spared = [edge for edge in plan.edges if edge.rule in SPARING]
+    return found | {spared_input(edge.node, edge.rule): (edge.node,) for edge in spared}
+
+
+def spared_input(node: str, rule: str) -> str:
+    """The name of the unit that is an input of an addition or pooling."""
+    return f"{SPARING[rule]} of {node}"
+
+
 class Latencies:
     """What a plan costs with some of its units in floating point; every set is asked for once.
 
@@ -47,8 +60,9 @@ class Latencies:
         neighbours: unit -> those with which it shares a tensor, with nothing but other operators in between.
     """
 
-    def __init__(self, graph: gs.Graph, plan: Plan, units: Units, source: CostSource, rest: Rest) -> None:
-        self.units, self.neighbours = units, neighbours(graph, units)
+    def __init__(self, graph: gs.Graph, plan: Plan, source: CostSource, rest: Rest) -> None:
+        self.units: Units = units_of(graph, plan)
+        self.neighbours = neighbours(graph, self.units)
         self._graph, self._plan, self._source, self._rest = graph, plan, source, rest
         self._known: dict[frozenset[str], float] = {}
 
@@ -79,18 +93,21 @@ class Fastest:
         self._of, self._neighbours = latencies.of, latencies.neighbours
         self._all = frozenset(latencies.units)
         self._terms: dict[frozenset[str], _Terms] = {}
+        self._pairs = [
+            (name, other) for name, others in latencies.neighbours.items() for other in others if name < other
+        ]
 
     def left_out(
-        self, penalty: Mapping[str, float] | None = None, starts: Iterable[frozenset[str]] = ()
+        self, penalty: Mapping[str, float] | None = None, starts: Sequence[frozenset[str]] = ()
     ) -> frozenset[str]:
         """The units to leave in floating point.
 
         Args:
             penalty: unit -> what it costs on top where it is in INT8, in microseconds.
-            starts: placements to begin at, beside all and none in INT8.
+            starts: placements to begin at; default: all in INT8, and none.
         """
         penalty = penalty or {}
-        ends = [self._descended(start, penalty) for start in {frozenset(), self._all, *starts}]
+        ends = [self._descended(start, penalty) for start in starts or (frozenset(), self._all)]
         return min(ends, key=lambda end: (self._cost(end, penalty), sorted(end)))
 
     def _cost(self, left_out: frozenset[str], penalty: Mapping[str, float]) -> float:
@@ -125,7 +142,7 @@ class Fastest:
         yield from (frozenset([name]) for name in sorted(alone, key=alone.__getitem__) if alone[name] < 0)
 
     def _terms_at(self, now: frozenset[str]) -> _Terms:
-        """The terms around a placement; those of units whose neighbourhood is as in one seen before are its."""
+        """The terms around a placement; of units whose neighbourhood is as in one seen before, that one's."""
         if now in self._terms:
             return self._terms[now]
         nearest = min(self._terms, key=lambda other: len(other ^ now), default=None)
@@ -137,17 +154,23 @@ class Fastest:
                 terms.alone[name] = self._terms[nearest].alone[name]
             else:
                 terms.alone[name] = self._of(now ^ {name}) - base
-        for name in self._all:
-            for other in self._neighbours[name]:
-                if name >= other:
-                    continue
-                if nearest is not None and name not in changed and other not in changed:
-                    terms.pairs[name, other] = self._terms[nearest].pairs[name, other]
-                else:
-                    both = self._of(now ^ {name, other}) - base
-                    terms.pairs[name, other] = both - terms.alone[name] - terms.alone[other]
+        for pair in self._pairs:
+            if nearest is not None and changed.isdisjoint(pair):
+                terms.pairs[pair] = self._terms[nearest].pairs[pair]
+            else:
+                both = self._of(now.symmetric_difference(pair)) - base
+                terms.pairs[pair] = both - sum(terms.alone[name] for name in pair)
         self._terms[now] = terms
+        if {frozenset(), self._all} <= self._terms.keys():
+            self._forget_independent()
         return terms
+
+    def _forget_independent(self) -> None:
+        """Pairs that do not interact in front of all others in INT8, nor of none, are not asked for again."""
+        extremes = [self._terms[frozenset()].pairs, self._terms[self._all].pairs]
+        self._pairs = [
+            pair for pair in self._pairs if any(abs(pairs[pair]) > LEAST_GAIN for pairs in extremes)
+        ]
 
     def _around(self, names: frozenset[str]) -> frozenset[str]:
         return names.union(*(self._neighbours[name] for name in names))
@@ -226,7 +249,7 @@ class _Flow:
                 path.pop()
                 if not path:
                     return False
-        steps = list(zip(path, path[1:], strict=False))
+        steps = list(pairwise(path))
         amount = min(self._residual[start][end] for start, end in steps)
         for start, end in steps:
             self._residual[start][end] -= amount
@@ -262,8 +285,8 @@ def neighbours(graph: gs.Graph, units: Units) -> dict[str, frozenset[str]]:
     makers = [(owner.get(node.name, []), node.outputs) for node in reversed(graph.nodes)]
     for names, tensors in [*makers, ([], graph.inputs)]:
         readers = sorted(set().union(*(reading(tensor) for tensor in tensors)), key=order.__getitem__)
-        pairs = list(combinations(readers, 2)) if len(readers) <= MOST_TOGETHER else zip(readers, readers[1:], strict=False)
-        for one, other in [*pairs, *((name, reader) for name in names for reader in readers), *combinations(names, 2)]:
+        together = combinations(readers, 2) if len(readers) <= MOST_TOGETHER else pairwise(readers)
+        for one, other in (*together, *product(names, readers), *combinations(names, 2)):
             if one != other:
                 found[one].add(other)
                 found[other].add(one)

@@ -11,7 +11,7 @@ other additions) stays floating point.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,9 @@ from trtq.graph.model import Model
 from trtq.graph.plan import Edge, NodePlan, Plan, Weight
 from trtq.graph.products import macs, product
 from trtq.graph.shapes import concrete_shapes
+
+MOVED = "moved-input"
+"""The rule of edges behind an average pooling in front of what only moves its values."""
 
 RESIDUAL, POOL = "residual-add", "average-pool"
 """The rules of edges that no INT8 node needs: they spare TensorRT memory traffic or a kernel."""
@@ -150,9 +153,9 @@ def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str], *, rule: st
             an average pooling for its input.
         rule: what the plan calls the reason.
     """
-    before = set(plan.int8_nodes)
-    unneeded = _edges(Placement(graph, quantized=before))
-    unneeded -= _edges(Placement(graph, quantized=before - nodes.keys(), spared=nodes.keys()))
+    before, among = set(plan.int8_nodes), _quantizing(graph, plan)
+    unneeded = _edges(Placement(graph, quantized=before), among)
+    unneeded -= _edges(Placement(graph, quantized=before - nodes.keys(), spared=nodes.keys()), among)
     return replace(
         plan,
         nodes=[
@@ -181,21 +184,32 @@ def without_ranges(graph: gs.Graph, plan: Plan, reasons: Mapping[str, str], *, r
     nodes: dict[str, str] = {}
     for edge in plan.edges:
         if edge.range in reasons:
-            pools = [n.name for n in tensors[edge.tensor].inputs if edge.rule == "moved-input"]
+            pools = [n.name for n in tensors[edge.tensor].inputs if edge.rule == MOVED]
             for name in [edge.node] if edge.node in int8 or edge.rule in SPARING else pools:
                 nodes.setdefault(name, reasons[edge.range])
     left = leave_out(graph, plan, nodes, rule=rule)
     return replace(left, edges=[edge for edge in left.edges if edge.range not in reasons])
 
 
-def _edges(placement: Placement) -> set[tuple[str, int]]:
-    """Node and index of every input that the rules quantize."""
+def _edges(placement: Placement, nodes: Iterable[gs.Node]) -> set[tuple[str, int]]:
+    """Node and index of every input that the rules quantize for the sake of some nodes."""
     return {
         (item.node, item.index)
-        for node in placement.graph.nodes
+        for node in nodes
         for rule in EDGE_RULES
         for item in rule.edges(node, placement)
     }
+
+
+def _quantizing(graph: gs.Graph, plan: Plan) -> list[gs.Node]:
+    """The nodes for whose sake a plan has quantizers: those behind them, and poolings in front."""
+    named = {edge.node for edge in plan.edges} | {weight.node for weight in plan.weights}
+    tensors = {edge.tensor for edge in plan.edges if edge.rule == MOVED}
+    return [
+        node
+        for node in graph.nodes
+        if node.name in named or any(tensor.name in tensors for tensor in node.outputs)
+    ]
 
 
 def placed(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Plan:
@@ -438,7 +452,7 @@ def _average_pool(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
         yield Edge(source.name, node.name, 0, POOL, source.name)
         for reader in readers(pooled):
             if reader.name not in placement.quantized:
-                yield Edge(pooled.name, reader.name, 0, "moved-input", pooled.name)
+                yield Edge(pooled.name, reader.name, 0, MOVED, pooled.name)
 
 
 def _only_feeds_int8(tensor: gs.Tensor, placement: Placement) -> bool:

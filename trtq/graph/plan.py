@@ -10,6 +10,9 @@ from trtq.files import PathLike, decode, read_own_json, write_json
 
 FORMAT = "trtq-plan-1"
 
+BY_COST = "cost"
+"""The rule of nodes that stay in floating point because INT8 would not make the engine faster there."""
+
 MOST_LISTED = 3
 """So many nodes are named in a line of text; the files have all."""
 
@@ -162,9 +165,14 @@ class Plan:
 
 
 def by_reason(nodes: Sequence[NodePlan], most: int = MOST_LISTED) -> list[str]:
-    """A line for each reason: the nodes that have it, as `listed`, and the reason."""
-    reasons = dict.fromkeys(node.reason for node in nodes)
-    return [f"{listed([n for n in nodes if n.reason == reason], most)}: {reason}" for reason in reasons]
+    """A line for each reason: the nodes that have it, as `listed`, and the reason; of those left out by cost,
+    which have figures of their own, one line with the first one's."""
+    alike: dict[str, list[NodePlan]] = {}
+    for node in nodes:
+        alike.setdefault(
+            node.rule if node.rule == BY_COST and most == MOST_LISTED else node.reason, []
+        ).append(node)
+    return [f"{listed(same, most)}: {same[0].reason}" for same in alike.values()]
 
 
 def listed(nodes: Sequence[NodePlan], most: int = MOST_LISTED) -> str:

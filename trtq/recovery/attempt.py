@@ -15,6 +15,7 @@ from trtq.backends.engine import why_not_loaded
 from trtq.backends.interface import Build, Profile, find_gpu
 from trtq.calibration.table import Table
 from trtq.console import Console
+from trtq.cost.interface import Latency
 from trtq.errors import BuildError
 from trtq.files import PathLike
 from trtq.gate.evaluation import Evaluation
@@ -44,6 +45,7 @@ class Attempt:
         on_engine: the checks on what the engine runs, or what the plan has where no engine is wanted.
         verdict: both together, or inconclusive where an engine is required and none ran.
         seconds: that the step took, with building and gating.
+        latency: what the engine costs, where something tells.
     """
 
     step: str
@@ -55,11 +57,25 @@ class Attempt:
     on_engine: tuple[Check, ...]
     verdict: Verdict
     seconds: float
+    latency: Latency | None = None
 
     @property
     def measured(self) -> Verdict:
         """The gate and all checks, on whatever they were measured: what the workflow goes by."""
         return self.accuracy.with_checks(*self.on_engine)
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether some of it is planned for INT8."""
+        return bool(self.quantization.plan.int8_nodes)
+
+    @property
+    def worth(self) -> tuple[Any, ...]:
+        """The higher, the better: it has an engine, passes, and of those that pass is the fastest; then by
+        the gate and the checks (`Verdict.rank`)."""
+        passed = self.measured.passed
+        speed = -self.latency.microseconds if passed and self.latency else 0.0
+        return self.build is not None, passed, speed, self.measured.rank
 
     @property
     def refused(self) -> tuple[Check, ...]:
@@ -82,8 +98,19 @@ class Attempt:
             "checks": [check.to_json() for check in verdict.checks],
             "note": self.quantization.remark,
             "seconds": round(self.seconds, 1),
+            "latency": self.latency and _figures(self.latency),
             "in_the_way": verdict.in_the_way and verdict.in_the_way.to_json(),
         }
+
+
+def _figures(latency: Latency) -> dict[str, Any]:
+    """A latency without its kernels, as JSON values."""
+    return {
+        "microseconds": latency.microseconds,
+        "bytes": latency.bytes,
+        "kind": latency.kind,
+        "source": latency.source,
+    }
 
 
 @dataclass(frozen=True)
@@ -109,6 +136,7 @@ class Fruitless:
             "checks": [],
             "note": self.note,
             "seconds": round(self.seconds, 1),
+            "latency": None,
             "in_the_way": None,
         }
 

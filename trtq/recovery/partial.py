@@ -2,7 +2,8 @@
 
 The search goes by the noise of the outputs, the mean over them of sum (r - c)² / sum r². It needs no labels,
 and where quantizers do not interact it is the sum of what each group adds alone, so that a ranking is a good
-start. What counts as cheap is multiply-accumulates in floating point, not layers.
+start. What counts as cheap is microseconds where something tells what layers cost (`trtq.recovery.front`),
+else multiply-accumulates in floating point, not layers.
 
 Of an output that mixes scales the noise is that of its worst component, not the mean of them: layers are left
 in floating point for what stands in the way, not for components that are good already.
@@ -16,13 +17,16 @@ from dataclasses import replace
 import numpy as np
 
 from trtq.cache import Key
+from trtq.cost.placement import Latencies, spared_input
 from trtq.data.samples import Samples
 from trtq.graph.groups import Group, groups
 from trtq.graph.place import SPARING, leave_out
-from trtq.graph.plan import Plan
+from trtq.graph.plan import BY_COST, Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
+from trtq.recovery.front import Front
 from trtq.recovery.sensitivity import measured
+from trtq.recovery.speed import Speed, rest_of
 from trtq.simulation.similarity import decibels
 from trtq.simulation.simulator import Simulator
 
@@ -135,9 +139,10 @@ class Search:
     Args:
         start: what to leave nodes out of.
         key: what the groups' noises are cached by; what an interrupted run has measured is not run again.
+        speed: what engines cost, where as little of that as can be is to be lost, not multiply-accumulates.
     """
 
-    def __init__(self, job: Job, start: Quantization, key: Key) -> None:
+    def __init__(self, job: Job, start: Quantization, key: Key, *, speed: Speed | None = None) -> None:
         self._start, self._budget = start, job.budget
         self._simulator = Simulator(
             start,
@@ -157,12 +162,16 @@ class Search:
         for node, rule in spared.items():
             if self._over():
                 break
-            name = f"{SPARING[rule]} of {node}"
+            name = spared_input(node, rule)
             self.groups[name] = Group(name, (node,), rule, 0)
             self._costs[name] = 1.0
             self.alone[name] = max(self._everything - self.noise(frozenset([name])), 0.0)
         self.free = frozenset(self.groups) - {effect.group.name for effect in effects}
         self.whole = len(self.groups) == len(groups(start.graph, start.plan)) + len(spared)
+        self._front: Front | None = None
+        if speed is not None and self.whole:
+            latencies = Latencies(start.graph, start.plan, speed.source, rest_of(job.recipe))
+            self._front = Front(latencies, self.alone, self.noise, self._over)
 
     def _over(self) -> bool:
         return self._budget.over
@@ -173,6 +182,8 @@ class Search:
         Needs a `whole` search.
         """
         target = ratio * self._everything
+        if self._front is not None:
+            return self.leaving_out(self._front.fastest(target))
         if self.free and self.noise(self.free) <= target:
             among, always = self.free, frozenset[str]()
         else:
@@ -196,9 +207,12 @@ class Search:
 
     def leaving_out(self, left_out: frozenset[str]) -> Quantization:
         """The start with some groups in floating point; its notes say which and why."""
-        reasons = {name: self._reason(name) for name in self.groups if name in left_out}
-        notes = {**self._start.notes, "left_out": reasons}
-        return replace(self._start, plan=self._plan(left_out, self._reason), notes=notes)
+        slower = {} if self._front is None else self._front.slower_in_int8(left_out)
+        reasons = {name: self._reason(name) for name in self.groups if name in left_out} | slower
+        plan = self._plan(left_out - slower.keys(), self._reason)
+        by_cost = {node: reason for name, reason in slower.items() for node in self.groups[name].nodes}
+        plan = leave_out(self._start.graph, plan, by_cost, rule=BY_COST)
+        return replace(self._start, plan=plan, notes={**self._start.notes, "left_out": reasons})
 
     def _plan(self, left_out: frozenset[str], reason: Callable[[str], str]) -> Plan:
         nodes = {node: reason(name) for name in left_out for node in self.groups[name].nodes}

@@ -18,10 +18,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trtq.cache import remove
-from trtq.calibration.calibrate import calibrate
+from trtq.calibration.calibrate import calibrate, unquantized
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_json
 from trtq.gate.drift import gap
@@ -38,6 +38,7 @@ from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
 from trtq.recovery.partial import Search, given_away
+from trtq.recovery.speed import Point, Speed, rest_of
 from trtq.recovery.trial import Refusal, objection
 
 LEAST_RATIO = 1 / 256
@@ -54,35 +55,33 @@ def recover(
     steps: Collection[str],
     folder: Path,
     refusal: Refusal | None = None,
-) -> tuple[list[Attempt | Fruitless], Job, Evaluation]:
-    """Every step that was tried, in order, and the job and its gate as they were at last (`in_float32`); the
-    workflow stops at the first step that passes the gate and checks.
+    speed: Speed | None = None,
+) -> Recovered:
+    """Every step that was tried, in order; the workflow stops at the first that passes the gate and checks.
+
+    Where the fastest engine is wanted, the one in floating point alone is among the steps where it is faster
+    than what passes, or nothing does.
 
     Args:
+        plan: where the fastest engine is wanted, the fastest plan.
         steps: those of `recipe.STEPS` that may be taken.
         folder: each attempt's files go into a folder of their own in it.
         refusal: what the builder said of the plan's model on trial.
+        speed: what engines cost, where the fastest is wanted.
 
     Raises:
         InputError, MissingBackendError: as calibrating, building and gating.
     """
-    workflow = _Workflow(job, evaluation, steps, folder, refusal)
-    ends = ends_of(job)
-    whole = workflow.attempt("calibrate", lambda: Made(replace(calibrate(job, plan), ends=ends), True))
-    assert whole is not None
-    start = whole
-    workflow.warn_of_gap(whole)
-    if workflow.wants("fix"):
-        start = workflow.attempt("fix", lambda: workflow.fix(whole)) or whole
-    if workflow.wants("partial"):
-        workflow.attempt("partial", lambda: workflow.frugal(workflow.partial("partial", start)))
-    if workflow.wants("learn"):
-        taught = workflow.attempt("learn", lambda: workflow.learn(start))
-        if taught is not None and workflow.wants("partial", "learn, partial"):
-            workflow.attempt("learn, partial", lambda: workflow.partial("learn, partial", taught))
-    if workflow.set_aside is not None and not workflow.passed:
-        workflow.attempt("partial after all", lambda: Made(workflow.set_aside, True))
-    return workflow.done, workflow.job, workflow.evaluation
+    workflow = _Workflow(job, evaluation, steps, folder, refusal, speed)
+    if speed is not None and not plan.int8_nodes:
+        workflow.attempt(*workflow.without_int8())
+        if workflow.job is not job:  # float16 fails the gate: beside float32 INT8 may pay
+            plan = speed.fastest(rest_of(workflow.job.recipe))
+    if plan.int8_nodes:
+        workflow.quantize(plan)
+    if speed is not None and workflow.int8_does_not_pay(speed):
+        workflow.attempt(*workflow.without_int8())
+    return Recovered(workflow.done, workflow.job, workflow.evaluation, workflow.points)
 
 
 def in_float32(job: Job, evaluation: Evaluation) -> tuple[Job, Evaluation]:
@@ -160,12 +159,29 @@ def learned(job: Job, start: Quantization) -> Made:
     return Made(replace(result.quantization, notes=notes), result.whole)
 
 
+class Recovered(NamedTuple):
+    """What came of the workflow.
+
+    Attributes:
+        steps: every one that was tried, in order.
+        job, evaluation: as they were at last (`in_float32`).
+        points: what was seen of latency and accuracy, where the fastest engine is wanted.
+    """
+
+    steps: list[Attempt | Fruitless]
+    job: Job
+    evaluation: Evaluation
+    points: list[Point]
+
+
 @dataclass
 class _Workflow:
     """The steps so far, and what they are made with.
 
     Attributes:
+        speed: what engines cost, where the fastest is wanted.
         set_aside: what partial quantization made before learning, where it gives away too much.
+        points: what was seen of latency and accuracy.
     """
 
     job: Job
@@ -173,13 +189,61 @@ class _Workflow:
     steps: Collection[str]
     folder: Path
     refusal: Refusal | None
+    speed: Speed | None = None
     done: list[Attempt | Fruitless] = field(default_factory=list)
     set_aside: Quantization | None = None
+    points: list[Point] = field(default_factory=list)
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The steps that gave something to build and gate."""
+        return [tried for tried in self.done if isinstance(tried, Attempt)]
 
     @property
     def passed(self) -> bool:
-        """Whether an attempt passes the gate and the checks."""
-        return any(isinstance(tried, Attempt) and tried.measured.passed for tried in self.done)
+        """Whether an attempt with INT8 passes the gate and the checks."""
+        return any(tried.measured.passed and tried.has_int8 for tried in self.attempts)
+
+    def quantize(self, plan: Plan) -> None:
+        """Calibrate a plan, and recover accuracy until the gate passes."""
+        job, ends = self.job, ends_of(self.job)
+        whole = self.attempt("calibrate", lambda: Made(replace(calibrate(job, plan), ends=ends), True))
+        assert whole is not None
+        start = whole
+        self.warn_of_gap(whole)
+        if self.wants("fix"):
+            start = self.attempt("fix", lambda: self.fix(whole)) or whole
+        if self.wants("partial"):
+            self.attempt("partial", lambda: self.frugal(self.partial("partial", start)))
+        if self.wants("learn"):
+            taught = self.attempt("learn", lambda: self.learn(start))
+            if taught is not None and self.wants("partial", "learn, partial"):
+                self.attempt("learn, partial", lambda: self.partial("learn, partial", taught))
+        if self.set_aside is not None and not self.passed:
+            self.attempt("partial after all", lambda: Made(self.set_aside, True))
+
+    def without_int8(self) -> tuple[str, Callable[[], Made]]:
+        """The name of the step that leaves INT8 out, and what it makes."""
+        assert self.speed is not None
+        plan, rest = self.speed.without_int8, rest_of(self.job.recipe)
+        return f"{rest} alone", lambda: Made(unquantized(self.job, plan), True)
+
+    def int8_does_not_pay(self, speed: Speed) -> bool:
+        """Whether the engine in floating point is to be tried: it was not, and no attempt with INT8 passes,
+        or none that does is faster; with a warning."""
+        if any(not tried.has_int8 for tried in self.attempts):
+            return False
+        alone = speed.latency(speed.without_int8, rest := rest_of(self.job.recipe))
+        passing = [tried for tried in self.attempts if tried.measured.passed]
+        fastest = min((t.latency.microseconds for t in passing if t.latency is not None), default=math.inf)
+        if fastest < alone.microseconds:
+            return False
+        found = f"is no faster ({fastest:.1f} µs) than" if passing else "passes, so there is"
+        self.job.console.warn(
+            f"INT8 does not pay on this model and card: no plan with INT8 {found} {rest.upper()} alone"
+            f" ({alone.microseconds:.1f} µs, {alone.kind})"
+        )
+        return True
 
     def wants(self, step: str, name: str | None = None) -> bool:
         """Whether a step of `recipe.STEPS` is to be taken now; a step that there is no time for is recorded.
@@ -214,6 +278,9 @@ class _Workflow:
         folder = self.folder / f"attempt{len(self.done)}"
         refused = None if self.refusal is None else self.refusal.of(self.job, quantization)
         tried = attempt(step, quantization, self.job, self.evaluation, folder, started, refused)
+        if self.speed is not None:
+            tried = replace(tried, latency=self.speed.latency(quantization.plan, rest_of(self.job.recipe)))
+            self.points.append(self.seen(step, quantization.plan, tried.measured))
         self.done.append(tried)
         if self.leaves_half(tried):
             return self.attempt(f"{step}, rest fp32", lambda: Made(_without_half(quantization), True))
@@ -224,7 +291,8 @@ class _Workflow:
         then on with float32.
 
         It is what the gate fails for where the same quantization passes with the rest in float32, or where
-        float16 alone, without INT8, does not.
+        float16 alone, without INT8, does not. Where the fastest engine is wanted only the latter counts:
+        there may be a plan beside float16 that passes, and float32 is slower.
         """
         if self.job.recipe.rest != "auto" or self.job.recipe.precision == "fp32":
             return False
@@ -237,7 +305,7 @@ class _Workflow:
             self.refusal, found = None, "the builder refuses the model in float16 and not in float32"
         elif tried.accuracy.passed:
             return False
-        elif evaluation.simulated(_without_half(quantization)).passed:
+        elif self.speed is None and evaluation.simulated(_without_half(quantization)).passed:
             found = "in float16 the gate fails and in float32 it passes"
         elif not self.evaluation.simulated(replace(quantization, plan=bare)).passed:
             found = "float16 fails the gate without any INT8"
@@ -298,6 +366,7 @@ class _Workflow:
             metric=evaluation.metric.fingerprint,
             measured=sha256_json(start.measured.to_json()),
             gate=[recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.precision],
+            **({} if self.speed is None else {"speed": self.speed.identity}),
         )
 
     def _searched(self, start: Attempt, least: float) -> Made:
@@ -309,7 +378,8 @@ class _Workflow:
         taken, if it is better than the start.
         """
         job, recipe = self.job, self.job.recipe
-        search = Search(job, start.quantization, job.key("sensitivity", start.quantization))
+        key = job.key("sensitivity", start.quantization)
+        search = Search(job, start.quantization, key, speed=self.speed)
         if not search.whole:
             return Made(None, False, "the budget was spent before every layer was measured")
         needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
@@ -371,7 +441,19 @@ class _Workflow:
         noise = ", ".join(f"{output.sqnr_db:.1f} dB" for output in verdict.outputs.values())
         left = len(candidate.notes["left_out"])
         self.job.console.say("gate", f"{left} left out: {verdict.headline()}, {noise}")
+        if self.speed is not None:
+            self.points.append(self.seen(f"{left} left out", candidate.plan, verdict))
         return verdict
+
+    def seen(self, name: str, plan: Plan, verdict: Verdict) -> Point:
+        """Where a plan lies between speed and accuracy, by the gate's figures."""
+        assert self.speed is not None
+        return replace(
+            self.speed.point(name, plan, rest_of(self.job.recipe)),
+            sqnr_db=verdict.lowest_sqnr_db if verdict.outputs else None,
+            relative_drop=verdict.relative_drop,
+            passed=verdict.passed,
+        )
 
 
 def _without_half(quantization: Quantization) -> Quantization:

@@ -125,6 +125,8 @@ class RecordedStep:
     given_away: float | None = None
     note: str = ""
     seconds: float = 0.0
+    latency: Any = None
+    front: Any = None
     in_the_way: Any = None
 
 

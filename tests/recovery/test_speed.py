@@ -1,0 +1,130 @@
+"""Deploying the fastest engine: where the figures come from, what they decide, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jobs import Case, Run, deploy_arguments, save_case, trtq_command
+from nets import graph_of, net, normal
+
+from trtq.graph.plan import Plan
+
+
+def wide(folder: Path, size: int, channels: int) -> Case:
+    """Four convolutions and a classifier, of a batch of 8."""
+    weights = {f"w{i}": normal(channels, channels, 3, 3, seed=i) / channels for i in range(4)}
+    body = "\n".join(
+        f"c{i} = Conv<pads = [1, 1, 1, 1]>({'x' if i == 0 else f'r{i - 1}'}, w{i}) r{i} = Relu(c{i})"
+        for i in range(4)
+    )
+    text = f"""g (float[8,{channels},{size},{size}] x) => (float[8,5] y) {{
+        {body} p = GlobalAveragePool(r3) f = Flatten(p) y = MatMul(f, fc)
+    }}"""
+    graph = graph_of(net(text, fc=normal(channels, 5), **weights))
+    data = np.random.default_rng(0).normal(size=(32, channels, size, size)).astype(np.float32)
+    return save_case(graph, folder, {"x": data})
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return wide(tmp_path_factory.mktemp("large"), 32, 64)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return wide(tmp_path_factory.mktemp("tiny"), 2, 8)
+
+
+def deployed(case: Case, output: Path, *more: object) -> tuple[Run, list[dict]]:
+    made = trtq_command(*deploy_arguments(case, output, "--backend", "none", "--method", "max", *more))
+    found = output / "workflow.json"
+    return made, json.loads(found.read_text()) if found.exists() else []
+
+
+def kept(steps: list[dict]) -> dict:
+    (step,) = (step for step in steps if step["kept"])
+    return step
+
+
+def test_a_named_gpu_decides_the_placement_and_all_of_it_is_shown(large: Case, tmp_path: Path) -> None:
+    made, steps = deployed(large, tmp_path, "--gpu", "T4")
+    assert made.code == 0
+    assert "modelled: roofline of NVIDIA T4" in made.err
+    latency, front = kept(steps)["latency"], kept(steps)["front"]
+    assert latency["kind"] == "modelled"
+    figures = {point["name"]: point["microseconds"] for point in front}
+    assert {"FP32", "FP16", "every layer that can in INT8"} <= figures.keys()
+    (chosen,) = (point for point in front if point["chosen"])
+    assert chosen["microseconds"] == latency["microseconds"] == min(figures.values())
+    assert front == sorted(front, key=lambda point: point["microseconds"])
+    assert chosen["sqnr_db"] == pytest.approx(min(kept(steps)["sqnr_db"].values()))
+    assert f"{chosen['microseconds']:.1f} µs" in made.out
+
+
+def test_where_int8_does_not_pay_the_engine_is_float16_and_gated(tiny: Case, tmp_path: Path) -> None:
+    made, steps = deployed(tiny, tmp_path, "--gpu", "A100 80GB")
+    assert made.code == 0
+    assert "INT8 does not pay on this model and card: FP16 alone is the fastest" in made.err
+    assert [step["step"] for step in steps] == ["fp16 alone"]
+    plan = Plan.load(tmp_path / "plan.json")
+    assert not plan.int8_nodes
+    assert not plan.edges
+    assert all(node.rule == "cost" and "INT8" in node.reason for node in plan.nodes)
+    verdict = json.loads((tmp_path / "verdict.json").read_text())
+    assert verdict["gate"] == "pass"
+    assert verdict["outputs"]["y"]["sqnr_db"] > 40
+
+
+def test_where_nothing_with_int8_passes_float_alone_is_the_result(large: Case, tmp_path: Path) -> None:
+    made, steps = deployed(large, tmp_path, "--gpu", "T4", "--recover", "none", "--min-sqnr", "50")
+    assert made.code == 0
+    assert [step["step"] for step in steps] == ["calibrate", "fp16 alone"]
+    assert kept(steps)["step"] == "fp16 alone"
+    assert "INT8 does not pay on this model and card: no plan with INT8 passes" in made.err
+    assert {"chosen", "name"} <= kept(steps)["front"][0].keys()
+
+
+def test_recovery_gives_speed_away_where_it_buys_most(large: Case, tmp_path: Path) -> None:
+    made, steps = deployed(large, tmp_path, "--gpu", "T4", "--recover", "partial", "--min-sqnr", "34")
+    assert made.code == 0
+    front = {point["name"]: point for point in kept(steps)["front"]}
+    calibrated = next(step for step in steps if step["step"] == "calibrate")
+    assert min(calibrated["sqnr_db"].values()) < 34
+    assert kept(steps)["step"] == "partial"
+    assert calibrated["latency"]["microseconds"] < front["partial"]["microseconds"]
+    assert front["partial"]["microseconds"] < front["FP16"]["microseconds"]
+    assert front["partial"]["sqnr_db"] >= 34
+
+
+def test_int8_is_the_objective_where_nothing_tells_a_latency(large: Case, tmp_path: Path) -> None:
+    made, steps = deployed(large, tmp_path)
+    assert "int8: every layer that can" in made.err
+    assert kept(steps)["latency"] is None
+    assert "front" not in kept(steps)
+    assert len(Plan.load(tmp_path / "plan.json").int8_nodes) == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--objective", "latency"), "nothing tells what layers cost"),
+        (("--objective", "latency", "--gpu", "T4", "--min-int8", "90%"), "does not go with"),
+        (("--gpu", "Voodoo 2"), "no data sheet of a GPU named"),
+    ],
+)
+def test_what_cannot_be_decided_is_refused(
+    large: Case, tmp_path: Path, more: tuple[str, ...], said: str
+) -> None:
+    made, _ = deployed(large, tmp_path / "out", *more)
+    assert made.code == 2
+    assert said in made.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_least_share_of_int8_makes_int8_the_objective(tiny: Case, tmp_path: Path) -> None:
+    _, steps = deployed(tiny, tmp_path, "--gpu", "A100 80GB", "--min-int8", "90%")
+    assert kept(steps)["int8_share"] == 1.0
+    assert kept(steps)["latency"] is None
