@@ -10,8 +10,7 @@ from trtq.backends.compiled import Compiled
 from trtq.backends.interface import Build, BuildOptions, Profile
 from trtq.errors import InputError
 from trtq.files import PathLike, decode, read_json, sha256_file, write_json
-from trtq.graph.door import read_model
-from trtq.graph.ends import Code, codes_of
+from trtq.graph.codes import Code
 
 
 class _Always(TypedDict):
@@ -56,6 +55,9 @@ def write_record(
         profiles: the engine's optimization profiles, at least one.
         held: ranges of the values of those inputs that decide shapes; the same in all profiles.
     """
+    from trtq.graph.door import read_model
+    from trtq.graph.ends import codes_of
+
     first, *further = [{n: [list(shape) for shape in sizes] for n, sizes in p.items()} for p in profiles]
     write_json(
         sidecar(build.engine),

@@ -23,7 +23,6 @@ from trtq.backends.record import codes_in, read_record
 from trtq.backends.tensors import DTYPES, Tensor
 from trtq.data.batches import Arrays
 from trtq.errors import InputError, MissingBackendError
-from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
 
 
@@ -59,7 +58,7 @@ class Engine:
         self._stream = cuda.new_stream()
         with self._saying("the engine does not load on this machine"):
             self._runtime, self._engine = load(trt, self._log, path, plugins)
-        self._codes = codes_in(read_record(path, sha256_file(path)))
+        self._codes = codes_in(read_record(path))
         tensors = [self._tensor(i) for i in range(self._engine.num_io_tensors)]
         self.inputs = {tensor.name: tensor for tensor in tensors if tensor.is_input}
         self.outputs = {tensor.name: tensor for tensor in tensors if not tensor.is_input}

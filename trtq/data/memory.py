@@ -463,7 +463,7 @@ def save_npz(samples: Samples, path: Path) -> None:
                 name, source = column.function.source, column.rows
             column = column.rows
         if sequences is not None and spec.name in sequences.state:  # which is known at their starts
-            source = Picked(source, sequences.starts)
+            source = Picked(source, np.array(sequences.starts))
         columns[name] = source
     if sequences is not None:
         columns[ARRAY] = np.array([number_of(row, sequences.starts) for row in range(len(samples))])

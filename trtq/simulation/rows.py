@@ -24,8 +24,9 @@ import onnxruntime
 from trtq.data.batches import Arrays, Axes, Batch, repeated, single_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
+from trtq.graph.codes import Code
 from trtq.graph.door import read_model
-from trtq.graph.ends import Code, codes_of
+from trtq.graph.ends import codes_of
 from trtq.graph.model import export, serialized
 from trtq.graph.selecting import sized_by_values
 from trtq.simulation.processors import processors
