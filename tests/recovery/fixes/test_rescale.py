@@ -16,7 +16,7 @@ from small_graphs import Case, outputs, relative_error, small_case
 
 from trtq.calibration.search import Rows
 from trtq.console import SILENT
-from trtq.graph.fit import check_fits
+from trtq.graph.fit import check_fits, of_model
 from trtq.graph.model import export
 from trtq.graph.place import leave_out
 from trtq.job import Job
@@ -87,6 +87,7 @@ def test_any_factors_keep_the_function(tmp_path: Path, build: Callable[[Case], N
     assert sites
     assert set(plan.tensors) >= {site.name for site in sites}
     check_fits(plan, graph)
+    assert of_model(plan, case.graph) == case.plan
     expected = outputs(case.graph, case.samples)
     assert relative_error(expected, outputs(graph, case.samples)) < 1e-5
     feed = next(case.samples.rows())
