@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.ends import ends_of, host_lines, wanted_ends
+from trtq.recovery.race import layers_timed
 from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.speed import front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
@@ -169,7 +171,7 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     given, recipe = recipe, with_timing_cache(for_builder(recipe))
     job = Job.open(recipe, console)
     recipe, plan = job.recipe, job.place()
-    speed = speed_of(job, plan)
+    speed = speed_of(job, plan, partial(layers_timed, job, plan))
     if speed is not None and recipe.plan is None:
         plan = speed.fastest(rest_of(recipe))
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)

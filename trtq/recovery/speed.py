@@ -6,7 +6,7 @@ engine faster, the reformats around it counted. The engine without any INT8 is a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,9 +15,11 @@ import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import NO_ENGINE, chosen
 from trtq.backends.interface import find_gpu
+from trtq.cost.gpus import gpu_named
 from trtq.cost.interface import Builder, CostSource, Latency, Rest
 from trtq.cost.placement import Fastest, Latencies
 from trtq.cost.sources import source_for
+from trtq.cost.timed import TimedEngine
 from trtq.errors import InputError
 from trtq.graph.place import leave_out
 from trtq.graph.plan import BY_COST, Plan, percent
@@ -53,6 +55,13 @@ class Point:
     relative_drop: float | None = None
     passed: bool | None = None
     chosen: bool = False
+
+    def timed(self, latency: Latency | None) -> Point:
+        """The point with another latency, if there is one."""
+        if latency is None:
+            return self
+        source = latency.source
+        return replace(self, microseconds=latency.microseconds, kind=latency.kind, source=source)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -132,11 +141,12 @@ def rest_of(recipe: Recipe) -> Rest:
     return "fp16" if recipe.half else "fp32"
 
 
-def speed_of(job: Job, plan: Plan) -> Speed | None:
+def speed_of(job: Job, plan: Plan, timed: Callable[[], Sequence[TimedEngine]] = lambda: ()) -> Speed | None:
     """What engines of the job's model cost, where its recipe wants the fastest; None where it wants INT8.
 
     Args:
         plan: of all that can be INT8.
+        timed: engines of the model, timed on the GPU here; asked for where the recipe names no other source.
 
     Raises:
         InputError: latency is asked for, and nothing tells any; it is asked for together with a least share
@@ -168,9 +178,10 @@ def speed_of(job: Job, plan: Plan) -> Speed | None:
         source = source_for(
             job.model.graph,
             opt_shapes(job.model, job.profile),
+            measured=() if named else timed(),
             profiles=recipe.profile_json,
             layer_infos=recipe.layer_info,
-            gpu=recipe.gpu or (card.name if card else None),
+            gpu=recipe.gpu or (card.name if card and known(card.name) else None),
             builder=_builder(recipe),
         )
     except InputError as error:
@@ -178,8 +189,27 @@ def speed_of(job: Job, plan: Plan) -> Speed | None:
             raise
         console.say("objective", f"int8: every layer that can; {error.problem}")
         return None
-    assert source is not None
+    if source is None:
+        console.say("objective", "int8: every layer that can; nothing tells what layers cost on the GPU here")
+        return None
     return Speed(job.model.graph, plan, source)
+
+
+def known(card: str) -> bool:
+    """Whether there is a data sheet of a GPU."""
+    try:
+        gpu_named(card)
+    except InputError:
+        return False
+    return True
+
+
+def is_for_this_gpu(recipe: Recipe) -> bool:
+    """Whether the engine is to be fast on the GPU here, and not on another one that the recipe names."""
+    card = find_gpu()
+    if card is None or recipe.profile_json:
+        return False
+    return recipe.gpu is None or (known(card.name) and gpu_named(recipe.gpu) == gpu_named(card.name))
 
 
 def _builder(recipe: Recipe) -> Builder:
