@@ -6,11 +6,9 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -56,7 +54,7 @@ from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.ends import ends_of, host_lines, wanted_ends
 from trtq.recovery.race import layers_timed
 from trtq.recovery.sensitivity import Sensitivity, analyse
-from trtq.recovery.speed import front_lines, front_of, rest_of, speed_of
+from trtq.recovery.speed import Point, front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
 from trtq.recovery.workflow import recover
 from trtq.report.html import write_report
@@ -78,7 +76,7 @@ class Deployment:
     folder: Path
     best: Attempt
     steps: tuple[Attempt | Fruitless, ...]
-    front: tuple[Mapping[str, Any], ...] = ()
+    front: tuple[Point, ...] = ()
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -206,7 +204,8 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
         write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
         front = [] if speed is None else front_of(speed, points, best.step, rest_of(job.recipe))
         record = [{**step.to_json(), "kept": step is best} for step in tried]
-        record = [{**step, "front": front} if front and step["kept"] else step for step in record]
+        shown = {"front": [point.to_json() for point in front]}
+        record = [{**step, **shown} if front and step["kept"] else step for step in record]
         write_json(folder / "workflow.json", record)
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))

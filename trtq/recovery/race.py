@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from trtq.backends.timing import measure
+from trtq.backends.timing import Measuring, measure
 from trtq.calibration.table import Table
 from trtq.console import Console
 from trtq.cost.interface import Latency
@@ -24,6 +24,9 @@ from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import Attempt, build_in, write
 from trtq.scratch import scratch_folder
+
+LAYERS, RACE = Measuring(duration_s=1.0), Measuring()
+"""How long engines are timed, for their layers and for which is the fastest."""
 
 
 def layers_timed(job: Job, plan: Plan) -> list[TimedEngine]:
@@ -42,7 +45,7 @@ def layers_timed(job: Job, plan: Plan) -> list[TimedEngine]:
                 (folder / name).mkdir()
                 write(quantization, Table.of(quantization), job.recipe, folder / name)
                 engines.append(build_in(folder / name, job.recipe, job.profile, placed).engine)
-            timed = time_engines(engines, plugins=job.recipe.plugin_lib)
+            timed = time_engines(engines, LAYERS, plugins=job.recipe.plugin_lib)
     except TrtqError as error:
         job.console.say("latency", f"layers are not timed here: {error.problem}")
         return []
@@ -57,7 +60,7 @@ def raced(attempts: Sequence[Attempt], plugins: Sequence[str], console: Console)
     Raises:
         InputError, MissingBackendError: as `measure`.
     """
-    timings = measure([attempt.folder / "model.plan" for attempt in attempts], plugins=plugins)
+    timings = measure([attempt.folder / "model.plan" for attempt in attempts], RACE, plugins)
     found = []
     for attempt, timing in zip(attempts, timings, strict=True):
         moved = attempt.latency.bytes if attempt.latency else 0

@@ -6,7 +6,7 @@ engine faster, the reformats around it counted. The engine without any INT8 is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -62,6 +62,17 @@ class Point:
             return self
         source = latency.source
         return replace(self, microseconds=latency.microseconds, kind=latency.kind, source=source)
+
+    def cells(self) -> list[str]:
+        """The figures as text, empty where there are none, and the name."""
+        drop, noise, share = self.relative_drop, self.sqnr_db, self.int8_share
+        return [
+            f"{self.microseconds:.1f} µs",
+            "" if drop is None else f"{drop:.2%}",
+            "" if noise is None else f"{noise:.1f} dB",
+            "" if share is None else percent(share),
+            self.name + (" (chosen)" if self.chosen else ""),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -245,7 +256,7 @@ def _reason(here: Latency, there: Latency) -> str:
     return f"{said}: {many}"
 
 
-def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[dict[str, Any]]:
+def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[Point]:
     """The front for `workflow.json`: floating point alone, INT8 wherever it can be, and what was tried, as
     far as nothing else is better in both latency and SQNR.
 
@@ -257,7 +268,7 @@ def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[d
     bare = {point.name.split()[0]: point for point in found if point.name.endswith(" alone")}
     plain = [point for point in speed.points(rest) if point.name.lower() not in bare]
     distinct = {(point.microseconds, point.sqnr_db): point for point in (*plain, *found)}
-    return [point.to_json() for point in pareto(list(distinct.values()))]
+    return pareto(list(distinct.values()))
 
 
 def pareto(points: list[Point]) -> list[Point]:
@@ -282,23 +293,20 @@ NAMED = ("FP32", "FP16", "every layer that can in INT8")
 """Points that are shown in any case."""
 
 
-def front_lines(front: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of points, as they are in `workflow.json`."""
-    table = [["latency", "drop", "SQNR", "INT8", ""]]
-    for point in front:
-        drop, noise, share = point["relative_drop"], point["sqnr_db"], point["int8_share"]
-        table.append(
-            [
-                f"{point['microseconds']:.1f} µs",
-                "" if drop is None else f"{drop:.2%}",
-                "" if noise is None else f"{noise:.1f} dB",
-                "" if share is None else percent(share),
-                point["name"] + (" (chosen)" if point["chosen"] else ""),
-            ]
-        )
+HEADINGS = ("latency", "drop", "SQNR", "INT8", "plan")
+"""Of `Point.cells`."""
+
+
+def front_lines(front: Sequence[Point]) -> list[str]:
+    """Points as a table, with where the figures come from."""
+    table = [list(HEADINGS), *(point.cells() for point in front)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    sources = dict.fromkeys(f"{point['kind']}: {point['source']}" for point in front)
     return [
-        f"latency against accuracy ({'; '.join(sources)})",
+        f"latency against accuracy ({sources_of(front)})",
         *("  ".join([*map(str.rjust, row[:-1], widths), row[-1]]).rstrip() for row in table),
     ]
+
+
+def sources_of(front: Sequence[Point]) -> str:
+    """Where the figures of points come from, each source once."""
+    return "; ".join(dict.fromkeys(f"{point.kind}: {point.source}" for point in front))

@@ -20,6 +20,8 @@ from trtq.backends import tensorrt
 from trtq.backends.compiled import Compiled, CompiledLayer, CompiledTensor
 from trtq.backends.interface import Build, BuildOptions, Profile
 from trtq.backends.record import write_record
+from trtq.backends.timing import Measuring
+from trtq.recovery import race
 
 
 def build(model: Path, engine: Path, *, profile: Profile, options: BuildOptions, **_: Any) -> Build:
@@ -47,6 +49,8 @@ def build(model: Path, engine: Path, *, profile: Profile, options: BuildOptions,
 @pytest.fixture(autouse=True)
 def _builder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "build", build)
+    for name in ("LAYERS", "RACE"):
+        monkeypatch.setattr(race, name, Measuring(warm_up_ms=5, duration_s=0.05))
 
 
 @pytest.fixture
