@@ -6,10 +6,9 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -56,8 +55,9 @@ from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.ends import ends_of, host_lines, wanted_ends
+from trtq.recovery.race import layers_timed
 from trtq.recovery.sensitivity import Sensitivity, analyse
-from trtq.recovery.speed import front_lines, front_of, rest_of, speed_of
+from trtq.recovery.speed import Point, front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
 from trtq.recovery.workflow import recover
 from trtq.report.html import write_report
@@ -79,7 +79,7 @@ class Deployment:
     folder: Path
     best: Attempt
     steps: tuple[Attempt | Fruitless, ...]
-    front: tuple[Mapping[str, Any], ...] = ()
+    front: tuple[Point, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Deployment: {self.folder}, {' '.join(self.verdict.headline().split())}>"
@@ -184,7 +184,7 @@ def deploy(
     given, recipe = recipe, with_timing_cache(for_builder(recipe))
     job = Job.open(recipe, console)
     recipe, plan = job.recipe, job.place()
-    speed = speed_of(job, plan)
+    speed = speed_of(job, plan, partial(layers_timed, job, plan))
     if speed is not None and recipe.plan is None:
         plan = speed.fastest(rest_of(recipe))
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
@@ -221,7 +221,8 @@ def deploy(
         write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
         front = [] if speed is None else front_of(speed, points, best.step, rest_of(job.recipe))
         record = [{**step.to_json(), "kept": step is best} for step in tried]
-        record = [{**step, "front": front} if front and step["kept"] else step for step in record]
+        shown = {"front": [point.to_json() for point in front]}
+        record = [{**step, **shown} if front and step["kept"] else step for step in record]
         write_json(folder / "workflow.json", record)
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))

@@ -128,3 +128,11 @@ def test_a_least_share_of_int8_makes_int8_the_objective(tiny: Case, tmp_path: Pa
     _, steps = deployed(tiny, tmp_path, "--gpu", "A100 80GB", "--min-int8", "90%")
     assert kept(steps)["int8_share"] == 1.0
     assert kept(steps)["latency"] is None
+
+
+def test_the_report_has_the_front(large: Case, tmp_path: Path) -> None:
+    _, steps = deployed(large, tmp_path, "--gpu", "T4")
+    page = (tmp_path / "report.html").read_text()
+    assert "modelled: roofline of NVIDIA T4" in page
+    for point in kept(steps)["front"]:
+        assert f"{point['microseconds']:.1f} µs" in page

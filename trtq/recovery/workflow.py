@@ -38,11 +38,15 @@ from trtq.recovery.fixes.fix import fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made
 from trtq.recovery.partial import Search, given_away
-from trtq.recovery.speed import Point, Speed, rest_of
+from trtq.recovery.race import raced
+from trtq.recovery.speed import Point, Speed, is_for_this_gpu, rest_of
 from trtq.recovery.trial import Refusal, objection
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
+
+ABOUT = 1.1
+"""Times the latency of the fastest plan: what is said to be within runs in the race on the GPU, too."""
 
 MOST_GATES, CLOSE = 8, 1.25
 """How often partial quantization asks the gate how much noise is little enough, and how close is enough."""
@@ -81,6 +85,8 @@ def recover(
         workflow.quantize(plan)
     if speed is not None and workflow.int8_does_not_pay(speed):
         workflow.attempt(*workflow.without_int8())
+    if speed is not None and is_for_this_gpu(job.recipe):
+        workflow.race(speed)
     return Recovered(workflow.done, workflow.job, workflow.evaluation, workflow.points)
 
 
@@ -444,6 +450,34 @@ class _Workflow:
         if self.speed is not None:
             self.points.append(self.seen(f"{left} left out", candidate.plan, verdict))
         return verdict
+
+    def race(self, speed: Speed) -> None:
+        """Let the engines that pass run against each other on the GPU here, where they run: those with INT8,
+        the one with all of it if it is said to be about as fast, and the one in floating point."""
+        if self.job.budget.over or not any(t.accuracy.executor == "engine" for t in self.attempts):
+            return
+        rest = rest_of(self.job.recipe)
+        best = min(point.microseconds for point in self.points)
+        every = speed.latency(speed.plan, rest).microseconds
+        if every <= ABOUT * best and all(
+            t.quantization.plan.edges != speed.plan.edges for t in self.attempts
+        ):
+            job, ends = self.job, ends_of(self.job)
+            self.attempt("every layer", lambda: Made(replace(calibrate(job, speed.plan), ends=ends), True))
+        if all(tried.has_int8 for tried in self.attempts):
+            self.attempt(*self.without_int8())
+        passing = [tried for tried in self.attempts if tried.measured.passed and tried.build is not None]
+        if len(passing) < 2:
+            return
+        timed = {t.step: t for t in raced(passing, self.job.recipe.plugin_lib, self.job.console)}
+        self.done = [timed.get(tried.step, tried) for tried in self.done]
+        latencies = {step: tried.latency for step, tried in timed.items()}
+        self.points = [point.timed(latencies.get(point.name)) for point in self.points]
+        winner = max(timed.values(), key=lambda tried: tried.worth)
+        if not winner.has_int8:
+            self.job.console.warn(
+                f"INT8 does not pay on this model and card: '{winner.step}' is the fastest engine that passes"
+            )
 
     def seen(self, name: str, plan: Plan, verdict: Verdict) -> Point:
         """Where a plan lies between speed and accuracy, by the gate's figures."""
