@@ -135,7 +135,7 @@ def can_leave_out(quantization: Quantization, least: float) -> bool:
 def learned(job: Job, start: Quantization) -> Made:
     """A quantization with ranges, biases and weights learned on the job's data; None if it is no better.
 
-    A run that was interrupted, or ended by the budget, goes on from its last epoch.
+    A run that was interrupted, or ended by the budget, goes on from where it last saved.
 
     Raises:
         InputError, MissingBackendError: as `learn`.
