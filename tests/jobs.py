@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,17 @@ def trtq_command(*arguments: object) -> Run:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
     return Run(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """A folder as the current one while the context lasts."""
+    own = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(own)
 
 
 def conv_case(folder: Path, batch: int | str, rows: int = 40) -> Case:

@@ -95,6 +95,16 @@ def test_without_them_the_gate_compares_what_goes_in_and_says_so(tmp_path: Path)
     assert warning in run.err
 
 
+def test_an_unnamed_node_without_a_reference_is_warned_of_once(tmp_path: Path) -> None:
+    proto = chain()
+    for node in proto.graph.node:
+        node.name = ""
+    model, data = saved(proto, tmp_path), samples(tmp_path)
+    job = ("--data", data, "--eval", data, "--metric", "cosine", "--method", "max", "--backend", "none")
+    run = trtq_command("deploy", model, *job, "-o", tmp_path / "out")
+    assert run.err.count("can be computed by TensorRT only") == 1
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_the_rest_in_half_keeps_the_compared_names(given: bool, tmp_path: Path) -> None:
     model = saved(chain(), tmp_path)

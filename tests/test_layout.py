@@ -15,6 +15,7 @@ trtq.errors
 trtq.escapes
 trtq.stops
 trtq.scratch
+trtq.memory
 trtq.files
 trtq.arrays
 trtq.numerics
@@ -30,6 +31,8 @@ trtq.calibration
 trtq.backends
 trtq.cost
 trtq.recipe
+trtq.paths
+trtq.options
 trtq.job
 trtq.calibration.calibrate
 trtq.calibration.search
@@ -40,6 +43,7 @@ trtq.report
 trtq.migration
 trtq.pipeline
 trtq.build
+trtq.api
 trtq.cli
 trtq.demo
 trtq.__main__

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
 
 from trtq.errors import InputError
-from trtq.scripts import load_function
+from trtq.scripts import contained, load_function
 
 
 def write(folder: Path, body: str, name: str = "mine.py") -> str:
@@ -61,3 +64,41 @@ def test_what_is_wrong_is_named(body: str, words: list[str], tmp_path: Path) -> 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the data's file does not exist"):
         load_function(f"{tmp_path}/none.py:score", "data")
+
+
+def test_what_the_code_does_to_the_process_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", stdout := io.StringIO())
+    before, deepest = os.getcwd(), sys.getrecursionlimit()
+    with contained():
+        os.chdir(tmp_path)
+        sys.setrecursionlimit(deepest + 7)
+        sys.stdout = sys.stderr = None  # type: ignore[assignment]
+    assert (os.getcwd(), sys.getrecursionlimit()) == (before, deepest)
+    assert sys.stdout is stdout
+    assert sys.stderr is not None
+
+
+def test_a_closed_stream_is_an_error_that_can_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(ValueError, match="closes standard output"), contained():
+        sys.stdout.close()
+    print("nowhere")
+
+
+def test_whatever_the_code_raises_can_be_caught() -> None:
+    class NoError(BaseException):
+        pass
+
+    with pytest.raises(RuntimeError, match="NoError: why"), contained():
+        raise NoError("why")
+
+    class NoText(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    with pytest.raises(RuntimeError, match="NoText: without a text"), contained():
+        raise NoText
+    with pytest.raises(SystemExit, match=r"os\._exit\(0\)"), contained():
+        os._exit(0)

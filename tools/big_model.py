@@ -1,8 +1,13 @@
-"""Memory and time of `trtq quantize` and of an engine build on models of BERT-large's size and above 2 GB.
+"""Memory and time of `trtq quantize` and of an engine build on models of BERT-large's size and above 2 GB, of
+`trtq quantize` on models of many nodes, and of `trtq calibrate` on many rows.
 
     python tools/big_model.py                  both sizes: 4 GB of memory and 5 GB of disk, removed afterwards
     python tools/big_model.py --layers 4 8     a quick look
     python tools/big_model.py --deploy         the whole workflow with its defaults
+    python tools/big_model.py --nodes 5000 20000 --shape chain wide decoder
+                                               `quantize` of models of many small nodes
+    python tools/big_model.py --rows 100000 1000000 10000000
+                                               `calibrate` on many rows of 16 bytes
 
 The weights are random and written to external data. Every command runs as a user runs it, in a process of
 its own, whose peak resident memory the operating system gives. The slopes between two sizes say what a
@@ -17,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +35,9 @@ HIDDEN, HEADS, INNER, VOCABULARY, LENGTH = 1024, 16, 4096, 30522, 32
 ROWS = 4
 SIZES = (24, 42)
 """Encoder layers: BERT-large's, and as many as make more than 2 GB."""
+
+SHAPES = ("chain", "wide", "decoder")
+"""Of models of many nodes."""
 
 DECODER = 6.74e9
 """Parameters of a decoder of the 7-billion class (32 layers of 4096)."""
@@ -133,6 +143,82 @@ def make_encoder(path: Path, layers: int) -> int:
     return writer.close()
 
 
+def make_many_nodes(path: Path, shape: str, count: int) -> None:
+    """Write a model of `count` small nodes, and 8 rows for it as `path`.npz.
+
+    Args:
+        shape: `chain`: residual blocks of Conv, Relu, Add and Tanh, one after another; `wide`: a fifth of
+            the nodes are Convs that read the input, each with four nodes behind it, all added up; `decoder`:
+            MatMul, Softmax, Add and Tanh, one block after another.
+    """
+    random = np.random.default_rng(0)
+    nodes: list[onnx.NodeProto] = []
+    weights: list[onnx.TensorProto] = []
+
+    def node(op: str, *inputs: str) -> str:
+        name = f"{op.lower()}{len(nodes)}"
+        nodes.append(helper.make_node(op, inputs, [f"{name}.out"], name=name))
+        return f"{name}.out"
+
+    def weight(*sizes: int) -> str:
+        values = random.standard_normal(sizes, np.float32) * np.float32(0.4)
+        weights.append(onnx.numpy_helper.from_array(values, f"weight{len(weights)}"))
+        return weights[-1].name
+
+    x, sizes = "x", [4, 4] if shape == "decoder" else [4, 4, 4]
+    if shape == "wide":
+        ends = []
+        for _ in range(count // 5):
+            end = node("Conv", "x", weight(4, 4, 1, 1))
+            for op in ("Relu", "Tanh", "Relu", "Tanh"):
+                end = node(op, end)
+            ends.append(end)
+        x = node("Sum", *ends)
+    while shape != "wide" and len(nodes) < count:
+        if shape == "chain":
+            inner = node("Relu", node("Conv", x, weight(4, 4, 1, 1)))
+        else:
+            inner = node("Softmax", node("MatMul", x, weight(4, 4)))
+        x = node("Tanh", node("Add", inner, x))
+    graph = helper.make_graph(
+        nodes,
+        shape,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *sizes])],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, None)],
+        weights,
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), os.fspath(path)
+    )
+    np.savez(path.with_suffix(".npz"), x=random.standard_normal((8, *sizes), np.float32))
+
+
+def make_many_rows(path: Path, rows: int) -> None:
+    """Write a model that takes four numbers, and rows for it as `path`.npz."""
+    random = np.random.default_rng(0)
+    weight = onnx.numpy_helper.from_array(random.standard_normal((4, 4), np.float32), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"], name="product")],
+        "rows",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+        [weight],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), os.fspath(path)
+    )
+    np.savez(path.with_suffix(".npz"), x=random.standard_normal((rows, 4), np.float32))
+
+
+def run_small(make: Callable[[Path], None], step: str, method: str, parent: Path | None) -> Cost:
+    """What a command takes on a model and data that are made for it."""
+    with tempfile.TemporaryDirectory(prefix="trtq-big-", dir=parent) as name:
+        folder = Path(name)
+        make(model := folder / "model.onnx")
+        options = ("--data", model.with_suffix(".npz"), "--method", method, "--cache", folder / "cache")
+        return measure(sys.executable, "-m", "trtq", step, model, *options, "-o", folder / "out", "--quiet")
+
+
 def measure(*command: object, allowed: tuple[int, ...] = (0,)) -> Cost:
     """Run a command to its end and ask the operating system what it took.
 
@@ -182,7 +268,24 @@ def main() -> None:
     parser.add_argument("--method", default="max", help="of calibration; default: max")
     parser.add_argument("--deploy", action="store_true", help="the whole workflow, with its defaults")
     parser.add_argument("--folder", type=Path, help="where the models are written, and removed again")
+    parser.add_argument("--nodes", type=int, nargs="+", help="models of so many small nodes instead")
+    parser.add_argument("--shape", nargs="+", default=SHAPES, choices=SHAPES, help="theirs; default: all")
+    parser.add_argument("--rows", type=int, nargs="+", help="so many small rows instead")
     arguments = parser.parse_args()
+    small: dict[str, tuple[Callable[[Path], None], str]] = {}
+    for count in arguments.nodes or ():
+        for shape in arguments.shape:
+            make = partial(make_many_nodes, shape=shape, count=count)
+            small[f"{shape} of {count} nodes"] = make, "quantize"
+    for rows in arguments.rows or ():
+        small[f"{rows} rows"] = partial(make_many_rows, rows=rows), "calibrate"
+    if small:
+        print("| model | step | peak memory | seconds | CPU |\n|-|-|-:|-:|-:|")
+        for label, (make, step) in small.items():
+            cost = run_small(make, step, arguments.method, arguments.folder)
+            figures = f"{cost.peak / 1e9:.2f} GB | {cost.seconds:.0f} | {cost.cpu:.0f}"
+            print(f"| {label} | {step} | {figures} |", flush=True)
+        return
     print("| layers | parameters | weights | step | peak memory | peak / weights | seconds | CPU |")
     print("|-:|-:|-:|-|-:|-:|-:|-:|")
     runs = []

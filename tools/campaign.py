@@ -1,6 +1,7 @@
-"""The whole campaign against what a machine does to a job: kills, signals, other writers, hostile inputs.
+"""The whole campaign against what is done to a job: kills, signals, other writers, hostile inputs.
 
-    python tools/campaign.py [--kills 70] [--parallel-kills 30] [--terms 50] [--writers 8] [--seconds 60]
+    python tools/campaign.py DIR [--minutes M] [--kills 70] [--parallel-kills 30] [--terms 50]
+                             [--writers 8] [--seconds 60] [--scale 2] [--seed 0]
 
 - kills: calibrate, deploy with recovery, sensitivity and study are killed (SIGKILL) at random moments; with
   `--parallel loky`, the main process or one of its workers. Each job is run again and must leave the files of
@@ -8,36 +9,39 @@
   or temporary folder, no process.
 - terms: the same with SIGTERM, which must end the job as exit 143 with its line, and leave nothing even
   before it is run again.
-- writers: so many processes store and fetch the same entries of one cache, while others verify and prune it:
-  nobody may find a damaged entry, or another's content.
-- hostile: the tests of `tests/hostile`, each of which must end as an error of one message.
+- writers: so many processes store and fetch the same entries of one cache, while others list, verify and
+  prune it: nobody may find a damaged entry, or another's content.
+- hostile: every case of `tests/hostile/whole.py`, which must end with exit code 2 and one message: no
+  traceback, no hang, no file written or replaced, nothing else made of what the cache holds. `--scale` has so
+  many times as many of those that are random; 0: none at all.
 
-The last lines count what was tried and what failed; the exit code is 1 if anything did.
+What was tried is kept in DIR, and a run with the same options goes on from there: `--minutes` ends one
+early. The last lines count all that was tried and what failed; the exit code is 1 if anything did.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
-
-import numpy as np
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 JOBS = {
     "calibrate": "calibrate {model} --data {data} --method auto -o {out}/calibration.cache",
@@ -48,31 +52,57 @@ JOBS = {
 }
 """Name -> command line; `deploy` asks for more than int8 can do, so it recovers until it has nothing left."""
 
+TURNS = [*["calibrate", "deploy", "sensitivity"] * 3, "study"]
+"""The jobs in turn; `study` takes as long as all others together."""
+
 PARALLEL = "--parallel loky:2"
 
 _TIMES = re.compile(r"seconds|time|created|date|command|path|file")
 """Keys of JSON values that say when, how long and where."""
 
 
-@dataclass
-class Count:
-    """What was tried of each kind, and what went wrong."""
+class Try(NamedTuple):
+    """Something to try: its kind, a name that no other of this kind has, and what finds out what is wrong."""
 
-    tried: Counter[str] = field(default_factory=Counter)
-    failures: list[tuple[str, str]] = field(default_factory=list)
+    kind: str
+    name: str
+    problems: Callable[[], list[str]]
 
-    def add(self, kind: str, problems: list[str]) -> None:
-        """One more try of a kind."""
-        self.tried[kind] += 1
-        self.failures += [(kind, problem) for problem in problems]
+
+class Journal:
+    """What was tried, in a file with a line for each, and what went wrong."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._found: dict[tuple[str, str], list[str]] = {}
+        for line in file.read_text().splitlines() if file.exists() else ():
+            kind, name, problems = json.loads(line)
+            self._found[kind, name] = problems
+
+    def knows(self, attempt: Try) -> bool:
+        """Whether it was tried."""
+        return (attempt.kind, attempt.name) in self._found
+
+    def add(self, attempt: Try) -> None:
+        """Try something."""
+        problems = attempt.problems()
+        self._found[attempt.kind, attempt.name] = problems
+        with self._file.open("a") as file:
+            print(json.dumps([attempt.kind, attempt.name, problems]), file=file)
         for problem in problems:
-            print(f"{kind}: {problem}", file=sys.stderr)
+            print(f"{attempt.kind}, {attempt.name}: {problem}", file=sys.stderr, flush=True)
+
+    @property
+    def failed(self) -> Counter[str]:
+        """Kind -> how many of it failed."""
+        return Counter(kind for (kind, _), problems in self._found.items() if problems)
 
     def text(self) -> str:
         """A table of the kinds."""
-        failed = Counter(kind for kind, _ in self.failures)
-        lines = [f"{kind:40} {self.tried[kind]:6} {failed[kind]:6}" for kind in sorted(self.tried)]
-        return "\n".join([f"{'kind':40} {'tried':>6} {'failed':>6}", *lines])
+        tried, failed = Counter(kind for kind, _ in self._found), self.failed
+        lines = [f"{kind:40} {tried[kind]:6} {failed[kind]:6}" for kind in sorted(tried)]
+        total = f"{'all':40} {tried.total():6} {failed.total():6}"
+        return "\n".join([f"{'kind':40} {'tried':>6} {'failed':>6}", *lines, total])
 
 
 @dataclass(frozen=True)
@@ -119,6 +149,9 @@ def comparable(path: Path, root: Path) -> object:
     """
     if path.suffix == ".json" and path.name != "manifest.json":
         return _timeless(json.loads(path.read_text()))
+    if path.name == "recipe.toml":
+        lines = path.read_text().replace(str(root), "").splitlines()
+        return [line for line in lines if not line.startswith("parallel =")]
     if path.name in ("manifest.json", "report.html", "junit.xml", "study.svg"):
         return path.stat().st_size > 0
     return path.read_bytes().replace(str(root).encode(), b"")
@@ -148,7 +181,9 @@ def children(leader: int) -> list[int]:
     return [int(pid) for pid, *args in lines if int(pid) != leader and "tracker" not in "".join(args)]
 
 
-def disturb(process: subprocess.Popen[str], number: int, after: float, *, worker: bool) -> str | None:
+def disturb(
+    process: subprocess.Popen[str], number: int, after: float, source: random.Random, *, worker: bool
+) -> str | None:
     """Signal a job, or one of its workers, some seconds after its start, and wait for its end.
 
     Returns: what it said; None: it was done before.
@@ -158,7 +193,7 @@ def disturb(process: subprocess.Popen[str], number: int, after: float, *, worker
         return None
     workers = children(process.pid) if worker else []
     with contextlib.suppress(ProcessLookupError):
-        os.kill(random.choice(workers) if workers else process.pid, number)
+        os.kill(source.choice(workers) if workers else process.pid, number)
     return process.communicate()[1]
 
 
@@ -193,12 +228,20 @@ class Undisturbed:
 
 
 def killed(
-    command: str, case: Path, folder: Path, known: Undisturbed, number: int, *, worker: bool = False
+    command: str,
+    case: Path,
+    folder: Path,
+    known: Undisturbed,
+    number: int,
+    source: random.Random,
+    *,
+    worker: bool = False,
 ) -> list[str]:
     """Problems of a job that a signal ends at a random moment, and that is run again then."""
+    shutil.rmtree(folder, ignore_errors=True)
     place = Place(folder)
     process = place.start(command, case)
-    said = disturb(process, number, random.uniform(0.1, known.seconds), worker=worker)
+    said = disturb(process, number, source.uniform(0.1, known.seconds), source, worker=worker)
     problems = left_running(process.pid)
     if said is not None and "Traceback" in said:
         problems.append(f"a traceback: {said[-300:]}")
@@ -222,26 +265,44 @@ def killed(
     return [f"{problem} ({folder})" for problem in problems]
 
 
-def kills(count: Count, folder: Path, *, plain: int, parallel: int, terms: int) -> None:
-    """Kill and signal the jobs in turn, so many times in all."""
-    case, known = case_in(folder / "case"), {}
+def kills(folder: Path, *, plain: int, parallel: int, terms: int, seed: int) -> Iterator[Try]:
+    """The jobs, killed and signalled in turn, so many times in all."""
     plan = [("SIGKILL", signal.SIGKILL, "", plain), ("SIGKILL, loky", signal.SIGKILL, PARALLEL, parallel)]
     for kind, number, more, times in [*plan, ("SIGTERM", signal.SIGTERM, "", terms)]:
         for turn in range(times):
-            name = list(JOBS)[turn % len(JOBS)]
-            command = f"{JOBS[name]} {more}"
-            if name not in known:
-                known[name] = Undisturbed.of(JOBS[name], case, folder / name)
+            name = TURNS[turn % len(TURNS)]
+            worker = bool(more) and turn % 2 == 1
             where = folder / f"{kind.replace(', ', '-')}-{turn}"
-            worker = bool(more) and turn // len(JOBS) % 2 == 1
-            problems = killed(command, case, where, known[name], number, worker=worker)
-            count.add(f"{kind}: {name}{', a worker' if worker else ''}", problems)
+
+            def problems(
+                name: str = name,
+                more: str = more,
+                number: int = number,
+                where: Path = where,
+                worker: bool = worker,
+            ) -> list[str]:
+                case, known = _undisturbed(folder, name)
+                source = random.Random(f"{seed} {where.name}")
+                return killed(f"{JOBS[name]} {more}", case, where, known, number, source, worker=worker)
+
+            yield Try(f"{kind}: {name}{', a worker' if worker else ''}", str(turn), problems)
+
+
+def _undisturbed(folder: Path, name: str) -> tuple[Path, Undisturbed]:
+    """The data that all jobs run on, and what one of them leaves that nothing disturbs, run once."""
+    case, known = folder / "case", folder / f"{name}.pickle"
+    if not case.exists():
+        case_in(case)
+    if not known.exists():
+        known.write_bytes(pickle.dumps(Undisturbed.of(JOBS[name], case, folder / name)))
+    return case, pickle.loads(known.read_bytes())
 
 
 WRITER = """
 import random, sys, time
 from pathlib import Path
 from trtq.cache import Cache, Key, remove
+from trtq.cli.main import main
 root, role, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 cache = Cache(root, lambda line: print(line, flush=True))
 keys = [Key.of("shard", model=f"{n % 2}" * 64, data=f"{n % 3}" * 64, number=n) for n in range(24)]
@@ -256,81 +317,103 @@ while time.monotonic() < end:
         cache.store(keys[n], content, {"number": n})
         if random.random() < 0.1:
             remove(cache.path(keys[n]))
-    elif role == "verify":
-        for entry in cache.entries():
-            if entry.problem:
-                print(f"{entry.path.name}: {entry.problem}", flush=True)
-    else:
+    elif role == "prune":
         cache.prune(lambda entry: not entry.problem and random.random() < 0.9)
-print(rounds, file=sys.stderr)
+    else:
+        main(["cache", role, "--cache", sys.argv[1]])
+print(rounds)
 """
 
 
-def writers(count: Count, folder: Path, *, number: int, seconds: float) -> None:
-    """Processes that write, verify and prune one cache for some seconds."""
-    roles = [*["write"] * number, "verify", "verify", "prune"] if number else []
+def writers(folder: Path, *, number: int, seconds: float) -> list[str]:
+    """Problems of processes that write, list, verify and prune one cache for some seconds.
+
+    Each prints what it found that is wrong, and at its end how many rounds it made.
+    """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(folder), role, str(seconds)],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        (
+            role,
+            subprocess.Popen(
+                [sys.executable, "-c", WRITER, str(folder), role, str(seconds)],
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            ),
         )
-        for role in roles
+        for role in [*["write"] * number, "verify", "list", "prune"]
     ]
-    for role, process in zip(roles, processes, strict=True):
+    problems = []
+    for role, process in processes:
         out, said = process.communicate()
-        problems = [f"exit {process.returncode}: {said}"] if process.returncode else []
-        count.add(f"cache: {role}", problems + out.splitlines())
-        count.tried[f"cache: {role}, rounds"] += 0 if process.returncode else int(said)
-    litter = [path.name for path in folder.rglob("*.part")]
-    count.add("cache: litter", litter)
+        *lines, rounds = out.splitlines() or [""]
+        wrong = [line for line in lines if "damaged" in line.replace(" 0 damaged", "") or "another" in line]
+        if process.returncode or said or int(rounds) < 2:
+            wrong.append(f"exit {process.returncode}, {rounds} rounds: {said}")
+        problems += [f"{role}: {line}" for line in wrong]
+    return problems + [f"left {path.name}" for path in folder.rglob("*.part")]
 
 
-def hostile(count: Count, folder: Path) -> None:
-    """The tests of tests/hostile, the slow ones, too: each gives trtq inputs that it must refuse."""
-    report, tests = folder / "report.xml", ROOT / "tests" / "hostile"
-    command = [sys.executable, "-m", "pytest", str(tests), "-q", "-m", "", f"--junitxml={report}"]
-    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
-    for test in ElementTree.parse(report).iter("testcase"):
-        failed = [found.get("message", "") for kind in ("failure", "error") for found in test.iter(kind)]
-        problems = [f"{test.get('name')}: {message}" for message in failed]
-        count.add(f"hostile: {test.get('classname', '').rpartition('.')[2]}", problems)
+def hostile(folder: Path, seed: int, scale: int) -> Iterator[Try]:
+    """Every case of tests/hostile, each tried in a process beside this one."""
+    from hostile.own_files import write_own
+    from hostile.whole import Trying, all_tries
+
+    if not (own := folder / "own").exists():
+        write_own(own)
+    cases = functools.partial(all_tries, seed, scale, own)
+    with contextlib.closing(Trying(cases)) as trying:
+        for number, (kind, name, _) in enumerate(cases()):
+            yield Try(f"hostile {kind}", f"seed {seed}: {name}", lambda number=number: trying(number))
+
+
+def all_of(given: argparse.Namespace) -> Iterator[Try]:
+    """The whole campaign."""
+    folder: Path = given.folder
+    if given.writers:
+        name = f"{given.writers} writers, {given.seconds:g} s, seed {given.seed}"
+        yield Try(
+            "cache", name, lambda: writers(folder / "cache", number=given.writers, seconds=given.seconds)
+        )
+    if given.scale:
+        yield from hostile(folder, given.seed, given.scale)
+    yield from kills(
+        folder / "kills",
+        plain=given.kills,
+        parallel=given.parallel_kills,
+        terms=given.terms,
+        seed=given.seed,
+    )
 
 
 def main() -> int:
-    """Run the campaign and print its table."""
+    """Run the campaign, or as much of it as there is time for, and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M")
     parser.add_argument("--kills", type=int, default=70, metavar="N")
     parser.add_argument("--parallel-kills", type=int, default=30, metavar="N")
     parser.add_argument("--terms", type=int, default=50, metavar="N")
     parser.add_argument("--writers", type=int, default=8, metavar="N")
     parser.add_argument("--seconds", type=float, default=60, metavar="S", help="for the writers")
-    parser.add_argument("--no-hostile", action="store_true")
+    parser.add_argument("--scale", type=int, default=2, metavar="N", help="for the hostile cases")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     given = parser.parse_args()
-    random.seed(given.seed)
-    np.random.seed(given.seed)
-    count, folder = Count(), Path(tempfile.mkdtemp(prefix="campaign-"))
-    writers(count, folder / "cache", number=given.writers, seconds=given.seconds)
-    if not given.no_hostile and (ROOT / "tests" / "hostile").is_dir():
-        hostile(count, folder)
-    kills(
-        count,
-        folder / "kills",
-        plain=given.kills,
-        parallel=given.parallel_kills,
-        terms=given.terms,
-    )
-    print(count.text())
-    if count.failures:
-        print(f"what failed is in {folder}")
-        return 1
-    shutil.rmtree(folder)
-    return 0
+    given.folder = given.folder.absolute()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    journal, end, left = Journal(given.folder / "tried.jsonl"), time.monotonic() + 60 * given.minutes, 0
+    for attempt in all_of(given):
+        if not journal.knows(attempt):
+            if time.monotonic() < end:
+                journal.add(attempt)
+            else:
+                left += 1
+    print(journal.text())
+    if left:
+        print(f"{left} are left: run the same again")
+    return 1 if journal.failed else 0
 
 
 if __name__ == "__main__":

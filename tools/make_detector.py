@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -246,12 +247,20 @@ def loss_of(detections: Tensor, boxes: Tensor, classes: Tensor) -> Tensor:
     return (focal + (1 - giou).sum()) / seen.sum().clamp(min=1)
 
 
-def train(data: Arrays, epochs: int, seed: int) -> Detector:
-    """The trained network in evaluation mode."""
-    torch.manual_seed(seed)
+def train(
+    network: nn.Module,
+    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    data: Arrays,
+    epochs: int,
+    seed: int,
+) -> nn.Module:
+    """The trained network in evaluation mode.
+
+    Args:
+        loss_of: from what the network gives, and the boxes and classes that `assigned` gives.
+    """
     generator = torch.Generator().manual_seed(seed)
-    network = Detector().to(memory_format=torch.channels_last)
-    spread_ranges(network, seed)
+    network = network.to(memory_format=torch.channels_last)
     pixels = torch.from_numpy(data["pixels"]).permute(0, 3, 1, 2)
     boxes, classes = assigned(torch.from_numpy(data["objects"]))
     batch = 32
@@ -276,7 +285,7 @@ def train(data: Arrays, epochs: int, seed: int) -> Detector:
 # --- files ------------------------------------------------------------------------------------------------
 
 
-def export(network: Detector) -> bytes:
+def export(network: nn.Module) -> bytes:
     """`network` as ONNX, with BatchNormalization as PyTorch leaves it."""
     program = torch.onnx.export(
         network,
@@ -323,7 +332,10 @@ def main() -> None:
     torch.set_num_threads(1)
     seed = 3 * arguments.seed
     calib, evaluation = dataset(CALIB_ROWS, seed + 1), dataset(EVAL_ROWS, seed + 2)
-    model = export(train(dataset(TRAIN_ROWS, seed), arguments.epochs, arguments.seed))
+    torch.manual_seed(arguments.seed)
+    network = Detector()
+    spread_ranges(network, arguments.seed)
+    model = export(train(network, loss_of, dataset(TRAIN_ROWS, seed), arguments.epochs, arguments.seed))
     print(f"mAP@0.5 on the {EVAL_ROWS} images of eval.npz: {mean_precision(model, evaluation):.4f}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     files.write_bytes(arguments.output / "detector.onnx", model)

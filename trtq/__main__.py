@@ -1,9 +1,14 @@
 """The command line: `trtq`, or `python -m trtq`."""
 
+import gc
 import signal
 import sys
 
 from trtq import stops
+
+GARBAGE = (50_000, 5, 2)
+"""Thresholds of Python's search for garbage (`gc.set_threshold`). With its own, it looks at the objects of a
+large graph again and again while it is made; with these a third of the time, and copies still go early."""
 
 
 def main() -> int:
@@ -12,6 +17,8 @@ def main() -> int:
         try:
             with stops.unmasked():
                 from trtq.cli.main import main as run
+            gc.freeze()
+            gc.set_threshold(*GARBAGE)
             code = run()
         except KeyboardInterrupt:
             code = stops.ended()

@@ -18,6 +18,7 @@ from trtq.calibration.foreign import read_table
 from trtq.console import SILENT, Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.escapes import html_table
 from trtq.files import PathLike
 from trtq.gate.verdict import Check
 from trtq.graph import references
@@ -31,6 +32,7 @@ from trtq.graph.plan import Plan
 from trtq.job import for_builder, open_cache, opt_shapes, prepare, profile_for, samples_of, settled
 from trtq.migration.implied import Implied, implied
 from trtq.migration.source import load_source
+from trtq.paths import BUILT, THREE, Output, check_recipe
 from trtq.pipeline import quantize
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import share_check
@@ -50,6 +52,17 @@ class Built:
     check: Check | None
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        first = self.coverage.text().partition("\n")[0]
+        return f"<Built: {self.build.engine.name}, {self.build.compiled.kernels} kernels, {first}>"
+
+    def _repr_html_(self) -> str:
+        lines = [*self.coverage.text().splitlines(), *self.notes, *self.build.warnings]
+        if self.check is not None:
+            lines.append(f"{self.check.outcome.value.upper()} {self.check.message}")
+        rows = [(line,) for line in lines]
+        return html_table(f"{self.build.engine}, {self.build.compiled.kernels} kernels", rows)
+
 
 def build(
     recipe: Recipe,
@@ -63,10 +76,11 @@ def build(
         table, calibrator: as for `build_implicit`.
 
     Raises:
-        InputError: an option, the model or the data cannot be used.
+        InputError: an option, the model or the data cannot be used, or the engine would replace an input.
         MissingBackendError: the builder is not installed.
     """
     recipe.require("model", "output")
+    check_recipe(recipe, Output.FILE, BUILT, table=table)
     least, notes = recipe.min_int8, tuple[str, ...]()
     if table is not None or calibrator is not None:
         built, plan, notes = build_implicit(recipe, table, calibrator)
@@ -260,6 +274,8 @@ def build_three(
         InputError, MissingBackendError: as `quantize` and the builder.
     """
     folder = Path(recipe.require("model", "output").output)
+    makes = (*THREE, "model.int8.onnx") if int8 is None else THREE
+    check_recipe(recipe, Output.FOLDER, makes, table=table, int8=int8)
     if len(recipe.profiles) > 1:
         raise InputError("engines are compared at one optimization profile", remedy="give one --profile each")
     recipe = for_builder(recipe)

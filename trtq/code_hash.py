@@ -6,13 +6,19 @@ code computed is never taken for the result of this code, whether or not the rel
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import re
+import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
 
 PACKAGE = Path(__file__).parent
 
@@ -22,6 +28,14 @@ _IMPORT = re.compile(
     re.MULTILINE,
 )
 _NAME = re.compile(r"[\w.]+")
+_OF_EVERY_CLASS = {
+    "__dict__",
+    "__weakref__",
+    "__module__",
+    "__doc__",
+    "__firstlineno__",
+    "__static_attributes__",
+}
 
 
 @cache
@@ -42,6 +56,138 @@ def script_sha256(path: Path) -> str:
     return _sha256({"": path.read_bytes()} | {name: file.read_bytes() for name, file in found.items()})
 
 
+def callable_sha256(function: Callable[..., Any]) -> str | None:
+    """Hash of what a function computes: its code, its defaults, what it closes over, the globals that it
+    names, and so on through all that these are. None where that cannot be told, as of an object with a state
+    of its own kind: nothing may be taken for its result then.
+
+    Args:
+        function: a function, lambda, method, `functools.partial`, or an object with `__call__`.
+    """
+    parts: list[str] = []
+    try:
+        _describe(function, parts, {})
+    except _UnknownError:
+        return None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class _UnknownError(Exception):
+    """A value of which no hash can be made."""
+
+
+def _describe(value: Any, parts: list[str], seen: dict[int, tuple[int, object]]) -> None:
+    """Append what a value is, in text that differs where values do.
+
+    Args:
+        seen: id of what was described -> its number, and itself, so that no other value gets its id;
+            functions may name each other.
+
+    Raises:
+        _UnknownError: it is of no known kind.
+    """
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | range | slice):
+        parts.append(f"{type(value).__name__} {value!r}")
+        return
+    if id(value) in seen:
+        parts.append(f"again {seen[id(value)][0]}")
+        return
+    seen[id(value)] = len(seen), value
+    if isinstance(value, ModuleType):
+        parts.append(f"module {value.__name__} {_module_version(value.__name__)}")
+    elif isinstance(value, functools.partial):
+        _describe_all("partial", [value.func, value.args, value.keywords], parts, seen)
+    elif isinstance(value, MethodType):
+        _describe_all("method", [value.__func__, value.__self__], parts, seen)
+    elif isinstance(value, FunctionType) and _is_users(value.__module__):
+        code, names = value.__code__, sorted(_names_of(value.__code__) & value.__globals__.keys())
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        globals_ = {name: value.__globals__[name] for name in names}
+        more = [value.__defaults__, value.__kwdefaults__, cells, globals_, vars(value)]
+        _describe_all(f"function {value.__name__}", [code, *more], parts, seen)
+    elif isinstance(value, CodeType):
+        own = (value.co_code, value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
+        table = getattr(value, "co_exceptiontable", b"")
+        _describe_all("code", [*own, table, value.co_flags, value.co_consts], parts, seen)
+    elif _is_installed(value):
+        parts.append(f"installed {value.__module__} {value.__name__} {_module_version(value.__module__)}")
+    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        content = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        parts.append(f"array {value.dtype.str} {value.shape} {content}")
+    elif type(value) in (tuple, list):
+        _describe_all(f"{type(value).__name__} {len(value)}", value, parts, seen)
+    elif type(value) in (set, frozenset) and all(isinstance(item, str | int) for item in value):
+        _describe_all(f"{type(value).__name__} {len(value)}", sorted(value, key=repr), parts, seen)
+    elif type(value) in (dict, MappingProxyType):
+        _describe_all(f"dict {len(value)}", [part for item in value.items() for part in item], parts, seen)
+    elif isinstance(value, type):
+        members = {name: item for name, item in vars(value).items() if name not in _OF_EVERY_CLASS}
+        _describe_all(f"class {value.__qualname__}", [list(value.__bases__), members], parts, seen)
+    elif isinstance(value, staticmethod | classmethod):
+        _describe_all(type(value).__name__, [value.__func__], parts, seen)
+    elif isinstance(value, property):
+        _describe_all("property", [value.fget, value.fset, value.fdel], parts, seen)
+    elif _is_users(type(value).__module__) and hasattr(value, "__dict__") and not hasattr(value, "__slots__"):
+        _describe_all("object", [type(value), vars(value)], parts, seen)
+    else:
+        raise _UnknownError
+
+
+def _describe_all(
+    kind: str, values: Iterable[Any], parts: list[str], seen: dict[int, tuple[int, object]]
+) -> None:
+    parts.append(f"{kind} (")
+    for value in values:
+        _describe(value, parts, seen)
+    parts.append(")")
+
+
+def _names_of(code: CodeType) -> set[str]:
+    """The names in a function's code and in those inside it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*(_names_of(constant) for constant in inner))
+
+
+def _is_installed(value: Any) -> bool:
+    """Whether a value is what an installed module has under the value's name."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
+    if not isinstance(module, str) or not isinstance(name, str) or _is_users(module):
+        return False
+    return getattr(sys.modules.get(module), name, None) is value
+
+
+def _is_users(module: str | None) -> bool:
+    """Whether a module is the user's own: `__main__`, a notebook, a file; neither Python's nor installed."""
+    if module is None or module == "builtins":
+        return False
+    loaded = sys.modules.get(module)
+    return module == "__main__" or loaded is None or _own_file(loaded) is not None
+
+
+def _own_file(module: ModuleType) -> Path | None:
+    """The source of a user's module."""
+    file = getattr(module, "__file__", None)
+    return None if file is None or not file.endswith(".py") or _elsewhere(Path(file)) else Path(file)
+
+
+def _module_version(name: str) -> str:
+    """What tells one version of a module from another.
+
+    Raises:
+        _UnknownError: nothing does.
+    """
+    module = sys.modules.get(name)
+    if module is not None and (file := _own_file(module)) is not None:
+        return script_sha256(file)
+    top = name.partition(".")[0]
+    if top in sys.stdlib_module_names:
+        return sys.version
+    version = getattr(sys.modules.get(top), "__version__", None)
+    if version is None:
+        raise _UnknownError
+    return str(version)
+
+
 def own_module(name: str) -> Path | None:
     """The source of a module of trtq; None for others, and for trtq itself, which only names its parts."""
     if not name.startswith(f"{PACKAGE.name}."):
@@ -58,9 +204,15 @@ def _users_module(name: str) -> Path | None:
         return None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None
-    path, paths = Path(spec.origin), sysconfig.get_paths()
-    elsewhere = {paths[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")} | {str(PACKAGE)}
-    return None if any(path.is_relative_to(folder) for folder in elsewhere) else path
+    path = Path(spec.origin)
+    return None if _elsewhere(path) else path
+
+
+def _elsewhere(path: Path) -> bool:
+    """Whether a file is Python's, installed, or trtq's."""
+    paths = sysconfig.get_paths()
+    folders = {paths[kind] for kind in ("stdlib", "platstdlib", "purelib", "platlib")} | {str(PACKAGE)}
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def _closure(names: Iterator[str] | tuple[str, ...], find: Callable[[str], Path | None]) -> dict[str, Path]:

@@ -23,6 +23,12 @@ def show(text: str) -> None:
     print(printable(text))
 
 
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
+
+
 class Console:
     """Prints steps and progress; `quiet` prints nothing, as a library should by default.
 
@@ -55,12 +61,19 @@ class Console:
         self.say("warning", text)
 
     @contextlib.contextmanager
-    def progress(self, label: str, total: int, unit: str = "row") -> Iterator[Advance]:
-        """A progress bar on a terminal, a plain line every few seconds elsewhere."""
+    def progress(self, label: str, total: int | None, unit: str = "row") -> Iterator[Advance]:
+        """A progress bar on a terminal or in a notebook, a plain line every few seconds elsewhere.
+
+        Args:
+            total: how much there is to do; None: nobody knows.
+        """
         if self._quiet:
             yield lambda rows: None
-        elif self._stream.isatty():
-            from tqdm import tqdm
+        elif self._stream.isatty() or in_notebook():
+            if in_notebook():
+                from tqdm.auto import tqdm
+            else:
+                from tqdm import tqdm
 
             bar = tqdm(
                 total=total,
@@ -74,15 +87,15 @@ class Console:
         else:
             yield self._lines(label, total, unit)
 
-    def _lines(self, label: str, total: int, unit: str) -> Advance:
+    def _lines(self, label: str, total: int | None, unit: str) -> Advance:
         done, last = 0, time.monotonic()
 
         def advance(rows: int) -> None:
             nonlocal done, last
             done += rows
-            if done < total and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            if done != total and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                self.say(label, f"{done} of {total} {unit}s")
+                self.say(label, f"{done} {unit}s" if total is None else f"{done} of {total} {unit}s")
 
         return advance
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _LONGEST = 200
 
@@ -54,10 +54,20 @@ class TrtqError(Exception):
         lines += [f"  remedy: {remedy}"] if remedy else []
         super().__init__("\n".join(lines))
 
+    def retell(self, words: Callable[[str], str]) -> None:
+        """Put each part of the message through `words`."""
+        cause, remedy = (part and words(part) for part in (self.cause, self.remedy))
+        file = self.file and words(self.file)
+        TrtqError.__init__(self, words(self.problem), file=file, cause=cause, remedy=remedy)
+
 
 def _to_an_end(text: str) -> str:
     """Text that may hold names and values of any length, as a message can show it."""
     return text if len(text) <= LONGEST_CAUSE else f"{text[:LONGEST_CAUSE]}…"
+
+
+class TrtqWarning(UserWarning):
+    """What makes a result doubtful and stops nothing, where no console prints it."""
 
 
 class InputError(TrtqError):

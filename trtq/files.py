@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from trtq import stops
 from trtq.errors import InputError
@@ -109,6 +109,21 @@ def is_stream(path: PathLike) -> bool:
         mode = os.stat(path).st_mode
         return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
     return False
+
+
+def check_name(path: PathLike) -> None:
+    """Refuse a path whose bytes are no UTF-8: ONNX Runtime opens no such file, and trtq's own files, where
+    names of others stand, are UTF-8.
+
+    Raises:
+        InputError: it is such a path.
+    """
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "a path is not UTF-8", file=path, cause=error.reason, remedy="rename the file, or its folder"
+        ) from error
 
 
 def is_stdout(path: PathLike) -> bool:
@@ -330,13 +345,31 @@ def sha256_file(path: PathLike) -> str:
     """Lower-case hex SHA-256 of a file's bytes, read in blocks.
 
     Raises:
-        InputError: the file is missing or unreadable.
+        InputError: the file is missing or unreadable, or no regular one.
     """
     digest = hashlib.sha256()
+    with _regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_bytes(path: PathLike, count: int) -> bytes:
+    """Up to `count` bytes of a file's start, which tell what it is.
+
+    Raises:
+        InputError: as `sha256_file`.
+    """
+    with _regular(path) as file:
+        return file.read(count)
+
+
+@contextlib.contextmanager
+def _regular(path: PathLike) -> Iterator[BinaryIO]:
+    """A regular file, open for reading; what goes wrong within is an `InputError` about it."""
     try:
         with open(path, "rb", opener=_open_regular) as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            yield file
     except (OSError, ValueError) as error:
         raise InputError(
             "cannot read the file",
@@ -344,7 +377,6 @@ def sha256_file(path: PathLike) -> str:
             cause=getattr(error, "strerror", error),
             remedy="check the path",
         ) from error
-    return digest.hexdigest()
 
 
 def sha256_json(value: Any) -> str:

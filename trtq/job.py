@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from trtq.cache import Cache, Key
 from trtq.console import Console
 from trtq.data.feeding import InputOptions
 from trtq.data.load import load_samples
+from trtq.data.memory import Data, save_npz
 from trtq.data.overlap import distinct_rows, shared_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, about
@@ -40,7 +43,8 @@ from trtq.graph.fold import fold
 from trtq.graph.foreign import View
 from trtq.graph.half import check_dtypes
 from trtq.graph.inputs import InputSpec
-from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
+from trtq.graph.memory import ModelInMemory
+from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model, model_files
 from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
@@ -344,12 +348,31 @@ def with_timing_cache(recipe: Recipe) -> Recipe:
     return replace(recipe, timing_cache=str(Cache.at(recipe.cache).timing / f"{name}.timing"))
 
 
+def with_files(recipe: Recipe, inputs: Sequence[InputSpec], folder: Path) -> Recipe:
+    """The recipe with files in place of the model and the data in memory, which are written into a folder:
+    `given.model.onnx`, `given.data.npz` and `given.eval.npz`.
+
+    Raises:
+        InputError: they cannot be written so.
+    """
+    files: dict[str, Any] = {}
+    if isinstance(recipe.model, ModelInMemory):
+        for path in model_files(recipe.model):
+            shutil.copyfile(path, folder / path.name.replace("model.onnx", "given.model.onnx"))
+        files["model"] = "given.model.onnx"
+    for name in ("data", "eval"):
+        if isinstance(source := getattr(recipe, name), Data):
+            files[name] = f"given.{name}.npz"
+            save_npz(load_samples(source, inputs, recipe.preprocess, recipe.feeding), folder / files[name])
+    return replace(recipe, **files)
+
+
 def open_cache(recipe: Recipe, console: Console) -> Cache:
     """The recipe's cache, or the user's."""
     return Cache.at(recipe.cache, console.warn)
 
 
-def samples_of(recipe: Recipe, source: str, model: Model, cache: Cache, console: Console) -> Samples:
+def samples_of(recipe: Recipe, source: str | Data, model: Model, cache: Cache, console: Console) -> Samples:
     """The samples of a source for a recipe's model, with the states that occur where it has some.
 
     Raises:
@@ -395,9 +418,10 @@ def profile_from_samples(
     dimensions = {name: (spec.batch_dim, *spec.row_dims) for name, spec in specs.items()}
 
     def row_shapes(some: Sequence[Samples]) -> dict[str, list[Shape]]:
+        of = {name: cache(spec.row_shape) for name, spec in specs.items()}  # one tuple for rows of a shape
         return {
-            name: [spec.row_shape(shape) for samples in some for shape in samples.fed_shapes(name)]
-            for name, spec in specs.items()
+            name: [row_shape(shape) for samples in some for shape in samples.fed_shapes(name)]
+            for name, row_shape in of.items()
         }
 
     ranges = profiles_from(

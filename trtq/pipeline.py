@@ -23,8 +23,9 @@ from trtq.calibration.table import Table
 from trtq.console import SILENT, Console
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
+from trtq.escapes import html_table
 from trtq.files import PathLike, staged_folder, write_json, write_text
-from trtq.gate.evaluation import Evaluation, metric_of
+from trtq.gate.evaluation import Evaluation, metric_of, warn_of_walls
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph import references
@@ -43,11 +44,13 @@ from trtq.job import (
     samples_of,
     say_without_data,
     settled,
+    with_files,
     with_timing_cache,
 )
 from trtq.migration.fit import require_complete
 from trtq.migration.source import load_source
 from trtq.migration.to_qdq import quantize_with_table
+from trtq.paths import DEPLOYED, Output, check_recipe
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
@@ -56,7 +59,7 @@ from trtq.recovery.race import layers_timed
 from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.speed import Point, front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
-from trtq.recovery.workflow import recover
+from trtq.recovery.workflow import best_of, recover
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import manifest
@@ -77,6 +80,22 @@ class Deployment:
     best: Attempt
     steps: tuple[Attempt | Fruitless, ...]
     front: tuple[Point, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Deployment: {self.folder}, {' '.join(self.verdict.headline().split())}>"
+
+    def _repr_html_(self) -> str:
+        made = "engine" if self.build is not None else "model"
+        rows = [
+            ("folder", self.folder),
+            ("outcome", " ".join(self.verdict.headline().split())),
+            (made, self.build.engine if self.build is not None else self.folder / "model.int8.onnx"),
+            ("in INT8", self.coverage.text()),
+            ("steps", "\n".join(self.step_lines())),
+            ("details", "\n".join(self.verdict.details())),
+            ("report", self.folder / "report.html"),
+        ]
+        return html_table("trtq.deploy", rows)
 
     @property
     def attempts(self) -> tuple[Attempt, ...]:
@@ -135,15 +154,9 @@ def _step_line(step: Attempt | Fruitless, *, kept: bool) -> str:
     return f"{step.step}{' (kept)' if kept else ''}: {found}"
 
 
-RESULT = (
-    *("model.int8.onnx", "model.plan", "model.plan.json", "calibration.cache", "calibration.cache.json"),
-    *("plan.json", "verdict.json", "junit.xml", "report.html", "workflow.json", "recipe.toml"),
-    "manifest.json",
-)
-"""What `deploy` leaves; an engine of an earlier job goes even where this one has none."""
-
-
-def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Deployment:
+def deploy(
+    recipe: Recipe, command: str = "", console: Console = SILENT, *, save_data: bool = False
+) -> Deployment:
     """Calibrate, quantize, build and gate a model; recover accuracy until the gate passes (paper section 6).
 
     Files left in the recipe's output folder: `model.int8.onnx`, `model.plan` (+ `.json`: what the engine
@@ -156,12 +169,14 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
 
     Args:
         command: the command line, for the manifest.
+        save_data: also write what is in memory (see `with_files`), for the recipe that is left there.
 
     Raises:
-        InputError: an option, the model or the data cannot be used.
+        InputError: an option, the model or the data cannot be used, or the results would replace an input.
         MissingBackendError: the builder is not installed.
     """
     output = recipe.require("model", "data", "eval", "metric", "output").output
+    check_recipe(recipe, Output.FOLDER, DEPLOYED)
     if recipe.backend != NO_ENGINE:
         builder(recipe.backend).check_targets(recipe.target)
     metric_of(recipe)
@@ -181,12 +196,14 @@ def deploy(recipe: Recipe, command: str = "", console: Console = SILENT) -> Depl
     if speed is not None:
         console.say("latency", speed.text(plan, rest_of(recipe)))
     started, refused = time.perf_counter(), refusal(job, plan)
-    with staged_folder(output, RESULT) as folder:
+    with staged_folder(output, DEPLOYED) as folder:
+        if save_data:
+            given = with_files(given, job.model.inputs, folder)
         tried, job, evaluation, points = recover(
             job, plan, evaluation, recipe.recover, folder, refused, speed
         )
         attempts = [step for step in tried if isinstance(step, Attempt)]
-        kept = max(attempts, key=lambda attempt: attempt.worth)
+        kept = best_of(attempts)
         in_the_way = diagnose(job, evaluation, attempts, kept, time.perf_counter() - started)
         best = with_interval(kept, evaluation)
         verdict = dataclasses.replace(best.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
@@ -291,6 +308,7 @@ def gate(recipe: Recipe, reference: Path, candidate: Path, console: Console) -> 
     """
     inputs = input_specs([reference, candidate], recipe.plugin_lib)
     evaluation = Evaluation.open(recipe, reference, inputs, open_cache(recipe, console), console)
+    warn_of_walls(reference, console)
     return evaluation.published(evaluation.verdict(candidate)), evaluation.samples
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import tomli_w
 
 from trtq.backends.builders import BUILDERS, NO_ENGINE
@@ -33,9 +34,13 @@ from trtq.backends.interface import (
 from trtq.cache import Cache
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.data.feeding import Feeding, InputOptions
+from trtq.data.memory import Data
 from trtq.data.preprocess import Preprocess
+from trtq.data.remote import is_url
 from trtq.errors import InputError, about, shown
 from trtq.files import PathLike, check_depth, read_bytes
+from trtq.graph.memory import ModelInMemory, model_in_memory
+from trtq.memory import Function, refuse_memory
 from trtq.simulation.pool import Pool, parse_parallel
 
 if sys.version_info >= (3, 11):
@@ -77,7 +82,10 @@ class Kind:
     table: bool = False
 
     def read_all(self, given: Any) -> Any:
-        """The value of an option: `read`, item by item where there may be several."""
+        """The value of an option: `read`, item by item where there may be several. NumPy's numbers are
+        Python's."""
+        if isinstance(given, np.generic):
+            given = given.item()
         if self.many is None:
             return self.read(given)
         if isinstance(given, Mapping):
@@ -182,10 +190,10 @@ def _read_method(value: Any) -> Method | Literal["auto"]:
 
 def _read_steps(value: Any) -> tuple[str, ...]:
     """Some of `STEPS` in their order, from "fix,partial,learn" or "none"."""
-    if not isinstance(value, tuple):
+    if not isinstance(value, tuple | list):
         text = _instance(str)(value)
         value = [] if text.strip() == "none" else [name.strip() for name in text.split(",")]
-    if not set(value) <= set(STEPS):
+    if any(step not in STEPS for step in value):
         raise ValueError
     return tuple(step for step in STEPS if step in value)
 
@@ -198,9 +206,10 @@ def _read_target(value: Any) -> str:
 
 
 def _read_profile(value: Any) -> tuple[str, Range]:
-    """An input and its range, from text such as "x:1x3x8x8,4x3x8x8,8x3x8x8"."""
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Range):
-        return value
+    """An input and its range, from text such as "x:1x3x8x8,4x3x8x8,8x3x8x8", or from three shapes."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], list | tuple):
+        name, shapes = value
+        value = profile_text(name, Range(*(tuple(int(size) for size in shape) for shape in shapes)))
     ((name, sizes),) = parse_profile([_instance(str)(value)]).items()
     return name, sizes
 
@@ -242,10 +251,38 @@ def _read_text(value: Any) -> str:
     return value
 
 
+def _read_path(value: Any) -> str:
+    """A path as text."""
+    return _read_text(os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def _read_model(value: Any) -> str | ModelInMemory:
+    """A path, or a model in memory."""
+    return model_in_memory(value) or _read_path(value)
+
+
+def _read_data(value: Any) -> str | Data:
+    """A path, or data in memory."""
+    if isinstance(value, str | os.PathLike):
+        return _read_path(value)
+    return value if isinstance(value, Data) else Data(value)
+
+
+def _read_metric(value: Any) -> str | Function:
+    """The name of a metric, or a function."""
+    if isinstance(value, Function):
+        return value
+    return Function(value) if callable(value) else _read_path(value)
+
+
 TEXT = Kind(_read_text, f"use text that is not empty, up to {LONGEST_TEXT} characters")
+PATH = Kind(_read_path, f"give a path of up to {LONGEST_TEXT} characters that is not empty")
+MODEL = Kind(_read_model, "give the path of an ONNX file, or an onnx.ModelProto", str)
+DATA = Kind(_read_data, "give a path, or data in memory", str)
+METRIC = Kind(_read_metric, "give the name of a metric, FILE.py:FUNCTION, or a function", str)
 FLAG = Kind(_instance(bool), "use true or false")
 PATTERNS = Kind(_read_text, "write text, or a list of strings, none of them empty", many=tuple)
-FILES = Kind(_read_text, "write a path, or a list of paths, none of them empty", many=tuple)
+FILES = Kind(_read_path, "write a path, or a list of paths, none of them empty", many=tuple)
 MARGIN = _fraction(lambda part: 0 <= part < 1, "1% or 0.01, below 100%")
 SHARE = _fraction(lambda part: 0 <= part <= 1, "90% or 0.9, up to 100%")
 DURATION = Kind(_read_duration, "write it as 90s, 10m or 1h", _write_duration)
@@ -298,21 +335,25 @@ def _option(
 class Recipe:
     """The options of a job; None or empty where nothing was said."""
 
-    model: str | None = _option("ONNX model: fp32, or with Q/DQ for build", metavar="MODEL", path=True)
-    data: str | None = _option(
+    model: str | ModelInMemory | None = _option(  # noqa: RUF009
+        "ONNX model: fp32, or with Q/DQ for build", MODEL, metavar="MODEL", path=True
+    )
+    data: str | Data | None = _option(  # noqa: RUF009
         "calibration data: .npz, a folder, a .csv of images, or script.py:function",
+        DATA,
         metavar="CALIB",
         path=True,
     )
-    eval: str | None = _option(
-        "evaluation data, with targets where the metric needs them", metavar="EVAL", path=True
+    eval: str | Data | None = _option(  # noqa: RUF009
+        "evaluation data, with targets where the metric needs them", DATA, metavar="EVAL", path=True
     )
-    metric: str | None = _option(
+    metric: str | Function | None = _option(  # noqa: RUF009
         "top1, top5, accuracy, f1, miou, cosine, sqnr, kl, detections, mAP, mAP50, or file.py:function",
+        METRIC,
         metavar="M",
         path=True,
     )
-    output: str | None = _option("where to write the results", metavar="OUT", path=True, flags=("-o",))
+    output: str | None = _option("where to write the results", PATH, metavar="OUT", path=True, flags=("-o",))
     method: Method | Literal["auto"] = _option(  # noqa: RUF009
         "max, entropy, mse, percentile:P, or auto (measured choice)", METHOD, metavar="M", default=AUTO
     )
@@ -368,7 +409,9 @@ class Recipe:
     labels: str | None = _option(
         "target of the calibration data, class numbers, to learn from beside the fp32 model", metavar="NAME"
     )
-    plan: str | None = _option("plan.json to quantize by, in place of the rules", metavar="PLAN", path=True)
+    plan: str | None = _option(
+        "plan.json to quantize by, in place of the rules", PATH, metavar="PLAN", path=True
+    )
     include: tuple[str, ...] = _option(
         "quantize only nodes that match: name with * and ?, or op:Type (repeatable)", PATTERNS
     )
@@ -440,14 +483,20 @@ class Recipe:
         PARALLEL,
         metavar="WHERE",
     )
-    threads: int | None = _option("CPU threads; default: all", COUNT, metavar="N")
+    threads: int | None = _option(
+        "CPU threads; default: as many as this process may use (affinity, cgroup, OMP_NUM_THREADS)",
+        COUNT,
+        metavar="N",
+    )
     cache: str | None = _option(
         "cache of statistics, tables and outputs; default: $TRTQ_CACHE or the user's cache folder",
+        PATH,
         metavar="DIR",
         path=True,
     )
     timing_cache: str | None = _option(
         "file of kernel timings, read and written by the build (TensorRT; deploy keeps one in the cache)",
+        PATH,
         metavar="F",
         path=True,
     )
@@ -480,9 +529,12 @@ class Recipe:
     inputs: Mapping[str, InputOptions] = field(default_factory=dict, metadata={"kind": INPUTS})
 
     def __post_init__(self) -> None:
+        same = self.eval is self.data  # is read once
         for name in KINDS:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, read(name, value, name))
+        if same:
+            object.__setattr__(self, "eval", self.data)
 
     @classmethod
     def load(cls, path: PathLike) -> Recipe:
@@ -522,6 +574,16 @@ class Recipe:
         named = {n: v for n, v in given.items() if n in KINDS and v is not None and v != []}
         return self._with({n: read(n, v, flag(n)) for n, v in named.items()}, Path())
 
+    def changed(self, given: Mapping[str, Any]) -> Recipe:
+        """This recipe with what a Python program gives instead; None is not given.
+
+        Raises:
+            InputError: a value that the option does not take.
+        """
+        named = {name: value for name, value in given.items() if value is not None}
+        recipe = dataclasses.replace(self, **named)
+        return recipe._with({name: getattr(recipe, name) for name in named}, Path())
+
     def require(self, *names: str, **beside: str | None) -> Required:
         """The options that a job cannot do without.
 
@@ -529,7 +591,8 @@ class Recipe:
             beside: arguments of the command that are no options of recipes, but needed as well.
 
         Raises:
-            InputError: some are missing; the message names all of them.
+            InputError: some are missing; the message names all of them. Or the model was in memory when the
+                recipe was saved.
         """
         values = {name: getattr(self, name) for name in names}
         needed = values | beside
@@ -539,6 +602,8 @@ class Recipe:
             which = f"{', '.join(others)} and {last} are" if others else f"{last} is"
             them = "them" if others else "it"
             raise InputError(f"{which} missing", remedy=f"give {them} on the command line or in the recipe")
+        if isinstance(model := values.get("model"), str):
+            refuse_memory(model, "the model was", "give a file, or make the recipe with save_data=True")
         return Required(values)
 
     @property
@@ -601,13 +666,13 @@ BUILD_OPTIONS = tuple(f.name for f in dataclasses.fields(BuildOptions) if f.name
 class Required:
     """Options that are certainly set: those that `Recipe.require` was asked for, and no others."""
 
-    model: str
-    data: str
-    eval: str
-    metric: str
+    model: str | ModelInMemory
+    data: str | Data
+    eval: str | Data
+    metric: str | Function
     output: str
 
-    def __init__(self, values: Mapping[str, str]) -> None:
+    def __init__(self, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
 
 
@@ -635,7 +700,7 @@ def read(name: str, given: Any, spelled: str) -> Any:
     kind = KINDS[name]
     try:
         return kind.read_all(given)
-    except (ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{spelled} is {shown(given)}", remedy=kind.allowed) from error
     except InputError as error:
         if name in ("preprocess", "inputs"):  # which name themselves
@@ -660,9 +725,9 @@ def from_command_line(name: str, text: str) -> Any:
     return value if kind.many is None else given
 
 
-def _absolute(value: str, base: Path, is_metric: bool) -> str:
-    """A path as an absolute one; URLs and names of metrics stay."""
-    if "://" in value or (is_metric and ".py:" not in value):
+def _absolute(value: Any, base: Path, is_metric: bool) -> Any:
+    """A path as an absolute one; URLs, what is in memory and names of metrics stay."""
+    if is_url(value) or (is_metric and ".py:" not in value):
         return value
     return os.path.abspath(base / value)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from trtq.errors import InputError
 
@@ -48,7 +49,7 @@ def load_module(path: Path, what: str) -> ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up
     try:
-        with not_leaving():
+        with contained():
             module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         cause = f"{type(error).__name__}: {error}"
@@ -57,10 +58,20 @@ def load_module(path: Path, what: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def not_leaving() -> Iterator[None]:
-    """Make `os._exit` in the user's code an error as `sys.exit` is one: the process would end with whatever
-    exit code it names, and 0 is what passes. Processes that the code forks end as they like."""
-    leave, own = os._exit, os.getpid()
+def contained() -> Iterator[None]:
+    """Keep to the user's code what it does to the process.
+
+    `os._exit` is an error as `sys.exit` is one: the process would end with whatever exit code it names, and 0
+    is what passes. Processes that the code forks end as they like. Paths mean afterwards what they meant
+    before, and results are printed where they were.
+
+    Raises:
+        RuntimeError: the code raised what has no text, or is no `Exception`, but for Ctrl-C and `sys.exit`.
+        ValueError: standard output or standard error was closed.
+    """
+    leave, own, streams = os._exit, os.getpid(), (sys.stdout, sys.stderr)
+    deepest = sys.getrecursionlimit()
+    folder = os.getcwd() if os.path.exists(".") else None
 
     def refuse(status: int) -> NoReturn:
         if os.getpid() != own:
@@ -70,5 +81,39 @@ def not_leaving() -> Iterator[None]:
     os._exit = refuse
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        text = _text(error)
+        if text is None or not isinstance(error, Exception):  # nothing else would show, or catch it
+            raise RuntimeError(f"{type(error).__name__}: {text or 'without a text'}") from None
+        raise
     finally:
         os._exit = leave
+        sys.setrecursionlimit(deepest)
+        sys.stdout, sys.stderr = streams
+        if folder is not None:
+            os.chdir(folder)
+        _reopen(streams)
+
+
+def _text(error: BaseException) -> str | None:
+    """The text of an error, if its own code can tell it."""
+    try:
+        return str(error)
+    except Exception:
+        return None
+
+
+def _reopen(streams: tuple[TextIO | None, ...]) -> None:
+    """Replace standard streams that were closed, so that printing is no error of its own, and raise one.
+
+    Raises:
+        ValueError: there are some.
+    """
+    closed = [index for index, stream in enumerate(streams, 1) if stream is not None and stream.closed]
+    if not closed:
+        return
+    for index in closed:
+        setattr(sys, ("stdin", "stdout", "stderr")[index], io.StringIO())
+    raise ValueError("it closes standard output or standard error")

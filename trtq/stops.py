@@ -8,6 +8,8 @@ the command line ends as interrupted whatever exception reaches it (`unmasked`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import signal
 import sys
 import threading
@@ -15,6 +17,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 _received: list[int] = []
 
@@ -89,6 +93,18 @@ def deferred() -> Iterator[None]:
             signal.signal(number, handler)
         for number, frame in pressed:
             previous[number](number, frame)
+
+
+def end_with(parent: int) -> None:
+    """Let this process be killed when the one that started it ends, whatever ends that; Linux only.
+
+    Args:
+        parent: the process id of the one that started it, which may have ended already.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

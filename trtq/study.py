@@ -14,6 +14,7 @@ from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.statistics import Statistics
 from trtq.console import Console
 from trtq.errors import InputError, MissingBackendError
+from trtq.escapes import html_table
 from trtq.files import PathLike, atomic_path, decode, read_own_json, staged_folder, write_json, write_text
 from trtq.gate.evaluation import Evaluation, metric_of
 from trtq.graph.evaluate import fold_constants
@@ -107,6 +108,17 @@ class Study:
         """
         return read_own_json(path, "study", cls.from_json)
 
+    def __repr__(self) -> str:
+        rows = sum(map(len, self.tables.values()))
+        found = f"{self.metric} {self.fp32:.4f} in fp32"
+        return f"<Study: {self.model}, {len(self.tables)} tables of {rows} rows, {found}>"
+
+    def _repr_html_(self) -> str:
+        head = ("", "metric", "drop", "SQNR dB", "in floating point", "INT8 MACs", "latency µs")
+        return "".join(
+            html_table(title, [_cells(row) for row in rows], head) for title, rows in self.tables.items()
+        )
+
     def text(self) -> str:
         """The tables for a person."""
         lines = [f"{self.model}: {self.metric} {self.fp32:.4f} in fp32 on {self.samples} samples"]
@@ -114,18 +126,26 @@ class Study:
             width = max(len(row.name) for row in rows)
             timed = any(row.microseconds is not None for row in rows)
             heading = f"  {'':<{width}}    metric     drop  SQNR dB  float  int8 MACs"
-            lines += ["", title, heading + ("  latency µs" if timed else "")]
-            for row in rows:
-                share = "" if row.int8_share is None else percent(row.int8_share)
-                value = "-" if row.metric is None else f"{row.metric:.4f}"
-                drop = "-" if row.drop is None else f"{row.drop:.2%}"
-                noise = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+            lines += ["", title, heading + (f"  {'latency µs':>10}" if timed else "")]
+            for name, value, drop, noise, floating_point, share, latency in map(_cells, rows):
                 lines.append(
-                    f"  {row.name:<{width}}  {value:>8}  {drop:>7}  {noise:>7}  "
-                    f"{row.floating_point:>5}  {share:>9}"
-                    + ("" if row.microseconds is None else f"  {row.microseconds:>10.1f}")
+                    f"  {name:<{width}}  {value:>8}  {drop:>7}  {noise:>7}  {floating_point:>5}  {share:>9}"
+                    + (f"  {latency:>10}" if timed else "")
                 )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    """A row as text."""
+    return (
+        row.name,
+        "-" if row.metric is None else f"{row.metric:.4f}",
+        "-" if row.drop is None else f"{row.drop:.2%}",
+        "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+        str(row.floating_point),
+        "" if row.int8_share is None else percent(row.int8_share),
+        "" if row.microseconds is None else f"{row.microseconds:.1f}",
+    )
 
 
 def study(recipe: Recipe, console: Console) -> Study:

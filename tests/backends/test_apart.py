@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,3 +55,39 @@ def test_a_crash_of_the_library_is_an_error(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BuildError, match="crashed") as raised:
         try_build("tensorrt-rtx", case.model, profile=BATCHES)
     assert "SIGABRT" in str(raised.value.cause)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_build_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    (tmp_path / "tensorrt_rtx.py").write_text(
+        "import os, pathlib, time\n"
+        "own = pathlib.Path(__file__).with_name('own')\n"
+        "own.write_text(str(os.getpid()))\n"
+        "os.rename(own, own.with_name('pid'))\n"
+        "time.sleep(100)\n"
+    )
+    code = "from trtq.backends.apart import *; try_build('tensorrt-rtx', Path('model.onnx'))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "TMPDIR": str(tmp_path)}
+    asking = subprocess.Popen([sys.executable, "-c", code], env=env)
+    try:
+        while not (tmp_path / "pid").exists():
+            assert asking.poll() is None
+            time.sleep(0.02)
+    finally:
+        asking.send_signal(signal.SIGKILL)
+        asking.wait()
+    build = int((tmp_path / "pid").read_text())
+    for _ in range(500):
+        if not running(build):
+            return
+        time.sleep(0.02)
+    os.kill(build, signal.SIGKILL)
+    pytest.fail("the build still ran 10 s after the process that asked for it")
+
+
+def running(process: int) -> bool:
+    """Whether a process is there and no zombie, which waits for whoever adopted it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

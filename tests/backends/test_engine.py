@@ -54,7 +54,7 @@ def test_an_engine_runs_on_a_gpu_or_says_what_is_missing(tmp_path: Path) -> None
     else:
         with pytest.raises(MissingBackendError, match="gate the quantized ONNX model"):
             run_engine(plan, samples_of(x))
-    with pytest.raises(InputError, match="cannot read the engine"):
+    with pytest.raises(InputError, match="cannot read the file"):
         run_engine(tmp_path / "none.plan", samples_of(x))
 
 

@@ -55,7 +55,7 @@ def test_clocks_are_those_of_the_cards(gpu: str, clock: float) -> None:
         ("NVIDIA H100 PCIe", "H100 PCIe"),
         ("NVIDIA L40S", "L40S"),
         ("L4", "L4"),
-        ("Orin", "AGX Orin"),
+        ("Orin (nvgpu)", "AGX Orin"),
         ("NVIDIA Jetson AGX Orin", "AGX Orin"),
         ("Jetson Orin Nano", "Orin Nano"),
     ],

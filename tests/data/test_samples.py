@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -167,3 +169,31 @@ def test_an_input_that_is_one_number_per_row() -> None:
 )
 def test_the_batch_that_inputs_fix(shapes, fixed) -> None:
     assert fixed_batch(InputSpec("x", np.dtype(np.float32), shape) for shape in shapes) == fixed
+
+
+def test_parts_of_samples_take_a_few_bytes_a_row() -> None:
+    """Positions are numbers in an array, however often a part of a part is taken."""
+    count = 200_000
+    rows = np.broadcast_to(np.float32(1), (count, 4))
+    samples = Samples("rows", (InputSpec("x", np.dtype(np.float32), ("N", 4)),), {"x": rows}, {}, "hash")
+    tracemalloc.start()
+    try:
+        fitting, held_back = samples.split()
+        some = fitting.subset(range(0, len(fitting), 2)).spread(1000)
+        assert len(samples.fed_shapes("x")) == count
+        assert tracemalloc.get_traced_memory()[1] < 64 * count
+    finally:
+        tracemalloc.stop()
+    assert [some.row_number(i) for i in range(3)] == [0, 200, 400]
+    assert held_back.row_number(len(held_back) - 1) == count - 1
+
+
+def test_a_part_has_a_hash_of_its_own() -> None:
+    rows = np.zeros((8, 4), np.float32)
+    samples = Samples("rows", (InputSpec("x", np.dtype(np.float32), ("N", 4)),), {"x": rows}, {}, "hash")
+    assert (
+        samples.subset([1, 2]).hash
+        == samples.subset(np.array([1, 2])).hash
+        == samples.subset(range(1, 3)).hash
+    )
+    assert len({samples.subset(g).hash for g in ([], [0], [0, 1], [1, 0])}) == 4

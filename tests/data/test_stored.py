@@ -105,8 +105,9 @@ def test_a_folder_is_read_by_rows(
 
 
 def test_data_that_change_while_they_are_read_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", x=values(20, 3, 5))
+    """Of rows that are read some at a time, no row comes from the new file."""
+    np.savez(tmp_path / "a.npz", x=values(2000, 3, 5))
     samples = load_samples(str(tmp_path / "a.npz"), SPECS)
-    np.savez(tmp_path / "a.npz", x=values(21, 3, 5))
+    np.savez(tmp_path / "a.npz", x=values(2001, 3, 5))
     with pytest.raises(InputError, match="changed while they were read"):
         list(samples.rows())

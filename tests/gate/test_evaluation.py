@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,19 +11,20 @@ import numpy as np
 import onnx
 import pytest
 from jobs import Run
+from nets import net, normal, saved
 from onnx import TensorProto, helper
 
 from trtq.backends import runner
-from trtq.backends.engine import fingerprint
+from trtq.backends.engine import fingerprint, input_specs
 from trtq.backends.interface import Gpu, find_gpu
 from trtq.cache import Cache, Key
-from trtq.console import SILENT
+from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import MissingBackendError
 from trtq.files import sha256_file
 from trtq.gate import evaluation
-from trtq.gate.evaluation import outputs_of
+from trtq.gate.evaluation import Evaluation, outputs_of
 from trtq.graph.inputs import InputSpec
 from trtq.recipe import Recipe
 from trtq.simulation import outputs as simulated
@@ -214,3 +216,27 @@ def test_a_simulation_that_claims_to_be_an_engine_is_run_again(tmp_path: Path) -
     assert (cached, outputs.executor) == (False, "simulation")
     np.testing.assert_array_equal(outputs.arrays["y"], 2 * ROWS)
     assert "another executor" in reports[0]
+
+
+def test_a_model_that_mixes_rows_is_warned_of_from_the_cache_too(tmp_path: Path) -> None:
+    rows = {"x": normal(8, 3), "labels": np.arange(8) % 3}
+    np.savez(tmp_path / "eval.npz", **rows)
+    text = "g (float[N,3] x) => (float[N,3] y) { m = ReduceMean<axes = [0]>(x) y = Sub(x, m) }"
+    model = saved(net(text), tmp_path)
+    recipe = replace(PLAIN, eval=str(tmp_path / "eval.npz"), metric="top1")
+    for _ in range(2):
+        console = Console(quiet=True)
+        Evaluation.open(recipe, model, input_specs([model]), Cache(tmp_path / "cache"), console)
+        assert "depends on the other rows of its batch (y)" in console.warnings[0]
+
+
+def test_where_outputs_come_from_is_said_once(tmp_path: Path) -> None:
+    model = saved(net("g (float[N,3] x) => (float[N,3] y) { y = Neg(x) }"), tmp_path)
+    np.savez(tmp_path / "eval.npz", x=normal(8, 3))
+    recipe, said = replace(PLAIN, eval=str(tmp_path / "eval.npz"), metric="cosine"), io.StringIO()
+    cache, console = Cache(tmp_path / "cache"), Console(said)
+    evaluation = Evaluation.open(recipe, model, input_specs([model]), cache, console)
+    evaluation.verdict(model, again=True)
+    assert "from the cache" not in said.getvalue()
+    evaluation.verdict(model)
+    assert "outputs of the candidate from the cache" in said.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trtq.gate import reference
 from trtq.gate.metrics import load_metric
 from trtq.gate.reference import doubt
 
@@ -92,6 +93,6 @@ def test_metrics_without_labels_of_their_own_are_not_judged(tmp_path) -> None:
 
 
 def test_large_outputs_are_judged_by_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trtq.gate.reference.MOST_VALUES", 3000)  # 300 of the samples
+    monkeypatch.setattr(reference, "MOST_VALUES", 3000)  # 300 of the samples
     assert doubted("top1", predictions(LABELS, 0.0, 10), LABELS)
     assert doubted("top1", predictions(LABELS, 0.5, 10), LABELS) is None

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from trtq.data.preprocess import Preprocess
 from trtq.errors import InputError
-from trtq.graph.ends import Code, Ends, codes_of, why_float
+from trtq.graph.codes import Code
+from trtq.graph.ends import Ends, codes_of, why_float
 from trtq.graph.model import export
 from trtq.simulation.rows import Runner
 

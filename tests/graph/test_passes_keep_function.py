@@ -23,6 +23,7 @@ from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.graph.fit import check_fits
 from trtq.graph.fold import PASSES, fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import Model, export
@@ -30,6 +31,7 @@ from trtq.graph.place import place
 from trtq.graph.quantization import Quantization
 from trtq.graph.shapes import infer_types
 from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.rescale import find_sites, inserted
 from trtq.recovery.fixes.shift import shift
 from trtq.recovery.fixes.smooth import smooth
 from trtq.simulation.narrow import holds_narrow
@@ -97,6 +99,11 @@ def test_every_pass_keeps_the_function(first: int, tmp_path: Path) -> None:
         for change in RECOVERY:
             if (changed := change(model.graph, plan, samples, workers=1)) is not None:
                 check(changed, change.__name__)
+        values = np.random.default_rng(seed)
+        factors = {site: values.uniform(0.2, 5, site.channels) for site in find_sites(model.graph, plan)}
+        scaled, placed = inserted(model.graph, plan, factors)
+        check_fits(placed, scaled)
+        check(scaled, "scales inserted")
 
 
 def forms(random: RandomModel, folder: Path) -> Iterator[tuple[str, gs.Graph]]:

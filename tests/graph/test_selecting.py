@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from nets import graph_of, net, normal, run, tensor
 
-from trtq.graph.selecting import measured_tensors, up_to_measured
+from trtq.graph.selecting import measured_tensors, sized_by_values, up_to_measured
 from trtq.graph.shapes import infer_types
 
 DETECTOR = """
@@ -127,3 +127,69 @@ def test_a_selection_inside_a_branch() -> None:
         }
     """
     assert measured(text) == ["a"]
+
+
+SIZED = {
+    "as many as are above zero": (
+        "float[M] y",
+        "t = Greater(x, zero) f = Reshape(x, all) c = Reshape(t, all) y = Compress(f, c)",
+    ),
+    "their places": ("int64[M,2] y", "n = NonZero(x) y = Transpose(n)"),
+    "a range as long as a value": (
+        "int64[M] y",
+        "m = ReduceMax<keepdims = 0>(x) n = Cast<to = 7>(m) y = Range(first, n, step)",
+    ),
+    "rows that a value repeats": ("float[M,4] y", "m = ReduceMax(x) n = Cast<to = 7>(m) y = Tile(x, n)"),
+    "what is behind them": (
+        "float[M] y",
+        "n = NonZero(x) c = Cast<to = 1>(n) y = ReduceSum<keepdims = 0>(c, first_axis)",
+    ),
+    "inside a branch": (
+        "int64[M,2] y",
+        "n = If (flag) < then_branch = t () => (int64[2,M] p) { p = NonZero(x) },"
+        " else_branch = e () => (int64[2,M] q) { q = Identity(none) } >"
+        " y = Transpose(n)",
+    ),
+}
+BY_SHAPE = {
+    "a row for each": ("float[N,4] y", "y = Relu(x)"),
+    "a mask written back": (
+        "float[N,4] y",
+        "n = NonZero(x) t = Transpose(n) v = GatherND(x, t) y = ScatterND(x, t, v)",
+    ),
+    "the shape's own places": (
+        "float[N,4] y",
+        "s = Shape(x) o = ConstantOfShape<value = int64[1] {1}>(s) n = NonZero(o) t = Transpose(n)"
+        " v = GatherND(x, t) y = Reshape(v, s)",
+    ),
+    "a number of the shape's": (
+        "int64[M] y",
+        "s = Shape(x) n = Gather(s, zero_index) y = Range(zero_index, n, step)",
+    ),
+    "as many for each, and one batch": ("float[N,2] y, int64[N,2] i", "y, i = TopK(x, two)"),
+}
+NUMBERS = {
+    "zero": np.float32(0),
+    "all": np.array([-1]),
+    "first": np.int64(0),
+    "zero_index": np.int64(0),
+    "step": np.int64(1),
+    "first_axis": np.array([0]),
+    "flag": np.array(True),
+    "none": np.zeros((2, 0), np.int64),
+    "two": np.array([2]),
+}
+
+
+@pytest.mark.parametrize("case", [*SIZED, *BY_SHAPE])
+def test_outputs_that_may_have_as_many_entries_as_rows_by_chance(case: str) -> None:
+    outputs, nodes = (SIZED | BY_SHAPE)[case]
+    model = net(f"g (float[N,4] x) => ({outputs}) {{ {nodes} }}", **NUMBERS)
+    found = sized_by_values(model, {"x": 0})
+    assert found == ({"y"} if case in SIZED else frozenset())
+
+
+def test_weights_among_the_inputs_are_constants() -> None:
+    text = "g (float[N,4] x, int64[1] all) => (float[M] y) { y = Reshape(x, all) }"
+    assert sized_by_values(net(text, all=np.array([-1])), {}) == frozenset()
+    assert sized_by_values(net(text), {}) == {"y"}

@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import random
+import shutil
 import socket
 import struct
 import zipfile
@@ -21,6 +22,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+from jobs import inside
+
+from trtq.escapes import printable
 
 X = "suitable"
 """Name of the array and input that the model takes."""
@@ -100,6 +104,11 @@ def outputs() -> Iterator[Hostile]:
     """Outputs that would replace an input, one another, a folder, or something that is no file."""
 
     def make(folder: Path) -> None:
+        (folder / "here").symlink_to(".")
+        (folder / "link2.onnx").symlink_to("link.onnx")
+        (folder / "t.cache.json").write_text("{}")
+        model = onnx.load(folder / "m.onnx")
+        onnx.save(model, folder / "e.onnx", save_as_external_data=True, location="e.data", size_threshold=0)
         (folder / "link.onnx").symlink_to("m.onnx")
         os.link(folder / "m.onnx", folder / "hard.onnx")
         os.mkfifo(folder / "pipe")
@@ -108,7 +117,15 @@ def outputs() -> Iterator[Hostile]:
         (folder / "r.toml").write_text("method = 'max'")
 
     data = ("m.onnx", "--data", "d.npz", "--method", "max")
-    inputs = ("m.onnx", "./m.onnx", "d.npz", "link.onnx", "hard.onnx")
+    inputs = (
+        "m.onnx",
+        "./m.onnx",
+        "folder/../m.onnx",
+        "here/here/m.onnx",
+        "d.npz",
+        "link2.onnx",
+        "hard.onnx",
+    )
     no_files = ("folder", "d.npz/x", "/proc/x", "/sys/x", "/dev/new", "/proc/sys/kernel/hostname")
     for path in (*inputs, *no_files, "pipe", "/dev/stdout", "/dev/null"):
         yield Hostile(f"quantize -o {path}", ("quantize", *data, "-o", path), make)
@@ -128,6 +145,20 @@ def outputs() -> Iterator[Hostile]:
         yield Hostile(f"deploy -o {path}", ("deploy", "m.onnx", *judged, "-o", path), make)
         yield Hostile(f"study -o {path}", ("study", "m.onnx", *judged, "-o", path), make)
         yield Hostile(f"demo -o {path}", ("demo", "-o", path), make)
+    for path in ("/dev/fd/1", "/proc/self/fd/1", "/dev/fd/99", "/dev/stderr", "/dev/full", "a/" * 3000):
+        yield Hostile(f"quantize -o {path[:20]}", ("quantize", *data, "-o", path), make)
+    for path in ("/dev/full", "/dev/fd/99", "a/" * 3000):
+        yield Hostile(f"gate --json {path[:20]}", gate("--json", path), make)
+    beside = ("quantize", "m.onnx", "--table", "t.cache", "-o", "t.cache.json")
+    yield Hostile("quantize over what lies beside a table", beside, make)
+    beside = ("cache", "convert", "t.cache", "-o", "t.cache.json")
+    yield Hostile("convert over what lies beside a table", beside, make)
+    yield Hostile("quantize over weights", ("quantize", "e.onnx", *data[1:], "-o", "e.data"), make)
+    yield Hostile("quantize, its weights over weights", ("quantize", "e.onnx", *data[1:], "-o", "e"), make)
+    yield Hostile("gate over its metric", gate("--metric", "metric.py:good", "--json", "metric.py"), make)
+    yield Hostile(
+        "deploy over its model by a link", ("deploy", "model.int8.onnx", *judged, "-o", "here"), make
+    )
     yield Hostile("deploy over its model", ("deploy", "model.int8.onnx", *judged, "-o", "."), make)
     yield Hostile("table over table", ("cache", "convert", "t.cache", "-o", "t.cache"), make)
     yield Hostile("bench over engine", ("bench", "m.onnx", "--json", "m.onnx"), make)
@@ -324,6 +355,7 @@ _RETURNED = (
     *("1j", "[1, 2]", "[[1.0] * 24]", "object()", "b'1'", "[0.5] * 23", "[float('inf')] * 24", "lambda: 1"),
     *("__import__('numpy').zeros((24, 24))", "__import__('numpy').zeros(24, 'M8[s]')", "[10**400] * 24"),
     *("__import__('os')._exit(0)", "__import__('sys').exit(0)", "1 / 0", "(_ for _ in ())"),
+    *("__import__('fractions').Fraction(1, 2)", "[0.5] * 10 ** 6"),
 )
 
 
@@ -354,6 +386,10 @@ def scripts() -> Iterator[Hostile]:
         "bytes": b"\xff\xfe\xff",
         "deep": b"(" * 10**5,
         "endless": b"def f(): return f()\nf()\n",
+        "no error": b"class E(BaseException): pass\nraise E\n",
+        "an error that cannot be shown": b"class E(Exception):\n def __str__(self): return 1 / 0\nraise E\n",
+        "an error of 10 MB": b"raise ValueError('x' * 10 ** 7)\n",
+        "an escape sequence": b"raise ValueError('\\x1b]0;owned\\x07')\n",
     }
     for name, text in texts.items():
         bad = writes("bad.py", text)
@@ -484,7 +520,10 @@ def options() -> Iterator[Hostile]:
         yield Hostile(f"empty: {' '.join(arguments)}", arguments)
 
 
+NOT_UTF8 = os.fsdecode(b"\xff\xfe.onnx")
+
 _PATHS = (
+    NOT_UTF8,
     *("/dev/zero", "/dev/full", "pipe", "folder", "missing", "m.onnx/x", "loop", "socket", "/proc/self/mem"),
     *("sparse", "a" * 300, "text", "zeros"),
 )
@@ -509,7 +548,7 @@ _TAKING: dict[str, Callable[[str], tuple[str, ...]]] = {
 def files() -> Iterator[Hostile]:
     """Things that are no files, or of a wrong kind, wherever a path is taken."""
     for (name, arguments), path in itertools.product(_TAKING.items(), _PATHS):
-        yield Hostile(f"{name} {path[:20]}", arguments(path), _no_files)
+        yield Hostile(f"{name} {printable(path[:20])}", arguments(path), _no_files)
     for path in ("m.onnx", "m.onnx/x", "pipe", "/dev/zero", "loop", "socket"):
         yield Hostile(f"--cache {path}", calibrate("--cache", path), _no_files)
     json = {
@@ -528,17 +567,13 @@ def files() -> Iterator[Hostile]:
 
 
 def _no_files(folder: Path) -> None:
+    shutil.copy(folder / "m.onnx", folder / NOT_UTF8)
     os.mkfifo(folder / "pipe")
     (folder / "folder").mkdir()
     (folder / "loop").symlink_to("loop")
-    own = os.getcwd()
-    os.chdir(folder)  # the name of a socket may have 108 bytes
-    try:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind("socket")
-    finally:
-        os.chdir(own)
+    with inside(folder), socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")  # whose name may have 108 bytes
     with (folder / "sparse").open("wb") as file:
-        file.truncate(1 << 29)
+        file.truncate(1 << 40)
     (folder / "text").write_text("plain text\n")
     (folder / "zeros").write_bytes(bytes(1000))

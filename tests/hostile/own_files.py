@@ -4,8 +4,93 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from jobs import conv_case, inside, trtq_command
+
+Command = tuple[str, ...]
+
+READ_BY: dict[str, Sequence[Command]] = {
+    "verdict.json": [("report", ".")],
+    "workflow.json": [("report", ".")],
+    "plan.json": [("report", "."), ("inspect", "plan.json")],
+    "calibration.cache.json": [("report", "."), ("inspect", "calibration.cache")],
+    "model.plan.json": [("report", "."), ("inspect", "model.plan")],
+}
+"""File of the results -> the commands that read it, in their folder."""
+
+_DATA = ("--data", "data.npz", "--method", "max", "--cache", "cache")
+_CALIBRATE = ("calibrate", "model.onnx", *_DATA, "-o", "again.cache")
+_GATE = (
+    *("gate", "model.onnx", "model.int8.onnx", "--eval", "data.npz", "--metric", "top1"),
+    *("--cache", "cache", "--json", "again.json"),
+)
+
+ALSO_READ_BY: dict[str, Sequence[Command]] = {
+    "manifest.json": [("report", ".")],
+    "plan.json": [("quantize", "model.onnx", *_DATA, "--plan", "plan.json", "-o", "again.onnx")],
+    "calibration.cache": [
+        *[("inspect", "calibration.cache"), ("cache", "convert", "calibration.cache", "-o", "again.cache")],
+        ("quantize", "model.onnx", "--table", "calibration.cache", "-o", "again.onnx"),
+    ],
+    "calibration.cache.json": [
+        ("quantize", "model.onnx", "--table", "calibration.cache", "-o", "again.onnx"),
+        ("cache", "convert", "calibration.cache", "-o", "again.cache"),
+    ],
+    "model.plan": [("inspect", "model.plan"), ("bench", "model.plan")],
+    "model.plan.json": [("bench", "model.plan")],
+    "model.int8.onnx": [("inspect", "model.int8.onnx"), _GATE, ("build", "model.int8.onnx", "-o", "a.plan")],
+    "recipe.toml": [("calibrate", "--recipe", "recipe.toml", "-o", "again.cache", "--cache", "cache")],
+    "effects.json": [("inspect", "effects.json")],
+    "study.json": [("inspect", "study.json")],
+}
+"""The same for further commands, which take longer."""
+
+CACHE_READ_BY: Sequence[Command] = (
+    *[("cache", action, "--cache", "cache") for action in ("list", "show", "verify")],
+    *(_CALIBRATE, _GATE),
+)
+"""The commands that read any file of the cache."""
+
+
+def write_own(folder: Path) -> None:
+    """Results of all kinds with the model, the data and the cache that they come from, and what two commands
+    make that read the cache: `again.cache` and `again.json`.
+
+    Raises:
+        RuntimeError: a command fails.
+    """
+    folder.mkdir(parents=True)
+    conv_case(folder, "N", rows=48)
+    job = ("model.onnx", *_DATA, "--eval", "data.npz", "--metric", "top1")
+    with inside(folder):
+        for command in (
+            ("deploy", *job, "-o", "."),
+            ("sensitivity", *job, "-o", "effects.json"),
+            ("study", *job, "--budget", "1s", "-o", "."),
+            _CALIBRATE,
+            _GATE,
+        ):
+            if (run := trtq_command(*command)).code:
+                raise RuntimeError(f"{command}: {run.err}")
+
+
+def read_by(folder: Path) -> dict[str, Sequence[Command]]:
+    """Name of every file of `write_own` -> the commands that read it."""
+    found = {name: [*READ_BY.get(name, ()), *ALSO_READ_BY.get(name, ())] for name in READ_BY | ALSO_READ_BY}
+    entries = (path for path in sorted((folder / "cache").rglob("*")) if path.is_file())
+    return {**found, **{str(path.relative_to(folder)): CACHE_READ_BY for path in entries}}
+
+
+def copied(folder: Path, place: Path) -> None:
+    """A copy of what `write_own` made, without what the commands make again."""
+    shutil.copytree(folder, place)
+    for name in ("again.cache", "again.cache.json", "again.json", "report.html"):
+        (place / name).unlink(missing_ok=True)
+
 
 EDITS: dict[str, Any] = {
     "null": None,

@@ -8,22 +8,14 @@ import zlib
 from pathlib import Path
 
 import pytest
-from jobs import Deployed, Run, trtq_command
-from own_files import DAMAGES, dumped, edited
+from hostile.own_files import DAMAGES, READ_BY, Command, dumped, edited
+from hostile.trial import tried
+from jobs import Deployed
 
 from trtq.errors import ExitCode
 
-READ_BY = {
-    "verdict.json": [("report", "")],
-    "workflow.json": [("report", "")],
-    "plan.json": [("report", ""), ("inspect", "plan.json")],
-    "calibration.cache.json": [("report", ""), ("inspect", "calibration.cache")],
-    "model.plan.json": [("report", ""), ("inspect", "model.plan")],
-}
-"""File -> the commands that read it, and what they are given: a file, or the folder."""
-
 EVERY = 60
-"""Of the edits of a file, one in so many is tried here; `tools/campaign.py` tries all."""
+"""Of the edits of a file, one in so many is tried here; `tools/campaign.py` tries more, and more commands."""
 
 
 @pytest.fixture
@@ -32,18 +24,19 @@ def results(demo: Deployed, tmp_path: Path) -> Path:
     return Path(shutil.copytree(demo.folder, tmp_path / "results"))
 
 
-def assert_shown_or_refused(run: Run, name: str, page: Path) -> None:
+def refused(command: Command, name: str, results: Path) -> bool:
+    """Whether a command refuses a file with one message; else what it shows is harmless."""
+    (results / "report.html").unlink(missing_ok=True)
+    run, found = tried(command, results, may_write=True)
+    assert found == []
     assert run.code in (ExitCode.PASS, ExitCode.BAD_INPUT)
-    assert "Traceback" not in run.err
-    assert "internal error" not in run.err
-    assert all(character.isprintable() or character == "\n" for character in run.out + run.err)
+    page = results / "report.html"
     if run.code:
-        assert run.err.count("trtq: ") == 1
         assert name in run.err
-        assert len(run.err) < 6000
     elif page.exists():
         assert "<script>" not in page.read_text()
         assert "\x1b" not in page.read_text()
+    return run.code == ExitCode.BAD_INPUT
 
 
 @pytest.mark.parametrize("name", READ_BY)
@@ -53,9 +46,8 @@ def test_files_edited_key_by_key(name: str, results: Path) -> None:
         if zlib.crc32(where.encode()) % EVERY:
             continue
         (results / name).write_bytes(dumped(new))
-        for command, file in READ_BY[name]:
-            (results / "report.html").unlink(missing_ok=True)
-            assert_shown_or_refused(trtq_command(command, results / file), name, results / "report.html")
+        for command in READ_BY[name]:
+            refused(command, name, results)
 
 
 @pytest.mark.parametrize("name", READ_BY)
@@ -63,8 +55,6 @@ def test_files_whose_bytes_are_damaged(name: str, results: Path) -> None:
     content = (results / name).read_bytes()
     for kind, damage in DAMAGES.items():
         (results / name).write_bytes(damage(content))
-        for command, file in READ_BY[name]:
-            run = trtq_command(command, results / file)
-            assert_shown_or_refused(run, name, results / "report.html")
+        for command in READ_BY[name]:
             of_another_table = (name, kind) == ("calibration.cache.json", "half a surrogate pair")
-            assert (run.code == ExitCode.BAD_INPUT) != of_another_table
+            assert refused(command, name, results) != of_another_table

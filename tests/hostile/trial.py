@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 from hostile.inputs import Hostile, write_suitable
-from jobs import trtq_command
+from jobs import Run, inside, trtq_command
+
+from trtq.errors import ExitCode
 
 MOST_SECONDS = 10.0
+MOST_CHARACTERS = 10_000
 
 
 def faults(case: Hostile, folder: Path) -> list[str]:
@@ -23,33 +24,40 @@ def faults(case: Hostile, folder: Path) -> list[str]:
     """
     write_suitable(folder)
     case.make(folder)
-    before, started = _state(folder), time.monotonic()
-    with _inside(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run = trtq_command(*case.arguments)
-    seconds, found = time.monotonic() - started, []
-    if run.code != 2:
+    run, found = tried(case.arguments, folder)
+    if run.code != ExitCode.BAD_INPUT:
         found.append(f"exit code {run.code}: {run.out[-200:]!r}")
-    messages = [line for line in run.err.splitlines() if line.startswith("trtq: ")]
-    if len(messages) != 1 or "Traceback" in run.err or "internal error" in run.err:
-        found.append(f"not one message: {run.err[-500:]!r}")
-    if len(run.err) > 10_000:
-        found.append(f"{len(run.err)} characters of messages")
-    if (after := _state(folder)) != before:
-        found.append(f"files changed: {sorted(set(before.items()) ^ set(after.items()))}"[:300])
-    if seconds > MOST_SECONDS:
-        found.append(f"it took {seconds:.0f} s")
     return found
 
 
-@contextlib.contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    own = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(own)
+def tried(arguments: Collection[object], folder: Path, *, may_write: bool = False) -> tuple[Run, list[str]]:
+    """Run a command in a folder; and what is wrong with how it ended, whatever it was given: a crash, more
+    than one message or none with an error, what a terminal would obey, too much time, and files that came,
+    went or changed.
+
+    Args:
+        may_write: where the command succeeds.
+    """
+    before, started = _state(folder), time.process_time()
+    with inside(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = trtq_command(*arguments)
+    seconds, found = time.process_time() - started, []
+    refused = run.code in (ExitCode.BAD_INPUT, ExitCode.MISSING_BACKEND)
+    if run.code not in set(ExitCode):
+        found.append(f"exit code {run.code}")
+    messages = [line for line in run.err.splitlines() if line.startswith("trtq: ")]
+    if len(messages) != refused or "Traceback" in run.err or "internal error" in run.err:
+        found.append(f"not one message: {run.err[-500:]!r}")
+    if not all(character.isprintable() or character in "\n\t" for character in run.out + run.err):
+        found.append(f"it prints what a terminal obeys: {(run.out + run.err)[-300:]!r}")
+    if len(run.err) > MOST_CHARACTERS:
+        found.append(f"{len(run.err)} characters of messages")
+    if (after := _state(folder)) != before and not (may_write and not refused):
+        found.append(f"files changed: {sorted(set(before.items()) ^ set(after.items()))}"[:300])
+    if seconds > MOST_SECONDS:
+        found.append(f"it took {seconds:.0f} s")
+    return run, found
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int, int]]:

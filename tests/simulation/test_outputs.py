@@ -152,6 +152,69 @@ def test_a_row_of_which_nothing_is_found_and_scalars_by_chance(tmp_path):
     np.testing.assert_array_equal(same, [[1], [6]])
 
 
+ABOVE_ZERO = """
+    g (float[N,3] x) => (float[M] y) {
+        zero = Constant<value = float {0}>()
+        above = Greater(x, zero)
+        one = Constant<value = int64[1] {-1}>()
+        flat = Reshape(x, one)
+        condition = Reshape(above, one)
+        y = Compress<axis = 0>(flat, condition)
+    }
+"""
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 4])
+def test_as_many_boxes_as_rows_are_no_rows(tmp_path, batch_size):
+    """One is found in the first row and in the middle one, and 4 in all 4."""
+    model = saved(net(ABOVE_ZERO), tmp_path)
+    x = np.array([[1, -1, -1], [-1, -1, -2], [3, -1, -1], [-5, 6, 7]], np.float32)
+    found = run_model(model, rows_of(x), batch_size=batch_size).arrays["y"]
+    assert [own.tolist() for own in found] == [[1], [], [3], [6, 7]]
+
+
+def test_one_box_for_each_row_is_a_row(tmp_path):
+    model = saved(net(ABOVE_ZERO), tmp_path)
+    x = np.array([[1, -1, -1], [-1, 2, -2], [3, -1, -1]], np.float32)
+    np.testing.assert_array_equal(run_model(model, rows_of(x)).arrays["y"], [1, 2, 3])
+
+
+MIXING = {
+    "the mean of the batch": "m = ReduceMean<axes = [0]>(x) y = Sub(x, m)",
+    "the row before": "y = CumSum(x, zero)",
+    "the row behind": "y = CumSum<reverse = 1>(x, zero)",
+    "one scale for the batch": "q, s, z = DynamicQuantizeLinear(x) y = DequantizeLinear(q, s, z)",
+    "each other": "t = Transpose(x) a = MatMul(x, t) b = Softmax(a) y = MatMul(b, x)",
+}
+
+
+@pytest.mark.parametrize("batch", ["N", 4])
+@pytest.mark.parametrize("mixing", MIXING)
+def test_rows_that_are_not_independent_are_found_out(tmp_path, mixing, batch):
+    rows = f"float[{batch},3]"
+    text = f"g ({rows} x) => ({rows} y, {rows} own) {{ {MIXING[mixing]} own = Relu(x) }}"
+    model = saved(net(text, zero=np.int64(0)), tmp_path)
+    found = run_model(model, rows_of(normal(11, 3)), batch_size=4)
+    assert found.mixed == ("y",)
+    assert Outputs.from_bytes(found.to_bytes()).mixed == ("y",)
+    if batch == "N":
+        assert run_model(model, rows_of(normal(11, 3)), batch_size=1).mixed == ()
+
+
+def test_rounding_mixes_no_rows(tmp_path):
+    """Products of rows alone are computed in another order than those of a batch, and a quantizer behind them
+    makes steps of it."""
+    text = """
+        g (float[N,512] x) => (float[N,64] y) {
+            a = MatMul(x, w)
+            q = QuantizeLinear(a, s)
+            y = DequantizeLinear(q, s)
+        }
+    """
+    model = saved(net(text, w=normal(512, 64), s=np.float32(1e-4)), tmp_path)
+    assert run_model(model, rows_of(normal(64, 512, seed=1))).mixed == ()
+
+
 def test_an_output_that_is_an_input_is_none_of_the_models(tmp_path):
     model = saved(net("g (float[N,2] x) => (float[N,2] x, float[N,2] y) { y = Neg(x) }"), tmp_path)
     found = run_model(model, rows_of(normal(6, 2))).arrays

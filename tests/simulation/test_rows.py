@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,6 @@ from trtq.graph.place import place
 from trtq.graph.quantization import Quantization
 from trtq.recovery.fixes.channels import collect_channels
 from trtq.simulation.outputs import run_model
-from trtq.simulation.processors import cgroup_limit, processors
 from trtq.simulation.rows import Runner, Workers, runs_on_several
 from trtq.simulation.simulator import Simulator
 
@@ -109,46 +107,6 @@ def test_after_an_error_nothing_is_running() -> None:
     finished = len(seen)
     time.sleep(0.05)
     assert len(seen) == finished < 10
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
-def test_the_affinity_is_honoured() -> None:
-    allowed = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert processors() == 1
-        assert Workers().count == 1
-        assert Workers(3).count == 3
-    finally:
-        os.sched_setaffinity(0, allowed)
-    assert 1 <= processors() <= len(allowed)
-
-
-@pytest.mark.parametrize(
-    ("files", "own", "limit"),
-    [
-        ({"app/cpu.max": "150000 100000"}, "0::/app", 1.5),
-        ({"cpu.max": "400000 100000", "app/cpu.max": "max 100000"}, "0::/app", 4.0),
-        ({"a/cpu.max": "200000 100000", "a/b/cpu.max": "300000 100000"}, "0::/a/b", 2.0),
-        ({"app/cpu.max": "max 100000"}, "0::/app", None),
-        ({"cpu.max": "50000 100000"}, "0::/not/seen/from/the/container", 0.5),
-        ({"cpu/app/cpu.cfs_quota_us": "250000", "cpu/app/cpu.cfs_period_us": "100000"}, "3:cpu:/app", 2.5),
-        (
-            {"cpu,cpuacct/cpu.cfs_quota_us": "100000", "cpu,cpuacct/cpu.cfs_period_us": "50000"},
-            "8:memory:/x\n3:cpu,cpuacct:/docker/0123",
-            2.0,
-        ),
-        ({"cpu/app/cpu.cfs_quota_us": "-1", "cpu/app/cpu.cfs_period_us": "100000"}, "3:cpu:/app", None),
-        ({}, "", None),
-    ],
-)
-def test_the_limit_of_a_cgroup(files: dict[str, str], own: str, limit: float | None, tmp_path: Path) -> None:
-    """Of version 2 and of version 1; the tightest one around the process counts."""
-    for name, text in files.items():
-        (tmp_path / "mount" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mount" / name).write_text(text + "\n")
-    (tmp_path / "own").write_text(own + "\n")
-    assert cgroup_limit(tmp_path / "mount", tmp_path / "own") == limit
 
 
 # --- the runner --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trtq.backends.builders import builder, chosen
+from trtq.backends.compiled import Compiled
 from trtq.backends.interface import DEFAULT_OPTIONS, BuildOptions, Profile
 from trtq.errors import BuildError, InputError, MissingBackendError, TrtqError
 from trtq.scratch import scratch_folder
+from trtq.stops import end_with
 
 _KINDS = {kind.__name__: kind for kind in (BuildError, InputError, MissingBackendError)}
 
@@ -25,8 +28,8 @@ def try_build(
     profile: Profile | None = None,
     targets: Sequence[str] = (),
     options: BuildOptions = DEFAULT_OPTIONS,
-) -> None:
-    """Build an engine as `builder(name).build` does, and throw it away.
+) -> Compiled:
+    """Build an engine as `builder(name).build` does, and throw it away; what it would run.
 
     Raises:
         BuildError: the builder cannot build the model, or crashes on it.
@@ -37,28 +40,32 @@ def try_build(
         engine = folder / "model.plan"
         request.write_bytes(pickle.dumps((name, model, engine, profile, tuple(targets), options)))
         code = f"import sys; sys.path[:] = {sys.path!r}; from trtq.backends.apart import serve; serve()"
-        command = [sys.executable, "-c", code, str(request), str(answer)]
+        command = [sys.executable, "-c", code, str(request), str(answer), str(os.getpid())]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if not answer.exists():
-            said = done.stderr.strip().splitlines()
+            lines = done.stderr.strip().splitlines()
             raise BuildError(
                 f"{chosen(name)} crashed while it built an engine from the model",
                 file=model,
-                cause="; ".join([_ending(done.returncode), *said[-1:]]),
+                cause="; ".join([_ending(done.returncode), *lines[-1:]]),
                 remedy="report it to NVIDIA with the model; another version or --exclude may get round it",
             )
-        if (error := json.loads(answer.read_text())) is not None:
+        said = json.loads(answer.read_text())
+        if (error := said["error"]) is not None:
             kind = _KINDS[error.pop("kind")]
             raise kind(error.pop("problem"), **error)
+        return Compiled.from_json(said["compiled"])
 
 
 def serve() -> None:
-    """In the process of its own: build what the request file says, and answer with the error or null."""
-    request, answer = map(Path, sys.argv[1:])
+    """In the process of its own: build what the request file says, and answer with what came of it."""
+    end_with(int(sys.argv[3]))
+    request, answer = map(Path, sys.argv[1:3])
     name, model, engine, profile, targets, options = pickle.loads(request.read_bytes())
-    error = None
+    compiled = error = None
     try:
-        builder(name).build(model, engine, profile=profile, targets=targets, options=options)
+        build = builder(name).build(model, engine, profile=profile, targets=targets, options=options)
+        compiled = build.compiled.to_json()
     except TrtqError as raised:
         error = {
             "kind": next(kind for kind in _KINDS if isinstance(raised, _KINDS[kind])),
@@ -67,7 +74,7 @@ def serve() -> None:
             "cause": raised.cause,
             "remedy": raised.remedy,
         }
-    answer.write_text(json.dumps(error))
+    answer.write_text(json.dumps({"compiled": compiled, "error": error}))
 
 
 def _ending(code: int) -> str:

@@ -22,7 +22,7 @@ from trtq.backends.timing import Measuring, Timing, measure
 from trtq.calibration.extents import measure_extents
 from trtq.data.samples import Samples
 from trtq.errors import InputError
-from trtq.files import PathLike, sha256_file
+from trtq.files import PathLike
 from trtq.graph.fold import fold
 from trtq.graph.half_rules import half_by_rules
 from trtq.graph.model import FP16_SCALE_OPSET, load_model, save_model
@@ -132,7 +132,7 @@ def static_of(engine: PathLike) -> Static | None:
     Raises:
         InputError: the file cannot be read, or the record is damaged.
     """
-    record = read_record(engine, sha256_file(engine))
+    record = read_record(engine)
     return None if record is None else summarize(Path(engine).name, record["compiled"])
 
 
@@ -280,7 +280,7 @@ def _blame(result: Result) -> list[str]:
 
 
 def _layers(engine: Path) -> tuple[CompiledLayer, ...]:
-    record = read_record(engine, sha256_file(engine))
+    record = read_record(engine)
     return record["compiled"].layers if record is not None else ()
 
 

@@ -11,7 +11,7 @@ from trtq.backends import tensorrt_rtx
 from trtq.backends.interface import Builder, find_gpu
 from trtq.backends.record import read_record
 from trtq.errors import InputError
-from trtq.files import PathLike, sha256_file
+from trtq.files import PathLike, first_bytes
 
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 """Name of a builder -> the Python package it needs and the module of `trtq.backends` that drives it."""
@@ -62,17 +62,14 @@ def describe_engine(path: PathLike) -> dict[str, Any]:
         InputError: missing, damaged, or neither a plan of RTX nor one with a record beside it.
     """
     path = Path(path)
-    digest = sha256_file(path)
-    with path.open("rb") as file:
-        start = file.read(64)
-    record = None if tensorrt_rtx.is_plan(start) else read_record(path, digest)
+    record = None if tensorrt_rtx.is_plan(first_bytes(path, 64)) else read_record(path)
     if record is None:
         return {"backend": tensorrt_rtx.NAME, **tensorrt_rtx.describe_plan(path)}
     return {
         "backend": record["builder"],
         "file": str(path),
         "bytes": path.stat().st_size,
-        "sha256": digest,
+        "sha256": record["engine_sha256"],
         "version": record["version"],
         "targets": record["targets"],
         "build": record,
@@ -85,11 +82,7 @@ def package_of(engine: Path) -> str:
     Raises:
         InputError: the file cannot be read.
     """
-    try:
-        with engine.open("rb") as file:
-            return engine_package(file.read(64))
-    except OSError as error:
-        raise InputError("cannot read the engine", file=engine, cause=error.strerror) from error
+    return engine_package(first_bytes(engine, 64))
 
 
 def engine_package(content: bytes) -> str:

@@ -54,7 +54,10 @@ def run_engine(
             with naming_rows(loaded.infer, batch, samples, str(engine)):
                 return loaded.infer(batch.feed)
 
-        return Outputs(gathered(following(run, samples), parts, len(samples), engine, progress), "engine")
+        found, mixed = gathered(
+            following(run, samples), parts, len(samples), engine, progress, by_value=lambda: loaded.by_value
+        )
+        return Outputs(found, "engine", mixed)
 
 
 def batch_limits(profiles: Sequence[Profile], axes: Axes) -> BatchLimits:

@@ -120,7 +120,7 @@ def _remedy(reasons: list[str], version: str) -> str:
 
 def _stripped(trt: Any, engine: Any, path: Path) -> bool:
     """Whether the plan was built without its weights."""
-    record = read_record(path, sha256_file(path))
+    record = read_record(path)
     if record is not None:
         return "strip_weights" in record.get("options", {})
     if not hasattr(trt, "EngineStat"):
@@ -134,7 +134,7 @@ def _refit(trt: Any, engine: Any, log: Any, path: Path) -> None:
     Raises:
         InputError: the model does not lie beside the plan, or does not fit.
     """
-    record = read_record(path, sha256_file(path))
+    record = read_record(path)
     model = None if record is None else path.parent / record["model"]
     if record is None or model is None or not model.is_file() or sha256_file(model) != record["model_sha256"]:
         raise InputError(

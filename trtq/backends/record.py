@@ -10,12 +10,11 @@ from trtq.backends.compiled import Compiled
 from trtq.backends.interface import Build, BuildOptions, Profile
 from trtq.errors import InputError
 from trtq.files import PathLike, decode, read_json, sha256_file, write_json
-from trtq.graph.door import read_model
-from trtq.graph.ends import Code, codes_of
+from trtq.graph.codes import Code
 
 
-class Record(TypedDict):
-    """What of a record is read: see `write_record`."""
+class _Always(TypedDict):
+    """What every record has."""
 
     engine_sha256: str
     builder: str
@@ -25,6 +24,13 @@ class Record(TypedDict):
     targets: list[str]
     profile: dict[str, list[list[int]]]
     compiled: Compiled
+
+
+class Record(_Always, total=False):
+    """What of a record is read: see `write_record`."""
+
+    profile_values: dict[str, list[list[int]]]
+    options: dict[str, str]
 
 
 def sidecar(engine: PathLike) -> Path:
@@ -49,6 +55,9 @@ def write_record(
         profiles: the engine's optimization profiles, at least one.
         held: ranges of the values of those inputs that decide shapes; the same in all profiles.
     """
+    from trtq.graph.door import read_model
+    from trtq.graph.ends import codes_of
+
     first, *further = [{n: [list(shape) for shape in sizes] for n, sizes in p.items()} for p in profiles]
     write_json(
         sidecar(build.engine),
@@ -70,19 +79,20 @@ def write_record(
     )
 
 
-def read_record(engine: PathLike, digest: str) -> dict[str, Any] | None:
-    """The record of the engine whose SHA-256 is `digest`, with `compiled` as a `Compiled`.
+def read_record(engine: PathLike) -> dict[str, Any] | None:
+    """The record of an engine, with `compiled` as a `Compiled`.
 
-    None when there is no record or it belongs to another engine.
+    None when there is no record or it belongs to another engine; the engine is read only if there is one.
 
     Raises:
-        InputError: the record is damaged.
+        InputError: the record is damaged, or the engine cannot be read.
     """
     path = sidecar(engine)
     if not path.exists():
         return None
     record = read_json(path, "record of the engine")
-    if isinstance(record, dict) and record.get("engine_sha256", digest) != digest:
+    claimed = record.get("engine_sha256") if isinstance(record, dict) else None
+    if claimed is not None and claimed != sha256_file(engine):
         return None
     try:
         compiled = decode(record, Record, closed=False)["compiled"]

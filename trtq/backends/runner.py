@@ -23,7 +23,6 @@ from trtq.backends.record import codes_in, read_record
 from trtq.backends.tensors import DTYPES, Tensor
 from trtq.data.batches import Arrays
 from trtq.errors import InputError, MissingBackendError
-from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
 
 
@@ -59,7 +58,7 @@ class Engine:
         self._stream = cuda.new_stream()
         with self._saying("the engine does not load on this machine"):
             self._runtime, self._engine = load(trt, self._log, path, plugins)
-        self._codes = codes_in(read_record(path, sha256_file(path)))
+        self._codes = codes_in(read_record(path))
         tensors = [self._tensor(i) for i in range(self._engine.num_io_tensors)]
         self.inputs = {tensor.name: tensor for tensor in tensors if tensor.is_input}
         self.outputs = {tensor.name: tensor for tensor in tensors if not tensor.is_input}
@@ -68,6 +67,7 @@ class Engine:
         self._buffers: dict[str, tuple[int, int]] = {}
         self._host: Arrays = {}
         self._allocators: dict[str, Any] = {}
+        self._by_value: set[str] = set()
         self._graphs: list[Graph] = []
         with self._saying("the engine cannot be made ready to run"):
             self._context = self._kernels.context(trt, self._engine)
@@ -81,6 +81,11 @@ class Engine:
             InputSpec(name, tensor.dtype, tuple(None if d < 0 else d for d in tensor.shape))
             for name, tensor in self.inputs.items()
         ]
+
+    @property
+    def by_value(self) -> set[str]:
+        """The outputs whose first axis has a size that depends on the data, as far as inputs were bound."""
+        return {self._model_name(name) for name in self._by_value}
 
     def infer(self, feed: Mapping[str, NDArray]) -> Arrays:
         """The outputs for a feed, which may hold more than the engine takes.
@@ -262,6 +267,8 @@ class Engine:
     def _bind_output(self, tensor: Tensor) -> None:
         shape = tuple(self._context.get_tensor_shape(tensor.name))
         if min(shape, default=0) < 0:
+            if shape[0] < 0:
+                self._by_value.add(tensor.name)
             if tensor.name not in self._allocators:
                 self._allocators[tensor.name] = output_allocator(self._trt, self._buffer)
             self._succeed("set_output_allocator", tensor.name, self._allocators[tensor.name])

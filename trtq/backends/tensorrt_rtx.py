@@ -18,7 +18,7 @@ from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Profil
 from trtq.backends.network import compile_plan, opt_batch
 from trtq.backends.record import read_record, write_record
 from trtq.errors import InputError, MissingBackendError
-from trtq.files import PathLike, atomic_path, sha256_file
+from trtq.files import PathLike, atomic_path, first_bytes, sha256_file
 
 NAME = "tensorrt-rtx"
 
@@ -164,10 +164,7 @@ def describe_plan(path: PathLike) -> dict[str, Any]:
         InputError: missing, not a plan of TensorRT for RTX, truncated, or the sidecar is damaged.
     """
     path = Path(path)
-    digest = sha256_file(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(_PLAN_HEADER.size)
+    header = first_bytes(path, _PLAN_HEADER.size)
     if not is_plan(header):
         raise InputError(
             "not an engine of TensorRT for RTX",
@@ -178,7 +175,7 @@ def describe_plan(path: PathLike) -> dict[str, Any]:
     _, plan_format, plan_size, *version, targets = _PLAN_HEADER.unpack(header)
     if plan_format != _PLAN_FORMAT:
         raise InputError(f"a plan file of format {plan_format}, which is not known", file=path)
-    if plan_size != size:
+    if plan_size != (size := path.stat().st_size):
         raise InputError(
             "the plan file is truncated or damaged",
             file=path,
@@ -188,10 +185,10 @@ def describe_plan(path: PathLike) -> dict[str, Any]:
     return {
         "file": str(path),
         "bytes": size,
-        "sha256": digest,
+        "sha256": sha256_file(path),
         "version": ".".join(map(str, version)),
         "targets": [name for bit, name in enumerate(_PLAN_TARGETS) if targets >> bit & 1],
-        "build": read_record(path, digest),
+        "build": read_record(path),
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trtq.errors import InputError
-from trtq.graph.ends import Code
+from trtq.graph.codes import Code
 
 DTYPES: dict[str, np.dtype] = {
     "FLOAT": np.dtype(np.float32),

@@ -78,7 +78,7 @@ def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantiz
         InputError: no node is left in INT8; or as collecting and measuring.
     """
     source = source or FloatGraph.of(job.model)
-    return _with_float32(job, _calibrated(job, plan, source), source)
+    return with_float32_nodes(job, _calibrated(job, plan, source), source)
 
 
 def unquantized(job: Job, plan: Plan) -> Quantization:
@@ -95,14 +95,21 @@ def unquantized(job: Job, plan: Plan) -> Quantization:
         "trtq": trtq.__version__,
     }
     bare = Quantization(job.model.graph, plan, {}, notes=notes | {"method": "none"})
-    return _with_float32(job, bare, FloatGraph.of(job.model))
+    return with_float32_nodes(job, bare, FloatGraph.of(job.model))
 
 
-def _with_float32(job: Job, made: Quantization, source: FloatGraph) -> Quantization:
-    """A quantization whose plan says what stays float32 where the rest is to be float16."""
-    plan = made.plan
+def with_float32_nodes(job: Job, made: Quantization, source: FloatGraph) -> Quantization:
+    """A quantization whose plan also says what stays float32, where the rest is to be float16.
+
+    Args:
+        source: the quantization's graph.
+
+    Raises:
+        InputError: the model does not run on the job's data.
+    """
     if not job.recipe.half:
         return made
+    plan = made.plan
     given = {node.name for node in plan.float32}
     found = float32_nodes(source.graph, made.plan, made.scales, extents_of(job, source))
     float32 = [*plan.float32, *(node for node in found if node.name not in given)]

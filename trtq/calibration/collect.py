@@ -84,8 +84,8 @@ class Collector:
             if progress:
                 progress(rows)
         total = Statistics.empty(self._tensors)
-        for shard in shards:
-            total.merge(shard)
+        while shards:
+            total.merge(shards.pop())
         return total
 
     def _counted(

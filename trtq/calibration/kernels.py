@@ -39,7 +39,8 @@ def count(
     Loops run over slices from their start: numba checks an index that may be negative at every access.
 
     Args:
-        slots: as `Histogram.slots`; all but the last of the first bin's are 0 before and after.
+        slots: int64 (LANES - 1 + BINS,), the counts behind `LANES` - 1 zeros; all but the last of the first
+            bin's are 0 before and after.
     """
     limit = int32((exponent + 127) << 23)
     scale = np.float32(math.ldexp(1.0, EQUAL_BITS - exponent))

@@ -28,6 +28,9 @@ from trtq.simulation.finite import check_reference
 from trtq.simulation.rows import Runner
 from trtq.simulation.similarity import Reference, noise_db
 
+KEPT_BYTES = 1 << 28
+"""Rows above this size are read again for every run."""
+
 CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "percentile:99.999")
 """The paper's candidates (section 6) and the least mean squared error."""
 
@@ -50,8 +53,8 @@ class Rows:
         samples: the rows.
         batch: rows to run at once where the model leaves the choice.
         threads: threads within an operator; None: all cores.
-        kept: whether batches stay in memory and are scored as they come, for many runs on few rows. Otherwise
-            every run reads them again and scores the outputs of all rows together.
+        kept: whether batches stay in memory, up to `KEPT_BYTES`, and are scored as they come, for many runs
+            on few rows. Otherwise every run reads them again and scores the outputs of all rows together.
         ignore_nonfinite: measure only where the float model's outputs are finite.
         advance: called with the number of rows that the float model just ran.
         tensors: of both models, to score instead of the outputs (`selecting.instead_of_outputs`), as far as
@@ -74,10 +77,15 @@ class Rows:
         tensors: Sequence[str] | None = None,
     ) -> None:
         self.samples, self.threads, self.tensors = samples, threads, tensors
-        runner, pairs = Runner(model, tensors, threads=threads), []
-        taken = list(runner.batches(samples, batch)) if kept else runner.batches(samples, batch)
-        self._kept = taken if isinstance(taken, list) else None
-        for part in taken:
+        self._by_batch, pairs = kept, []
+        runner, left = Runner(model, tensors, threads=threads), KEPT_BYTES if kept else -1
+        self._kept: list[Batch] | None = []
+        for part in runner.batches(samples, batch):
+            left -= sum(array.nbytes for array in part.feed.values())
+            if left < 0:
+                self._kept = None
+            elif self._kept is not None:
+                self._kept.append(part)
             pairs.append((replace(part, feed={}, padding=0), _own_rows(part, runner.on(part, samples))))
             if advance is not None:
                 advance(part.rows)
@@ -123,7 +131,7 @@ class Rows:
 
     def _parts(self, outputs: Iterable[Arrays]) -> Iterable[Arrays]:
         """Outputs as they are compared: batch by batch, or all rows together if their shapes allow it."""
-        if self._kept is not None:
+        if self._by_batch:
             return outputs
         found = list(outputs)
         shapes = {tuple((name, a.shape[1:]) for name, a in batch.items() if a.ndim) for batch in found}

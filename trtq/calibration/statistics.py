@@ -43,7 +43,11 @@ LANES = 8
 
 _LOWEST_EXPONENT = EQUAL_BITS - OCTAVE_BITS + OCTAVES - 126  # the lowest octave is of normal float32
 
-FORMAT = "trtq-statistics-2"
+FEW = 4096
+"""Values that a histogram keeps as they are before it counts them: a model of 20,000 small tensors would need
+gigabytes of bins, nearly all empty."""
+
+FORMAT = "trtq-statistics-3"
 
 
 def _edges() -> NDArray[np.float64]:
@@ -67,28 +71,50 @@ class NonFiniteError(ValueError):
 class Histogram:
     """Counts of |x| in `BINS` bins over [0, 2**exponent), with the exact signed minimum and maximum.
 
+    What is held is small where little was seen: the bins that are not empty; of the first `FEW` values that
+    are added, the values; all bins only from then on. The counts do not depend on that.
+
     Attributes:
-        slots: int64 (LANES - 1 + BINS,): the counts behind `LANES` - 1 zeros, which are the kernel's.
         exponent: the power of two that bounds |x|.
         low, high: the smallest and largest x; +inf and -inf before the first value.
     """
 
-    slots: NDArray[np.int64] = field(default_factory=lambda: np.zeros(LANES - 1 + BINS, np.int64))
     exponent: int = _LOWEST_EXPONENT
     low: float = math.inf
     high: float = -math.inf
+    _bins: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
+    _numbers: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    _few: list[NDArray[np.float32]] = field(default_factory=list)
+    _slots: NDArray[np.int64] | None = None  # (LANES - 1 + BINS,): the counts behind the kernel's zeros
 
     @classmethod
     def of(cls, counts: NDArray[np.int64], exponent: int, low: float, high: float) -> Histogram:
-        """A histogram with a copy of these counts, int64 (BINS,)."""
-        made = cls(exponent=exponent, low=low, high=high)
-        made.counts[:] = counts
-        return made
+        """A histogram of these counts, int64 (BINS,)."""
+        bins = np.flatnonzero(counts)
+        return cls.of_bins(bins.astype(np.uint16), counts[bins], exponent, low, high)
+
+    @classmethod
+    def of_bins(
+        cls, bins: NDArray[np.uint16], numbers: NDArray[np.int64], exponent: int, low: float, high: float
+    ) -> Histogram:
+        """A histogram of the bins that are not empty, ascending, with how many values lie in each."""
+        return cls(exponent, low, high, bins, numbers)
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """int64 (BINS,), a view; bin i counts edges[i] <= |x| < edges[i + 1]."""
-        return self.slots[LANES - 1 :]
+        """int64 (BINS,), read-only; bin i counts edges[i] <= |x| < edges[i + 1]."""
+        counts = (self._all_slots() if self._slots is None else self._slots)[LANES - 1 :]
+        counts.flags.writeable = False
+        return counts
+
+    @property
+    def occupied(self) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        """The bins that are not empty, ascending, and how many values lie in each."""
+        if self._slots is None and not self._few:
+            return self._bins, self._numbers
+        counts = self.counts
+        bins = np.flatnonzero(counts)
+        return bins.astype(np.uint16), counts[bins]
 
     @property
     def edges(self) -> NDArray[np.float64]:
@@ -103,7 +129,8 @@ class Histogram:
     @property
     def total(self) -> int:
         """Number of values seen."""
-        return int(self.counts.sum())
+        counted = self._numbers if self._slots is None else self._slots
+        return int(counted.sum()) + self._waiting
 
     def equal_counts(self) -> NDArray[np.int64]:
         """Counts in 2**EQUAL_BITS bins of equal width over [0, 2**exponent)."""
@@ -115,42 +142,95 @@ class Histogram:
         Raises:
             NonFiniteError: a value is NaN or infinite; the histogram is of no further use.
         """
+        flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+        if self._slots is None and not self._bins.size and self._waiting + flat.size <= FEW:
+            self._keep(flat)
+            return
+        if self._slots is None:
+            self._slots = self._all_slots()
+            self._few, self._bins, self._numbers = [], self._bins[:0], self._numbers[:0]
+        self._count(flat)
+
+    def merge(self, other: Histogram) -> None:
+        """Add the counts of `other`: exactly the histogram of both sets of values together."""
+        exponent = max(self.exponent, other.exponent)
+        if not self.total:
+            self._bins, self._numbers = other.occupied
+        elif not other.total:
+            self._bins, self._numbers = self.occupied
+        else:
+            counts = _widened(self.counts, exponent - self.exponent)
+            counts = counts + _widened(other.counts, exponent - other.exponent)
+            bins = np.flatnonzero(counts)
+            self._bins, self._numbers = bins.astype(np.uint16), counts[bins]
+        self._few, self._slots = [], None
+        self.exponent, self.low, self.high = exponent, min(self.low, other.low), max(self.high, other.high)
+
+    @property
+    def _waiting(self) -> int:
+        """How many values are not counted yet."""
+        return sum(part.size for part in self._few)
+
+    def _keep(self, flat: NDArray[np.float32]) -> None:
+        """Add values to the few."""
+        if not flat.size:
+            return
+        low, high = float(flat.min()), float(flat.max())  # NaN where one is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise _not_finite(flat)
+        self.low, self.high = min(self.low, low + 0.0), max(self.high, high + 0.0)  # -0.0 becomes 0.0
+        if self.amax >= math.ldexp(1.0, self.exponent):
+            self.exponent = _exponent_above(self.amax)
+        self._few.append(flat.copy())
+
+    def _all_slots(self) -> NDArray[np.int64]:
+        """The slots of what is held."""
+        made = Histogram(self.exponent, self.low, self.high, _slots=np.zeros(LANES - 1 + BINS, np.int64))
+        assert made._slots is not None
+        made._slots[LANES - 1 + self._bins.astype(np.intp)] = self._numbers
+        for part in self._few:
+            made._count(part)
+        return made._slots
+
+    def _count(self, flat: NDArray[np.float32]) -> None:
+        """Count values in the slots."""
         from trtq.calibration import kernels
 
-        flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+        assert self._slots is not None
         extrema = _ordered(np.array([self.low, self.high], np.float32).view(np.int32))
         position = 0
         while True:
-            position = kernels.count(flat, position, self.exponent, extrema, self.slots)
+            position = kernels.count(flat, position, self.exponent, extrema, self._slots)
             low, high = (float(x) + 0.0 for x in _ordered(extrema).view(np.float32))  # -0.0 becomes 0.0
             if not (math.isfinite(low) and math.isfinite(high)) and flat.size:
-                raise NonFiniteError(f"{np.count_nonzero(~np.isfinite(flat))} of {flat.size} values")
+                raise _not_finite(flat)
             self.low, self.high = low, high
             if position == flat.size:
                 return
             self._widen(_exponent_above(self.amax))
 
-    def merge(self, other: Histogram) -> None:
-        """Add the counts of `other`: exactly the histogram of both sets of values together."""
-        self._widen(other.exponent)
-        widened = Histogram(other.slots.copy(), other.exponent)
-        widened._widen(self.exponent)
-        self.slots += widened.slots
-        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
-
     def _widen(self, exponent: int) -> None:
-        """Double the range until it reaches 2**exponent; each bin joins the one it then lies in."""
-        shift = exponent - self.exponent
-        if shift <= 0:
-            return
+        """Double the range of the slots until it reaches 2**exponent."""
+        assert self._slots is not None
+        counts = self._slots[LANES - 1 :]
+        counts[:] = _widened(counts, exponent - self.exponent)
         self.exponent = exponent
-        if not self.counts.any():
-            return
-        target = np.searchsorted(_EDGES, np.ldexp(_EDGES[:-1], -shift), side="right") - 1
-        first = np.flatnonzero(np.diff(target, prepend=-1))
-        sums = np.add.reduceat(self.counts, first)
-        self.counts[:] = 0
-        self.counts[target[first]] = sums
+
+
+def _widened(counts: NDArray[np.int64], shift: int) -> NDArray[np.int64]:
+    """Counts, int64 (BINS,), over a range that is doubled `shift` times; each bin joins the one it then lies
+    in."""
+    if shift <= 0 or not counts.any():
+        return counts
+    target = np.searchsorted(_EDGES, np.ldexp(_EDGES[:-1], -shift), side="right") - 1
+    first = np.flatnonzero(np.diff(target, prepend=-1))
+    made = np.zeros_like(counts)
+    made[target[first]] = np.add.reduceat(counts, first)
+    return made
+
+
+def _not_finite(flat: NDArray[np.float32]) -> NonFiniteError:
+    return NonFiniteError(f"{np.count_nonzero(~np.isfinite(flat))} of {flat.size} values")
 
 
 def _ordered(bits: NDArray[np.int32]) -> NDArray[np.int32]:
@@ -195,6 +275,7 @@ class Statistics:
     def to_bytes(self) -> bytes:
         """The `.npz` file's bytes; equal statistics give equal bytes."""
         items = sorted(self.histograms.items())
+        occupied = [histogram.occupied for _, histogram in items]
         buffer = io.BytesIO()
         np.savez_compressed(
             buffer,
@@ -204,7 +285,9 @@ class Statistics:
             exponents=np.array([h.exponent for _, h in items], np.int32),
             lows=np.array([h.low for _, h in items], np.float64),
             highs=np.array([h.high for _, h in items], np.float64),
-            counts=np.array([h.counts for _, h in items], np.int64).reshape(len(items), BINS),
+            sizes=np.array([bins.size for bins, _ in occupied], np.int64),
+            bins=np.concatenate([np.zeros(0, np.uint16), *(bins for bins, _ in occupied)]),
+            counts=np.concatenate([np.zeros(0, np.int64), *(numbers for _, numbers in occupied)]),
         )
         return buffer.getvalue()
 
@@ -233,19 +316,25 @@ class Statistics:
 
     @classmethod
     def _from_arrays(cls, arrays: Mapping[str, NDArray]) -> Statistics:
-        counts, exponents = arrays["counts"], arrays["exponents"]
-        if counts.ndim != 2 or counts.shape[1] != BINS:
-            raise ValueError(f"counts have shape {counts.shape}, not (tensors, {BINS})")
-        if ((exponents < _LOWEST_EXPONENT) | (exponents > 128)).any() or (counts < 0).any():
+        bins, counts, sizes = arrays["bins"], arrays["counts"], arrays["sizes"]
+        exponents = arrays["exponents"]
+        if not (bins.ndim == counts.ndim == 1 and len(bins) == len(counts) == sizes.sum()):
+            raise ValueError(f"{len(bins)} bins and {len(counts)} counts are said to be {sizes.sum()}")
+        if ((exponents < _LOWEST_EXPONENT) | (exponents > 128)).any() or (counts <= 0).any():
             raise ValueError("an exponent or a count is out of its range")
-        columns = zip(arrays["tensors"], exponents, arrays["lows"], arrays["highs"], strict=True)
-        return cls(
-            {
-                str(name): Histogram.of(counts[i], int(exponent), float(low), float(high))
-                for i, (name, exponent, low, high) in enumerate(columns)
-            },
-            int(arrays["rows"]),
-        )
+        if (sizes < 0).any() or (bins >= BINS).any():
+            raise ValueError("a bin is out of its range")
+        ends = np.cumsum(sizes)
+        columns = zip(arrays["tensors"], exponents, arrays["lows"], arrays["highs"], ends, sizes, strict=True)
+        histograms = {}
+        for name, exponent, low, high, end, size in columns:
+            part = slice(end - size, end)
+            if (np.diff(bins[part].astype(np.int32)) <= 0).any():
+                raise ValueError(f"the bins of {name} do not ascend")
+            histograms[str(name)] = Histogram.of_bins(
+                bins[part], counts[part], int(exponent), float(low), float(high)
+            )
+        return cls(histograms, int(arrays["rows"]))
 
     @classmethod
     def load(cls, path: PathLike) -> Statistics:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtq.errors import InputError
+from trtq.escapes import html_table
 from trtq.files import PathLike, is_stream, read_bytes, read_json, sha256_bytes, write_bytes, write_json
 from trtq.numerics import INT8_MAX
 
@@ -59,6 +60,14 @@ class Table:
     version: int = 101601
     algorithm: str = "EntropyCalibration2"
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        method = f", method {self.metadata['method']}" if "method" in self.metadata else ""
+        return f"<Table: {len(self.scales)} tensors{method}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, f"{scale:.4g}", f"{scale * INT8_MAX:.4g}") for name, scale in self.scales.items()]
+        return html_table(repr(self)[1:-1], rows, ("tensor", "scale", "amax"))
 
     @property
     def header(self) -> str:

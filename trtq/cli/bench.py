@@ -10,6 +10,7 @@ from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.console import show
 from trtq.errors import ExitCode, InputError
 from trtq.files import write_json
+from trtq.paths import THREE
 from trtq.recipe import BUILD_OPTIONS, Recipe
 
 
@@ -83,8 +84,5 @@ BENCH = Command(
         argument("--iterations", type=int, default=10, metavar="N", help="and at least this often (10)"),
         argument("--json", path="written", metavar="F", help="write the results as JSON"),
     ),
-    makes=(
-        *("model.fp32.onnx", "model.fp16.onnx", "model.fp32.plan", "model.fp16.plan", "model.int8.plan"),
-        *("model.fp32.plan.json", "model.fp16.plan.json", "model.int8.plan.json"),
-    ),
+    makes=THREE,
 )

@@ -7,9 +7,9 @@ import argparse
 from trtq.calibration.table import ALGORITHMS
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import ENGINE
-from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode
+from trtq.paths import BUILT, Output
 from trtq.recipe import BUILD_OPTIONS
 
 
@@ -46,5 +46,5 @@ BUILD = Command(
         ),
     ),
     output=Output.FILE,
-    makes=(".json", ".cache", ".cache.json"),
+    makes=BUILT,
 )

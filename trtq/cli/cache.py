@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from trtq.cache import Cache, Entry
 from trtq.cli import convert
 from trtq.cli.command import Command, argument, recipe_of
-from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode, InputError
+from trtq.paths import Output
 
 
 def _cache(given: argparse.Namespace) -> int:

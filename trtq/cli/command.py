@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trtq.cli.paths import Output, Read, Written, check_paths, paths_of_recipe, writes_to_stdout
 from trtq.console import Console
 from trtq.errors import InputError
+from trtq.paths import Output, Read, Written, check_paths, paths_of_recipe, writes_to_stdout
 from trtq.recipe import Recipe
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import trtq
 from trtq.cli.command import Command, recipe_of
-from trtq.cli.deploy import run_deploy
-from trtq.cli.options import PLACEMENT, RECOVERY, RESULTS
+from trtq.cli.deploy import WRITTEN, run_deploy
+from trtq.cli.options import PLACEMENT, RECOVERY
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -33,5 +33,5 @@ DEMO = Command(
         *PLACEMENT,
         *("target", "batch", "threads", "cache"),
     ),
-    makes=RESULTS,
+    makes=WRITTEN,
 )

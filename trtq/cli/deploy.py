@@ -6,8 +6,9 @@ import argparse
 import time
 
 from trtq.cli.command import Command, console_of, recipe_of
-from trtq.cli.options import CALIBRATION, COST, ENGINE, GATE, PLACEMENT, RECOVERY, RESULTS
+from trtq.cli.options import CALIBRATION, COST, ENGINE, GATE, PLACEMENT, RECOVERY
 from trtq.console import show
+from trtq.paths import DEPLOYED, RECIPE
 from trtq.recipe import BUILD_OPTIONS, Recipe
 
 
@@ -34,10 +35,13 @@ def _deploy(given: argparse.Namespace) -> int:
     return run_deploy(recipe_of(given), given)
 
 
+WRITTEN = tuple(name for name in DEPLOYED if name != RECIPE)
+"""What no input of the job may be."""
+
 DEPLOY = Command(
     "deploy",
     "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
     _deploy,
     ("model", "output", *CALIBRATION, *GATE, *RECOVERY, *PLACEMENT, *COST, "io", *ENGINE, *BUILD_OPTIONS),
-    makes=RESULTS,
+    makes=WRITTEN,
 )

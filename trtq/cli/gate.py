@@ -8,23 +8,17 @@ from pathlib import Path
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import GATE as OPTIONS
 from trtq.console import show
-from trtq.errors import InputError
 from trtq.files import write_json, write_text
 
 
 def _gate(given: argparse.Namespace) -> int:
-    from trtq.backends.engine import is_engine
-    from trtq.gate.tensors import compare_three, some_rows
+    from trtq.gate.tensors import compare_three, refuse_engines, some_rows
     from trtq.pipeline import gate
     from trtq.report.junit import junit_xml
 
     recipe, reference, candidate = recipe_of(given), Path(given.reference), Path(given.candidate)
-    if given.tensors and (engines := [model for model in (reference, candidate) if is_engine(model)]):
-        raise InputError(
-            "an engine shows its outputs only, not its tensors",
-            file=engines[0],
-            remedy="give the Q/DQ model that it was built from: --tensors builds an engine of that",
-        )
+    if given.tensors:
+        refuse_engines([reference, candidate])
     verdict, samples = gate(recipe, reference, candidate, console_of(given))
     if given.json:
         write_json(given.json, verdict.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import sys
@@ -51,6 +52,8 @@ COMMANDS: tuple[Command, ...] = (
 )
 """Every command, in the order of the help."""
 
+_STDERR = 2
+
 _BROKEN_PIPE = 141
 """The exit code as a shell has it after SIGPIPE."""
 
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: `trtq.errors.ExitCode`, or 128 and the number of the
     signal that ended it (130: Ctrl-C, 143: SIGTERM).
     """
+    _occupy_streams()
     with stops.handled():
         return _main(list(sys.argv[1:] if arguments is None else arguments))
 
@@ -99,6 +103,16 @@ def _main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return int(ExitCode.BAD_INPUT)
+
+
+def _occupy_streams() -> None:
+    """Open what the shell closed of the three standard streams, as by `2>&-`: else a file of ours would get
+    its number, into which libraries print. What is written there fails."""
+    while (descriptor := os.open(os.devnull, os.O_RDONLY)) <= _STDERR:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()
 
 
 def _report(error: TrtqError, debug: bool) -> int:

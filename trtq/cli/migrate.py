@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
-from trtq.cli.options import RESULTS, TABLE_FORMAT
+from trtq.cli.options import TABLE_FORMAT
 from trtq.console import show
+from trtq.paths import MIGRATED
 from trtq.recipe import BUILD_OPTIONS
 
 
@@ -43,5 +44,5 @@ MIGRATE = Command(
         argument("--table", path="read", metavar="TABLE", help="calibration table of that model"),
         *TABLE_FORMAT,
     ),
-    makes=RESULTS,
+    makes=MIGRATED,
 )  # fmt: skip

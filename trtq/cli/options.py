@@ -12,14 +12,6 @@ ENGINE = ("backend", "target", "profile", "batch", "min_int8")
 GATE = ("eval", "metric", "max_drop", "confidence", "require_engine", "min_reference", "ignore_nonfinite")
 RECOVERY = ("min_sqnr", "recover", "partial_limit", "labels")
 
-RESULTS = (
-    *("model.int8.onnx", "model.int8.onnx.data", "model.plan", "model.plan.json", "plan.json"),
-    *("calibration.cache", "calibration.cache.json", "verdict.json", "junit.xml", "report.html"),
-    *("workflow.json", "migration.json", "manifest.json"),
-)
-"""What `deploy` and `migrate` write into their folder, but for the recipe: that may be given again, and is
-written as it was read."""
-
 TABLE_FORMAT = (
     argument(
         "--encoding",

@@ -6,9 +6,9 @@ import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
 from trtq.cli.options import CALIBRATION, PLACEMENT
-from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode
+from trtq.paths import Output
 
 
 def _quantize(given: argparse.Namespace) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from trtq.cli.command import Command, argument, console_of, recipe_of
-from trtq.cli.paths import Output
 from trtq.console import show
 from trtq.errors import ExitCode
+from trtq.paths import Output
 
 
 def _sensitivity(given: argparse.Namespace) -> int:

@@ -102,7 +102,7 @@ def gpu_named(name: str) -> Gpu:
     return max(whole, key=lambda gpu: len(_words(gpu.name))) if whole else part[0]
 
 
-_NOISE = frozenset({"nvidia", "geforce", "tesla", "jetson", "rtx", "gpu"})
+_NOISE = frozenset({"nvidia", "geforce", "tesla", "jetson", "rtx", "gpu", "nvgpu"})
 _OTHERS = frozenset({"ti", "super", "laptop", "mobile", "max"})
 """What makes another GPU of a name."""
 

@@ -10,7 +10,6 @@ from trtq.backends.timing import Measuring, Timing, measure
 from trtq.cost.imported import own_us, precision_of
 from trtq.cost.timed import TimedEngine, TimedLayer
 from trtq.errors import InputError
-from trtq.files import sha256_file
 
 
 def time_engines(
@@ -36,7 +35,7 @@ def timed_engine(engine: Path, timing: Timing) -> TimedEngine:
     Raises:
         InputError: it has no record, or there are no times of layers.
     """
-    record = read_record(engine, sha256_file(engine))
+    record = read_record(engine)
     if record is None or not timing.kernel_ms:
         raise InputError(
             "what the engine's layers take cannot be told",

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.data import memory
 from trtq.data.axes import (
     Array,
     as_one_sample,
@@ -26,6 +27,7 @@ from trtq.data.axes import (
     unclear_axis,
 )
 from trtq.data.feeding import NO_FEEDING, Feeding
+from trtq.data.memory import Data
 from trtq.data.preprocess import VERSION, Preprocess, decode_image
 from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, Mapped, Origin, Samples, rows_of
@@ -34,7 +36,8 @@ from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npz
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
-from trtq.scripts import load_function, not_leaving
+from trtq.memory import refuse_memory
+from trtq.scripts import contained, load_function
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
 
@@ -44,7 +47,7 @@ EXAMPLE = '[preprocess.{name}] with scale = "1/255", mean = [...], std = [...], 
 
 
 def load_samples(
-    spec: str,
+    spec: str | Data,
     inputs: Sequence[InputSpec],
     preprocess: Mapping[str, Preprocess] | None = None,
     feeding: Feeding = NO_FEEDING,
@@ -63,7 +66,8 @@ def load_samples(
             - `SCRIPT.py:FUNCTION`: returns an iterable of dicts, feeds of the model as they stand
               (Polygraphy's data-loader convention); entries that are not model inputs are targets, with one
               entry for each row of a feed's batch. It is read whole;
-            - a URL of one of the first three (see `trtq.data.remote`).
+            - a URL of one of the first three (see `trtq.data.remote`);
+            - data in a Python program's memory.
         preprocess: input name -> how its rows are made.
         feeding: what else the recipe says of the inputs. With a state, rows are sequences: those that the
             array `sequence` of the data names, or else one for each `.npz`.
@@ -72,16 +76,30 @@ def load_samples(
         InputError: nothing is there, it cannot be read, or it does not fit the model.
         MissingBackendError: a URL, and a package that its protocol needs is not installed.
     """
-    copy = str(download(spec)) if is_url(spec) else spec
+    source, copy = str(spec), str(_copy_of(spec))
     try:
         samples = _load(copy, feeding.specs(inputs), preprocess or {}, feeding)
     except InputError as error:
-        if spec == copy:
+        if source == copy:
             raise
-        file = error.file and error.file.replace(os.path.dirname(copy), os.path.dirname(spec), 1)
+        file = error.file
+        if isinstance(spec, Data):
+            file = source
+        elif file is not None:
+            file = file.replace(os.path.dirname(copy), os.path.dirname(source), 1)
         raise InputError(error.problem, file=file, cause=error.cause, remedy=error.remedy) from error
-    origin = Origin(spec, copy, tuple(inputs), dict(preprocess or {}), feeding, samples.hash)
-    return replace(samples, source=spec, origin=origin)
+    origin = Origin(source, copy, tuple(inputs), dict(preprocess or {}), feeding, samples.hash)
+    return replace(samples, source=source, origin=origin, owner=spec)
+
+
+def _copy_of(spec: str | Data) -> str | Path:
+    """Where a source is on this machine."""
+    if isinstance(spec, Data):
+        return spec.kept()
+    refuse_memory(
+        spec, "the data were", "give a file, or make the recipe with save_data=True, which keeps them"
+    )
+    return download(spec) if is_url(spec) else spec
 
 
 @functools.lru_cache(maxsize=1)
@@ -118,14 +136,21 @@ def _load(
     own = [i for i in specs if i.name not in recipes]
     computed = [recipe.source for recipe in recipes.values()]
     starts: tuple[int, ...] | None = (0,)
-    if ".py:" in spec:
+    if path.suffix == memory.SUFFIX:
+        parts, items = memory.parts_of(path, specs, recipes, feeding)
+        if items:
+            arrays, _ = _put_together(parts, own, computed, feeding, path)
+            starts = None
+        else:
+            arrays = dict(rows_first(parts[0], own, feeding, spec))
+    elif ".py:" in spec:
         arrays, _ = _put_together(_from_script(spec), own, computed, feeding, path)
         starts = None
     elif path.suffix == ".npz":
         arrays = dict(rows_first(_from_npz(path), own, feeding, spec))
     elif path.is_dir() and (files := sorted(path.glob("*.npz"))):
-        parts = [_from_npz(file, IN_MEMORY // len(files)) for file in files]
-        arrays, starts = _put_together(parts, own, computed, feeding, path)
+        read = [_from_npz(file, IN_MEMORY // len(files)) for file in files]
+        arrays, starts = _put_together(read, own, computed, feeding, path)
     elif path.suffix == ".csv" or path.is_dir():
         constants = feeding.constants(specs)
         arrays = _from_images(path, [spec for spec in specs if spec.name not in constants], recipes)
@@ -268,8 +293,9 @@ def _hash(
                 isinstance(column, StoredRows | Chained | Repeated) and column.dtype and column.shape
             ):  # as an array of the same values
                 digest.update(f"{column.dtype.str}{column.shape}\n".encode())
-                for index in range(len(column)):
-                    digest.update(column[index].tobytes())
+                blocks = getattr(column, "blocks", None)
+                for part in blocks() if blocks else (column[index] for index in range(len(column))):
+                    digest.update(part.tobytes())
             else:
                 whole = isinstance(column, np.ndarray) and column.dtype != object
                 rows = (column[index] for index in range(len(column)))
@@ -403,7 +429,7 @@ def _from_script(spec: str) -> list[dict[str, NDArray]]:
     path, name, function = load_function(spec, "data")
     try:
         # copied: loaders may fill one buffer again and again
-        with not_leaving():
+        with contained():
             feeds = [{key: np.array(value) for key, value in feed.items()} for feed in function()]
     except (Exception, SystemExit) as error:
         raise InputError(

@@ -47,17 +47,15 @@ def shared_rows(samples: Samples, others: Samples) -> Shared | None:
     size = samples.group if samples.group == others.group else 1
     pairs = [_readers(spec, samples, others) for spec in samples.specs]
     mine, theirs = ([pair[side] for pair in pairs] for side in (0, 1))
-    known = [_sketch(mine, row, size) for row in range(0, len(samples), size)]
-    found = [_sketch(theirs, row, size) for row in range(0, len(others), size)]
-    alike = set(known) & set(found)
+    known = np.fromiter((_sketch(mine, row, size) for row in range(0, len(samples), size)), np.int64)
+    found = np.fromiter((_sketch(theirs, row, size) for row in range(0, len(others), size)), np.int64)
     where: dict[bytes, int] = {}
-    for index, sketch in enumerate(known):
-        if sketch in alike:
-            where.setdefault(_digest(mine, index * size, size), index * size)
+    for index in np.flatnonzero(np.isin(known, found)).tolist():
+        where.setdefault(_digest(mine, index * size, size), index * size)
     shared = [
         (index * size, where[digest])
-        for index, sketch in enumerate(found)
-        if sketch in alike and (digest := _digest(theirs, index * size, size)) in where
+        for index in np.flatnonzero(np.isin(found, known)).tolist()
+        if (digest := _digest(theirs, index * size, size)) in where
     ]
     if not shared:
         return None

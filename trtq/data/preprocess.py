@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError, shown
 from trtq.files import PathLike
-from trtq.graph.ends import Image
+from trtq.graph.codes import Image
 
 VERSION = 2
 """Version of what the options mean, part of the data's hash; 2: resizes and crops as torchvision does."""

@@ -16,9 +16,9 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.scratch import scratch_folder
 
 
-def is_url(source: str) -> bool:
-    """Whether `source` names its protocol."""
-    return "://" in source
+def is_url(source: object) -> bool:
+    """Whether `source` names its protocol, and so is no path here; what is in memory does, too."""
+    return "://" in str(source)
 
 
 def download(url: str) -> Path:

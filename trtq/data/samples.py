@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from trtq.data.feeding import Feeding
 from trtq.data.preprocess import Preprocess
 from trtq.data.sequences import Sequences, number_of
 from trtq.errors import InputError
-from trtq.files import sha256_json
+from trtq.files import sha256_bytes, sha256_json
 from trtq.graph.inputs import InputSpec, fits, fixed_batch
 
 
@@ -47,14 +48,14 @@ class Mapped:
 class Picked:
     """Some rows of a column, in the given order."""
 
-    def __init__(self, rows: Column, indices: Sequence[int]) -> None:
+    def __init__(self, rows: Column, indices: NDArray[np.int64]) -> None:
         self._rows, self._indices = rows, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Any:
-        return self._rows[self._indices[index]]
+        return self._rows[int(self._indices[index])]
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class Samples:
         targets: target name -> array; its first axis is the rows, or every group of k consecutive rows.
         hash: SHA-256 of rows, targets and preprocessing, whatever the files are called.
         origin: how they were loaded; None where they were made in memory.
-        positions: positions of the samples in the source; None: all of them.
+        positions: positions of the samples in the source, int64; None: all of them.
         sequences: which rows follow each other, each with the state that the one before it leaves; None: all
             rows stand for themselves, and what they hold of a state is given.
+        owner: what the files that rows are read from last as long as, where they are scratch.
     """
 
     source: str
@@ -99,8 +101,9 @@ class Samples:
     targets: Mapping[str, NDArray]
     hash: str
     origin: Origin | None = None
-    positions: tuple[int, ...] | None = None
+    positions: NDArray[np.int64] | None = None
     sequences: Sequences | None = None
+    owner: object = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -173,23 +176,24 @@ class Samples:
     def fed_shapes(self, name: str) -> list[tuple[int, ...]]:
         """The shape in which an input is fed each row."""
         (spec,) = (spec for spec in self.specs if spec.name == name)
-        return [spec.fed_shape(row) for row in self._shapes(spec)]
+        fed = functools.cache(spec.fed_shape)  # one tuple for all rows of a shape
+        return [fed(row) for row in self._shapes(spec)]
 
-    def subset(self, groups: Sequence[int]) -> Samples:
+    def subset(self, groups: Sequence[int] | NDArray[np.int64]) -> Samples:
         """The samples at positions `groups`, each with its k rows, and their targets.
 
-        They are sequences where they are whole ones; else their rows stand for themselves.
+        They are sequences where they are whole ones; else their rows stand for themselves. The rows are not
+        copied, and what is kept of each is a few bytes.
         """
-        groups = [int(g) for g in groups]
-        positions = range(len(self) // self.group) if self.positions is None else self.positions
-        rows = [self.group * g + i for g in groups for i in range(self.group)]
+        groups = np.asarray(groups, np.int64)
+        rows = (self.group * groups[:, None] + np.arange(self.group)).reshape(-1)
         return replace(
             self,
             columns={name: Picked(column, rows) for name, column in self.columns.items()},
             targets={name: array[groups] for name, array in self.targets.items()},
-            hash=sha256_json([self.hash, groups]),
-            positions=tuple(positions[g] for g in groups),
-            sequences=self.sequences and self.sequences.of(rows, len(self)),
+            hash=sha256_json([self.hash, sha256_bytes(groups.tobytes())]),
+            positions=groups if self.positions is None else self.positions[groups],
+            sequences=self.sequences and self.sequences.of(rows.tolist(), len(self)),
         )
 
     def apart(self) -> Samples:
@@ -224,7 +228,7 @@ class Samples:
         """The position of row `index` in the source, from 0, for messages."""
         if self.positions is None:
             return index
-        return self.group * self.positions[index // self.group] + index % self.group
+        return self.group * int(self.positions[index // self.group]) + index % self.group
 
     def where(self, batch: Batch) -> str:
         """A batch's rows as the source numbers them: what a message calls them."""
@@ -235,17 +239,17 @@ class Samples:
         """About `rows` of the rows, as whole samples evenly spread over the data; all if there are fewer."""
         groups = len(self) // self.group
         wanted = min(max(rows // self.group, 1), groups)
-        return self.subset([i * groups // wanted for i in range(wanted)])
+        return self.subset(np.arange(wanted) * groups // wanted)
 
     def split(self, every: int = 4) -> tuple[Samples, Samples]:
         """The samples without every `every`-th one, and those; nothing is random.
 
         Where there are enough sequences, every `every`-th sequence, as their rows are much alike.
         """
-        kind = self._sequence_of_groups(every) or list(range(len(self) // self.group))
-        held_back = [g for g, number in enumerate(kind) if number % every == every - 1]
-        kept = [g for g, number in enumerate(kind) if number % every != every - 1]
-        return self.subset(kept), self.subset(held_back)
+        kind = self._sequence_of_groups(every)
+        number = np.arange(len(self) // self.group) if kind is None else np.asarray(kind)
+        held_back = number % every == every - 1
+        return self.subset(np.flatnonzero(~held_back)), self.subset(np.flatnonzero(held_back))
 
     def _sequence_of_groups(self, least: int) -> list[int] | None:
         """The number of each sample's sequence; None where there are fewer than `least`, or a sample lies in
@@ -267,7 +271,7 @@ class Samples:
 
     def _fed(self, spec: InputSpec, index: int) -> NDArray:
         row = self._row(spec, index)
-        return row if spec.batch_axis is None else np.expand_dims(row, spec.batch_axis)
+        return row if spec.batch_axis is None else row[(slice(None),) * spec.batch_axis + (None,)]
 
     def _row(self, spec: InputSpec, index: int) -> NDArray:
         row = np.asarray(self.columns[spec.name][index])

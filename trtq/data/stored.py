@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import zipfile
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -18,6 +18,9 @@ from trtq.errors import InputError
 
 IN_MEMORY = 1 << 24
 """Arrays up to this many bytes are read whole, and so are compressed ones."""
+
+_BLOCK = 1 << 16
+"""Bytes that are read at once; rows that are larger are read one by one."""
 
 _LOCAL_HEADER = 30  # bytes before a member's name and extra field, whose lengths are its last four
 _PIECE = 1 << 20
@@ -35,6 +38,8 @@ class StoredRows:
     def __init__(self, path: Path, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         self.dtype, self.shape = dtype, shape
         self._path, self._offset, self._state = path, offset, _state(path)
+        self._rows_at_once = max(_BLOCK // max(prod(shape[1:]) * dtype.itemsize, 1), 1)
+        self._last: tuple[int, NDArray] = -1, np.empty(0, dtype)  # number of a block, and its rows
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -42,11 +47,31 @@ class StoredRows:
     def __getitem__(self, index: int) -> NDArray:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        number, place = divmod(index, self._rows_at_once)
+        last, rows = self._last  # taken once: other threads may read other blocks meanwhile
+        if last != number:
+            rows = self._read(number * self._rows_at_once)
+            if self._rows_at_once > 1:
+                self._last = number, rows
+        return rows[place : place + 1].reshape(self.shape[1:])
+
+    def blocks(self) -> Iterator[NDArray]:
+        """All rows, some at a time."""
+        for first in range(0, len(self), self._rows_at_once):
+            yield self._read(first)
+
+    def _read(self, first: int) -> NDArray:
+        """The rows of the block that starts with row `first`."""
         if _state(self._path) != self._state:
             raise InputError("the data changed while they were read", file=self._path, remedy="run it again")
-        values = prod(self.shape[1:])
-        offset = self._offset + index * values * self.dtype.itemsize
-        return np.fromfile(self._path, self.dtype, values, offset=offset).reshape(self.shape[1:])
+        rows, each = min(self._rows_at_once, len(self) - first), prod(self.shape[1:])
+        offset = self._offset + first * each * self.dtype.itemsize
+        values = np.fromfile(self._path, self.dtype, rows * each, offset=offset)
+        return values.reshape(rows, *self.shape[1:])
+
+    def reshape(self, shape: tuple[int, ...]) -> StoredRows:
+        """The same values as rows of another shape."""
+        return StoredRows(self._path, self._offset, self.dtype, shape)
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -10,7 +10,10 @@ Which outputs hold what is told by their names and shapes, or said: `detections@
 - the same, padded, with `count`: EfficientNMS (num_dets, det_boxes, det_scores, det_classes);
 - `picked` (K, 3) by NonMaxSuppression: batch, class and box, with `boxes` (N, 4) and `scores` (classes, N);
 - `rows`: one output (K, 5) of corners and a score, with `classes` beside it or without; (K, 6) with score and
-  class in either order; or (K, 7): batch, corners, class, score.
+  class in either order; or (K, 7): batch, corners, class, score;
+- what a YOLO gives before suppression, where that is said: `yolo` (N, 4 + classes), box and scores of each of
+  N places, or `yolox` with an objectness in between, by which the scores are multiplied; either way round.
+  Boxes are then centres and sides unless `format` says otherwise, and suppressed by class from `nms` on.
 
 Targets: an array named like boxes (samples, M, 4), corners, and one named like labels or classes (samples,
 M); a negative class or a box without area is padding.
@@ -41,7 +44,7 @@ FORMATS: Mapping[str, Callable[[Float], Float]] = {
 }
 """Name -> corners x1, y1, x2, y2 of boxes (K, 4) in that format."""
 
-ROLES = ("boxes", "scores", "classes", "count", "picked", "rows")
+ROLES = ("boxes", "scores", "classes", "count", "picked", "rows", "yolo", "yolox")
 """What an output may hold."""
 
 STATISTICS: Mapping[str, int] = {"mAP": 0, "mAP50": 1}
@@ -54,6 +57,12 @@ _WORDS = {
     "boxes": ("box",),
 }
 """What the names of outputs and targets say, in lower case; the first that fits."""
+
+_RAW = ("yolo", "yolox")
+"""Roles of what is not suppressed yet."""
+
+_MOST_SUPPRESSED = 1000
+"""Places of a sample, those of the highest scores, that suppression looks at."""
 
 _MOST_TURNED = 0.01
 """Share of boxes whose corners may be the wrong way round."""
@@ -80,12 +89,14 @@ class Options:
         format: of the outputs' boxes, one of `FORMATS`.
         iou: least overlap of a match.
         score: boxes that score less are left out, where the scores are within 0...1.
+        nms: overlap with a better box of its class from which one is suppressed, where that is done here.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     format: str = "xyxy"
     iou: float = 0.5
     score: float = 0.25
+    nms: float = 0.45
 
     @classmethod
     def parse(cls, spec: str, score: float) -> Options:
@@ -95,15 +106,16 @@ class Options:
             InputError: an unknown key or value.
         """
         given = dict(part.partition("=")[::2] for part in spec.partition("@")[2].split(",") if part)
-        known = (*ROLES, "format", "iou", "score")
-        layout = given.get("format", "xyxy")
+        known = (*ROLES, "format", "iou", "score", "nms")
+        layout = given.get("format", "cxcywh" if given.keys() & set(_RAW) else "xyxy")
         if (unknown := [key for key in given if key not in known]) or layout not in FORMATS:
             raise InputError(
                 f"the metric {spec!r} says {unknown[0] if unknown else layout!r}",
                 remedy=f"write KEY=VALUE with {', '.join(known)}; format is {', '.join(FORMATS)}",
             )
+        defaults = {"iou": cls.iou, "score": score, "nms": cls.nms}
         try:
-            bounds = [float(given.get(key, default)) for key, default in (("iou", 0.5), ("score", score))]
+            bounds = [float(given.get(key, default)) for key, default in defaults.items()]
         except ValueError as error:
             raise InputError(f"the metric {spec!r} has a bound that is not a number", cause=error) from error
         return cls({role: given[role] for role in ROLES if role in given}, layout, *bounds)
@@ -166,10 +178,13 @@ class Reader:
     def _read(self, outputs: AllValues) -> Iterator[Found]:
         for index in range(len(next(iter(outputs.values())))):
             arrays = {role: np.asarray(outputs[name][index]) for role, name in self.names.items()}
-            found = _from_arrays(self._split(arrays) if "rows" in arrays else arrays)
+            raw = [role for role in _RAW if role in arrays]
+            columns = _columns(arrays[raw[0]], raw[0] == "yolox") if raw else arrays
+            found = _from_arrays(self._split(columns) if "rows" in columns else columns)
             boxes = FORMATS[self.options.format](found.boxes)
             good = (found.classes >= 0) & np.isfinite(boxes).all(axis=1) & np.isfinite(found.scores)
-            yield found._replace(boxes=boxes).only(good)
+            found = found._replace(boxes=boxes).only(good)
+            yield suppressed(found, self.options) if raw else found
 
     def _split(self, arrays: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """The columns of rows as arrays of their own, beside what other outputs hold."""
@@ -188,6 +203,8 @@ def roles(outputs: AllValues, given: Mapping[str, str]) -> dict[str, str]:
     """
     if missing := [name for name in given.values() if name not in outputs]:
         raise InputError(f"no output {missing[0]!r}", cause=f"the outputs are {', '.join(outputs)}")
+    if raw := {role: given[role] for role in _RAW if role in given}:
+        return raw
     names = dict(given)
     for name, values in outputs.items():
         role = _role(name.lower(), np.shape(values[0]), dtype_of(values).kind)
@@ -200,7 +217,8 @@ def roles(outputs: AllValues, given: Mapping[str, str]) -> dict[str, str]:
         raise InputError(
             "it cannot be told which output holds the boxes",
             cause="; ".join(f"{name}: {dtype_of(own)} {shape_text(own)}" for name, own in outputs.items()),
-            remedy="say it: detections@boxes=NAME,scores=NAME,classes=NAME or detections@rows=NAME",
+            remedy="say it: detections@boxes=NAME,scores=NAME,classes=NAME or detections@rows=NAME, or before"
+            " suppression detections@yolo=NAME (or yolox)",
         )
     return {role: names[role] for role in ROLES if role in names}
 
@@ -215,6 +233,19 @@ def match(found: Found, truth: Found, iou: float) -> int:
             overlaps[:, overlaps[index].argmax()] = 0.0
             matched += 1
     return matched
+
+
+def suppressed(found: Found, options: Options) -> Found:
+    """Those that score enough and overlap no better box of their class by `options.nms` or more."""
+    best = np.argsort(-found.scores, kind="stable")[:_MOST_SUPPRESSED]
+    found = found.only(best[found.scores[best] >= options.score])
+    left, kept = np.arange(len(found.scores)), []
+    while len(left):
+        first, left = left[0], left[1:]
+        kept.append(first)
+        covered = overlap(found.boxes[[first]], found.boxes[left])[0] >= options.nms
+        left = left[~(covered & (found.classes[left] == found.classes[first]))]
+    return found.only(np.array(kept, np.intp))
 
 
 def overlap(one: Float, other: Float) -> Float:
@@ -380,6 +411,21 @@ def _role(name: str, shape: tuple[int, ...], kind: str) -> str | None:
     if named is None and kind == "f" and len(shape) == 2 and last == 4:
         return "boxes"
     return named
+
+
+def _columns(array: NDArray, with_objectness: bool) -> dict[str, NDArray]:
+    """Boxes and scores of a YOLO's places, which lie along the longer axis."""
+    places = _rank(array, 2)
+    places = places.T if places.shape[0] < places.shape[1] else places
+    boxes, scores = np.split(places, [4], axis=1)
+    if with_objectness:
+        scores = scores[:, :1] * scores[:, 1:]
+    if not scores.shape[1]:
+        raise InputError(
+            f"there are no scores beside the boxes in an array {array.shape}",
+            remedy="yolo=NAME takes 4 + classes columns, yolox=NAME 5 + classes",
+        )
+    return {"boxes": boxes, "scores": scores.max(axis=1), "classes": scores.argmax(axis=1)}
 
 
 def _class_first(reference: AllValues, names: Mapping[str, str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,6 +88,12 @@ def candidate_of(quantization: Quantization, rest: str = "fp32") -> Iterator[Pat
         yield path
 
 
+def warn_of_walls(model: Path, console: Console) -> None:
+    """Warn of a model's operators that cannot be computed here, as a job that loads the model does."""
+    if not is_engine(model) and (remark := View.of_model(read_model(model)).remark()):
+        console.warn(remark)
+
+
 def metric_of(recipe: Recipe) -> Metric:
     """The metric that the recipe's gate decides by.
 
@@ -145,9 +151,8 @@ class Evaluation:
                 remedy="add an array of labels, or use the metric 'cosine', which needs none",
             )
         outputs = _outputs(reference, "reference", recipe, samples, cache, console)
-        remark = None if is_engine(reference) else View.of_model(read_model(reference)).remark()
-        if remark is not None and remark not in console.warnings:
-            console.warn(remark)
+        if outputs.mixed:
+            console.warn(_mixed(outputs.mixed))
         check_reference(outputs.arrays, ignore_nonfinite=recipe.ignore_nonfinite, samples=samples)
         with about(samples.source):
             scored = score_reference(outputs.arrays, dict(samples.targets), metric)
@@ -176,15 +181,20 @@ class Evaluation:
         """The reference's value of the metric."""
         return self.scored.value
 
-    def verdict(self, candidate: Path, against: Outputs | None = None, *, final: bool = True) -> Verdict:
+    def verdict(
+        self, candidate: Path, against: Outputs | None = None, *, final: bool = True, again: bool = False
+    ) -> Verdict:
         """What the gate says of a candidate (ONNX model or engine), with the SQNR that the recipe asks for as
         a check; see `published`.
 
         Args:
             against: outputs to compare with instead of the reference's; their SQNR is not checked.
             final: an interval is resampled although no confidence was asked for, whatever the metric.
+            again: this job has judged the candidate before: that its outputs are in the cache is no news.
         """
-        outputs = self.outputs(candidate, "candidate")
+        outputs = _outputs(
+            candidate, "candidate", self.recipe, self.samples, self.cache, self.console, said=again
+        )
         with about(candidate):
             verdict = decide(
                 (against or self.reference).arrays,
@@ -215,9 +225,15 @@ class Evaluation:
         verdict = replace(verdict, warnings=tuple(self.console.warnings))
         return verdict.require_engine() if self.recipe.require_engine else verdict
 
-    def outputs(self, model: Path, label: str) -> Outputs:
-        """A model's outputs on the evaluation rows."""
-        return _outputs(model, label, self.recipe, self.samples, self.cache, self.console)
+
+def _mixed(names: Sequence[str]) -> str:
+    """What is to be said of a model whose rows are not independent."""
+    return (
+        f"what the model gives for a row depends on the other rows of its batch ({', '.join(names)}): the"
+        " verdict holds for the batches of this run, and another --batch or another order may give another;"
+        " export the model so that each row is computed by itself (a mean over the batch axis, or a batch"
+        " normalization in training mode?)"
+    )
 
 
 def _sqnr_check(verdict: Verdict, least: float, rows: int) -> Check:
@@ -238,9 +254,16 @@ def _sqnr_check(verdict: Verdict, least: float, rows: int) -> Check:
 
 
 def _outputs(
-    model: Path, label: str, recipe: Recipe, samples: Samples, cache: Cache, console: Console
+    model: Path,
+    label: str,
+    recipe: Recipe,
+    samples: Samples,
+    cache: Cache,
+    console: Console,
+    *,
+    said: bool = False,
 ) -> Outputs:
     outputs, cached = outputs_of(model, samples, recipe, cache, console, label=label)
-    if cached:
+    if cached and not said:
         console.say("gate", f"outputs of the {label} from the cache, nothing was run")
     return outputs

@@ -8,8 +8,9 @@ consecutive rows make one sample.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trtq.code_hash import script_sha256
+from trtq.code_hash import callable_sha256, script_sha256
 from trtq.data.batches import Arrays
 from trtq.errors import InputError
 from trtq.gate import detections
-from trtq.scripts import load_function, not_leaving
+from trtq.memory import Function, refuse_memory
+from trtq.scripts import contained, load_function
 from trtq.simulation import similarity
 from trtq.simulation.finite import both_compared
 from trtq.simulation.values import AllValues, Values, paired, same_shapes, shape_text
@@ -65,6 +67,7 @@ class Metric:
         needs_targets: labels are needed; without, outputs are scored against the reference's.
         labels: targets -> the class numbers (samples, ...) that a built-in metric with labels reads.
         reads: (reference outputs, targets) -> a sentence on which arrays it reads, where that is not obvious.
+        given: the function itself, where that was given and no name or file.
         at_best: `rows` if what cannot be compared with the reference were like it; None where everything can.
     """
 
@@ -77,6 +80,7 @@ class Metric:
     labels: Callable[[Arrays], NDArray[np.int64]] | None = None
     reads: Callable[[AllValues, Arrays], str] | None = None
     at_best: Rows | None = None
+    given: Function | None = None
 
     @property
     def per_sample(self) -> Rows | None:
@@ -110,11 +114,11 @@ class Metric:
         return self.scored(outputs, targets, reference).value
 
 
-def load_metric(spec: str) -> Metric:
-    """The metric that `spec` names.
+def load_metric(spec: str | Function) -> Metric:
+    """The metric that `spec` names, or that it is.
 
     Args:
-        spec: `NAME`, `NAME@OUTPUT`, `NAME@OUTPUT:TARGET` or `FILE.py:FUNCTION`. NAME is one of
+        spec: `NAME`, `NAME@OUTPUT`, `NAME@OUTPUT:TARGET`, `FILE.py:FUNCTION` or a function. NAME is one of
 
             - `top1`, `top5`: share of samples whose label is among the k highest scores;
             - `accuracy`: share of right labels: argmax over the classes (axis 1 or last), or for a
@@ -144,8 +148,13 @@ def load_metric(spec: str) -> Metric:
     Raises:
         InputError: unknown name, or the file or function is missing or does not import.
     """
+    if isinstance(spec, Function):
+        metric = _metric_of(spec.name, spec.function, spec.name, None, _fingerprint(spec.function))
+        return replace(metric, given=spec)
+    refuse_memory(spec, "the metric was a function", "give --metric FILE.py:FUNCTION, where the function is")
     if ".py:" in spec:
-        return _metric_of_file(spec)
+        path, name, function = load_function(spec, "metric")
+        return _metric_of(spec, function, name, path, f"{script_sha256(path)}:{name}")
     name, _, selection = spec.partition("@")
     output, _, target = selection.partition(":")
     if name not in _BUILT_IN:
@@ -423,8 +432,19 @@ _BUILT_IN: dict[str, Callable[[str, _Selection], Metric]] = {
 }
 
 
-def _metric_of_file(spec: str) -> Metric:
-    path, name, function = load_function(spec, "metric")
+def _fingerprint(function: Callable[..., Any]) -> str:
+    """A hash of a function; another one each time where what it computes cannot be told from it."""
+    return callable_sha256(function) or f"not known: {uuid.uuid4()}"
+
+
+def _metric_of(
+    spec: str, function: Callable[..., Any], name: str, path: Path | None, fingerprint: str
+) -> Metric:
+    """The metric that a user's function is.
+
+    Args:
+        spec: its name in verdicts; `name`, `path`: what messages call it, and its file.
+    """
     per_sample = getattr(function, "per_sample", None)
     given = _Given(name, path)
 
@@ -442,7 +462,7 @@ def _metric_of_file(spec: str) -> Metric:
             )
         return values
 
-    return Metric(spec, f"{script_sha256(path)}:{name}", function=checked)
+    return Metric(spec, fingerprint, function=checked)
 
 
 class NotFiniteScoreError(InputError):
@@ -451,10 +471,10 @@ class NotFiniteScoreError(InputError):
 
 @dataclass(frozen=True)
 class _Given:
-    """A user's metric, for messages: its name and its file."""
+    """A user's metric, for messages: its name and its file, if it was read from one."""
 
     name: str
-    path: Path
+    path: Path | None
 
     def values(
         self, function: Callable[..., Any], outputs: AllValues, targets: Arrays, *, alone: bool
@@ -466,7 +486,7 @@ class _Given:
             InputError: the function fails or returns something else.
         """
         try:
-            with not_leaving():
+            with contained():
                 found = np.asarray(function(_read_only(outputs), _read_only(targets)))
             values = found.astype(np.float64)
         except (Exception, SystemExit) as error:

@@ -13,17 +13,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import builder
+from trtq.backends.engine import is_engine
 from trtq.backends.interface import BuildOptions, Profile, find_gpu
 from trtq.backends.runner import open_engine
 from trtq.data.batches import Arrays, Batch, batches
 from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
+from trtq.escapes import html_table
 from trtq.files import PathLike
 from trtq.graph.fold import fold
 from trtq.graph.foreign import View
@@ -97,6 +100,19 @@ class ThreeWay:
         ]
         return "\n".join([*lines, "", self._conclusion()])
 
+    def __repr__(self) -> str:
+        lowest = min(self.tensors, key=lambda t: t.simulation_db)
+        where = f"{lowest.simulation_db:.1f} dB at {lowest.tensor}"
+        return f"<ThreeWay: {len(self.tensors)} tensors, lowest {where}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (t.tensor, t.op, f"{t.simulation_db:.1f}", "" if t.engine_db is None else f"{t.engine_db:.1f}")
+            for t in self.tensors
+        ]
+        head = ("tensor", "made by", "fp32/simulation, dB", "simulation/engine, dB")
+        return html_table(f"{self.rows} rows. {self._conclusion()}", rows, head)
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         parts_at = self.parts_at
@@ -120,6 +136,20 @@ class ThreeWay:
 def some_rows(samples: Samples) -> Samples:
     """The first `SAMPLES` samples, or all where there are fewer."""
     return samples.subset(range(min(SAMPLES, len(samples) // samples.group)))
+
+
+def refuse_engines(models: Iterable[PathLike]) -> None:
+    """Refuse engines, which show no tensors.
+
+    Raises:
+        InputError: for the first of them.
+    """
+    if engines := [model for model in map(Path, models) if is_engine(model)]:
+        raise InputError(
+            "an engine shows its outputs only, not its tensors",
+            file=engines[0],
+            remedy="give the Q/DQ model that it was built from: an engine of that is built",
+        )
 
 
 def compare_three(

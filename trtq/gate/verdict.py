@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtq.errors import ExitCode, InputError
+from trtq.escapes import html_table
 from trtq.files import decode
 from trtq.gate import intervals
 from trtq.gate.in_the_way import InTheWay
@@ -263,6 +264,12 @@ class Verdict:
     def text(self) -> str:
         """A few lines for a person, the headline first."""
         return "\n".join([self.headline(), *(f"  {line}" for line in self.details())])
+
+    def __repr__(self) -> str:
+        return f"<Verdict: {' '.join(self.headline().split())}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(" ".join(self.headline().split()), [(line,) for line in self.details()])
 
     def _drop(self) -> str:
         if self.candidate is None or self.relative_drop is None:

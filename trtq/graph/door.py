@@ -20,7 +20,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from onnx.external_data_helper import uses_external_data
 
 from trtq.errors import InputError
-from trtq.files import PathLike
+from trtq.files import PathLike, check_name
 from trtq.graph.foreign import bodies
 from trtq.graph.references import named
 from trtq.graph.weights import BITS, nbytes, read_light
@@ -70,12 +70,14 @@ def read_model(path: PathLike) -> ModelProto:
     """The model in an ONNX file, without its external data, which is checked but not read.
 
     Raises:
-        InputError: the file is missing, not ONNX or truncated, or the model is not what it claims.
+        InputError: the file is missing, not ONNX or truncated, its path is not UTF-8, or the model is not
+            what it claims.
     """
     path = Path(path)
     if not path.is_file():
         problem = "the model is a folder, not a file" if path.is_dir() else "the model does not exist"
         raise InputError(problem, file=path, remedy="check the path")
+    check_name(path)
     try:
         proto = read_light(path)
     except Exception as error:  # protobuf's DecodeError, or an OSError

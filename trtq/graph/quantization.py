@@ -15,7 +15,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.arrays import read_arrays
-from trtq.graph.ends import Ends, Image
+from trtq.graph.codes import Image
+from trtq.graph.ends import Ends
 from trtq.graph.half import convert_to_half
 from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.names import Names

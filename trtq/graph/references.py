@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from trtq.code_hash import script_sha256
 from trtq.errors import InputError
 from trtq.files import sha256_file, sha256_json
-from trtq.scripts import load_module, not_leaving
+from trtq.scripts import contained, load_module
 
 Function = Callable[..., Any]
 
@@ -95,7 +95,7 @@ def compute(
     if reference is None:
         raise missing(node)
     try:
-        with not_leaving():
+        with contained():
             results = reference.function(*map(_read_only, inputs), **_attributes(node))
     except (Exception, SystemExit) as error:
         shapes = ", ".join("none" if a is None else f"{a.dtype}{list(a.shape)}" for a in inputs)

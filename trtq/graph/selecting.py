@@ -1,4 +1,5 @@
-"""What selects by value, such as NonMaxSuppression, and where a search measures what stands in front of it.
+"""What selects by value, such as NonMaxSuppression: where a search measures what stands in front of it, and
+which outputs have a size that depends on values.
 
 Behind it another number of boxes, or two that change places, says little about how large an error is: every
 search measures noise on the tensors that go into what selects and what follows it. The gate looks at the
@@ -7,16 +8,42 @@ outputs themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
+import onnx.inliner
 import onnx_graphsurgeon as gs
+from onnx import ModelProto, NodeProto
 
+from trtq.graph import foreign
 from trtq.graph.evaluate import bodies, reads
 from trtq.graph.foreign import View
 from trtq.graph.products import product
+from trtq.graph.shapes import infer_types
 
 SELECTING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 """Operators whose outputs have a shape that depends on values; plugins with NMS in their name count, too."""
+
+_SIZES: Mapping[str, tuple[int, ...]] = {
+    "CenterCropPad": (1,),
+    "ConstantOfShape": (0,),
+    "Expand": (1,),
+    "If": (0,),
+    "Loop": (0, 1),
+    "OneHot": (1,),
+    "Pad": (1,),
+    "Range": (0, 1, 2),
+    "Reshape": (1,),
+    "Resize": (1, 2, 3),
+    "Slice": (1, 2, 3, 4),
+    "Split": (1,),
+    "SplitToSequence": (1,),
+    "Tile": (1,),
+    "TopK": (1,),
+    "Upsample": (1,),
+}
+"""Operators that take sizes -> the inputs that are these."""
+
+_ROWS = "the rows of the batch"
 
 
 def measured_tensors(graph: gs.Graph) -> list[str]:
@@ -54,6 +81,55 @@ def up_to_measured(graph: gs.Graph) -> gs.Graph:
     tensors = part.tensors()
     part.outputs = [tensors[name] for name in names]
     return part.cleanup()
+
+
+def sized_by_values(model: ModelProto, axes: Mapping[str, int | None]) -> frozenset[str]:
+    """The outputs whose first axis may have a size that depends on what the inputs hold, and not on their
+    shapes alone: boxes behind a NonMaxSuppression. Where shape inference finds that it is the rows of a batch
+    nevertheless, as where a fixed number is picked of each, it is not among them.
+
+    Args:
+        axes: where the inputs have their rows; first where one is not named. None: nowhere.
+    """
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    sized: set[str] = set()
+    constants = {tensor.name for tensor in model.graph.initializer}
+    _follow(model.graph.node, {value.name for value in model.graph.input} - constants, sized)
+    if not (doubtful := {value.name for value in model.graph.output} & sized):
+        return frozenset()
+    graph = gs.import_onnx(model)
+    for tensor in graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor not in graph.inputs:
+            tensor.shape = None
+    for tensor in graph.inputs:
+        axis = axes.get(tensor.name, 0)
+        if axis is not None and tensor.shape and not isinstance(tensor.shape[axis], int):
+            tensor.shape = [*tensor.shape[:axis], _ROWS, *tensor.shape[axis + 1 :]]
+    infer_types(graph)
+    firsts = {tensor.name: tensor.shape[0] for tensor in graph.outputs if tensor.shape}
+    known = {name for name, size in firsts.items() if isinstance(size, int) or size == _ROWS}
+    return frozenset(doubtful - known)
+
+
+def _follow(nodes: Iterable[NodeProto], valued: set[str], sized: set[str]) -> None:
+    """Add the names of the tensors whose values depend on what a model's inputs hold to `valued`, and of
+    those whose sizes do to `sized`. The nodes are in an order that they can run in."""
+    for node in nodes:
+        read = set(foreign.reads(node))
+        sizes = {name for index, name in enumerate(node.input) if index in _SIZES.get(node.op_type, ())}
+        before = len(sized)
+        for body in foreign.bodies(node):
+            valued.update(value.name for value in body.input)
+            _follow(body.node, valued, sized)
+            if node.op_type == "Loop":  # whether it goes on
+                sizes.add(body.output[0].name)
+        if node.op_type in SELECTING or node.op_type == "EfficientNMS_ONNX_TRT":
+            sizes = read
+        if sizes & valued or read & sized or len(sized) > before:
+            sized.update(node.output)
+        if read & (sized if node.op_type in ("Shape", "Size") else valued | sized):
+            valued.update(node.output)
 
 
 def _behind(graph: gs.Graph) -> set[str]:

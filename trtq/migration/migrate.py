@@ -18,7 +18,7 @@ from trtq.console import SILENT, Console
 from trtq.data.samples import Samples
 from trtq.errors import ExitCode, InputError
 from trtq.files import PathLike, sha256_file, staged_folder, write_json
-from trtq.gate.evaluation import Evaluation, outputs_of
+from trtq.gate.evaluation import Evaluation, outputs_of, warn_of_walls
 from trtq.gate.verdict import Check, Outcome, Verdict, overall
 from trtq.graph import references
 from trtq.graph.model import save_model
@@ -28,6 +28,7 @@ from trtq.migration.fit import Fit
 from trtq.migration.implied import implied, implied_model
 from trtq.migration.source import Source, load_source
 from trtq.migration.to_qdq import converted
+from trtq.paths import MIGRATED, Output, check_recipe
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import build_in, engine_runs_here, share_check, write
 from trtq.report.html import write_report
@@ -136,10 +137,12 @@ def migrate(
         command: the command line, for `migration.json`.
 
     Raises:
-        InputError: an option, the model, the table or the data cannot be used.
+        InputError: an option, the model, the table or the data cannot be used, or the results would replace
+            an input.
         MissingBackendError: the builder is not installed.
     """
     output = recipe.require("model", "output").output
+    check_recipe(recipe, Output.FOLDER, MIGRATED, table=table)
     if (recipe.eval is None) != (recipe.metric is None):
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
     console = console.fresh()
@@ -163,7 +166,7 @@ def migrate(
         console.say("table", may_run.text())
     else:
         console.warn(may_run.text())
-    with staged_folder(output) as folder:
+    with staged_folder(output, MIGRATED) as folder:
         migration = _built(given, quantization, fit, folder)
         here = engine_runs_here(folder / "model.plan", recipe.plugin_lib, console)
         migration = _compared(given, migration, folder / ("model.plan" if here else "model.int8.onnx"))
@@ -213,6 +216,7 @@ class _Given:
             data = samples_of(recipe, recipe.data, model, cache, console)
         if recipe.eval is not None:
             evaluation = Evaluation.open(recipe, model.path, model.inputs, cache, console)
+            warn_of_walls(model.path, console)
         return cls(recipe, file, source, table, data, evaluation, cache, console)
 
     @property

@@ -188,7 +188,8 @@ def with_interval(kept: Attempt, evaluation: Evaluation) -> Attempt:
     if kept.accuracy.draws != 0:
         return kept
     on_engine = kept.accuracy.executor == "engine"
-    accuracy = evaluation.verdict(kept.folder / ("model.plan" if on_engine else "model.int8.onnx"))
+    model = kept.folder / ("model.plan" if on_engine else "model.int8.onnx")
+    accuracy = evaluation.verdict(model, again=True)
     verdict = evaluation.published(accuracy).with_checks(*kept.on_engine, *kept.refused)
     return replace(kept, accuracy=accuracy, verdict=verdict)
 

@@ -10,7 +10,8 @@ import onnx_graphsurgeon as gs
 
 from trtq.calibration.calibrate import FloatGraph, extents_of
 from trtq.errors import InputError
-from trtq.graph.ends import Code, Ends, Image, why_float
+from trtq.graph.codes import Code, Image
+from trtq.graph.ends import Ends, why_float
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.numerics import has_scale, scale_from_amax

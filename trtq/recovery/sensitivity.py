@@ -23,10 +23,12 @@ from trtq.cache import Cache, Key
 from trtq.console import Advance, Console
 from trtq.data.samples import Samples
 from trtq.errors import InputError
+from trtq.escapes import html_table
 from trtq.files import PathLike, decode, read_own_json, sha256_json, write_bytes, write_json
 from trtq.gate.metrics import Metric, load_metric
 from trtq.graph.groups import groups
 from trtq.graph.quantization import Quantization
+from trtq.memory import Function
 from trtq.recipe import Recipe
 from trtq.scratch import scratch_folder
 from trtq.simulation.pool import Pool
@@ -94,6 +96,21 @@ class Sensitivity:
                 f", {self.metric} {_value(self.int8.metric)}; in fp32: {self.metric} {_value(self.reference)}"
             )
         return "\n".join([_HEADINGS[self.mode], f"{self.rows} rows; {whole}", *lines])
+
+    def __repr__(self) -> str:
+        first = f", first {', '.join(self.effects[0].group.nodes)}" if self.effects else ""
+        return f"<Sensitivity: {len(self.effects)} groups on {self.rows} rows{first}>"
+
+    def _repr_html_(self) -> str:
+        head = ("group", "operator", "SQNR dB", *([self.metric] if self.metric else []))
+        rows = [
+            (
+                *(", ".join(effect.group.nodes), effect.group.op, f"{effect.sqnr_db:.1f}"),
+                *([_value(effect.metric)] if self.metric else []),
+            )
+            for effect in self.effects
+        ]
+        return html_table(f"{self.rows} rows; {_HEADINGS[self.mode]}", rows, head)
 
     def to_json(self) -> dict[str, Any]:
         """The analysis as JSON values."""
@@ -171,7 +188,7 @@ def analyse(
     if pool is None:
         effects = measured(simulator, mode, cache, key, console)
     else:
-        effects = _measured_in(pool, simulator, mode, cache, key, console)
+        effects = _measured_in(pool, recipe.threads, simulator, metric, mode, cache, key, console)
     return Sensitivity(
         model=quantization.plan.model,
         data=samples.hash,
@@ -226,9 +243,20 @@ def known(quantization: Quantization, cache: Cache, key: Key) -> list[Effect]:
 
 
 def _measured_in(
-    pool: Pool, simulator: Simulator, mode: Mode, cache: Cache, key: Key, console: Console
+    pool: Pool,
+    threads: int | None,
+    simulator: Simulator,
+    metric: Metric | None,
+    mode: Mode,
+    cache: Cache,
+    key: Key,
+    console: Console,
 ) -> list[Effect]:
-    """`measured` in a pool's workers, a few groups at a time."""
+    """`measured` in a pool's workers, a few groups at a time.
+
+    Args:
+        threads: of each worker; None: its share (see `Pool.threads`).
+    """
     if not simulator.quantization.storable:
         raise InputError("a model above 2 GB is not sent to workers", remedy="leave --parallel out")
     found = _Found(simulator, cache, key)
@@ -237,14 +265,14 @@ def _measured_in(
         Shard(simulator.samples, None, len(part), (part,))
         for part in (names[i : i + SHARD_GROUPS] for i in range(0, len(names), SHARD_GROUPS))
     ]
-    metric = (simulator.metric.name, simulator.metric.fingerprint) if simulator.metric else None
+    named = None if metric is None else (metric.given or metric.name, metric.fingerprint)
     content = simulator.quantization.to_bytes()
     with scratch_folder() as folder:
         path = folder / "quantization.npz"
         if pool.on_this_machine:
             write_bytes(path, content)
-        sent = _Sent(sha256_json(key.to_json()), path if pool.on_this_machine else content, metric)
-        task = partial(_scores, sent, mode, pool.threads(None))
+        sent = _Sent(sha256_json(key.to_json()), path if pool.on_this_machine else content, named)
+        task = partial(_scores, sent, mode, pool.threads(threads))
         for _, scores in results(task, shards, pool, cache, console, "sensitivity", "group"):
             found.add({name: Score(*score) for name, score in json.loads(scores).items()})
     return found.effects()
@@ -285,12 +313,12 @@ class _Sent:
     Attributes:
         key: stands for all of it.
         quantization: its bytes, or the file that holds them.
-        metric: name and fingerprint.
+        metric: name, or the function itself, and fingerprint.
     """
 
     key: str
     quantization: bytes | Path = field(compare=False)
-    metric: tuple[str, str] | None = field(compare=False)
+    metric: tuple[str | Function, str] | None = field(compare=False)
 
 
 def _scores(
@@ -316,7 +344,7 @@ def _simulator(sent: _Sent, threads: int, rows: _Rows) -> Simulator:
     if sent.metric is not None:
         name, fingerprint = sent.metric
         metric = load_metric(name)
-        if metric.fingerprint != fingerprint:
+        if isinstance(name, str) and metric.fingerprint != fingerprint:
             raise InputError(f"a worker has another version of the metric {name}")
     content = sent.quantization if isinstance(sent.quantization, bytes) else sent.quantization.read_bytes()
     quantization = Quantization.from_bytes(content)

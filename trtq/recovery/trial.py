@@ -9,9 +9,10 @@ import numpy as np
 
 from trtq.backends.apart import try_build
 from trtq.backends.builders import NO_ENGINE
+from trtq.backends.compiled import Compiled
 from trtq.calibration.calibrate import is_calibrated
 from trtq.calibration.methods import AUTO
-from trtq.errors import BuildError
+from trtq.errors import BuildError, MissingBackendError
 from trtq.graph.model import save_model, weight_bytes
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
@@ -77,12 +78,37 @@ def refusal(job: Job, plan: Plan) -> Refusal | None:
 
 def objection(job: Job, quantization: Quantization) -> BuildError | None:
     """What the builder, in a process of its own, has against a quantization; None where it builds it."""
+    try:
+        _compiled(job, quantization)
+    except BuildError as error:
+        return error
+    return None
+
+
+def kernels(job: Job, quantization: Quantization) -> int | None:
+    """How many kernels the engine of a quantization runs, by a build on trial; None where the builder makes
+    none, is not there or would take too long, or does not tell."""
+    if job.recipe.backend == NO_ENGINE or weight_bytes(job.model.graph) > MOST_BYTES:
+        return None
+    try:
+        return _compiled(job, quantization).kernels or None
+    except (BuildError, MissingBackendError):
+        return None
+
+
+def _compiled(job: Job, quantization: Quantization) -> Compiled:
+    """What the builder, in a process of its own, makes of a quantization.
+
+    Raises:
+        BuildError: it makes no engine; the error names the job's model.
+        InputError, MissingBackendError: as the builder.
+    """
     recipe = job.recipe
     with scratch_folder() as folder:
         path = folder / "model.onnx"
         save_model(quantization.delivered(weights=recipe.weights, rest=recipe.precision), path)
         try:
-            try_build(
+            return try_build(
                 recipe.backend,
                 path,
                 profile=job.profile,
@@ -90,8 +116,7 @@ def objection(job: Job, quantization: Quantization) -> BuildError | None:
                 options=recipe.build_options(),
             )
         except BuildError as error:
-            return of_model(error, path, job.model.path)
-    return None
+            raise of_model(error, path, job.model.path) from error
 
 
 def _identity(job: Job, plan: Plan) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ def manifest(job: Job, evaluation: Evaluation, command: str, folder: Path) -> di
         "command": command,
         "versions": versions(job.recipe),
         "inputs": {
-            "model": {"file": str(model.path), "sha256": model.sha256},
+            "model": {"file": str(job.recipe.model), "sha256": model.sha256},
             "data": {"source": data.source, "rows": len(data), "sha256": data.hash},
             "eval": {"source": rows.source, "rows": len(rows), "sha256": rows.hash},
             "metric": {"name": metric.name, "fingerprint": metric.fingerprint},

@@ -35,10 +35,16 @@ DEFAULT_BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Outputs:
-    """A model's outputs, rows in the samples' order, and what computed them."""
+    """A model's outputs, rows in the samples' order, and what computed them.
+
+    Attributes:
+        mixed: names of those that are others for a row where other rows share its batch, as far as the first
+            batch of several rows tells.
+    """
 
     arrays: dict[str, Values]
     executor: Executor
+    mixed: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -49,12 +55,17 @@ class Outputs:
     def concatenated(cls, parts: Sequence[Outputs]) -> Outputs:
         """The outputs of consecutive parts of the samples as those of all of them."""
         arrays = {name: joined([part.arrays[name] for part in parts]) for name in parts[0].arrays}
-        return cls(arrays, parts[0].executor)
+        mixed = dict.fromkeys(name for part in parts for name in part.mixed)
+        return cls(arrays, parts[0].executor, tuple(mixed))
 
     def to_bytes(self) -> bytes:
         """An `.npz`; equal outputs give equal bytes."""
         buffer = io.BytesIO()
-        stored: dict[str, Any] = {"names": np.array(list(self.arrays)), "executor": np.array(self.executor)}
+        stored: dict[str, Any] = {
+            "names": np.array(list(self.arrays)),
+            "executor": np.array(self.executor),
+            "mixed": np.array(self.mixed, np.str_),
+        }
         for name, values in self.arrays.items():
             if isinstance(values, np.ndarray):
                 stored[f"output.{name}"] = values
@@ -73,7 +84,8 @@ class Outputs:
             else unpacked({part: stored[f"{part}.{name}"] for part in ("values", "ranks", "sizes")})
             for name in stored["names"].tolist()
         }
-        return cls(arrays, "engine" if str(stored["executor"]) == "engine" else "simulation")
+        executor: Executor = "engine" if str(stored["executor"]) == "engine" else "simulation"
+        return cls(arrays, executor, tuple(stored["mixed"].tolist()))
 
 
 class BatchLimits(NamedTuple):
@@ -131,8 +143,9 @@ def run_model(
     if batch_size is None:
         parts = runner.taken(parts)
     run = following(functools.partial(runner.on, samples=samples), samples)
-    found = gathered(run, parts, len(samples), model, progress, apart=runner.apart)
-    return Outputs(found, "simulation")
+    by_value = functools.partial(runner.by_value, samples.axes)
+    found, mixed = gathered(run, parts, len(samples), model, progress, apart=runner.apart, by_value=by_value)
+    return Outputs(found, "simulation", mixed)
 
 
 def run_sharded(
@@ -167,8 +180,10 @@ def gathered(
     progress: Callable[[int], object] | None = None,
     *,
     apart: Collection[str] = (),
-) -> dict[str, Values]:
-    """What a model makes of all batches, one after the other: output name -> values, rows first.
+    by_value: Callable[[], Collection[str]],
+) -> tuple[dict[str, Values], tuple[str, ...]]:
+    """What a model makes of all batches, one after the other: output name -> values, rows first; and the
+    outputs that are `Outputs.mixed`.
 
     Where an output does not have a row for each row of the first batch, the rows run one by one, and what the
     model then gives is the row's value as it stands.
@@ -177,12 +192,14 @@ def gathered(
         total: rows in all.
         model: its file, for messages.
         apart: outputs whose first axis is not the rows, whatever their size.
+        by_value: names those that may have as many entries as there are rows by chance (`sized_by_values`);
+            called after a batch has run, if at all.
 
     Raises:
         InputError: there are not as many rows, or an output cannot be told apart row by row.
     """
-    columns, done = Columns(total, model, apart), 0
-    for batch, outputs in _told_apart(run, parts, apart):
+    columns, first, done = Columns(total, model, apart), _First(run, apart, by_value), 0
+    for batch, outputs in _told_apart(run, parts, first):
         done += batch.rows
         if done > total:
             break
@@ -191,11 +208,11 @@ def gathered(
             progress(batch.rows)
     if done != total:
         raise InputError(f"the data did not give the {total} rows that it says it has")
-    return columns.values
+    return columns.values, first.mixed
 
 
 def _told_apart(
-    run: Callable[[Batch], Arrays], parts: Iterable[Batch], apart: Collection[str]
+    run: Callable[[Batch], Arrays], parts: Iterable[Batch], first: _First
 ) -> Iterator[tuple[Batch, Arrays]]:
     """The batches with their outputs, or the rows with theirs where the first batch of several needs that."""
     seen, rows_of = False, None
@@ -203,28 +220,61 @@ def _told_apart(
         outputs = None
         if batch.rows > 1 and not seen:
             seen, outputs = True, run(batch)
-            rows_of = _one_by_one(run, batch, outputs, apart)
+            rows_of = first.one_by_one(batch, outputs)
         if rows_of is not None:
             yield from ((row, run(row)) for row in rows_of(batch))
         else:
             yield batch, run(batch) if outputs is None else outputs
 
 
-def _one_by_one(
-    run: Callable[[Batch], Arrays], batch: Batch, outputs: Arrays, apart: Collection[str]
-) -> Callable[[Batch], Iterable[Batch]] | None:
-    """How the rows of a batch run one by one, or None where they need not: every output of the batch has a
-    row for each of its rows, and one of that shape for a row alone (as many boxes, or time steps, may be
-    there by chance). A model that does not run on one row gets copies of it."""
-    size = batch.rows + batch.padding
-    by_row = all(o.ndim and len(o) == size and name not in apart for name, o in outputs.items())
-    try:
-        alone = run(next(single_rows(batch)))
-    except TrtqError:
-        return None if by_row else functools.partial(single_rows, filled=True)
-    if by_row and all(alone[name].shape == (1, *output.shape[1:]) for name, output in outputs.items()):
+class _First:
+    """What the first batch of several rows tells of a model; see `gathered` for the arguments.
+
+    Attributes:
+        mixed: outputs that are others for a row where other rows share its batch.
+    """
+
+    def __init__(
+        self, run: Callable[[Batch], Arrays], apart: Collection[str], by_value: Callable[[], Collection[str]]
+    ) -> None:
+        self._run, self._apart, self._by_value = run, apart, by_value
+        self.mixed: tuple[str, ...] = ()
+
+    def one_by_one(self, batch: Batch, outputs: Arrays) -> Callable[[Batch], Iterable[Batch]] | None:
+        """How the rows of batches run one by one, or None where they need not: every output of this batch has
+        a row for each of its rows, and one of that shape for a row alone (as many time steps may be there by
+        chance), and none has as many boxes by chance. A model that does not run on one row gets copies of it.
+        """
+        size, middle = batch.rows + batch.padding, batch.rows // 2
+        by_row = all(o.ndim and len(o) == size and name not in self._apart for name, o in outputs.items())
+        by_row = by_row and not self._by_value()
+        try:
+            alone = self._run(list(single_rows(batch))[middle])
+        except TrtqError:
+            if not by_row:
+                return functools.partial(single_rows, filled=True)
+            alone = None
+        if alone and any(alone[name].shape != (1, *o.shape[1:]) for name, o in outputs.items()):
+            by_row = False
+        if not by_row:
+            return single_rows
+        if alone is None or any(_differ(alone[name][0], o[middle]) for name, o in outputs.items()):
+            own = {name: o[middle] for name, o in outputs.items()}
+            same = self._run(list(single_rows(batch, filled=True))[middle])  # in the company of its copies
+            self.mixed = tuple(name for name, row in own.items() if _differ(same[name][middle], row))
         return None
-    return single_rows
+
+
+_ROUNDING = 1e-4
+"""Of the largest value of an output: what is computed in another order differs by less."""
+
+
+def _differ(one: NDArray, other: NDArray) -> bool:
+    """Whether two values of an output are others but for rounding."""
+    if one.dtype.kind not in "fc":
+        return not np.array_equal(one, other)
+    largest = np.abs(one[np.isfinite(one)]).max(initial=0)
+    return not np.allclose(one, other, rtol=0, atol=_ROUNDING * largest, equal_nan=True)
 
 
 class NotByRowError(InputError):

@@ -1,7 +1,12 @@
-"""How many processors this process may use: in a container, fewer than the machine has."""
+"""How many processors this process may use: in a container, fewer than the machine has.
+
+Whoever starts threads asks here: the runner of rows, ONNX Runtime's sessions, PyTorch, processes of joblib.
+What a user gives as `--threads` goes before it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -12,10 +17,36 @@ _OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def processors() -> int:
-    """Processors that the affinity and the CPU limit of the cgroup leave to this process; at least 1."""
+    """Processors that the affinity, the CPU limit of the cgroup and OMP_NUM_THREADS leave to this process; at
+    least 1."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = cgroup_limit()
-    return available if limit is None else max(min(available, math.ceil(limit)), 1)
+    limits = [limit for limit in (cgroup_limit(), _wanted_of_openmp()) if limit is not None]
+    return max(min([available, *map(math.ceil, limits)]), 1)
+
+
+@contextlib.contextmanager
+def patient_openmp() -> Iterator[None]:
+    """The OpenMP libraries that are loaded within let a thread that waits sleep, unless the environment says
+    otherwise.
+
+    By default it tries again and again; where other processes want the processors, too, each of the many
+    parallel regions of a network then waits for threads that do not run, and two threads take several times
+    as long as one. A library reads the setting once, when it is loaded: one that already is stays as it is.
+    """
+    if "OMP_WAIT_POLICY" in os.environ:
+        yield
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_WAIT_POLICY"]
+
+
+def _wanted_of_openmp() -> int | None:
+    """What OMP_NUM_THREADS says of the outermost level, as in 4 or 4,2; None: nothing, or no such number."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
 
 
 def cgroup_limit(mount: Path = _CGROUPS, own_groups: Path = _OWN_GROUPS) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +48,12 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _HOLDS_WEIGHTS = 1 << 25
 """A file above this size holds its weights itself; it is not parsed to look for external data."""
 
+MANY_NODES = 4096
+"""Models of more nodes are loaded without what ONNX Runtime's time grows with the square of them for."""
+
+_COMMON = "CommonSubexpressionElimination"
+"""ONNX Runtime's search for nodes that compute the same; it saves runs time and changes no value."""
+
 _FATAL = 4
 """ONNX Runtime's log level: errors are raised, so they are not logged as well."""
 
@@ -81,13 +86,13 @@ def simulation_session(
     """
     file = None if isinstance(model, bytes | Light) else model
     try:
-        source = _simulable(model, outputs)
+        source, nodes = _simulable(model, outputs)
         if isinstance(source, _Foreign):
             folder, shared = source.folder, weights or {}
             start = partial(_started, large=_is_large(model), threads=threads, weights=shared, folder=folder)
             read = partial(_values, weights=shared, folder=folder)
             return Chain(source.model, source.outputs, source.types, start, read)
-        return _session(source, _options(_is_large(model), threads, weights))
+        return _session(source, _options(_is_large(model), threads, weights), nodes)
     except TrtqError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
@@ -99,9 +104,10 @@ def _options(
 ) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads = threads or _every_thread()
+    options.intra_op_num_threads = threads or processors()
     options.enable_mem_pattern = False  # it keeps one more buffer for every shape, and saves no time
     options.log_severity_level = _FATAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # other processes want them, too
     for key, value in _SESSION_CONFIG.items():
         options.add_session_config_entry(key, value)
     if large:
@@ -112,13 +118,17 @@ def _options(
 
 
 def _session(
-    source: str | Path | bytes | Light, options: onnxruntime.SessionOptions
+    source: str | Path | bytes | Light, options: onnxruntime.SessionOptions, nodes: int
 ) -> onnxruntime.InferenceSession:
+    """A session of a model of so many nodes."""
     if isinstance(source, Light):
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(source.folder))
         source = source.model
     return onnxruntime.InferenceSession(
-        source if isinstance(source, bytes) else str(source), options, providers=execution_providers()
+        source if isinstance(source, bytes) else str(source),
+        options,
+        providers=execution_providers(),
+        disabled_optimizers=[_COMMON] if nodes > MANY_NODES else None,
     )
 
 
@@ -134,7 +144,7 @@ def _started(
     shared = {name: value for name, value in weights.items() if name in own}
     content = model.SerializeToString()
     source = content if folder is None else Light(content, folder)
-    return _session(source, _options(large, threads, shared))
+    return _session(source, _options(large, threads, shared), len(model.graph.node))
 
 
 def _values(
@@ -144,11 +154,6 @@ def _values(
     if tensor.name in weights:
         return np.asarray(weights[tensor.name].numpy())
     return onnx.numpy_helper.to_array(tensor, str(folder or ""))
-
-
-def _every_thread() -> int:
-    """ONNX Runtime's own choice (0), all of the machine's cores, unless this process may not use them all."""
-    return processors() if processors() < (os.cpu_count() or 1) else 0
 
 
 def _is_large(model: str | Path | bytes | Light) -> bool:
@@ -216,9 +221,9 @@ class _Foreign:
 
 def _simulable(
     model: str | Path | bytes | Light, outputs: Sequence[str] | None
-) -> str | Path | bytes | Light | _Foreign:
+) -> tuple[str | Path | bytes | Light | _Foreign, int]:
     """The model in float32 where it holds narrow types, with Attention as ONNX defines it, and with other
-    outputs where some are named.
+    outputs where some are named; and how many nodes it has.
 
     A model that needs none of these stays as it is.
     """
@@ -235,7 +240,7 @@ def _simulable(
         proto = inlined if foreign else proto
     narrow, attention = holds_narrow(proto), holds_attention(proto)
     if not narrow and not attention and outputs is None and not foreign:
-        return model
+        return model, len(proto.graph.node)
     types: dict[str, onnx.TypeProto] = {}
     if foreign:
         import_domains(proto)
@@ -247,12 +252,12 @@ def _simulable(
     if narrow:
         proto = in_float32(proto)
     if foreign:
-        return _Foreign(proto, folder, tuple(outputs or ()), types)
+        return _Foreign(proto, folder, tuple(outputs or ()), types), len(proto.graph.node)
     if outputs is not None:
         del proto.graph.output[:]
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     content = proto.SerializeToString()
-    return content if folder is None else Light(content, folder)
+    return content if folder is None else Light(content, folder), len(proto.graph.node)
 
 
 def _computable(graph: onnx.GraphProto, outputs: Sequence[str] | None) -> Sequence[str]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -45,6 +46,9 @@ from trtq.simulation.session import simulation_fingerprint
 
 SHARD_ROWS = 128
 """Rows of a shard; more where that is needed for whole samples and whole batches."""
+
+MOST_SHARDS = 256
+"""Above that many, shards get larger: each has a file of its own."""
 
 KEPT_BYTES = 1 << 28
 """Results above this size are not cached."""
@@ -122,7 +126,7 @@ class Shard:
         first, last = (self.samples.row_number(i) for i in (0, len(self.samples) - 1))
         return f"rows {first} to {last} of {self.samples.source}"
 
-    def sent(self) -> tuple[Origin, Sequence[int], Mapping[str, list[NDArray]], str, tuple[Any, ...]]:
+    def sent(self) -> tuple[Origin, NDArray[np.int64], Mapping[str, list[NDArray]], str, tuple[Any, ...]]:
         """What a worker needs to read the samples itself, with the states that no file has, and the
         arguments."""
         if self.samples.origin is None or self.samples.positions is None:
@@ -137,7 +141,7 @@ class Shard:
 def cut(samples: Samples, key: Key, batch: int) -> list[Shard]:
     """The shards: whole samples, whole sequences, and whole batches but for the last."""
     step = math.lcm(samples.group, batch, samples.fixed_batch or 1)
-    rows = math.ceil(SHARD_ROWS / step) * step
+    rows = math.ceil(max(SHARD_ROWS, len(samples) / MOST_SHARDS) / step) * step
     of, shards = sha256_json(key.to_json()), []
     for first, end in itertools.pairwise([*_cuts(samples, rows), len(samples)]):
         part = samples.subset(range(first // samples.group, end // samples.group))
@@ -303,7 +307,7 @@ def _work(
     files: Sequence[str],
     index: int,
     origin: Origin,
-    positions: Sequence[int],
+    positions: NDArray[np.int64],
     states: Mapping[str, list[NDArray]],
     rows: str,
     arguments: tuple[Any, ...],

@@ -14,6 +14,9 @@ from trtq.data.samples import Samples
 from trtq.graph.names import Names
 from trtq.simulation.rows import Runner
 
+Vector = NDArray[np.float64]
+"""Of each channel."""
+
 MOST_ROWS = 64
 """Rows whose channels are looked at, evenly spread over the data."""
 

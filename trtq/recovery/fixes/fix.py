@@ -3,7 +3,8 @@
 `shift` and `smooth` change the float graph without changing its function, so that its activations quantize
 better; it is then calibrated again. `bias` makes up for the mean error that is left, and comes last: it
 belongs to the ranges it was measured with. What helps one network harms another, and `shift` may pay only
-together with `bias`, so every combination is measured.
+together with `bias`, so every combination is measured. From the best of them `rescale` goes on: it inserts
+scales where none can be folded, as far as the engine gains no kernel.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from trtq.data.samples import Samples
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.rescale import rescale
 from trtq.recovery.fixes.shift import shift
 from trtq.recovery.fixes.smooth import smooth
 from trtq.recovery.made import Made
@@ -65,19 +67,29 @@ def fix(job: Job, start: Quantization) -> Made:
                 candidate = _corrected(job, changed, fitting) if last else changed
                 found[label] = rows.sqnr_db(candidate, job.console, label)
                 candidates[label] = changed
+    best, after = max(found.items(), key=lambda item: item[1])
+    kept, taken = start, list[str]()
+    if after >= found["as calibrated"] + LEAST_GAIN_DB:
+        kept, taken = candidates[best], best.split(" + ")
+        if kept.graph is not start.graph:
+            kept = calibrate(job, start.plan, FloatGraph.changed(kept.graph))
+    made = _corrected(job, kept, job.data) if "bias" in taken else kept
+    if not job.budget.over and (scaled := rescale(job, kept)) is not None:
+        names = [*(name for name in taken if name != "bias"), "rescale"]
+        for last in ([], ["bias"]):
+            candidate = _corrected(job, scaled, job.data) if last else scaled
+            name = " + ".join([*names, *last])
+            found[name] = rows.sqnr_db(candidate, job.console, name)
+            if found[name] >= after + LEAST_GAIN_DB:
+                made, after, taken = candidate, found[name], [*names, *last]
     ranked = sorted(found.items(), key=lambda item: -item[1])
-    best, after = ranked[0]
-    tried = ", ".join(f"{label} {value:.1f} dB" for label, value in ranked)
+    tried = ", ".join(f"{name} {value:.1f} dB" for name, value in ranked)
     job.console.say("fixes", tried)
     whole = not job.budget.over
-    if after < found["as calibrated"] + LEAST_GAIN_DB:
+    if not taken:
         return Made(None, whole, f"nothing helped: {tried}")
-    kept = candidates[best]
-    if kept.graph is not start.graph:
-        kept = calibrate(job, start.plan, FloatGraph.changed(kept.graph))
-    if best.endswith("bias"):
-        kept = _corrected(job, kept, job.data)
-    return Made(replace(kept, notes={**kept.notes, "fixes": best, "fixes_sqnr_db": found}), whole)
+    notes = {**made.notes, "fixes": " + ".join(taken), "fixes_sqnr_db": found}
+    return Made(replace(made, notes=notes), whole)
 
 
 def _changed(job: Job, rows: Rows, start: Quantization, names: list[str]) -> Quantization | None:

@@ -28,6 +28,7 @@ from trtq.graph.place import readers
 from trtq.graph.plan import Plan
 from trtq.recovery.fixes.channels import (
     Bias,
+    Vector,
     added_bias,
     bias_of,
     channel_axis,
@@ -37,8 +38,6 @@ from trtq.recovery.fixes.channels import (
     set_constant,
     weight_matrix,
 )
-
-Vector = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from trtq.graph.plan import Plan
 from trtq.numerics import amax_per_channel, fake_quantize, scale_from_amax
 from trtq.recovery.fixes.channels import (
     Channels,
+    Vector,
     along,
     channel_axis,
     collect_channels,
@@ -42,8 +43,6 @@ from trtq.recovery.fixes.channels import (
     set_constant,
     weight_matrix,
 )
-
-Vector = NDArray[np.float64]
 
 EXPONENTS = (0.25, 0.5, 0.75, 1.0)
 """Values of `a` that are tried, besides leaving a stream as it is."""
@@ -220,7 +219,7 @@ def scale_stream(graph: gs.Graph, stream: Stream, factors: Vector) -> None:
     for node in stream.makers:
         rank = ranks[node.outputs[0].name]
         if is_linear(node):
-            _scale_linear(node, 1 / factors, names, output=True)
+            scale_linear(node, 1 / factors, names, output=True)
             for index in range(2, len(node.inputs)):
                 set_constant(node, index, node.inputs[index].values / factors, names)
         elif node.op in NORMALIZATIONS:
@@ -234,20 +233,23 @@ def scale_stream(graph: gs.Graph, stream: Stream, factors: Vector) -> None:
         vector = along(1 / factors, stream.axis, ranks[node.outputs[0].name])
         set_constant(node, index, node.inputs[index].values * vector, names)
     for node in stream.readers:
-        _scale_linear(node, factors, names, output=False)
+        scale_linear(node, factors, names, output=False)
 
 
-def _scale_linear(node: gs.Node, factors: Vector, names: Names, *, output: bool) -> None:
-    """Multiply the weights of a linear node's outputs, or of its inputs, by factors."""
-    weight = node.inputs[1].values.astype(np.float64)
+def scale_linear(node: gs.Node, factors: Vector, names: Names, *, output: bool) -> None:
+    """Multiply the weights of a linear node's outputs, or of its inputs, by factors; in place."""
+    set_constant(node, 1, scaled_weight(node, factors, output=output), names)
+
+
+def scaled_weight(node: gs.Node, factors: Vector, *, output: bool) -> NDArray[np.float64]:
+    """The weights of a linear node with those of its outputs, or of its inputs, multiplied by factors."""
+    weight: NDArray[np.float64] = node.inputs[1].values.astype(np.float64)
     if node.op == "Conv" and not output:
         groups, outputs, inputs, _ = weight_matrix(node).shape
         each = np.repeat(factors.reshape(groups, 1, inputs), outputs, axis=1).reshape(-1, inputs)
-        scaled = weight * each.reshape(*each.shape, *[1] * (weight.ndim - 2))
-    else:
-        axis = 0 if node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0)) == output else 1
-        scaled = weight * along(factors, axis, weight.ndim)
-    set_constant(node, 1, scaled, names)
+        return weight * each.reshape(*each.shape, *[1] * (weight.ndim - 2))
+    axis = 0 if node.op == "Conv" or (node.op == "Gemm" and node.attrs.get("transB", 0)) == output else 1
+    return weight * along(factors, axis, weight.ndim)
 
 
 # --- choosing the factors -----------------------------------------------------------------------------------
@@ -264,17 +266,17 @@ def best_factors(stream: Stream, channels: Mapping[str, Channels], int8: set[str
     if not readers:
         return None
     amax = np.max([channels[name].amax for name in stream.tensors if name in channels], axis=0)
-    weights = np.max([np.abs(_by_input(node)).max(axis=0) for node in readers], axis=0)
-    tried = [np.ones(stream.channels), *(_factors(amax, weights, a) for a in EXPONENTS)]
+    weights = np.max([np.abs(by_input(node)).max(axis=0) for node in readers], axis=0)
+    tried = [np.ones(stream.channels), *(balanced(amax, weights, a) for a in EXPONENTS)]
     errors = [
-        sum(_error(node, channels[node.inputs[0].name].values, factors) for node in readers)
+        sum(error_behind(node, channels[node.inputs[0].name].values, factors) for node in readers)
         for factors in tried
     ]
     best = int(np.argmin(errors))
     return tried[best] if best else None
 
 
-def _factors(amax: Vector, weights: Vector, exponent: float) -> Vector:
+def balanced(amax: Vector, weights: Vector, exponent: float) -> Vector:
     """SmoothQuant's equation 4, with 1 where a channel is dead on either side."""
     alive = (amax > 0) & (weights > 0)
     factors = np.ones(amax.shape)
@@ -283,13 +285,13 @@ def _factors(amax: Vector, weights: Vector, exponent: float) -> Vector:
     return np.clip(factors, 1 / MOST_FACTOR, MOST_FACTOR)
 
 
-def _by_input(node: gs.Node) -> NDArray[np.float64]:
+def by_input(node: gs.Node) -> NDArray[np.float64]:
     """Weights as (outputs of a group * kernel, inputs)."""
     matrix = weight_matrix(node)
     return matrix.transpose(1, 3, 0, 2).reshape(-1, matrix.shape[0] * matrix.shape[2])
 
 
-def _error(node: gs.Node, values: NDArray[np.float32], factors: Vector) -> float:
+def error_behind(node: gs.Node, values: NDArray[np.float32], factors: Vector) -> float:
     """Quantization noise over signal at a reader's output, its inputs taken as uncorrelated."""
     weight = weight_matrix(node)
     groups, _, inputs, _ = weight.shape

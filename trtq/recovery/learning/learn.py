@@ -10,14 +10,18 @@ A few hundred rows are enough because little has to change: all steps start from
 are learned in units of their scale, with a learning rate that moves them by less than one code in total,
 and half-cosine decay. Of all epochs the one with the least noise on rows held back is kept.
 
-First come ranges, biases and norms alone, then weights with them. The INT8 codes that come out are those
-that were trained with: `Quantization.rewritten` writes exactly them.
+First come ranges, biases and norms alone, then weights with them. Then all goes on from the best so far with
+shorter steps, until nothing is gained any more: how long a step may be differs between networks by more than
+ten times, and where the first ones were too long, the best so far is the start. The INT8 codes that come out
+are those that were trained with: `Quantization.rewritten` writes exactly them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,8 +40,9 @@ from trtq.graph.quantization import Quantization
 from trtq.graph.selecting import up_to_measured
 from trtq.graph.weights import is_plain
 from trtq.recipe import Recipe
+from trtq.scratch import scratch_folder
 from trtq.simulation.finite import check_reference
-from trtq.simulation.processors import processors
+from trtq.simulation.processors import patient_openmp, processors
 from trtq.simulation.rows import taken
 from trtq.simulation.similarity import Reference, noise_db
 
@@ -62,10 +67,18 @@ RATE_SCALES, RATE_BIASES, RATE_CODES = 1e-3, 5e-4, 5e-3
 """Adam's learning rates: of the logarithms of scales, of biases in units of their mean magnitude, and of
 weights in units of their scale."""
 
+FINE, FINE_SHARE = 0.2, 0.5
+"""The fine steps that follow: their rates in units of the first ones', and how many there are for each."""
+
+PATIENCE = 2
+"""Epochs of fine steps in a row without `LEAST_GAIN_DB`, after which learning ends."""
+
 LABEL_WEIGHT = 0.05
 """Of the cross-entropy with labels, added to the noise against the teacher."""
 
 LEAST_GAIN_DB = 0.05
+
+_COMPILER_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 Answer: TypeAlias = "dict[str, list[Tensor]]"
@@ -135,7 +148,8 @@ def learn(
             outputs are not finite.
     """
     try:
-        import torch
+        with patient_openmp():
+            import torch
     except ImportError as error:
         raise MissingBackendError(
             "PyTorch is not installed, and learning needs it", remedy="pip install 'trtq[qat]'"
@@ -145,11 +159,26 @@ def learn(
     torch.set_num_threads(recipe.threads or processors())
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        flags = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with flags, _compiler_folder():
             run = _Run(quantization, teacher, fitting, held_back, recipe, device)
             return run.learn(console, budget, checkpoint)
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _compiler_folder() -> Iterator[None]:
+    """Where PyTorch's compiler, which its optimizers import, makes a folder that it would leave for good."""
+    if _COMPILER_FOLDER in os.environ:
+        yield
+        return
+    with scratch_folder() as folder:
+        os.environ[_COMPILER_FOLDER] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ[_COMPILER_FOLDER]
 
 
 @dataclass(frozen=True)
@@ -159,6 +188,22 @@ class _Lesson:
     feed: dict[str, Tensor]
     expected: dict[str, Tensor]
     labels: Tensor | None
+
+
+@dataclass
+class _Progress:
+    """How far learning has come.
+
+    Attributes:
+        best: what did best on the rows held back; `noise`: how much it left.
+        epoch: how many were taken.
+        idle: of these, the last ones that gained nothing with fine steps.
+    """
+
+    best: Answer
+    noise: float
+    epoch: int = 0
+    idle: int = 0
 
 
 class _Run:
@@ -210,21 +255,26 @@ class _Run:
         }
 
     def learn(self, console: Console, budget: Budget, checkpoint: Checkpoint) -> Learned:
-        before = noise = self._exam()
-        best, best_noise = self._answer(), noise
-        epochs = max(math.ceil(_steps(self.start.plan) / len(self.lessons)), 2)
+        before = self._exam()
+        at = _Progress(self._answer(), before)
+        coarse = max(math.ceil(_steps(self.start.plan) / len(self.lessons)), 2)
+        epochs = coarse + max(round(FINE_SHARE * coarse), 1)
         optimizer, rates = self._optimizer()
-        epoch = 0
         if checkpoint.state is not None:
-            epoch, best, best_noise = self._resume(checkpoint.state, optimizer)
-        with console.progress("learn", (epochs - epoch) * len(self.lessons), "step") as advance:
-            while epoch < epochs and not budget.over:
-                order = np.random.default_rng(epoch).permutation(len(self.lessons))
+            at = self._resume(checkpoint.state, optimizer)
+        with console.progress("learn", (epochs - at.epoch) * len(self.lessons), "step") as advance:
+            while at.epoch < epochs and at.idle < PATIENCE and not budget.over:
+                fine = at.epoch >= coarse
+                if at.epoch == coarse:
+                    self._restore(at.best)
+                    optimizer.state.clear()
+                order = np.random.default_rng(at.epoch).permutation(len(self.lessons))
                 for position, index in enumerate(order):
-                    done = (epoch + position / len(order)) / epochs
+                    done = at.epoch + position / len(order)
+                    pace = _decayed(done, 0, coarse) if not fine else FINE * _decayed(done, coarse, epochs)
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                        held = group["weights"] and done < FIRST
-                        group["lr"] = 0.0 if held else rate * 0.5 * (1 + math.cos(math.pi * done))
+                        held = group["weights"] and done < FIRST * coarse
+                        group["lr"] = 0.0 if held else rate * pace
                     optimizer.zero_grad()
                     self._loss(self.lessons[index]).backward()
                     optimizer.step()
@@ -232,41 +282,39 @@ class _Run:
                     if budget.over:
                         break
                 noise = self._exam()
-                if noise < best_noise:
-                    best, best_noise = self._answer(), noise
+                gain = noise_db(noise) - noise_db(at.noise)
+                if gain > 0:
+                    at.best, at.noise = self._answer(), noise
                 if budget.over:
                     break
-                epoch += 1
-                console.say("learn", f"epoch {epoch} of {epochs}: {noise_db(noise):.2f} dB on rows held back")
-                checkpoint.save(self._state(epoch, best, best_noise, optimizer))
-        gain = noise_db(best_noise) - noise_db(before)
-        quantization = self._exported(best) if gain >= LEAST_GAIN_DB else self.given
-        steps = epoch * len(self.lessons)
-        return Learned(quantization, noise_db(before), noise_db(best_noise), steps, epoch == epochs)
+                at.epoch += 1
+                at.idle = at.idle + 1 if fine and gain < LEAST_GAIN_DB else 0
+                text = f"{noise_db(noise):.2f} dB on rows held back"
+                console.say("learn", f"epoch {at.epoch} of {epochs}: {text}")
+                checkpoint.save(self._state(at, optimizer))
+        gain = noise_db(at.noise) - noise_db(before)
+        quantization = self._exported(at.best) if gain >= LEAST_GAIN_DB else self.given
+        whole = at.epoch == epochs or at.idle == PATIENCE
+        return Learned(
+            quantization, noise_db(before), noise_db(at.noise), at.epoch * len(self.lessons), whole
+        )
 
-    def _state(self, epoch: int, best: Answer, best_noise: float, optimizer: Any) -> bytes:
-        """All that `_resume` needs to go on after `epoch` epochs."""
+    def _state(self, at: _Progress, optimizer: Any) -> bytes:
+        """All that `_resume` needs to go on."""
         import torch
 
-        stored = {
-            "now": self._answer(),
-            "optimizer": optimizer.state_dict(),
-            "best": best,
-            "best_noise": best_noise,
-            "epoch": epoch,
-        }
         buffer = io.BytesIO()
-        torch.save(stored, buffer)
+        torch.save(vars(at) | {"now": self._answer(), "optimizer": optimizer.state_dict()}, buffer)
         return buffer.getvalue()
 
-    def _resume(self, state: bytes, optimizer: Any) -> tuple[int, Answer, float]:
-        """Go back to a state; the epochs done, the best answer and its noise."""
+    def _resume(self, state: bytes, optimizer: Any) -> _Progress:
+        """Go back to a state."""
         import torch
 
         stored = torch.load(io.BytesIO(state), map_location=self.device, weights_only=True)
-        self._restore(stored["now"])
-        optimizer.load_state_dict(stored["optimizer"])
-        return stored["epoch"], stored["best"], stored["best_noise"]
+        self._restore(stored.pop("now"))
+        optimizer.load_state_dict(stored.pop("optimizer"))
+        return _Progress(**stored)
 
     def _lessons(self, samples: Samples, labels: NDArray[np.int64] | None) -> Iterator[_Lesson]:
         import torch
@@ -400,6 +448,11 @@ def _signal(expected: Tensor) -> Tensor:
 def _error(expected: Tensor, found: Tensor) -> Tensor:
     """Expected minus found, 0 where what is expected is not finite."""
     return (expected - found).where(expected.isfinite(), 0)
+
+
+def _decayed(epoch: float, first: int, end: int) -> float:
+    """What is left of the rates on a half cosine from an epoch to an end."""
+    return 0.5 * (1 + math.cos(math.pi * (epoch - first) / (end - first)))
 
 
 def _steps(plan: Plan) -> int:

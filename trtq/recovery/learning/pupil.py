@@ -112,8 +112,9 @@ class _FakeQuantize(torch.autograd.Function):
         ratio, scale = ctx.saved_tensors
         codes = ratio.round()
         saturated = codes.clamp(*ctx.range)
-        inside = saturated == codes
+        outside = saturated != codes
         by_scale = None
         if ctx.needs_input_grad[1]:
-            by_scale = (gradient * torch.where(inside, codes - ratio, saturated)).sum_to_size(scale.shape)
-        return gradient * inside, by_scale, None, None
+            slope = torch.where(outside, saturated, codes.sub_(ratio))
+            by_scale = slope.mul_(gradient).sum_to_size(scale.shape)
+        return gradient.masked_fill(outside, 0), by_scale, None, None

@@ -1,4 +1,4 @@
-"""What a command reads and writes, checked before any work: no output replaces an input or another output."""
+"""What a job reads and writes, checked before any work: no output replaces an input or another output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from trtq.data.remote import is_url
 from trtq.errors import InputError
-from trtq.files import is_stdout, is_stream
+from trtq.files import PathLike, check_name, is_stdout, is_stream
 from trtq.recipe import Recipe, flag, options
 
 
 class Output(enum.Enum):
-    """What a command makes of the path it is given: a file, text that may go into a stream, or a folder."""
+    """What is made of a path: a file, text that may go into a stream, or a folder."""
 
     FILE = "a file"
     TEXT = "a file or a stream"
@@ -28,6 +28,30 @@ _FOLDERS = (Output.FOLDER, Output.CACHE)
 
 _SAMPLES = (".npz", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _NO_FILES = ("/dev/", "/proc/", "/sys/")
+
+
+_QUANTIZED = (
+    *("model.int8.onnx", "model.int8.onnx.data", "model.plan", "model.plan.json", "plan.json"),
+    *("calibration.cache", "calibration.cache.json", "verdict.json", "junit.xml", "report.html"),
+)
+
+RECIPE = "recipe.toml"
+"""May be given again among the results, and is written as it was read."""
+
+DEPLOYED = (*_QUANTIZED, "workflow.json", "manifest.json", RECIPE)
+"""What `deploy` makes in its folder; what an earlier job left of it goes even where there is no new one."""
+
+MIGRATED = (*_QUANTIZED, "migration.json")
+"""The same of `migrate`."""
+
+BUILT = (".json", ".cache", ".cache.json")
+"""What `build` adds to its engine's name for files beside it."""
+
+THREE = (
+    *("model.fp32.onnx", "model.fp16.onnx", "model.fp32.plan", "model.fp16.plan", "model.int8.plan"),
+    *("model.fp32.plan.json", "model.fp16.plan.json", "model.int8.plan.json"),
+)
+"""What `bench --three` makes in its folder, beside the model with Q/DQ where none is given."""
 
 
 class Read(NamedTuple):
@@ -61,7 +85,7 @@ def paths_of_recipe(recipe: Recipe, output: Output, makes: tuple[str, ...]) -> I
     """The paths among the options of a recipe.
 
     Args:
-        output, makes: what the command makes of -o.
+        output, makes: what is made of the recipe's output (see `Written`).
     """
     kinds = {"output": output, "timing_cache": Output.FILE, "cache": Output.CACHE}
     for option in options():
@@ -79,6 +103,20 @@ def paths_of_recipe(recipe: Recipe, output: Output, makes: tuple[str, ...]) -> I
                 yield Read("MODEL" if option.name == "model" else spelled, Path(path))
 
 
+def check_recipe(recipe: Recipe, output: Output, makes: tuple[str, ...], **more: PathLike | None) -> None:
+    """`check_paths` of a job's recipe, for callers from Python; the command line checks its own options, too.
+
+    Args:
+        output, makes: as for `paths_of_recipe`.
+        more: option -> another file that the job reads, if it is given.
+
+    Raises:
+        InputError: as `check_paths`.
+    """
+    reads = [Read(flag(name), Path(path)) for name, path in more.items() if path is not None]
+    check_paths([*paths_of_recipe(recipe, output, makes), *reads])
+
+
 def check_paths(paths: Iterable[Read | Written]) -> None:
     """Refuse what cannot be read or written as it has to be, and outputs that would replace an input or each
     other.
@@ -89,6 +127,8 @@ def check_paths(paths: Iterable[Read | Written]) -> None:
     paths = list(paths)
     reads = [path for path in paths if isinstance(path, Read)]
     writes = [path for path in paths if isinstance(path, Written)]
+    for path in paths:
+        check_name(path.path)
     for read in reads:
         if read.path.exists() and not (read.path.is_file() or read.path.is_dir()):
             raise InputError(f"{read.spelled} is not a regular file", file=read.path, remedy="give a file")
@@ -151,7 +191,8 @@ def _replaced(written: Written, read: Read) -> Path | None:
 
 
 def _files(read: Read, written: Written) -> list[Path]:
-    """The files of an input: of a folder the samples, of a model also its external data.
+    """The files of an input: of a folder the samples, of a model also its external data, and of a table or an
+    engine what lies beside it.
 
     Those are looked up only where the output is there already, and may be one of them.
     """
@@ -159,6 +200,8 @@ def _files(read: Read, written: Written) -> list[Path]:
         return [read.path]
     if read.path.is_dir():
         return [read.path, *(f for f in read.path.iterdir() if f.suffix.lower() in _SAMPLES)]
+    if (beside := Path(f"{read.path}.json")).exists() and read.path.suffix != ".onnx":
+        return [read.path, beside]
     if read.path.suffix == ".onnx":
         from trtq.graph.model import model_files
 

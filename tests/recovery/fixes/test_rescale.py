@@ -1,0 +1,295 @@
+"""Inserted channel scales: the function stays, each channel of a depthwise input uses all codes, factors of
+dead channels are bounded, and what is tried is what is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+from family import data_for, folded, quantized
+from onnx.reference import ReferenceEvaluator
+from small_graphs import Case, outputs, relative_error, small_case
+
+from trtq.calibration.search import Rows
+from trtq.console import SILENT
+from trtq.graph.fit import check_fits
+from trtq.graph.model import export
+from trtq.graph.place import leave_out
+from trtq.job import Job
+from trtq.recipe import Recipe
+from trtq.recovery.fixes.channels import Channels
+from trtq.recovery.fixes.fix import fix
+from trtq.recovery.fixes.rescale import (
+    LEAST_FACTOR,
+    Choice,
+    Option,
+    Site,
+    _scaled,
+    _Trials,
+    _without_kernels,
+    find_sites,
+    inserted,
+    most_that_fit,
+    options,
+    rescale,
+)
+from trtq.recovery.trial import kernels
+from trtq.simulation.similarity import noise_db, sqnr_db
+
+
+def silu(case: Case, x: gs.Variable) -> gs.Variable:
+    return case.node("Mul", x, case.node("Sigmoid", x))
+
+
+def separable(case: Case) -> None:
+    """A SiLU that a depthwise and a grouped convolution read, and in floating point an addition."""
+    x = case.input("x", 3, 6, 6)
+    a = silu(case, case.conv(x, 3, 4, pads=(1, 1, 1, 1)))
+    b = case.conv(a, 4, 4, group=4, pads=(1, 1, 1, 1))
+    c = case.conv(a, 4, 4, group=2, pads=(1, 1, 1, 1))
+    case.output(case.node("Add", case.node("Tanh", case.node("Add", b, c)), a), 4, None, None)
+
+
+def gelu(case: Case) -> None:
+    h = case.linear(case.input("x", 5, 4), 4, 6)
+    one = case.node("Add", case.node("Erf", case.node("Div", h, np.float32(2**0.5))), np.float32(1))
+    case.output(case.linear(case.node("Mul", case.node("Mul", h, one), np.float32(0.5)), 6, 3), 5, 3)
+
+
+def gemm(case: Case) -> None:
+    """Weights the one way and the other; a sigmoid gate."""
+    x = case.input("x", 4)
+    h = case.node("Gemm", x, case.weight(6, 4), case.weight(6), transB=1)
+    gated = case.node("Mul", h, case.node("Sigmoid", case.node("Gemm", x, case.weight(4, 6), case.weight(6))))
+    case.output(case.node("Gemm", gated, case.weight(3, 6), case.weight(3), transB=1), 3)
+
+
+def joined(case: Case) -> None:
+    """A Concat of a convolution and an activation."""
+    x = case.input("x", 3, 6, 6)
+    a, b = case.conv(x, 3, 4), silu(case, case.conv(x, 3, 2))
+    case.output(case.conv(case.node("Concat", a, b, axis=1), 6, 5), 5, None, None)
+
+
+BUILDS = [separable, gelu, gemm, joined]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_any_factors_keep_the_function(tmp_path: Path, build: Callable[[Case], None]) -> None:
+    case, random = small_case(tmp_path, build), np.random.default_rng(1)
+    sites = find_sites(case.graph, case.plan)
+    factors = {site: np.exp(random.normal(size=site.channels)) for site in sites}
+    graph, plan = inserted(case.graph, case.plan, factors)
+    assert sites
+    assert set(plan.tensors) >= {site.name for site in sites}
+    check_fits(plan, graph)
+    expected = outputs(case.graph, case.samples)
+    assert relative_error(expected, outputs(graph, case.samples)) < 1e-5
+    feed = next(case.samples.rows())
+    assert relative_error([expected[0][:1]], ReferenceEvaluator(export(graph)).run(None, feed)) < 1e-5
+
+
+def test_all_int8_readers_share_one_scaled_tensor_and_others_read_what_they_read(tmp_path: Path) -> None:
+    case = small_case(tmp_path, separable)
+    (site,) = [site for site in find_sites(case.graph, case.plan) if len(site.readers) == 2]
+    graph, plan = inserted(case.graph, case.plan, {site: np.full(4, 2.0)})
+    reading = [node.op for node in graph.tensors()[site.tensor].outputs]
+    assert sorted(reading) == ["Add", "Mul"]
+    assert [node.op for node in graph.tensors()[site.name].outputs] == ["Conv", "Conv"]
+    quantized = case.quantized(graph)
+    quantized = replace(quantized, plan=plan, scales=dict.fromkeys(plan.tensors, np.float32(0.1)))
+    made = quantized.rewritten()
+    assert [node.op for node in made.tensors()[site.name].outputs] == ["QuantizeLinear"]
+
+
+def test_a_reader_left_in_floating_point_is_no_reader(tmp_path: Path) -> None:
+    case = small_case(tmp_path, separable)
+    depthwise = next(node.name for node in case.graph.nodes if node.attrs.get("group") == 4)
+    plan = leave_out(case.graph, case.plan, {depthwise: "on purpose"})
+    assert all(depthwise not in site.readers for site in find_sites(case.graph, plan))
+
+
+def test_moved_values_keep_their_common_range(tmp_path: Path) -> None:
+    def pooled(case: Case) -> None:
+        x = case.input("x", 3, 8, 8)
+        a = silu(case, case.conv(x, 3, 4))
+        b = case.node("MaxPool", a, kernel_shape=[2, 2], strides=[2, 2])
+        case.output(case.conv(a, 4, 2), 2, None, None)
+        case.output(case.conv(b, 4, 2), 2, None, None)
+
+    case = small_case(tmp_path, pooled)
+    assert [site.tensor for site in find_sites(case.graph, case.plan)] == ["x"]
+
+
+# --- factors ------------------------------------------------------------------------------------------------
+
+
+def depthwise_of(weights: np.ndarray, *, group: int) -> gs.Node:
+    x, y = gs.Variable("x", np.float32), gs.Variable("y", np.float32)
+    return gs.Node("Conv", "conv", {"group": group}, [x, gs.Constant("w", weights)], [y])
+
+
+def channels_of(values: np.ndarray) -> Channels:
+    return Channels(values.min(axis=0), values.max(axis=0), values)
+
+
+def test_the_factors_of_a_depthwise_input_are_the_ranges_of_its_channels() -> None:
+    """With them one range for the tensor is a range of its own for each channel."""
+    random = np.random.default_rng(0)
+    values = (random.uniform(-1, 1, (400, 4)) * [100, 10, 1, 2]).astype(np.float32)
+    node = depthwise_of(random.normal(size=(4, 1, 3, 3)).astype(np.float32), group=4)
+    best = options(Site("x", 1, 4, ("conv",)), [node], channels_of(values))[0]
+    amax = np.abs(values).max(axis=0).astype(np.float64)
+    np.testing.assert_allclose(best.factors / best.factors[0], amax / amax[0], rtol=1e-6)
+    assert best.amax == pytest.approx(float((amax / best.factors).max()))
+    scaled = values / best.factors
+    step = best.amax / 127
+    own = np.rint(values / (amax / 127)) * (amax / 127)
+    np.testing.assert_allclose(np.rint(scaled / step) * step * best.factors, own, rtol=1e-4, atol=1e-6)
+    assert best.share < 0.3  # what is left are the weights' own errors
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-6])
+def test_the_factor_of_a_dead_channel_is_bounded(small: float) -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, (200, 3)).astype(np.float32) * [50, 1, small]
+    node = depthwise_of(np.ones((3, 1, 3, 3), np.float32), group=3)
+    for option in options(Site("x", 1, 3, ("conv",)), [node], channels_of(values.astype(np.float32))):
+        assert option.factors.min() >= option.factors.max() * LEAST_FACTOR * (1 - 1e-12)
+        assert np.isfinite(option.factors).all()
+
+
+def test_no_options_where_every_channel_is_alike() -> None:
+    values = np.tile(np.linspace(-1, 1, 101, dtype=np.float32)[:, None], 3)
+    node = depthwise_of(np.ones((3, 1, 1, 1), np.float32), group=3)
+    assert options(Site("x", 1, 3, ("conv",)), [node], channels_of(values)) == []
+
+
+def test_most_that_fit_asks_only_so_often() -> None:
+    asked = []
+
+    def fits(items: object) -> bool:
+        asked.append(list(items))  # type: ignore[call-overload]
+        return not {3, 5} & set(items)  # type: ignore[call-overload]
+
+    assert most_that_fit(range(8), fits, 20) == [0, 1, 2, 4, 6, 7]
+    assert most_that_fit([3, 1, 2], lambda items: len(items) < 3, 20) == [3, 1]
+    asked.clear()
+    kept = most_that_fit(range(8), fits, 4)
+    assert len(asked) == 4
+    assert kept == [0, 1]
+
+
+# --- the search ---------------------------------------------------------------------------------------------
+
+GAINS = np.exp(np.linspace(-3, 3, 12)).astype(np.float32)
+"""Of the channels of `spread`."""
+
+
+def spread(case: Case) -> None:
+    """A SiLU whose channels differ by orders of magnitude; a depthwise convolution makes up for it."""
+    x = case.input("x", 3, 8, 8)
+    first, second = case.weight(12, 3, 3, 3) / 4, case.weight(12, 1, 3, 3)
+    first *= GAINS[:, None, None, None]
+    second /= GAINS[:, None, None, None]
+    same = {"pads": [1, 1, 1, 1], "kernel_shape": [3, 3]}
+    a = silu(case, case.node("Conv", x, first, case.weight(12), **same))
+    b = silu(case, case.node("Conv", a, second, case.weight(12), group=12, **same))
+    case.output(case.conv(b, 12, 4), 4, None, None)
+
+
+def job_of(folder: Path, case: Case, **options: object) -> Job:
+    recipe = Recipe(
+        model=str(folder / "m.onnx"),
+        data=str(folder / "x.npz"),
+        cache=str(folder / "cache"),
+        threads=1,
+        **{"rest": "fp32", **options},  # type: ignore[arg-type]
+    )
+    return Job.open(recipe, SILENT)
+
+
+def test_what_is_tried_is_what_is_made(tmp_path: Path) -> None:
+    """A run with factors, weights and a range as inputs is the quantization that they are written into."""
+    case = small_case(tmp_path, spread)
+    start = case.quantized()
+    sites = find_sites(case.graph, case.plan)
+    rows = Rows(case.graph, case.samples, threads=1, kept=True)
+    trials = _Trials(rows, start, sites)
+    assert noise_db(trials.noise({})) == pytest.approx(rows.sqnr_db(start, SILENT, ""), abs=1e-3)
+    random = np.random.default_rng(0)
+    for number in range(1, len(sites) + 1):
+        chosen = {
+            site: Choice(Option(np.exp(random.normal(size=site.channels)), 3.0, 0.5), 0.8)
+            for site in sites[:number]
+        }
+        made = rows.sqnr_db(_scaled(start, chosen), SILENT, "")
+        assert noise_db(trials.noise(chosen)) == pytest.approx(made, abs=1e-3)
+
+
+def test_fix_inserts_scales_where_nothing_can_be_folded(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    case = small_case(tmp_path, spread)
+    job = job_of(tmp_path, case, method="max")
+    start = case.quantized()
+    made = fix(job, start).quantization
+    assert made is not None
+    assert "rescale" in made.notes["fixes"]
+    expected = outputs(case.graph, case.samples)
+    plain, better = (sqnr_db(expected[0], outputs(q.rewritten(), case.samples)[0])[0] for q in (start, made))
+    assert better > plain + 10
+    assert relative_error(expected, outputs(made.graph, case.samples)) < 1e-5
+    assert made.plan.int8_nodes == start.plan.int8_nodes
+    before, after = kernels(job, start), kernels(job, made)
+    assert before is not None
+    assert after is not None
+    assert after <= before
+
+
+def test_without_a_builder_only_behind_pointwise_operators(tmp_path: Path) -> None:
+    case = small_case(tmp_path, spread)
+    made = rescale(job_of(tmp_path, case, method="max", backend="none"), case.quantized())
+    assert made is not None
+    added = [node for node in made.graph.nodes if node.name.endswith("/rescaled/Mul")]
+    assert added
+    assert all(node.inputs[0].inputs[0].op == "Mul" for node in added)
+
+
+def test_a_rest_in_float16_holds_the_scaled_tensors(tmp_path: Path) -> None:
+    case = small_case(tmp_path, spread)
+    made = rescale(job_of(tmp_path, case, method="max", backend="none"), case.quantized())
+    assert made is not None
+    expected = outputs(case.graph, case.samples)[0]
+    whole, half = (
+        sqnr_db(expected, outputs(made.rewritten(rest=rest), case.samples)[0].astype(np.float32))[0]
+        for rest in ("fp32", "fp16")
+    )
+    assert half > whole - 1
+
+
+@pytest.mark.slow
+def test_scales_that_add_kernels_are_left_out(tmp_path: Path) -> None:
+    """Of a family's Concat of pooled tensors: TensorRT for RTX 1.7.1 multiplies them one by one."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    model = folded("yolo_modern")
+    samples = data_for(model.inputs)
+    start = quantized(model, samples)
+    np.savez(tmp_path / "x.npz", **{name: np.stack(list(own)) for name, own in samples.columns.items()})
+    recipe = Recipe(model=str(model.path), data=str(tmp_path / "x.npz"), rest="fp32", threads=1)
+    job = Job.open(replace(recipe, cache=str(tmp_path / "cache")), SILENT)
+    random = np.random.default_rng(0)
+    pooled = next(n for n in model.graph.nodes if n.op == "Concat" and n.inputs[-1].inputs[0].op == "MaxPool")
+    sites = {
+        site: Choice(Option(random.uniform(0.5, 2, site.channels), 1.0, 0.5))
+        for site in find_sites(start.graph, start.plan)
+        if site.tensor in (pooled.outputs[0].name, "silu")
+    }
+    before, every = kernels(job, start), kernels(job, _scaled(start, sites))
+    assert before is not None
+    assert every is not None
+    assert every > before
+    kept = _without_kernels(job, start, sites)
+    assert [site.tensor for site in kept] == ["silu"]
