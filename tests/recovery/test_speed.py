@@ -173,3 +173,37 @@ def test_the_report_has_the_front(large: Case, tmp_path: Path) -> None:
     assert "modelled: roofline of NVIDIA T4" in page
     for point in kept(steps)["front"]:
         assert f"{point['microseconds']:.1f} µs" in page
+
+
+def profiled(folder: Path, datatype: str, microseconds: float) -> list[object]:
+    """What trtexec writes of an engine of `large` with convolutions of one datatype, as options."""
+    shape = {"x": [8, 64, 32, 32], "y": [8, 5]}
+    phrase = {"Half": "Channel major FP16 format", "Int8": "Thirty-two wide Int8 format"}[datatype]
+    layers, times = [], [{"count": 100}]
+    for i in range(4):
+        ends = [
+            {"Name": name, "Dimensions": shape["x"], "Format/Datatype": phrase}
+            for name in ("x" if i == 0 else f"r{i - 1}", f"r{i}")
+        ]
+        layers.append(
+            {
+                **{"Name": f"c{i} + r{i}", "LayerType": "CaskConvolution"},
+                **{"Inputs": ends[:1], "Outputs": ends[1:]},
+                "Weights": {"Type": datatype, "Count": 64 * 64 * 9},
+            }
+        )
+        times.append({"name": f"c{i} + r{i}", "averageMs": microseconds / 1e3})
+    (folder / f"{datatype}.profile.json").write_text(json.dumps(times))
+    (folder / f"{datatype}.layers.json").write_text(json.dumps({"Layers": layers, "Bindings": []}))
+    files = [folder / f"{datatype}.{kind}.json" for kind in ("profile", "layers")]
+    return ["--profile-json", files[0], "--layer-info", files[1]]
+
+
+@pytest.mark.parametrize(("int8_us", "step"), [(60.0, "calibrate"), (400.0, "fp16 alone")])
+def test_profiles_of_another_machine_decide(large: Case, tmp_path: Path, int8_us: float, step: str) -> None:
+    given = [*profiled(tmp_path, "Half", 120.0), *profiled(tmp_path, "Int8", int8_us)]
+    made, steps = deployed(large, tmp_path / "out", *given)
+    assert made.code == 0, made.err
+    assert kept(steps)["step"] == step
+    assert kept(steps)["latency"]["kind"] == "imported"
+    assert "Half.profile.json of trtexec" in kept(steps)["latency"]["source"]
