@@ -124,18 +124,16 @@ class Study:
         lines = [f"{self.model}: {self.metric} {self.fp32:.4f} in fp32 on {self.samples} samples"]
         for title, rows in self.tables.items():
             width = max(len(row.name) for row in rows)
-            timed = any(row.microseconds is not None for row in rows)
-            heading = f"  {'':<{width}}    metric     drop  SQNR dB  float  int8 MACs"
-            lines += ["", title, heading + (f"  {'latency µs':>10}" if timed else "")]
+            lines += ["", title, f"  {'':<{width}}    metric     drop  SQNR dB  float  int8 MACs  latency µs"]
             for name, value, drop, noise, floating_point, share, latency in map(_cells, rows):
                 lines.append(
                     f"  {name:<{width}}  {value:>8}  {drop:>7}  {noise:>7}  {floating_point:>5}  {share:>9}"
-                    + (f"  {latency:>10}" if timed else "")
+                    f"  {latency:>10}".rstrip()
                 )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row) -> tuple[str, str, str, str, str, str, str]:
     """A row as text."""
     return (
         row.name,

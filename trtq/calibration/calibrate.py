@@ -16,6 +16,7 @@ from trtq.cache import Key
 from trtq.calibration.collect import collect_sharded
 from trtq.calibration.extents import MOST_ROWS, measure_extents
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
+from trtq.calibration.mixed import mixed_tensors
 from trtq.calibration.refine import refine_ranges
 from trtq.calibration.search import CANDIDATES, Choice, Rows, Trials, choose_method
 from trtq.calibration.statistics import Statistics
@@ -124,7 +125,8 @@ def complete_table(job: Job, quantization: Quantization) -> Table:
     magnitude on the job's data.
 
     Q/DQ need the plan's rows only. TensorRT up to 10, quantizing by itself, runs a layer in INT8 only if all
-    that it reads and writes has a scale. A tensor that is always zero, or not finite, has none.
+    that it reads and writes has a scale. A tensor that is always zero, or not finite, has none, and none has
+    what mixes ranges (`mixed_tensors`).
 
     Raises:
         InputError: the model does not run on the data.
@@ -133,10 +135,11 @@ def complete_table(job: Job, quantization: Quantization) -> Table:
     source = FloatGraph.changed(quantization.graph) if changed else FloatGraph.of(job.model)
     extents = extents_of(job, source, rows=len(job.data))
     reached = {name: extent.amax for name, extent in extents.items()}
+    mixed = mixed_tensors(quantization.graph, reached)
     others = {
         name: float(scale_from_amax(amax))
         for name, amax in reached.items()
-        if math.isfinite(amax) and has_scale(amax)
+        if math.isfinite(amax) and has_scale(amax) and name not in mixed
     }
     return Table.of(quantization, others)
 
