@@ -12,6 +12,7 @@ a step learns one thing: how far the gate was from passing.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -41,6 +42,7 @@ from trtq.recovery.partial import Search, given_away
 from trtq.recovery.race import raced
 from trtq.recovery.speed import Point, Speed, is_for_this_gpu, pays, rest_of
 from trtq.recovery.trial import Refusal, objection
+from trtq.simulation.similarity import noise_db
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
@@ -344,13 +346,19 @@ class _Workflow:
         Args:
             entries: what it depends on beside that and the data.
         """
-        key = self.job.key("quantization", start.quantization, step=step, **entries)
-        if (content := self.job.cache.fetch(key)) is not None:
+        cache, seen = self.job.cache, len(self.points)
+        key, front = (
+            self.job.key(kind, start.quantization, step=step, **entries) for kind in ("quantization", "front")
+        )
+        if (content := cache.fetch(key)) is not None:
             self.job.console.say(step, "from the cache; nothing was run")
+            self.points += [Point(**point) for point in json.loads(cache.fetch(front) or b"[]")]
             return Made.from_bytes(content)
         made = make(start.quantization)
         if made.whole and (made.quantization is None or made.quantization.storable):
-            self.job.cache.store(key, made.to_bytes())
+            cache.store(key, made.to_bytes())
+            if points := [point.to_json() for point in self.points[seen:]]:
+                cache.store(front, json.dumps(points).encode())
         return made
 
     def fix(self, start: Attempt) -> Made:
@@ -403,6 +411,8 @@ class _Workflow:
         search = Search(job, start.quantization, key, speed=self.speed)
         if not search.whole:
             return Made(None, False, "the budget was spent before every layer was measured")
+        if self.speed is not None:
+            self.points += self.corners(search, self.speed)
         needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
         ratio, failing, enough, best = needed(start.measured), 1.0, 0.0, None
         tried: list[tuple[Verdict, Quantization]] = []
@@ -429,6 +439,18 @@ class _Workflow:
             tried.append((verdict, candidate))
         whole = not self.job.budget.over
         return Made(best, whole) if best is not None else _nearest(tried, start, least, whole)
+
+    def corners(self, search: Search, speed: Speed) -> list[Point]:
+        """The front with INT8 that a search has walked, by what groups do alone; nothing of it was gated."""
+        rest = rest_of(self.job.recipe)
+        return [
+            replace(
+                speed.point(f"{len(corner.left_out)} left out, estimated", quantization.plan, rest),
+                estimated_sqnr_db=noise_db(corner.noise) if corner.noise > 0 else None,
+            )
+            for corner, quantization in search.front()
+            if quantization.plan.int8_nodes
+        ]
 
     def frugal(self, made: Made) -> Made:
         """What partial quantization made; set aside for the time being where it gives away more than the
