@@ -10,7 +10,6 @@ import numpy as np
 from trtq.backends.apart import try_build
 from trtq.backends.builders import NO_ENGINE
 from trtq.backends.compiled import Compiled
-from trtq.calibration.calibrate import is_calibrated
 from trtq.calibration.methods import AUTO
 from trtq.errors import BuildError, MissingBackendError
 from trtq.graph.model import save_model, weight_bytes
@@ -18,6 +17,7 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import of_model, one_line
+from trtq.recovery.fixes.fix import is_made
 from trtq.scratch import scratch_folder
 
 MOST_BYTES = 1 << 28
@@ -60,7 +60,7 @@ def refusal(job: Job, plan: Plan) -> Refusal | None:
     if job.recipe.backend == NO_ENGINE:
         return None
     large = weight_bytes(job.model.graph) > MOST_BYTES
-    if job.recipe.method != AUTO or large or is_calibrated(job, plan):
+    if job.recipe.method != AUTO or large or is_made(job, plan):
         return None
     ones = Quantization(job.model.graph, plan, dict.fromkeys(plan.tensors, np.float32(1)))
     if (error := objection(job, ones)) is None:
