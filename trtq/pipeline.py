@@ -55,7 +55,7 @@ from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.ends import ends_of, host_lines, wanted_ends
-from trtq.recovery.fixes.fix import calibrated, changed_weights
+from trtq.recovery.fixes.fix import calibrated, changed_weights, is_made
 from trtq.recovery.race import layers_timed
 from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.speed import Point, front_lines, front_of, rest_of, speed_of
@@ -196,7 +196,7 @@ def deploy(
     console.say("plan", plan.text())
     if speed is not None:
         console.say("latency", speed.text(plan, rest_of(recipe)))
-    started, refused = time.perf_counter(), refusal(job, plan)
+    started, refused = time.perf_counter(), None if is_made(job, plan) else refusal(job, plan)
     with staged_folder(output, DEPLOYED) as folder:
         if save_data:
             given = with_files(given, job.model.inputs, folder)

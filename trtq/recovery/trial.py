@@ -17,7 +17,6 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import of_model, one_line
-from trtq.recovery.fixes.fix import is_made
 from trtq.scratch import scratch_folder
 
 MOST_BYTES = 1 << 28
@@ -50,9 +49,8 @@ class Refusal:
 def refusal(job: Job, plan: Plan) -> Refusal | None:
     """What the builder has against the plan's Q/DQ model before there are ranges; None where it builds it.
 
-    It is asked in a process of its own, which may crash. Where nothing is searched for, because the recipe
-    names a method or the cache has the ranges, where the model is too large, and where no engine is wanted,
-    it is not asked.
+    It is asked in a process of its own, which may crash. Where no ranges are searched for, because the recipe
+    names a method, where the model is too large, and where no engine is wanted, it is not asked.
 
     Raises:
         InputError, MissingBackendError: an option, the profile or the machine does not suit the builder.
@@ -60,7 +58,7 @@ def refusal(job: Job, plan: Plan) -> Refusal | None:
     if job.recipe.backend == NO_ENGINE:
         return None
     large = weight_bytes(job.model.graph) > MOST_BYTES
-    if job.recipe.method != AUTO or large or is_made(job, plan):
+    if job.recipe.method != AUTO or large:
         return None
     ones = Quantization(job.model.graph, plan, dict.fromkeys(plan.tensors, np.float32(1)))
     if (error := objection(job, ones)) is None:

@@ -452,7 +452,7 @@ class _Workflow:
             t.quantization.plan.edges != speed.plan.edges for t in self.attempts
         ):
             job, ends = self.job, ends_of(self.job)
-            self.attempt("every layer", lambda: Made(replace(calibrate(job, speed.plan), ends=ends), True))
+            self.attempt("every layer", lambda: Made(replace(calibrated(job, speed.plan), ends=ends), True))
         if all(tried.has_int8 for tried in self.attempts):
             self.attempt(*self.without_int8())
         passing = [tried for tried in self.attempts if tried.measured.passed and tried.build is not None]
