@@ -60,7 +60,7 @@ from trtq.recovery.race import layers_timed
 from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.speed import Point, front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
-from trtq.recovery.workflow import recover
+from trtq.recovery.workflow import best_of, recover
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import manifest
@@ -204,7 +204,7 @@ def deploy(
             job, plan, evaluation, recipe.recover, folder, refused, speed
         )
         attempts = [step for step in tried if isinstance(step, Attempt)]
-        kept = max(attempts, key=lambda attempt: attempt.worth)
+        kept = best_of(attempts)
         in_the_way = diagnose(job, evaluation, attempts, kept, time.perf_counter() - started)
         best = with_interval(kept, evaluation)
         verdict = dataclasses.replace(best.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))

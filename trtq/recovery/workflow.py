@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made, made_once
 from trtq.recovery.partial import Search, given_away
 from trtq.recovery.race import raced
-from trtq.recovery.speed import Point, Speed, is_for_this_gpu, rest_of
+from trtq.recovery.speed import Point, Speed, is_for_this_gpu, pays, rest_of
 from trtq.recovery.trial import Refusal, objection
 
 LEAST_RATIO = 1 / 256
@@ -165,6 +165,18 @@ def learned(job: Job, start: Quantization) -> Made:
     return Made(replace(result.quantization, notes=notes), result.whole)
 
 
+def best_of(attempts: Sequence[Attempt]) -> Attempt:
+    """The one to deliver: of most `Attempt.worth`, but floating point alone where that passes as well and
+    INT8 does not surely pay."""
+    best = max(attempts, key=lambda tried: tried.worth)
+    for tried in attempts:
+        if tried.has_int8 or tried.latency is None or best.latency is None or not best.measured.passed:
+            continue
+        if tried.worth[:2] == best.worth[:2] and not pays(best.latency, tried.latency):
+            return tried
+    return best
+
+
 class Recovered(NamedTuple):
     """What came of the workflow.
 
@@ -231,8 +243,9 @@ class _Workflow:
     def without_int8(self) -> tuple[str, Callable[[], Made]]:
         """The name of the step that leaves INT8 out, and what it makes."""
         assert self.speed is not None
-        plan, rest = self.speed.without_int8, rest_of(self.job.recipe)
-        return f"{rest} alone", lambda: Made(unquantized(self.job, plan), True)
+        plan, job = self.speed.without_int8, self.job
+        name = f"{rest_of(job.recipe)} alone"
+        return name, lambda: Made(replace(unquantized(job, plan), ends=ends_of(job)), True)
 
     def int8_does_not_pay(self, speed: Speed) -> bool:
         """Whether the engine in floating point is to be tried: it was not, and no attempt with INT8 passes,
@@ -240,11 +253,13 @@ class _Workflow:
         if any(not tried.has_int8 for tried in self.attempts):
             return False
         alone = speed.latency(speed.without_int8, rest := rest_of(self.job.recipe))
-        passing = [tried for tried in self.attempts if tried.measured.passed]
-        fastest = min((t.latency.microseconds for t in passing if t.latency is not None), default=math.inf)
-        if fastest < alone.microseconds:
+        passing = [t.latency for t in self.attempts if t.measured.passed and t.latency is not None]
+        if any(pays(latency, alone) for latency in passing):
             return False
-        found = f"is no faster ({fastest:.1f} µs) than" if passing else "passes, so there is"
+        found = "passes, so there is"
+        if passing:
+            best = min(latency.microseconds for latency in passing)
+            found = f"is surely faster ({best:.1f} µs) than"
         self.job.console.warn(
             f"INT8 does not pay on this model and card: no plan with INT8 {found} {rest.upper()} alone"
             f" ({alone.microseconds:.1f} µs, {alone.kind})"
@@ -462,7 +477,7 @@ class _Workflow:
         self.done = [timed.get(tried.step, tried) for tried in self.done]
         latencies = {step: tried.latency for step, tried in timed.items()}
         self.points = [point.timed(latencies.get(point.name)) for point in self.points]
-        winner = max(timed.values(), key=lambda tried: tried.worth)
+        winner = best_of(list(timed.values()))
         if not winner.has_int8:
             self.job.console.warn(
                 f"INT8 does not pay on this model and card: '{winner.step}' is the fastest engine that passes"
