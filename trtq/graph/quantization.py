@@ -22,6 +22,7 @@ from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.names import Names
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
+from trtq.graph.surgery import copied
 from trtq.graph.weights import graph_sha256
 
 WeightScales = Mapping[tuple[str, int], NDArray[np.float32]]
@@ -98,7 +99,7 @@ class Quantization:
         """The same Q/DQ model with the corrections in the float graph, which is then not the model's own."""
         if not self.corrections:
             return self
-        graph, names = self.graph.copy(), Names(self.graph)
+        graph, names = copied(self.graph), Names(self.graph)
         nodes = {node.name: node for node in graph.nodes}
         for correction in self.corrections_of(self.plan):
             inputs = nodes[correction.node].inputs
