@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_graphsurgeon.logger.logger import OnnxGraphSurgeonException
 
-from trtq.graph.surgery import copied, in_order
+from trtq.graph.surgery import cleaned, copied, in_order
 
 
 def exported(graph: gs.Graph) -> bytes:
@@ -35,7 +35,7 @@ def graphs(draw: st.DrawFn) -> gs.Graph:
 
 @settings(max_examples=60, deadline=None)
 @given(graphs())
-def test_a_copy_and_its_order_are_graph_surgeons(graph: gs.Graph) -> None:
+def test_what_is_made_is_what_graph_surgeon_makes(graph: gs.Graph) -> None:
     before = exported(graph)
     mine, theirs = copied(graph), graph.copy()
     assert exported(mine) == exported(theirs) == before
@@ -44,6 +44,11 @@ def test_a_copy_and_its_order_are_graph_surgeons(graph: gs.Graph) -> None:
             assert [n.name for n in tensor.outputs] == [n.name for n in like.outputs]
             assert [n.name for n in tensor.inputs] == [n.name for n in like.inputs]
     assert exported(in_order(mine)) == exported(theirs.toposort())
+    assert exported(cleaned(mine)) == exported(theirs.cleanup())
+    for own, other in zip(mine.inputs, theirs.inputs, strict=True):
+        assert [n.name for n in own.outputs] == [n.name for n in other.outputs]
+    if not mine.nodes:
+        return
     mine.nodes[0].attrs["axis"] = -1
     mine.nodes[0].inputs = []
     mine.nodes[0].outputs.clear()

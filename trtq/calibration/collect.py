@@ -22,7 +22,7 @@ from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.model import load_model
-from trtq.graph.surgery import copied
+from trtq.graph.surgery import cleaned, copied
 from trtq.simulation.processors import processors
 from trtq.simulation.rows import Runner, Workers
 from trtq.simulation.workers import Shipped, Work, cut, shipped_graph
@@ -160,4 +160,4 @@ def _only(graph: gs.Graph, tensors: Sequence[str]) -> gs.Graph:
     part = copied(graph)
     named = part.tensors()
     part.outputs = [named[name] for name in tensors]
-    return part.cleanup(remove_unused_graph_inputs=False)
+    return cleaned(part)

@@ -22,7 +22,7 @@ from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.names import Names
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite
-from trtq.graph.surgery import copied
+from trtq.graph.surgery import cleaned, copied
 from trtq.graph.weights import graph_sha256
 
 WeightScales = Mapping[tuple[str, int], NDArray[np.float32]]
@@ -105,7 +105,7 @@ class Quantization:
             inputs = nodes[correction.node].inputs
             name = names.tensor(f"{inputs[correction.index].name}/{correction.node}/corrected")
             inputs[correction.index] = gs.Constant(name, correction.values)
-        return replace(self, graph=graph.cleanup(), corrections={})
+        return replace(self, graph=cleaned(graph), corrections={})
 
     def corrections_of(self, plan: Plan) -> list[Correction]:
         """The corrections of the nodes that are INT8 in a plan."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trtq.errors import InputError
 from trtq.graph.names import Names
 from trtq.graph.plan import Plan
-from trtq.graph.surgery import copied, in_order
+from trtq.graph.surgery import cleaned, copied, in_order
 from trtq.graph.weights import values_of
 from trtq.numerics import amax_per_channel, quantize, scale_from_amax
 
@@ -83,7 +83,7 @@ def rewrite(
         old = nodes[node].inputs[index]
         name = names.tensor(f"{old.name}/{node}/corrected")
         nodes[node].inputs[index] = gs.Constant(name, values.astype(old.dtype))
-    return in_order(graph.cleanup())
+    return in_order(cleaned(graph))
 
 
 def scales_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:

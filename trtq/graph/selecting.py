@@ -19,7 +19,7 @@ from trtq.graph.evaluate import bodies, reads
 from trtq.graph.foreign import View
 from trtq.graph.products import product
 from trtq.graph.shapes import infer_types
-from trtq.graph.surgery import copied, in_order
+from trtq.graph.surgery import cleaned, copied, in_order
 
 SELECTING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 """Operators whose outputs have a shape that depends on values; plugins with NMS in their name count, too."""
@@ -81,7 +81,7 @@ def up_to_measured(graph: gs.Graph) -> gs.Graph:
     part = copied(graph)
     tensors = part.tensors()
     part.outputs = [tensors[name] for name in names]
-    return part.cleanup()
+    return cleaned(part)
 
 
 def sized_by_values(model: ModelProto, axes: Mapping[str, int | None]) -> frozenset[str]:

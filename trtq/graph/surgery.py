@@ -1,7 +1,8 @@
-"""Copying and sorting GraphSurgeon graphs of many nodes.
+"""Copying, sorting and cleaning GraphSurgeon graphs of many nodes.
 
-What comes out is what `Graph.copy` and `Graph.toposort` make. Those look at every node and tensor many times
-and sort by recursion, which a long chain of nodes ends. Graphs with bodies (If, Loop, Scan) are left to them.
+What comes out is what `Graph.copy`, `Graph.toposort` and `Graph.cleanup` make. Those look at every node and
+tensor many times and sort by recursion, which a long chain of nodes ends. Graphs with bodies (If, Loop, Scan)
+are left to them.
 """
 
 from __future__ import annotations
@@ -68,6 +69,28 @@ def in_order(graph: gs.Graph) -> gs.Graph:
     if levels is None:
         return graph.toposort()
     graph.nodes = [nodes[number] for number in sorted(levels, key=levels.__getitem__)]
+    return graph
+
+
+def cleaned(graph: gs.Graph) -> gs.Graph:
+    """The graph itself, without the nodes that no output needs, in place. All inputs stay."""
+    if holds_bodies(graph) or graph.functions:
+        return graph.cleanup()
+    for tensor in graph.inputs:
+        tensor.inputs.clear()
+    nodes = {id(node): node for node in graph.nodes}
+    used: set[int] = set()
+    waiting = list(graph.outputs)
+    while waiting:
+        for node in waiting.pop().inputs:
+            if id(node) in nodes and id(node) not in used:
+                used.add(id(node))
+                waiting.extend(tensor for tensor in node.inputs if tensor.inputs)
+    for node in graph.nodes:
+        if id(node) not in used:
+            node.inputs.clear()
+            node.outputs.clear()
+    graph.nodes = [node for node in graph.nodes if id(node) in used]
     return graph
 
 
