@@ -22,6 +22,7 @@ from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.names import Names
 from trtq.graph.plan import Plan
 from trtq.graph.rewrite import rewrite, weight_scale
+from trtq.graph.surgery import cleaned, copied
 from trtq.graph.weights import graph_sha256
 from trtq.numerics import dequantize
 
@@ -106,7 +107,7 @@ class Quantization:
         then not the model's own."""
         if not (self.corrections or self.codes):
             return self
-        graph, names = self.graph.copy(), Names(self.graph)
+        graph, names = copied(self.graph), Names(self.graph)
         nodes = {node.name: node for node in graph.nodes}
         for correction in self.corrections_of(self.plan):
             inputs = nodes[correction.node].inputs
@@ -118,7 +119,7 @@ class Quantization:
                 constant = nodes[weight.node].inputs[weight.index]
                 scales.setdefault(key, weight_scale(constant.values, weight.axis))
                 constant.values = dequantize(codes, scales[key], axis=weight.axis)
-        return replace(self, graph=graph.cleanup(), weight_scales=scales, corrections={}, codes={})
+        return replace(self, graph=cleaned(graph), weight_scales=scales, corrections={}, codes={})
 
     def corrections_of(self, plan: Plan) -> list[Correction]:
         """The corrections of the nodes that are INT8 in a plan."""

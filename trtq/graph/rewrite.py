@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trtq.errors import InputError
 from trtq.graph.names import Names
 from trtq.graph.plan import Plan
+from trtq.graph.surgery import cleaned, copied, in_order
 from trtq.graph.weights import values_of
 from trtq.numerics import amax_per_channel, dequantize, quantize, scale_from_amax
 
@@ -52,7 +53,7 @@ def rewrite(
             cause=f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
             remedy="calibrate this model again; a table belongs to one model",
         )
-    graph, names = graph.copy(), Names(graph)
+    graph, names = copied(graph), Names(graph)
     nodes = {node.name: node for node in graph.nodes}
     if unknown := ({e.node for e in plan.edges} | {w.node for w in plan.weights}) - nodes.keys():
         raise InputError(
@@ -85,7 +86,7 @@ def rewrite(
         old = nodes[node].inputs[index]
         name = names.tensor(f"{old.name}/{node}/corrected")
         nodes[node].inputs[index] = gs.Constant(name, values.astype(old.dtype))
-    return graph.cleanup().toposort()
+    return in_order(cleaned(graph))
 
 
 def scales_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
@@ -141,7 +142,7 @@ def switches_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
             switched[dequantized.name] = output
         inputs[edge.index] = switched[dequantized.name]
     graph.inputs += switches.values()
-    graph.toposort()
+    in_order(graph)
     return {variable.name: tensor for tensor, variable in switches.items()}
 
 
