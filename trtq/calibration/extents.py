@@ -87,7 +87,7 @@ class _Probe:
     """Nodes that compute figures of tensors, all scalars, and join them.
 
     Attributes:
-        outputs: figure -> name of the vector that has it of every tensor; the smallest magnitude, which is not
+        outputs: figure -> name of the vector that has it of every tensor; the smallest magnitude that is not
             zero, it has of those that are searched.
     """
 
