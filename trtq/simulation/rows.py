@@ -72,10 +72,10 @@ class Workers:
         items, size = iter(items), 1
         try:
             while True:
-                started = time.thread_time()
+                started = time.perf_counter()
                 if not (group := list(itertools.islice(items, size))):
                     break
-                taken = time.thread_time() - started
+                taken = time.perf_counter() - started
                 waiting.append(self._pool.submit(_all, function, group))
                 if len(waiting) == 2 * self.count:
                     results, seconds = waiting.popleft().result()
@@ -88,9 +88,9 @@ class Workers:
 
 
 def _all(function: Callable[[Item], Result], group: Sequence[Item]) -> tuple[list[Result], float]:
-    """The results of a group, and the seconds that a processor was busy with them."""
-    started = time.thread_time()
-    return [function(item) for item in group], time.thread_time() - started
+    """The results of a group, and the seconds that they took."""
+    started = time.perf_counter()
+    return [function(item) for item in group], time.perf_counter() - started
 
 
 def _fitting(size: int, seconds: float) -> int:
