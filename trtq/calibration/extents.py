@@ -87,8 +87,8 @@ class _Probe:
     """Nodes that compute figures of tensors, all scalars, and join them.
 
     Attributes:
-        outputs: figure -> name of the vector that has it of every tensor; the smallest magnitude but zero, it
-            has of those that are searched.
+        outputs: figure -> name of the vector that has it of every tensor; the smallest magnitude that is not
+            zero, it has of those that are searched.
     """
 
     def __init__(self, names: Names, tensors: Sequence[str], searched: Sequence[str]) -> None:

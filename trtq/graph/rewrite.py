@@ -17,7 +17,7 @@ from trtq.graph.names import Names
 from trtq.graph.plan import Plan
 from trtq.graph.surgery import cleaned, copied, in_order
 from trtq.graph.weights import values_of
-from trtq.numerics import amax_per_channel, quantize, scale_from_amax
+from trtq.numerics import amax_per_channel, dequantize, quantize, scale_from_amax
 
 WEIGHT_FORMS = ("int8", "qdq")
 """`int8`: int8 initializers + DequantizeLinear, but float ones + a Q/DQ pair where a product is cut into
@@ -31,6 +31,7 @@ def rewrite(
     *,
     weights: str = "int8",
     weight_scales: Mapping[tuple[str, int], NDArray[np.float32]] | None = None,
+    codes: Mapping[tuple[str, int], NDArray[np.int8]] | None = None,
     biases: Mapping[tuple[str, int], NDArray[np.float32]] | None = None,
 ) -> gs.Graph:
     """A copy of `graph` with Q/DQ where `plan` says.
@@ -40,6 +41,7 @@ def rewrite(
         scales: activation tensor -> float32 scale (amax / 127), > 0.
         weights: one of `WEIGHT_FORMS`.
         weight_scales: (constant, axis) -> scales (channels,) of weights that do not take `weight_scale`'s.
+        codes: (constant, axis) -> int8 codes of weights that are not rounded to the nearest.
         biases: (node, index of input) -> what the constant there becomes.
 
     Raises:
@@ -76,8 +78,9 @@ def rewrite(
         constant, key = inputs[weight.index], (inputs[weight.index].name, weight.axis)
         if key not in pairs:
             scale = (weight_scales or {}).get((weight.tensor, weight.axis))
+            given = (codes or {}).get((weight.tensor, weight.axis))
             form = "qdq" if _is_cut(nodes[weight.node]) else weights
-            pairs[key] = _quantize_weight(graph, names, constant, weight.axis, scale, form)
+            pairs[key] = _quantize_weight(graph, names, constant, weight.axis, scale, given, form)
         inputs[weight.index] = pairs[key]
     for (node, index), values in (biases or {}).items():
         old = nodes[node].inputs[index]
@@ -186,6 +189,7 @@ def _quantize_weight(
     tensor: gs.Constant,
     axis: int,
     scale: NDArray[np.float32] | None,
+    codes: NDArray[np.int8] | None,
     form: str,
 ) -> gs.Variable:
     values = values_of(tensor)
@@ -200,9 +204,13 @@ def _quantize_weight(
         gs.Constant(names.tensor(f"{name}/zero_point"), np.zeros(scale.shape, np.int8)),
     ]
     if form == "int8":
-        codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
+        if codes is None:
+            codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
         quantized: gs.Tensor = gs.Constant(names.tensor(f"{name}/int8"), codes)
     else:
+        if codes is not None:
+            rounded = dequantize(codes, scale.astype(np.float32), axis=axis).astype(dtype)
+            tensor = gs.Constant(names.tensor(f"{name}/rounded"), rounded)
         quantized = _quantize_node(graph, names, tensor, constants, name, axis)
     return _dequantize(graph, names, quantized, constants, name, dtype, axis)
 
