@@ -41,6 +41,9 @@ CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "p
 BATCH = 16
 """Rows that run at once where the model leaves the choice."""
 
+BATCH_BYTES = 1 << 25
+"""Most bytes of the rows that run at once, if they are several; a run takes many times as much memory."""
+
 Scales = Mapping[str, np.float32]
 """Tensor -> scale, of all tensors of a plan."""
 
@@ -55,7 +58,7 @@ class Rows:
         model: the float model, a file or a graph. It runs once; its session, with all the weights, is closed
             before another one opens.
         samples: the rows.
-        batch: rows to run at once where the model leaves the choice.
+        batch: rows to run at once where the model leaves the choice, up to `BATCH_BYTES`.
         threads: threads within an operator; None: all cores.
         kept: whether batches stay in memory, up to `KEPT_BYTES`, and are scored as they come, for many runs
             on few rows. Otherwise every run reads them again and scores the outputs of all rows together, up
@@ -85,6 +88,8 @@ class Rows:
         runner, left = Runner(model, tensors, threads=threads), KEPT_BYTES if kept else -1
         self._kept: list[Batch] | None = []
         origins: list[Batch | None] = []
+        row = sum(array.nbytes for array in samples.row(0).values())
+        batch = max(min(batch, BATCH_BYTES // max(row, 1)), 1)
 
         def run() -> Iterator[Arrays]:
             nonlocal left
