@@ -231,8 +231,9 @@ class _Workflow:
     def without_int8(self) -> tuple[str, Callable[[], Made]]:
         """The name of the step that leaves INT8 out, and what it makes."""
         assert self.speed is not None
-        plan, rest = self.speed.without_int8, rest_of(self.job.recipe)
-        return f"{rest} alone", lambda: Made(unquantized(self.job, plan), True)
+        job, plan = self.job, self.speed.without_int8
+        ends = ends_of(job)
+        return f"{rest_of(job.recipe)} alone", lambda: Made(replace(unquantized(job, plan), ends=ends), True)
 
     def int8_does_not_pay(self, speed: Speed) -> bool:
         """Whether the engine in floating point is to be tried: it was not, and no attempt with INT8 passes,
