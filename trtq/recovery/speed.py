@@ -26,6 +26,10 @@ from trtq.graph.plan import BY_COST, Plan, percent
 from trtq.job import Job, opt_shapes
 from trtq.recipe import Recipe
 
+UNSURE = 0.03
+"""A gain over floating point alone that is less than this share is none where it is only modelled: the
+model's error is larger, and the engine without INT8 is the accurate one."""
+
 WORTH_SAYING = 0.05
 """Microseconds: less is no difference to a person."""
 
@@ -111,8 +115,15 @@ class Speed:
     def fastest(self, rest: Rest) -> Plan:
         """The fastest plan, which may be that without any INT8; its nodes say what INT8 would cost there."""
         latencies = Latencies(self.graph, self.plan, self.source, rest)
-        left_out = Fastest(latencies).left_out()
+        left_out, everything = Fastest(latencies).left_out(), frozenset(latencies.units)
+        alone, here = latencies.latency(everything), latencies.latency(left_out)
         reasons = reasons_of(latencies, left_out)
+        if left_out != everything and not pays(here, alone):
+            gain = 1 - here.microseconds / alone.microseconds
+            little = (
+                f"INT8 would save {gain:.1%} of the engine's time by the model, which is within its error"
+            )
+            reasons = dict.fromkeys(everything, little) | reasons
         nodes = {node: reason for name, reason in reasons.items() for node in latencies.units[name]}
         return leave_out(self.graph, self.plan, nodes, rule=BY_COST)
 
@@ -145,6 +156,12 @@ class Speed:
         return Point(
             name, latency.microseconds, latency.bytes, latency.kind, latency.source, plan.mac_share()
         )
+
+
+def pays(latency: Latency, alone: Latency) -> bool:
+    """Whether an engine with INT8 is surely faster than the one in floating point alone."""
+    least = UNSURE if "modelled" in (latency.kind, alone.kind) else 0.0
+    return latency.microseconds < (1 - least) * alone.microseconds
 
 
 def rest_of(recipe: Recipe) -> Rest:

@@ -32,7 +32,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.backends.builders import NO_ENGINE
-from trtq.calibration.calibrate import FloatGraph, with_float32_nodes
+from trtq.calibration.calibrate import with_float32_nodes
 from trtq.calibration.refine import BATCH, LEAST_DB, Alone
 from trtq.calibration.search import Rows
 from trtq.data.batches import Arrays
@@ -314,7 +314,7 @@ def rescale(job: Job, start: Quantization) -> Quantization | None:
     if not chosen:
         return None
     made = _scaled(start, chosen)
-    return with_float32_nodes(job, made, FloatGraph.changed(made.graph))
+    return with_float32_nodes(job, made)
 
 
 def _learned(start: Quantization, site: Site) -> bool:
