@@ -98,7 +98,8 @@ def test_a_moved_input_of_another_type_than_its_scale_gives_a_model_of_one_type(
     model = export(changed)
     onnx.checker.check_model(model, full_check=True)
     codes = codes_of(model.graph)["x"].encoded(x)
-    np.testing.assert_allclose(run(changed, {"x": codes})["y"], run(plain, {"x": x})["y"], rtol=1e-5, atol=1e-6)
+    expected = run(plain, {"x": x})["y"]
+    np.testing.assert_allclose(run(changed, {"x": codes})["y"], expected, rtol=1e-5, atol=1e-6)
 
 
 def quantizer() -> onnx.ModelProto:

@@ -182,8 +182,8 @@ def _scalar(quantizer: gs.Node) -> float | None:
 
 
 def _take_codes(graph: gs.Graph, names: Names, tensor: gs.Tensor) -> None:
-    """Let an input be int8: what quantized it reads it as it is, and what moves it gets it dequantized, in the
-    type of the scale, whatever the types between were."""
+    """Let an input be int8: what quantized it reads it as it is, and what moves it gets it dequantized, in
+    the type of the scale, whatever the types between were."""
     moved, quantizers = list(_moved(tensor)), list(_first_to_compute(tensor))
     scale, point = quantizers[0].inputs[1:3]
     for value in moved[1:]:
