@@ -23,12 +23,13 @@ def _study(given: argparse.Namespace) -> int:
 
 STUDY = Command(
     "study",
-    "the paper's tables for your model: methods, weights, partial quantization, learning",
     _study,
     (
         *("model", "output", "data", "state", "eval", "metric", "method", "plan", "include", "exclude"),
         *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "op_reference"),
         *("cache", "threads", "parallel"),
     ),
+    required=("model", "data", "eval", "metric"),
+    examples=("trtq study model.onnx --data calib.npz --eval eval.npz --metric top1 -o study",),
     makes=("study.json", "study.txt", "study.svg"),
 )
