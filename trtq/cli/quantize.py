@@ -26,7 +26,7 @@ def _quantize(given: argparse.Namespace) -> int:
 QUANTIZE = Command(
     "quantize",
     _quantize,
-    ("model", "output", *CALIBRATION, "ignore_nonfinite", *PLACEMENT, "io"),
+    ("model", "output", *CALIBRATION, "recover", "ignore_nonfinite", *PLACEMENT, "io"),
     (
         argument(
             "--table",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trtq.cli.command import Command, console_of, recipe_of
+from trtq.cli.options import COST
 from trtq.console import show
 from trtq.errors import ExitCode
 
@@ -28,6 +29,7 @@ STUDY = Command(
         *("model", "output", "data", "state", "eval", "metric", "method", "plan", "include", "exclude"),
         *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "op_reference"),
         *("cache", "threads", "parallel"),
+        *COST,
     ),
     required=("model", "data", "eval", "metric"),
     examples=("trtq study model.onnx --data calib.npz --eval eval.npz --metric top1 -o study",),
