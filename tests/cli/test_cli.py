@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,83 @@ def test_exit_4_without_a_builder(small: Case, tmp_path: Path) -> None:
     assert "pip install 'trtq[rtx]'" in run.stderr
     assert "Traceback" not in run.stderr
     assert_error_is_left(tmp_path / "out", "TensorRT for RTX")
+
+
+@pytest.fixture
+def passed(demo: Deployed, tmp_path: Path) -> Path:
+    """A folder in which an earlier job passed, with a file of somebody else."""
+    folder = Path(shutil.copytree(demo.folder, tmp_path / "out"))
+    (folder / "mine.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "error"),
+    [
+        (("--data", "nowhere.npz"), ExitCode.BAD_INPUT, "the data does not exist"),
+        (("--metric", "best"), ExitCode.BAD_INPUT, "unknown metric 'best'"),
+        (("--require-engine",), ExitCode.INCONCLUSIVE, None),
+    ],
+)
+def test_no_pass_of_an_earlier_job_stays(
+    more: tuple[str, ...], code: int, error: str | None, small: Case, passed: Path, trtq_run: Command
+) -> None:
+    from trtq.backends.interface import find_gpu
+
+    if find_gpu() is not None and error is None:
+        pytest.skip("there is a GPU")
+    run = trtq_run(*deploy_arguments(small, passed, "--method", "max", *more))
+    assert run.code == code
+    assert (passed / "mine.json").read_text() == "{}"
+    suite = ElementTree.parse(passed / "junit.xml").getroot()
+    assert suite.get("errors") == str(int(error is not None))
+    if error is None:
+        assert json.loads((passed / "verdict.json").read_text())["outcome"] == "inconclusive"
+        assert suite.get("skipped") != "0"
+        return
+    assert error in suite.findtext("testcase/error", "")
+    for name in ("verdict.json", "workflow.json", "report.html"):
+        assert not (passed / name).exists()
+    assert (passed / "model.plan").exists()  # what was made is still what it was
+
+
+def test_a_job_without_its_options_leaves_no_earlier_pass(passed: Path, trtq_run: Command) -> None:
+    assert trtq_run("deploy", "-o", passed).code == ExitCode.BAD_INPUT
+    assert not (passed / "verdict.json").exists()
+    assert "MODEL, --data, --eval and --metric are missing" in (passed / "junit.xml").read_text()
+
+
+def test_a_job_that_is_killed_leaves_no_earlier_pass(small: Case, passed: Path, tmp_path: Path) -> None:
+    (tmp_path / "metric.py").write_text(
+        "import os, signal\n\n\ndef metric(outputs, targets):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    run = in_process(*deploy_arguments(small, passed, metric=f"{tmp_path}/metric.py:metric"))
+    assert run.returncode == -signal.SIGKILL
+    assert not (passed / "verdict.json").exists()
+    error = ElementTree.parse(passed / "junit.xml").getroot().find("testcase/error")
+    assert error is not None
+    assert "has not finished" in str(error.get("message"))
+
+
+def test_files_of_others_are_no_earlier_verdict(small: Case, tmp_path: Path, trtq_run: Command) -> None:
+    names = {"verdict.json": '{"outcome": "pass"}', "report.html": "<html>", "workflow.json": "[]"}
+    for name, content in names.items():
+        (tmp_path / name).write_text(content)
+    run = trtq_run(*deploy_arguments(small, tmp_path, "--data", "nowhere.npz"))
+    assert run.code == ExitCode.BAD_INPUT
+    assert {name: (tmp_path / name).read_text() for name in names} == names
+
+
+def test_gate_leaves_its_error_in_the_file_of_junit(small: Case, tmp_path: Path, trtq_run: Command) -> None:
+    files = {name: tmp_path / f"{name}.file" for name in ("json", "junit")}
+    gate = ("gate", small.model, small.model, "--eval", small.data, "--metric", "top1")
+    asked = [part for name, file in files.items() for part in (f"--{name}", file)]
+    assert trtq_run(*gate, *asked).code == ExitCode.PASS
+    assert trtq_run(*gate, *asked, "--min-reference", 2).code == ExitCode.BAD_INPUT
+    assert not files["json"].exists()
+    suite = ElementTree.parse(files["junit"]).getroot()
+    assert suite.get("errors") == "1"
+    assert "at least 2 is required" in suite.findtext("testcase/error", "")
 
 
 def test_exit_4_for_an_engine_without_a_gpu(demo: Deployed, small: Case, trtq_run: Command) -> None:
@@ -530,6 +608,31 @@ def test_cache_list_show_and_prune(small: Case, tmp_path: Path, trtq_run: Comman
     assert trtq_run("cache", "prune").out.startswith("0 of 8 entries removed")
     assert trtq_run("cache", "prune", "--days", 0).out.startswith("8 of 8 entries removed")
     assert trtq_run("cache", "list").out.startswith("0 entries")
+
+
+def test_cache_list_has_dates_sizes_and_models_and_filters(
+    small: Case, tmp_path: Path, trtq_run: Command
+) -> None:
+    other = conv_case(tmp_path, 4)
+    other.model.rename(tmp_path / "other.onnx")
+    for model, data in ((small.model, small.data), (tmp_path / "other.onnx", other.data)):
+        trtq_run("calibrate", model, "--data", data, "--method", "max", "-o", tmp_path / "t.cache")
+
+    def listed(*more: object) -> list[str]:
+        return trtq_run("cache", "list", *more).out.splitlines()
+
+    everything = listed()
+    assert all(line.startswith(time.strftime("%Y-")) for line in everything[:-1])
+    total = sum(int(line.split()[2].replace(",", "")) for line in everything[:-1])
+    assert f"{total / 1e6:.1f} MB" in everything[-1]
+    of_other = listed("--model", "oth*")
+    assert 1 < len(of_other) < len(everything)
+    assert all("other.onnx" in line for line in of_other[:-1])
+    assert listed("--model", tmp_path / "other.onnx") == of_other
+    assert len(listed("--kind", "table")) == 3
+    assert len(listed("--kind", "table", "--model", small.model)) == 2
+    pruned = trtq_run("cache", "prune", "--days", 0, "--model", "oth*").out
+    assert pruned.startswith(f"{len(of_other) - 1} of {len(everything) - 1} entries removed")
 
 
 def test_a_job_without_a_builder_quantizes_and_gates(small: Case, tmp_path: Path, trtq_run: Command) -> None:

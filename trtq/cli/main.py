@@ -176,7 +176,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     if name is not None and name not in COMMANDS:
         raise InputError(f"there is no command '{name}'", remedy=_meant([name], COMMANDS, "trtq"))
-    given, unknown = parser([name]).parse_known_args(arguments)
+    given, unknown = parser([name] if name else []).parse_known_args(arguments)
     if unknown:
         from trtq.cli.parser import spelled_names
 

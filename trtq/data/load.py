@@ -430,7 +430,7 @@ class _Images:
 
 def _from_script(
     spec: str, specs: Sequence[InputSpec], recipes: Mapping[str, Preprocess], feeding: Feeding
-) -> tuple[Sequence[Mapping[str, Array]], bool]:
+) -> tuple[list[dict[str, Array]], bool]:
     """What a script's function gives as parts, and whether they are items; else there is one, all rows."""
     path, name, function = load_function(spec, "data")
     try:
@@ -453,7 +453,7 @@ def _from_script(
         if objects := [key for key, array in item.items() if array.dtype == object]:
             raise InputError(f"item {index} has '{objects[0]}', which is not an array of numbers", file=path)
     if not recipes and all(isinstance(key, str) for item in items for key in item):
-        return items, True  # feeds as they stand
+        return [{str(key): array for key, array in item.items()} for item in items], True  # as they stand
     return memory.named_parts(items, specs, recipes, feeding, items=True), True
 
 
