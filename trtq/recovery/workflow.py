@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trtq.cache import Key, remove
 from trtq.calibration.calibrate import unquantized
@@ -384,7 +384,7 @@ class _Workflow:
         return made
 
     def _keep_front(self, key: Key, seen: int, whole: bool) -> None:
-        """Store the points that a search added after the first `seen`; where it ran before, take those of then."""
+        """Store the points that a search added after the first `seen`, or take those of when it ran."""
         if not (walked := self.points[seen:]):
             content = self.job.cache.fetch(key) or b"[]"
             self.points += [Point(**point) for point in json.loads(content)]
