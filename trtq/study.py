@@ -22,6 +22,7 @@ from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
 from trtq.graph.quantization import Quantization, WeightScales
 from trtq.graph.shapes import infer_types
+from trtq.graph.surgery import cleaned, in_order
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
 from trtq.recipe import Recipe
@@ -231,7 +232,7 @@ class _Study:
         forms = [("folded", self.job.model.graph, plan)]
         recipe, model = self.job.recipe, unfolded(self.job.recipe)
         fold_constants(model.graph)
-        model.graph.cleanup().toposort()
+        in_order(cleaned(model.graph))
         infer_types(model.graph)
         if any(node.op == "BatchNormalization" for node in model.graph.nodes):
             if recipe.plan is None:

@@ -1,9 +1,9 @@
 """The workflow of the paper's section 6: what follows calibration until the gate passes.
 
-1. Calibrate every layer (`ranges`). 2. Fix what can be fixed without labels and without cost at run time
-(`fixes`). 3. Leave the cheapest layers in floating point that bring the outputs close enough (`partial`).
-4. If that is not enough, or too little stays in INT8, learn ranges, biases and weights with the fp32 model
-as the teacher (`learn`), and try 3 again from there.
+1. Calibrate every layer, with the fixes that cost nothing at run time (`fixes`). 2. Fix what is left, at the
+cost of operators. 3. Leave the cheapest layers in floating point that bring the outputs close enough
+(`partial`). 4. If that is not enough, or too little stays in INT8, learn ranges, biases and weights with the
+fp32 model as the teacher (`learn`), and try 3 again from there.
 
 Each step is built and gated like the first, and its result is kept in the cache: a job that was interrupted
 goes on from its last finished step. Only the calibration data decide what a step does. Of the evaluation data
@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trtq.cache import remove
-from trtq.calibration.calibrate import calibrate, unquantized
+from trtq.cache import Key, remove
+from trtq.calibration.calibrate import unquantized
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_json
 from trtq.gate.drift import gap
@@ -35,9 +35,9 @@ from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import Attempt, Fruitless, attempt
 from trtq.recovery.ends import ends_of
-from trtq.recovery.fixes.fix import fix
+from trtq.recovery.fixes.fix import calibrated, fix
 from trtq.recovery.learning.learn import Checkpoint, learn
-from trtq.recovery.made import Made
+from trtq.recovery.made import Made, made_once
 from trtq.recovery.partial import Search, given_away
 from trtq.recovery.race import raced
 from trtq.recovery.speed import Point, Speed, is_for_this_gpu, pays, rest_of
@@ -227,7 +227,7 @@ class _Workflow:
     def quantize(self, plan: Plan) -> None:
         """Calibrate a plan, and recover accuracy until the gate passes."""
         job, ends = self.job, ends_of(self.job)
-        whole = self.attempt("calibrate", lambda: Made(replace(calibrate(job, plan), ends=ends), True))
+        whole = self.attempt("calibrate", lambda: Made(replace(calibrated(job, plan), ends=ends), True))
         assert whole is not None
         start = whole
         self.warn_of_gap(whole)
@@ -340,38 +340,20 @@ class _Workflow:
         )
         return True
 
-    def cached(self, step: str, start: Attempt, make: Callable[[Quantization], Made], **entries: Any) -> Made:
-        """What `make` gives for the attempt's quantization, from the cache where it is there.
-
-        Args:
-            entries: what it depends on beside that and the data.
-        """
-        cache, seen = self.job.cache, len(self.points)
-        key, front = (
-            self.job.key(kind, start.quantization, step=step, **entries) for kind in ("quantization", "front")
-        )
-        if (content := cache.fetch(key)) is not None:
-            self.job.console.say(step, "from the cache; nothing was run")
-            self.points += [Point(**point) for point in json.loads(cache.fetch(front) or b"[]")]
-            return Made.from_bytes(content)
-        made = make(start.quantization)
-        if made.whole and (made.quantization is None or made.quantization.storable):
-            cache.store(key, made.to_bytes())
-            if points := [point.to_json() for point in self.points[seen:]]:
-                cache.store(front, json.dumps(points).encode())
-        return made
-
     def fix(self, start: Attempt) -> Made:
-        """The start with the label-free fixes that help."""
+        """The start with the label-free fixes that help and are not free."""
         method = str(self.job.recipe.method)
-        return self.cached("fix", start, lambda first: fix(self.job, first), method=method)
+        return made_once(
+            self.job, "fix", start.quantization, lambda first: fix(self.job, first), method=method
+        )
 
     def learn(self, start: Attempt) -> Made:
         """The start with ranges, biases and weights learned, where that is possible here."""
         try:
-            return self.cached(
+            return made_once(
+                self.job,
                 "learn",
-                start,
+                start.quantization,
                 lambda first: learned(self.job, first),
                 labels=self.job.recipe.labels,
             )
@@ -387,16 +369,27 @@ class _Workflow:
         least = 0.0 if recipe.min_int8 is None else recipe.min_int8
         if start.coverage.share < least or not can_leave_out(start.quantization, least):
             return Made(None, True, f"no layer can be left out with {least:.1%} in INT8")
-        return self.cached(
-            step,
-            start,
-            lambda _: self._searched(start, least),
-            evaluation=evaluation.samples.hash,
-            metric=evaluation.metric.fingerprint,
-            measured=sha256_json(start.measured.to_json()),
-            gate=[recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.precision],
+        entries: dict[str, Any] = {
+            "evaluation": evaluation.samples.hash,
+            "metric": evaluation.metric.fingerprint,
+            "measured": sha256_json(start.measured.to_json()),
+            "gate": [recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.precision],
             **({} if self.speed is None else {"speed": self.speed.identity}),
+        }
+        seen = len(self.points)
+        made = made_once(
+            self.job, step, start.quantization, lambda _: self._searched(start, least), **entries
         )
+        self._keep_front(self.job.key("front", start.quantization, step=step, **entries), seen, made.whole)
+        return made
+
+    def _keep_front(self, key: Key, seen: int, whole: bool) -> None:
+        """Store the points that a search added after the first `seen`, or take those of when it ran."""
+        if not (walked := self.points[seen:]):
+            content = self.job.cache.fetch(key) or b"[]"
+            self.points += [Point(**point) for point in json.loads(content)]
+        elif whole:
+            self.job.cache.store(key, json.dumps([point.to_json() for point in walked]).encode())
 
     def _searched(self, start: Attempt, least: float) -> Made:
         """`partial`, with a share `least` in INT8.
@@ -500,7 +493,7 @@ class _Workflow:
             t.quantization.plan.edges != speed.plan.edges for t in self.attempts
         ):
             job, ends = self.job, ends_of(self.job)
-            self.attempt("every layer", lambda: Made(replace(calibrate(job, speed.plan), ends=ends), True))
+            self.attempt("every layer", lambda: Made(replace(calibrated(job, speed.plan), ends=ends), True))
         if all(tried.has_int8 for tried in self.attempts):
             self.attempt(*self.without_int8())
         passing = [tried for tried in self.attempts if tried.measured.passed and tried.build is not None]
