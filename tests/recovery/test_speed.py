@@ -188,7 +188,7 @@ def test_what_cannot_be_decided_is_refused(
     made, _ = deployed(large, tmp_path / "out", *more)
     assert made.code == 2
     assert said in made.err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "verdict.json").exists()
 
 
 def test_a_least_share_of_int8_makes_int8_the_objective(tiny: Case, tmp_path: Path) -> None:
