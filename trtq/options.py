@@ -104,3 +104,4 @@ class Options(TypedDict, total=False):
     state: Patterns | Mapping[str, str] | None
     preprocess: Mapping[str, Preprocess | Mapping[str, Any]] | None
     inputs: Mapping[str, InputOptions | Mapping[str, Any]] | None
+    classes: Mapping[str, int] | Sequence[str] | None

@@ -164,6 +164,18 @@ def test_recovery_gives_speed_away_where_it_buys_most(large: Case, tmp_path: Pat
     assert calibrated["latency"]["microseconds"] < front["partial"]["microseconds"]
     assert front["partial"]["microseconds"] < front["FP16"]["microseconds"]
     assert front["partial"]["sqnr_db"] >= 34
+    again, repeated = deployed(large, tmp_path, "--gpu", "T4", "--recover", "partial", "--min-sqnr", "34")
+    assert "from the cache; nothing was run" in again.err
+    assert kept(repeated)["front"] == kept(steps)["front"]
+
+
+def test_the_walked_front_is_recorded(large: Case, tmp_path: Path) -> None:
+    _, steps = deployed(large, tmp_path, "--gpu", "T4", "--recover", "partial", "--min-sqnr", "34")
+    corners = [point for point in kept(steps)["front"] if point["estimated_sqnr_db"] is not None]
+    assert len(corners) >= 2
+    assert all(point["sqnr_db"] is None for point in corners)
+    noises = [point["estimated_sqnr_db"] for point in corners]
+    assert noises == sorted(noises)
 
 
 def test_int8_is_the_objective_where_nothing_tells_a_latency(large: Case, tmp_path: Path) -> None:
