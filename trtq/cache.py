@@ -84,6 +84,7 @@ KINDS: Mapping[str, Kind] = {
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
     "outputs": Kind("npz", 3, (*_RUNNING, "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
+    "front": Kind("bin", 1, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
     "sensitivity": Kind(
         "bin", 2, ("trtq.recovery.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES
     ),

@@ -80,6 +80,11 @@ class Options(TypedDict, total=False):
     plugin_lib: Paths | None
     weights: Literal["int8", "qdq"] | None
     rest: Literal["auto", "fp16", "fp32"] | None
+    objective: Literal["latency", "int8"] | None
+    gpu: str | None
+    profile_json: Paths | None
+    layer_info: Paths | None
+    io: Literal["float", "int8", "int8-in-out", "uint8"] | None
     backend: Literal["tensorrt", "tensorrt-rtx", "none"] | None
     target: str | float | Sequence[str | float] | None
     profile: Patterns | Mapping[str, Shapes] | None

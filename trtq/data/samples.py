@@ -305,6 +305,8 @@ class Samples:
                 f"{where} holds NaN or infinite values",
                 remedy="repair that row, or leave it out",
             )
+        if row.dtype == spec.dtype:
+            return np.asarray(row, order="C")
         with np.errstate(over="ignore"):
             cast = np.asarray(row, dtype=spec.dtype, order="C")
         kept = np.isfinite(cast).all() if spec.dtype.kind == "f" else np.array_equal(cast, row)
