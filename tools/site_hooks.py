@@ -1,0 +1,62 @@
+"""What MkDocs does beyond `docs/`: the reference is made of the code, the how-tos with files are `examples/`.
+
+Links are written as GitHub follows them; `on_page_markdown` turns those into `examples/` into the site's.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tools")]
+
+import site_reference  # noqa: E402
+
+LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml"}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are made."""
+    pages = {f"reference/{name}.md": make() for name, make in site_reference.PAGES.items()}
+    pages |= {f"howto/{folder.name}.md": example_page(folder) for folder in examples()}
+    for name, content in pages.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turn links into `examples/` into links to their pages."""
+    up = "../" * page.file.src_uri.count("/")
+    return re.sub(r"\]\((?:\.\./)+examples/(\w+)/README\.md", rf"]({up}howto/\1.md", markdown)
+
+
+def examples() -> list[Path]:
+    """The numbered folders."""
+    return sorted((ROOT / "examples").glob("[0-9]*_*"))
+
+
+def example_page(folder: Path) -> str:
+    """An example's README and its files as a page of the how-tos."""
+    text = (folder / "README.md").read_text()
+    text = text.replace("](../../docs/", "](../").replace("](../../plugins/README.md", "](../reference/plugins.md")
+    text = re.sub(r"\]\(\.\./(\d\d_\w+)/README\.md", r"](\1.md", text)
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in LANGUAGES]
+    for path in files:
+        text = text.replace(f"]({path.name})", f"](#{slug(path.name)})")
+    if not files:
+        return text
+    listing = [
+        f"### {path.name} {{ #{slug(path.name)} }}\n\n```{LANGUAGES[path.suffix]}\n{path.read_text().rstrip()}\n```\n"
+        for path in files
+    ]
+    return "\n".join([text, f"## Files of `examples/{folder.name}`\n", *listing])
+
+
+def slug(name: str) -> str:
+    """The anchor of a file."""
+    return name.replace(".", "-")
