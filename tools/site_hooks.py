@@ -30,9 +30,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links into `examples/` into links to their pages."""
+    """Turn links out of `docs/`, as GitHub follows them, into links to the pages made of what they lead to."""
     up = "../" * page.file.src_uri.count("/")
-    return re.sub(r"\]\((?:\.\./)+examples/(\w+)/README\.md", rf"]({up}howto/\1.md", markdown)
+    markdown = re.sub(r"\]\((?:\.\./)+examples/(\w+)/README\.md", rf"]({up}howto/\1.md", markdown)
+    return re.sub(r"\]\((?:\.\./)+plugins/README\.md", rf"]({up}reference/plugins.md", markdown)
 
 
 def examples() -> list[Path]:
@@ -43,18 +44,15 @@ def examples() -> list[Path]:
 def example_page(folder: Path) -> str:
     """An example's README and its files as a page of the how-tos."""
     text = (folder / "README.md").read_text()
-    text = text.replace("](../../docs/", "](../").replace("](../../plugins/README.md", "](../reference/plugins.md")
+    text = text.replace("](../../docs/", "](../")
     text = re.sub(r"\]\(\.\./(\d\d_\w+)/README\.md", r"](\1.md", text)
     files = [path for path in sorted(folder.iterdir()) if path.suffix in LANGUAGES]
+    listing = []
     for path in files:
         text = text.replace(f"]({path.name})", f"](#{slug(path.name)})")
-    if not files:
-        return text
-    listing = [
-        f"### {path.name} {{ #{slug(path.name)} }}\n\n```{LANGUAGES[path.suffix]}\n{path.read_text().rstrip()}\n```\n"
-        for path in files
-    ]
-    return "\n".join([text, f"## Files of `examples/{folder.name}`\n", *listing])
+        listing += [f"### {path.name} {{ #{slug(path.name)} }}", ""]
+        listing += [f"```{LANGUAGES[path.suffix]}", path.read_text().rstrip(), "```", ""]
+    return "\n".join([text, f"## Files of `examples/{folder.name}`", "", *listing])
 
 
 def slug(name: str) -> str:

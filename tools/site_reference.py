@@ -12,13 +12,17 @@ from typing import Any
 
 import trtq.cli.main
 from trtq.backends import bench, compiled
+from trtq.backends.timing import Timing
 from trtq.data import feeding, preprocess
 from trtq.errors import ExitCode
 from trtq.gate import in_the_way, tensors, verdict
 from trtq.graph import plan
+from trtq.migration.fit import Fit
+from trtq.migration.implied import Implied
 from trtq.recipe import KINDS, Recipe, flag, options
 from trtq.recovery import attempt, sensitivity, speed
 from trtq.simulation import similarity
+from trtq.simulation.simulator import Effect, Score
 from trtq.study import Row, Study
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +143,7 @@ _HASHES = {
 FILES: Mapping[str, Described] = {
     "verdict.json": Described(
         "The one outcome of the gate and of all checks; also `trtq gate --json`.",
-        (verdict.Verdict, verdict.Check, similarity.Similarity, similarity.Part),
+        (verdict.Verdict, in_the_way.InTheWay, in_the_way.Obstacle, similarity.Similarity, similarity.Part),
         {
             "outcome": "pass, fail or inconclusive: of the gate and all checks, or of this check",
             "ok": "whether the check passed",
@@ -149,7 +153,7 @@ FILES: Mapping[str, Described] = {
     ),
     "workflow.json": Described(
         "Every step that was tried, also those that gave nothing, in order.",
-        (attempt.Attempt, attempt.Fruitless, speed.OnFront),
+        (attempt.Fruitless, speed.Point),
         {
             "step": "calibrate, fix, partial, learn, or rest",
             "outcome": "of the gate and all checks",
@@ -169,8 +173,20 @@ FILES: Mapping[str, Described] = {
     ),
     "plan.json": Described(
         "Which nodes are INT8, and why the others are not. `--plan` quantizes by it.",
-        (plan.Plan, plan.NodePlan, plan.QuantizedEdge, plan.QuantizedWeight, plan.Float32Node),
-        {"format": "version of the format"},
+        (plan.Plan, plan.NodePlan, plan.Edge, plan.Weight, plan.Float32Node),
+        {
+            "format": "version of the format",
+            "name": "of the node",
+            "op": "operator",
+            "int8": "whether it is quantized",
+            "rule": "why, in a word",
+            "reason": "why, in words",
+            "macs": "multiply-accumulates; null: not known",
+            "tensor": "that is quantized",
+            "node": "in front of which",
+            "index": "of that node's input",
+            "axis": "of the weight's channels",
+        },
     ),
     "calibration.cache.json": Described(
         "Where the scales of a calibration table come from.",
@@ -232,14 +248,14 @@ FILES: Mapping[str, Described] = {
     ),
     "migration.json": Described(
         "`trtq migrate`: how a table fits its model, and how close the explicit model is.",
-        (similarity.Similarity,),
+        (Fit, Implied, similarity.Similarity),
     ),
     "sensitivity.json": Described(
         "`trtq sensitivity -o`: what INT8 in each layer does.",
-        (sensitivity.Sensitivity, sensitivity.Layer),
+        (sensitivity.Sensitivity, Effect, Score),
     ),
     "study.json": Described("`trtq study`: the paper's tables.", (Study, Row)),
-    "bench.json": Described("`trtq bench --json`: engines side by side.", (bench.Result,)),
+    "bench.json": Described("`trtq bench --json`: engines side by side.", (bench.Result, bench.Static, Timing)),
     "tensors.json": Described("`trtq gate --tensors`: tensor by tensor.", (tensors.ThreeWay, tensors.Compared)),
 }
 """Every JSON file that trtq writes -> what it holds."""
