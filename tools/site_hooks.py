@@ -30,7 +30,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links out of `docs/`, as GitHub follows them, into links to the pages made of what they lead to."""
+    """Turn links out of `docs/`, as GitHub follows them, into links to the pages made of their targets."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"\]\((?:\.\./)+examples/(\w+)/README\.md", rf"]({up}howto/\1.md", markdown)
     return re.sub(r"\]\((?:\.\./)+plugins/README\.md", rf"]({up}reference/plugins.md", markdown)

@@ -1,7 +1,7 @@
 """Draws the pictures of the documentation's concepts: `python tools/site_pictures.py docs/images`.
 
-Calibration's is made by trtq's own methods. All are drawn 400 wide, so that their text can be read on a phone,
-and take light or dark colours as the reader's system has them.
+Calibration's is made by trtq's own methods. All are drawn 400 wide, so that their text can be read on a
+phone, and take light or dark colours as the reader's system has them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ text { font: 14px system-ui, sans-serif; fill: #1f2933 }
 .small { font-size: 12px } .middle { text-anchor: middle } .end { text-anchor: end }
 .line { stroke: #52606d; stroke-width: 1.5; fill: none } .bar { fill: #9fb3c8 }
 .box { fill: #f0f4f8; stroke: #52606d } .int8 { fill: #b2dfdb; stroke: #00796b }
-.good { stroke: #00796b; fill: #00796b } .bad { stroke: #c62828; fill: #c62828 } .open { stroke: #b26a00; fill: #b26a00 }
+.good { stroke: #00796b; fill: #00796b } .bad { stroke: #c62828; fill: #c62828 }
+.open { stroke: #b26a00; fill: #b26a00 }
 .mark { stroke: #c62828; stroke-width: 1.5; stroke-dasharray: 4 3 }
 @media (prefers-color-scheme: dark) {
-text { fill: #e4e7eb } .line { stroke: #9aa5b1 } .bar { fill: #486581 } .box { fill: #323f4b; stroke: #9aa5b1 }
-.int8 { fill: #004d40; stroke: #4db6ac } .mark { stroke: #ef9a9a }
-.good { stroke: #4db6ac; fill: #4db6ac } .bad { stroke: #ef9a9a; fill: #ef9a9a } .open { stroke: #ffb74d; fill: #ffb74d }
+text { fill: #e4e7eb } .line { stroke: #9aa5b1 } .bar { fill: #486581 }
+.box { fill: #323f4b; stroke: #9aa5b1 } .int8 { fill: #004d40; stroke: #4db6ac } .mark { stroke: #ef9a9a }
+.good { stroke: #4db6ac; fill: #4db6ac } .bad { stroke: #ef9a9a; fill: #ef9a9a }
+.open { stroke: #ffb74d; fill: #ffb74d }
 }
 """
 ARROW = (
@@ -38,8 +40,8 @@ def drawn(height: int, title: str, *parts: str) -> str:
     """An SVG of these parts."""
     body = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 {height}" role="img">\n<title>{title}</title>\n'
-        f"<style>{STYLE}</style>\n<defs>{ARROW}</defs>\n{body}\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 400 {height}" role="img">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n<defs>{ARROW}</defs>\n{body}\n</svg>\n"
     )
 
 
@@ -60,7 +62,9 @@ def box(x: float, y: float, width: float, words: str, kind: str = "box", height:
 def calibration() -> str:
     """A histogram of magnitudes with an outlier, and each method's amax on it."""
     random = np.random.default_rng(0)
-    values = np.concatenate([np.abs(random.normal(0, 1, 200_000)), random.uniform(4, 9, 40)]).astype(np.float32)
+    values = np.concatenate([np.abs(random.normal(0, 1, 200_000)), random.uniform(4, 9, 40)]).astype(
+        np.float32
+    )
     histogram = Histogram()
     histogram.add(values)
     counts, _ = np.histogram(values, bins=45, range=(0, 9))
@@ -118,7 +122,11 @@ def gate() -> str:
     ]
     parts += [text(zero + percent * tick, 197, f"{tick} %", "small middle") for tick in range(3)]
     for row, (low, at, high, kind, words) in enumerate(
-        [(-0.5, 0.1, 0.7, "good", "PASS"), (0.2, 0.8, 1.5, "open", "INCONCLUSIVE"), (1.3, 1.7, 2.2, "bad", "FAIL")]
+        [
+            (-0.5, 0.1, 0.7, "good", "PASS"),
+            (0.2, 0.8, 1.5, "open", "INCONCLUSIVE"),
+            (1.3, 1.7, 2.2, "bad", "FAIL"),
+        ]
     ):
         y = 48 + 48 * row
         left, middle, right = (zero + percent * value for value in (low, at, high))
@@ -133,7 +141,12 @@ def gate() -> str:
 def recovery() -> str:
     """The steps in their order."""
     steps = ["calibrate", "fix", "partial", "learn"]
-    said = ["ranges by measurement", "shift, scale, correct biases", "cheapest layers to float", "ranges and weights learned"]
+    said = [
+        "ranges by measurement",
+        "shift, scale, correct biases",
+        "cheapest layers to float",
+        "ranges and weights learned",
+    ]
     parts = []
     for row, (step, words) in enumerate(zip(steps, said, strict=True)):
         y = 12 + 70 * row
@@ -146,8 +159,9 @@ def recovery() -> str:
             text(299, y + 9, "pass", "small middle"),
         ]
         if row + 1 < len(steps):
+            way = f"M240 {y + 30}L240 {y + 58}L90 {y + 58}L90 {y + 69}"
             parts += [
-                f'<path d="M240 {y + 30}L240 {y + 58}L90 {y + 58}L90 {y + 69}" class="line" marker-end="url(#arrow)"/>',
+                f'<path d="{way}" class="line" marker-end="url(#arrow)"/>',
                 text(246, y + 48, "fail", "small"),
             ]
     parts += [box(330, 12, 60, "best", "int8", 240), text(246, 270, "fail: the layers in the way", "small")]

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trtq.gate import in_the_way, tensors, verdict
 from trtq.graph import plan
 from trtq.migration.fit import Fit
 from trtq.migration.implied import Implied
-from trtq.recipe import KINDS, Recipe, flag, options
+from trtq.recipe import Recipe, flag, options
 from trtq.recovery import attempt, sensitivity, speed
 from trtq.simulation import similarity
 from trtq.simulation.simulator import Effect, Score
@@ -77,9 +77,9 @@ def recipe_page() -> str:
     lines = [
         "# Recipe",
         "",
-        "A recipe is a TOML file with the options of a job: `trtq deploy --recipe recipe.toml`. What the command"
-        " line gives wins. In Python each is a keyword argument of the same name. Relative paths are relative"
-        " to the recipe's folder. A recipe can name code that is run: read one before you use it"
+        "A recipe is a TOML file with the options of a job: `trtq deploy --recipe recipe.toml`. What the"
+        " command line gives wins. In Python each is a keyword argument of the same name. Relative paths are"
+        " relative to the recipe's folder. A recipe can name code that is run: read one before you use it"
         " ([what runs code](security.md)).",
         "",
         "| option | command line | meaning | values | commands |",
@@ -118,11 +118,13 @@ class Described:
     Attributes:
         classes: their attributes, as their docstrings explain them, are keys.
         keys: what the classes do not have.
+        free: keys of objects whose own keys are names, of tensors say.
     """
 
     what: str
     classes: tuple[type, ...] = ()
     keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    free: frozenset[str] = frozenset()
 
     def meanings(self) -> dict[str, str]:
         """Key -> what it means."""
@@ -226,6 +228,12 @@ FILES: Mapping[str, Described] = {
             "warnings": "of the builder",
             "codes": "8-bit inputs and outputs, and what they stand for",
             "compiled": "the kernels, in the order they are issued",
+            "name": "TensorRT's",
+            "kind": "TensorRT's word for what the kernel does",
+            "inputs": "tensors that it reads",
+            "constants": "weights that it reads",
+            "outputs": "tensors that it writes",
+            "onnx_nodes": "what it computes of the model",
         },
     ),
     "manifest.json": Described(
@@ -253,10 +261,32 @@ FILES: Mapping[str, Described] = {
     "sensitivity.json": Described(
         "`trtq sensitivity -o`: what INT8 in each layer does.",
         (sensitivity.Sensitivity, Effect, Score),
+        {
+            "mode": "only: one group in INT8 at a time; all-but: one in fp32 at a time",
+            "group": "nodes that go into INT8 together",
+            "sqnr_db": "lowest signal-to-quantization-noise ratio of the outputs",
+            "noise": "power of the error relative to the output's",
+        },
     ),
-    "study.json": Described("`trtq study`: the paper's tables.", (Study, Row)),
-    "bench.json": Described("`trtq bench --json`: engines side by side.", (bench.Result, bench.Static, Timing)),
-    "tensors.json": Described("`trtq gate --tensors`: tensor by tensor.", (tensors.ThreeWay, tensors.Compared)),
+    "study.json": Described(
+        "`trtq study`: the paper's tables.",
+        (Study, Row),
+        {
+            "format": "version of the format",
+            "name": "of the row: a method, or a number of layers",
+            "model": "its file's name",
+            "metric": "the metric's name; in a row its value",
+            "fp32": "the metric's value in fp32",
+            "samples": "how many were evaluated",
+        },
+        free=frozenset({"tables"}),
+    ),
+    "bench.json": Described(
+        "`trtq bench --json`: engines side by side.", (bench.Result, bench.Static, Timing)
+    ),
+    "tensors.json": Described(
+        "`trtq gate --tensors`: tensor by tensor.", (tensors.ThreeWay, tensors.Compared)
+    ),
 }
 """Every JSON file that trtq writes -> what it holds."""
 
@@ -266,8 +296,8 @@ def files_page() -> str:
     lines = [
         "# Files",
         "",
-        "JSON is UTF-8, every number in it is finite, and files appear in one move. Shapes are lists of integers."
-        " The keys below are made of the code; a test compares them with the files of real jobs.",
+        "JSON is UTF-8, every number in it is finite, and files appear in one move. Shapes are lists of"
+        " integers. The keys below are made of the code; a test compares them with the files of real jobs.",
         "",
     ]
     for name, described in FILES.items():

@@ -1,8 +1,8 @@
-import numpy as np
 import torch
-import trtq
 from torch.utils.data import DataLoader
 from train import Net, Stripes
+
+import trtq
 
 model = Net().eval()
 model.load_state_dict(torch.load("model.pt"))

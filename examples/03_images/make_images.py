@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import trtq
 from onnx import helper, numpy_helper
 from PIL import Image
+
+import trtq
 
 demo = Path(trtq.__file__).parent / "demo"
 

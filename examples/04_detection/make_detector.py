@@ -24,9 +24,8 @@ class Detector(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (1, 16, 32, 32)
-        convolutions = [torch.nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(widths, widths[1:], strict=False)]
-        self.body = torch.nn.Sequential(*(m for c in convolutions for m in (c, torch.nn.ReLU())))
+        layers = [torch.nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in ((1, 16), (16, 32), (32, 32))]
+        self.body = torch.nn.Sequential(*(part for layer in layers for part in (layer, torch.nn.ReLU())))
         self.box, self.scores = torch.nn.Linear(32 * 9, 4), torch.nn.Linear(32 * 9, 2)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

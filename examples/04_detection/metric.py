@@ -1,5 +1,3 @@
-"""The metric of the gate: how often the square is found."""
-
 import numpy as np
 
 
