@@ -282,10 +282,28 @@ FILES: Mapping[str, Described] = {
         free=frozenset({"tables"}),
     ),
     "bench.json": Described(
-        "`trtq bench --json`: engines side by side.", (bench.Result, bench.Static, Timing)
+        "`trtq bench --json`: engines side by side.",
+        (bench.Result, bench.Static, Timing),
+        {
+            "engine": "its file",
+            "static": "what it runs, from its record",
+            "timing": "what a GPU measured; null without one",
+            "batch": "rows of one inference",
+            "note": "what makes the timing doubtful",
+        },
     ),
     "tensors.json": Described(
-        "`trtq gate --tensors`: tensor by tensor.", (tensors.ThreeWay, tensors.Compared)
+        "`trtq gate --tensors`: tensor by tensor.",
+        (tensors.ThreeWay, tensors.Compared),
+        {
+            "tensors": "in topological order",
+            "tensor": "its name",
+            "node": "that makes it",
+            "op": "that node's operator",
+            "simulation_db": "SQNR of the simulation, against fp32",
+            "engine_db": "SQNR of the engine, against the simulation; null without one",
+            "parts_at": "the first tensor where simulation and engine part",
+        },
     ),
 }
 """Every JSON file that trtq writes -> what it holds."""
