@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(ROOT.glob("examples/[0-9]*_*/README.md"))
 PAGES = sorted(ROOT.glob("docs/**/*.md"))
 RUN = [page for page in [*EXAMPLES, *PAGES] if any(b.runs for b in doc_blocks.blocks_of(page.read_text()))]
-NEEDS = {"needs a GPU", "needs a service", "needs a Jetson"}
+NEEDS = {"needs a GPU", "needs a checkout", "needs a service", "needs a Jetson"}
 BY_PAGE = {"ids": lambda page: str(page.relative_to(ROOT))}
 
 sys.path.append(str(ROOT / "tools"))
@@ -113,12 +113,12 @@ def written(environment, tmp_path_factory) -> dict[str, Any]:
     script = """
     cp "$(python -c 'import trtq, os; print(os.path.dirname(trtq.__file__))')"/demo/* .
     given="digits.onnx --data calib.npz --method max" judged="--eval eval.npz --metric top1"
-    trtq deploy $given $judged --min-sqnr 60 --recover fix --rest fp32 -o . || test $? = 1
+    trtq deploy $given $judged --min-sqnr 60 --recover none --rest fp32 -o . || test $? = 1
     trtq migrate digits.onnx --table calibration.cache $judged -o migrated
     trtq sensitivity $given --fast -o sensitivity.json
     trtq bench model.plan --json bench.json
     trtq gate digits.onnx model.int8.onnx $judged --tensors tensors.json
-    trtq study $given $judged --recover none -o study
+    trtq study $given $judged --include stem -o study
     mv migrated/migration.json study/study.json .
     """
     done = subprocess.run(

@@ -62,9 +62,8 @@ def box(x: float, y: float, width: float, words: str, kind: str = "box", height:
 def calibration() -> str:
     """A histogram of magnitudes with an outlier, and each method's amax on it."""
     random = np.random.default_rng(0)
-    values = np.concatenate([np.abs(random.normal(0, 1, 200_000)), random.uniform(4, 9, 40)]).astype(
-        np.float32
-    )
+    bulk, outliers = np.abs(random.normal(0, 1, 200_000)), random.uniform(4, 9, 12)
+    values = np.concatenate([bulk, outliers]).astype(np.float32)
     histogram = Histogram()
     histogram.add(values)
     counts, _ = np.histogram(values, bins=45, range=(0, 9))

@@ -285,6 +285,8 @@ FILES: Mapping[str, Described] = {
         "`trtq bench --json`: engines side by side.",
         (bench.Result, bench.Static, Timing),
         {
+            "gpu": "that measured; null without one",
+            "engines": "each of them",
             "engine": "its file",
             "static": "what it runs, from its record",
             "timing": "what a GPU measured; null without one",
