@@ -21,6 +21,7 @@ from trtq.graph.plan import Float32Node, Plan, percent
 from trtq.numerics import INT8_MAX
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import ENGINE_BUILT
+from trtq.recovery.speed import HEADINGS, Point, sources_of
 
 _GREEN, _RED, _GREY = "#18794e", "#c62a2f", "#8888"
 
@@ -42,6 +43,7 @@ def write_report(folder: PathLike) -> Path:
         keep_trailing_newline=True,
         finalize=_shown,
     )
+    environment.globals |= {"headings": HEADINGS, "sources_of": sources_of}
     environment.filters["decibels"] = lambda value: "" if value is None else f"{value:.1f} dB"
     environment.filters["tenths"] = lambda value: "" if value is None else f"{value:.1%}"
     page = environment.get_template("report.html.j2").render(vars(report))
@@ -109,6 +111,16 @@ class RecordedCheck:
 
 
 @dataclass(frozen=True)
+class RecordedLatency:
+    """What an engine costs, in `workflow.json`."""
+
+    microseconds: float
+    bytes: int
+    kind: str
+    source: str
+
+
+@dataclass(frozen=True)
 class RecordedStep:
     """A step in `workflow.json`; everything measured is None where there was nothing to gate."""
 
@@ -125,8 +137,8 @@ class RecordedStep:
     given_away: float | None = None
     note: str = ""
     seconds: float = 0.0
-    latency: Any = None
-    front: Any = None
+    latency: RecordedLatency | None = None
+    front: tuple[Point, ...] = ()
     in_the_way: Any = None
 
 
@@ -187,7 +199,7 @@ class RecordedChoice:
     """What the metadata of a table say of the choice among methods and fixes, in dB."""
 
     held_back: int
-    sqnr_db: dict[str, float]
+    sqnr_db: dict[str, float] = field(default_factory=dict)
     fixes: str | None = None
     fixes_sqnr_db: dict[str, float] = field(default_factory=dict)
     learned: RecordedLearning | None = None
@@ -201,7 +213,8 @@ class Choice:
     """What was measured to choose methods and fixes, in dB on rows held back; the best first.
 
     Attributes:
-        fixes: those that were taken; None: none were tried.
+        methods: none where the recipe names one.
+        fixes: those that were taken; None: none were.
         learned: what learning gained, in words.
         left_out: node -> why it is in floating point.
         exceptions: tensor -> the method of its own.
@@ -219,12 +232,12 @@ class Choice:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Choice | None:
-        """What the metadata of a table say; None where methods were not compared.
+        """What the metadata of a table say; None where neither methods nor fixes were compared.
 
         Raises:
             ValueError: one of them is not what it should be; the message names it.
         """
-        if not metadata.get("sqnr_db"):
+        if not (metadata.get("sqnr_db") or metadata.get("fixes_sqnr_db")):
             return None
         found = decode(metadata, RecordedChoice, closed=False)
         if found.exceptions and found.confirmed is None:
@@ -312,6 +325,7 @@ class Report:
         measured: what else there is to know of the accuracy, line by line.
         interval: None where none was measured.
         steps: None where `deploy` left no record of them.
+        front: plans between latency and accuracy; none where INT8 was the objective.
         engine: what was built, line by line.
         float32: nodes that stay float32 where the rest is float16.
     """
@@ -321,6 +335,7 @@ class Report:
     measured: Sequence[str]
     interval: Interval | None
     steps: Sequence[Step] | None
+    front: Sequence[Point]
     calibration: Calibration
     engine: Sequence[str]
     nodes: Sequence[Node]
@@ -344,7 +359,7 @@ class Report:
             verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))
         plan, table = Plan.load(folder / "plan.json"), Table.load(folder / "calibration.cache")
         covered, engine_lines = _engine(folder / "model.plan", plan, verdict)
-        metadata = table.metadata
+        metadata, recorded = table.metadata, _recorded(folder / "workflow.json")
         if missing := [name for name in plan.tensors if name not in table.scales]:
             raise InputError(
                 f"the table has no scale for tensor '{missing[0]}', which the plan quantizes",
@@ -357,7 +372,8 @@ class Report:
             summary=verdict.headline().removeprefix(verdict.outcome.value.upper()).strip(),
             measured=replace(verdict, in_the_way=None).details(),
             interval=Interval.of(verdict),
-            steps=_steps(folder / "workflow.json"),
+            steps=None if recorded is None else [Step.of(step) for step in recorded],
+            front=[point for step in recorded or () for point in step.front],
             calibration=Calibration.of(metadata, folder / "calibration.cache"),
             engine=engine_lines,
             nodes=_nodes(plan, covered),
@@ -369,12 +385,11 @@ class Report:
         )
 
 
-def _steps(path: Path) -> list[Step] | None:
+def _recorded(path: Path) -> list[RecordedStep] | None:
     """Every step that the workflow took, where `deploy` left a record of them."""
     if not path.exists():
         return None
-    recorded = read_own_json(path, "record of the steps", lambda value: decode(value, list[RecordedStep]))
-    return [Step.of(step) for step in recorded]
+    return read_own_json(path, "record of the steps", lambda value: decode(value, list[RecordedStep]))
 
 
 def _wants_engine(folder: Path) -> bool:

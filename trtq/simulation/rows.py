@@ -84,6 +84,7 @@ class Runner:
         weights: see `simulation_session`.
         reuse: a thread's outputs lie in memory that its next run overwrites, which saves the time that the
             system takes to hand out new memory for every row.
+        edit: of a graph: changes, in place, what ONNX Runtime gets of it.
 
     Raises:
         InputError: ONNX Runtime cannot load the model.
@@ -97,10 +98,11 @@ class Runner:
         threads: int | None = 1,
         weights: Mapping[str, onnxruntime.OrtValue] | None = None,
         reuse: bool = False,
+        edit: Callable[[onnx.GraphProto], None] | None = None,
     ) -> None:
         self._name = str(model) if isinstance(model, str | Path) else "the model"
         if isinstance(model, gs.Graph):
-            with serialized(model) as source:
+            with serialized(model, edit) as source:
                 self._session = simulation_session(source, threads, outputs, weights)
             _trim()
         else:
