@@ -13,6 +13,7 @@ from typing import Any
 import trtq.cli.main
 from trtq.backends import bench, compiled
 from trtq.backends.timing import Timing
+from trtq.cost.gpus import GPUS
 from trtq.data import feeding, preprocess
 from trtq.errors import ExitCode
 from trtq.gate import in_the_way, tensors, verdict
@@ -94,7 +95,12 @@ def recipe_page() -> str:
     lines += ["", "## `[preprocess.<input>]`", "", _prose(preprocess.Preprocess)]
     lines += ["", "## `[inputs.<input>]`", "", _prose(feeding.InputOptions)]
     lines += ["", "## `[state]`", "", _option("state").metadata["help"], ""]
-    return "\n".join(lines)
+    lines += ["## GPUs", "", "What `--gpu` knows, by their data sheets.", ""]
+    lines += ["| name | compute capability | multiprocessors | GB/s | INT8, TOPS |", "|-|-|-|-|-|"]
+    for gpu in GPUS:
+        cells = (gpu.name, gpu.capability / 10, gpu.sms, gpu.bandwidth, gpu.int8)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _option(name: str) -> dataclasses.Field[Any]:
