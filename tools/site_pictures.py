@@ -141,8 +141,8 @@ def recovery() -> str:
     """The steps in their order."""
     steps = ["calibrate", "fix", "partial", "learn"]
     said = [
-        "ranges by measurement",
-        "shift, scale, correct biases",
+        "ranges, free fixes",
+        "scales as operators",
         "cheapest layers to float",
         "ranges and weights learned",
     ]
