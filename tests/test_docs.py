@@ -100,7 +100,7 @@ def test_reference_has_every_command_option_and_a_meaning_for_every_key():
     for command in COMMANDS:
         assert f"## `trtq {command.name}`" in cli
     for option in options():
-        assert f"| `{option.name}` |" in recipe
+        assert f"| `{option.name}`<br>" in recipe
         assert option.name == "model" or f"`{flag(option.name)}" in cli
     for name, described in site_reference.FILES.items():
         assert [key for key, text in described.meanings().items() if not text] == [], name

@@ -76,12 +76,12 @@ def calibration() -> str:
     parts += [line(20, 210, 385, 210), text(385, 244, "magnitude of the activation", "small end")]
     parts += [text(20 + scale * tick, 226, f"{tick}", "small middle") for tick in range(0, 10, 3)]
     parts.append(text(20, 258, "bars: how often, logarithmic", "small"))
-    for row, name in enumerate(("entropy", "percentile:99.99", "mse", "max")):
+    for row, name in enumerate(("percentile:99.99", "entropy", "mse", "max")):
         at = 20 + scale * amax_of(parse_method(name), histogram)
-        left = at < 250
+        right = name == "entropy"
         parts += [
             line(at, 20 + 16 * row, at, 210, "mark"),
-            text(at + (4 if left else -4), 24 + 16 * row, name, "small" if left else "small end"),
+            text(at + (4 if right else -4), 24 + 16 * row, name, "small" if right else "small end"),
         ]
     return drawn(266, "A histogram of magnitudes, and where four methods clip it", *parts)
 
@@ -103,8 +103,7 @@ def placement() -> str:
         '<path d="M110 35L50 35L50 160" class="line" marker-end="url(#arrow)"/>',
         box(10, 160, 80, "Q / DQ", "int8"),
         '<path d="M50 190L50 295L109 295" class="line" marker-end="url(#arrow)"/>',
-        text(12, 212, "so that Conv", "small"),
-        text(12, 228, "and Add fuse", "small"),
+        text(56, 273, "so that both fuse", "small"),
     ]
     return drawn(342, "Where Q/DQ stands in a residual block", *parts)
 
@@ -132,7 +131,7 @@ def gate() -> str:
         parts += [
             f'<path d="M{left:g} {y}L{right:g} {y}" class="{kind}" stroke-width="3"/>',
             f'<circle cx="{middle:g}" cy="{y}" r="5" class="{kind}"/>',
-            text(right + 10, y + 5, words) if right < 280 else text(left - 10, y + 5, words, "end"),
+            text(middle, y - 12, words, "middle") if words == "PASS" else text(right + 10, y + 5, words),
         ]
     return drawn(222, "Intervals of the drop and the outcome with --confidence", *parts)
 

@@ -83,15 +83,15 @@ def recipe_page() -> str:
         " relative to the recipe's folder. A recipe can name code that is run: read one before you use it"
         " ([what runs code](security.md)).",
         "",
-        "| option | command line | meaning | values | commands |",
-        "|-|-|-|-|-|",
+        "| option | meaning | values | commands |",
+        "|-|-|-|-|",
     ]
     for field in options():
         users = [name for name, names in taken.items() if field.name in names]
         everywhere = f"{len(users)} commands" if len(users) > 5 else ", ".join(users)
         spelled = "MODEL" if field.name == "model" else flag(field.name)
-        cells = (f"`{field.name}`", f"`{spelled}`", field.metadata["help"], _values(field), everywhere)
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+        cells = map(_cell, (field.metadata["help"], _values(field), everywhere))
+        lines.append(f"| `{field.name}`<br>`{spelled}` | " + " | ".join(cells) + " |")
     lines += ["", "## `[preprocess.<input>]`", "", _prose(preprocess.Preprocess)]
     lines += ["", "## `[inputs.<input>]`", "", _prose(feeding.InputOptions)]
     lines += ["", "## `[state]`", "", _option("state").metadata["help"], ""]
