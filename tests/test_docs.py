@@ -97,8 +97,8 @@ def test_reference_has_every_command_option_and_a_meaning_for_every_key():
     from trtq.recipe import flag, options
 
     cli, recipe = site_reference.cli_page(), site_reference.recipe_page()
-    for command in COMMANDS:
-        assert f"## `trtq {command.name}`" in cli
+    for name in COMMANDS:
+        assert f"## `trtq {name}`" in cli
     for option in options():
         assert f"| `{option.name}`<br>" in recipe
         assert option.name == "model" or f"`{flag(option.name)}" in cli

@@ -37,24 +37,25 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def examples() -> list[Path]:
-    """The numbered folders."""
-    return sorted((ROOT / "examples").glob("[0-9]*_*"))
+    """The folders with a README."""
+    return sorted(path.parent for path in (ROOT / "examples").glob("*/README.md"))
 
 
 def example_page(folder: Path) -> str:
     """An example's README and its files as a page of the how-tos."""
     text = (folder / "README.md").read_text()
     text = text.replace("](../../docs/", "](../")
-    text = re.sub(r"\]\(\.\./(\d\d_\w+)/README\.md", r"](\1.md", text)
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in LANGUAGES]
+    text = re.sub(r"\]\(\.\./(\w+)/README\.md", r"](\1.md", text)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in LANGUAGES)
     listing = []
     for path in files:
-        text = text.replace(f"]({path.name})", f"](#{slug(path.name)})")
-        listing += [f"### {path.name} {{ #{slug(path.name)} }}", ""]
+        name = path.relative_to(folder).as_posix()
+        text = text.replace(f"]({name})", f"](#{slug(name)})")
+        listing += [f"### {name} {{ #{slug(name)} }}", ""]
         listing += [f"```{LANGUAGES[path.suffix]}", path.read_text().rstrip(), "```", ""]
     return "\n".join([text, f"## Files of `examples/{folder.name}`", "", *listing])
 
 
 def slug(name: str) -> str:
     """The anchor of a file."""
-    return name.replace(".", "-")
+    return re.sub(r"[./]", "-", name)

@@ -38,12 +38,13 @@ def cli_page() -> str:
     lines += ["| exit code | |", "|-|-|", *(f"| {code.value} | {_words(code.name)} |" for code in ExitCode)]
     lines += ["| 128 + n | ended by signal n: 130 Ctrl-C, 143 SIGTERM |", ""]
     for name, parser in commands().items():
+        usage = (parser.usage or "").replace("%%", "%").replace("%(prog)s", parser.prog)
         lines += [f"## `trtq {name}`", "", _sentence(parser.description or ""), ""]
+        lines += ["```text", usage, "", (parser.epilog or "").replace("%%", "%"), "```", ""]
         for group in parser._action_groups:
             if group._group_actions:
-                title = "" if group.title in ("options", "positional arguments") else group.title or ""
-                lines += [f"**{title}**", ""] if title else []
-                lines += ["| | |", "|-|-|", *map(_argument_row, group._group_actions), ""]
+                lines += [f"**{group.title}**", "", "| | |", "|-|-|"]
+                lines += [*map(_argument_row, group._group_actions), ""]
     return "\n".join(lines)
 
 
@@ -74,7 +75,7 @@ def _value_name(action: argparse.Action) -> str:
 
 def recipe_page() -> str:
     """Every option of a recipe, with the commands that take it."""
-    taken = {command.name: set(command.options) for command in trtq.cli.main.COMMANDS}
+    taken = {name: set(trtq.cli.main.command(name).options) for name in trtq.cli.main.COMMANDS}
     lines = [
         "# Recipe",
         "",

@@ -29,7 +29,7 @@ def run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
     made = "model.int8.onnx" if result.build is None else "model.plan"
     show(f"{result.folder}/report.html and {result.folder}/{made}, {seconds:.1f} s")
     engine = None if result.build is None else result.build.engine
-    if not given.quiet and (steps := next_steps(result.verdict, result.folder / "model.int8.onnx", engine)):
+    if steps := next_steps(result.verdict, result.folder / "model.int8.onnx", engine):
         show("\n".join(steps))
     show(result.verdict.headline())
     return result.exit_code
