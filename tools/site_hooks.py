@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn links out of `docs/`, as GitHub follows them, into links to the pages made of their targets."""
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"\]\((?:\.\./)+examples/(\w+)/README\.md", rf"]({up}howto/\1.md", markdown)
-    return re.sub(r"\]\((?:\.\./)+plugins/README\.md", rf"]({up}reference/plugins.md", markdown)
+    markdown = re.sub(r"\]\((?:\.\./)+plugins/README\.md", rf"]({up}reference/plugins.md", markdown)
+    return markdown.replace("<!-- blocks that were not run -->", not_run())
+
+
+def not_run() -> str:
+    """A table of the blocks that nothing here can run, by what they need."""
+    pages = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md"), ROOT / "plugins/README.md"]
+    needs = [
+        found for page in sorted(pages) for found in re.findall(r'title="needs (.*?)"', page.read_text())
+    ]
+    rows = [f"| {what} | {count} |" for what, count in sorted(Counter(needs).items())]
+    return "\n".join(["| need | blocks |", "|-|-|", *rows])
 
 
 def examples() -> list[Path]:
