@@ -60,6 +60,7 @@ from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.speed import front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
 from trtq.recovery.workflow import recover
+from trtq.report.gather import record_of
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
 from trtq.report.manifest import manifest
@@ -161,8 +162,8 @@ def deploy(
 
     Files left in the recipe's output folder: `model.int8.onnx`, `model.plan` (+ `.json`: what the engine
     runs), `calibration.cache` (+ `.json`: where the scales come from), `plan.json`, `verdict.json`,
-    `junit.xml`, `report.html`, `workflow.json` (every step tried), `recipe.toml`, `manifest.json`. They
-    appear together at the end: a job that is interrupted leaves none, and goes on from its last finished
+    `junit.xml`, `report.html`, `report.json` (what only the report shows), `workflow.json` (every step
+    tried), `recipe.toml`, `manifest.json`. They appear together at the end: a job that is interrupted leaves none, and goes on from its last finished
     step when run again. Where the builder makes no engine, everything else is there, the gate is simulated,
     and the verdict is a fail with the builder's message. With `NO_ENGINE` as backend there is none, and that
     is no fail.
@@ -220,9 +221,10 @@ def deploy(
         write_verdict(folder, best.verdict)
         write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
         front = [] if speed is None else front_of(speed, points, best.step, rest_of(job.recipe))
-        record = [{**step.to_json(), "kept": step is best} for step in tried]
-        record = [{**step, "front": front} if front and step["kept"] else step for step in record]
-        write_json(folder / "workflow.json", record)
+        taken = [{**step.to_json(), "kept": step is best} for step in tried]
+        taken = [{**step, "front": front} if front and step["kept"] else step for step in taken]
+        write_json(folder / "workflow.json", taken)
+        record_of(job, evaluation, attempts, best, command).save(folder / "report.json")
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
     console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))

@@ -171,7 +171,7 @@ def speed_of(job: Job, plan: Plan) -> Speed | None:
             profiles=recipe.profile_json,
             layer_infos=recipe.layer_info,
             gpu=recipe.gpu or (card.name if card else None),
-            builder=_builder(recipe),
+            builder=builder_of(recipe),
         )
     except InputError as error:
         if named or recipe.objective == "latency":
@@ -182,7 +182,7 @@ def speed_of(job: Job, plan: Plan) -> Speed | None:
     return Speed(job.model.graph, plan, source)
 
 
-def _builder(recipe: Recipe) -> Builder:
+def builder_of(recipe: Recipe) -> Builder:
     """Whose kernels the engine has; where none is built here, TensorRT's."""
     if recipe.backend == NO_ENGINE:
         return "tensorrt"
