@@ -15,7 +15,7 @@ from trtq.calibration.calibrate import FloatGraph, known_statistics
 from trtq.calibration.methods import amax_of, parse_method, sqnr_db
 from trtq.calibration.search import CANDIDATES
 from trtq.calibration.statistics import Histogram, Statistics
-from trtq.cost.fused import fuse
+from trtq.cost.fused import Fused, fuse
 from trtq.cost.interface import Rest
 from trtq.cost.placed import placed
 from trtq.gate.evaluation import Evaluation
@@ -197,23 +197,26 @@ def _samples(evaluation: Evaluation, best: Attempt) -> tuple[Sample, ...]:
 
 
 def _costs(job: Job, quantization: Quantization) -> tuple[Cost, ...]:
-    """Kernels and bytes of the engines without INT8, with all of it, and of what is delivered."""
-    graph, plan = quantization.graph, quantization.plan
-    shapes = concrete_shapes(graph, opt_shapes(job.model, job.profile))
-    fused, builder = fuse(graph, shapes), builder_of(job.recipe)
+    """Kernels and bytes of engines of the model: without INT8, with all of it, and as delivered."""
+    plan, rest = quantization.plan, rest_of(job.recipe)
+    shapes, builder = opt_shapes(job.model, job.profile), builder_of(job.recipe)
 
-    def cost(name: str, plan: Plan, rest: Rest) -> Cost:
+    def fused_of(graph: gs.Graph) -> Fused:
+        return fuse(graph, concrete_shapes(graph, shapes))
+
+    def cost(name: str, fused: Fused, plan: Plan, rest: Rest) -> Cost:
         kernels = placed(fused, plan, rest, builder)
-        loads = [
-            load for each in kernels for load in (each.load, *each.after, *(b.load for b in each.before))
-        ]
+        loads = [load for each in kernels for load in (each.load, *each.after, *(b.load for b in each.before))]
         return Cost(name, len(loads), sum(load.bytes for load in loads))
 
-    bare = replace(plan, nodes=[replace(n, int8=False) for n in plan.nodes], edges=[], weights=[])
-    found = [cost("FP32", bare, "fp32"), cost("FP16", bare, "fp16")]
-    if plan.int8_nodes:
-        rest = rest_of(job.recipe)
-        found.append(cost(f"INT8, the rest {rest.upper()}", plan, rest))
+    whole, fused = job.place(), fused_of(job.model.graph)
+    bare = replace(whole, nodes=[replace(n, int8=False) for n in whole.nodes], edges=[], weights=[])
+    found = [cost("FP32", fused, bare, "fp32"), cost("FP16", fused, bare, "fp16")]
+    if whole.int8_nodes:
+        found.append(cost(f"every layer that can in INT8, the rest {rest.upper()}", fused, whole, rest))
+    if plan.int8_nodes and plan.inputs != whole.inputs:
+        delivered = fused if quantization.graph is job.model.graph else fused_of(quantization.graph)
+        found.append(cost(f"as delivered, the rest {rest.upper()}", delivered, plan, rest))
     return tuple(found)
 
 

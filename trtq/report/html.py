@@ -17,6 +17,7 @@ from trtq.errors import InputError, about
 from trtq.escapes import printable
 from trtq.files import PathLike, decode, read_json, read_own_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
+from trtq.gate.verdict import percent as verdict_percent
 from trtq.graph.plan import Float32Node, Plan, percent
 from trtq.numerics import INT8_MAX
 from trtq.recipe import Recipe
@@ -411,14 +412,13 @@ def _facts(
     """What the head says in figures."""
     name = verdict.metric.rpartition(":")[2]
     candidate = "not finite" if verdict.candidate is None else f"{verdict.candidate:.4f}"
-    facts = [Fact(f"{name} in INT8", candidate, f"{verdict.reference:.4f} in fp32")]
+    facts = [Fact(name, candidate, f"{verdict.reference:.4f} in fp32")]
     if verdict.relative_drop is not None:
-        facts.append(Fact("drop", f"{verdict.relative_drop:.2%}", f"{verdict.max_drop:.4g} allowed".replace(
-            f"{verdict.max_drop:.4g}", f"{100 * verdict.max_drop:.4g} %")))
+        facts.append(Fact("drop", f"{verdict.relative_drop:.2%}", f"{verdict_percent(verdict.max_drop)} allowed"))
     if verdict.outputs:
         exact = verdict.lowest_sqnr_db >= MAX_SQNR_DB
         facts.append(Fact("SQNR", "exact" if exact else f"{verdict.lowest_sqnr_db:.1f} dB", "of the outputs"))
-    counted = "nodes" if covered.mac_share is None else "multiply-accumulates"
+    counted = "nodes" if covered.mac_share is None else "MACs"
     facts.append(Fact("in INT8", percent(covered.share), f"of the {counted}"))
     kept = next((step for step in steps or [] if step.kept), None)
     if kept is not None and kept.latency is not None:

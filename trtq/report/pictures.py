@@ -6,7 +6,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trtq.backends.compiled import Compiled
 from trtq.backends.coverage import Coverage
@@ -17,6 +17,9 @@ from trtq.report import charts
 from trtq.report.charts import Mark, Scale
 from trtq.report.lanes import Row, blocks_of
 from trtq.report.record import IN_USE, GraphNode, Record, TensorValues
+
+REFERENCE = "FP32"
+"""Name of the reference among the points of the front."""
 
 SHORT_GRAPH = 40
 """Blocks of a graph of so many nodes are open from the start."""
@@ -73,12 +76,21 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """A chart of bars: what it shows, the headings of its columns, and what it leaves out."""
+    """A chart of bars.
 
+    Attributes:
+        title, text: what it shows.
+        heads: headings of its columns.
+        rest: what it leaves out.
+        measured: whether it is of the noise in the outputs, which stands in the way of a pass.
+    """
+
+    title: str
     text: str
     heads: tuple[str, ...]
     bars: Sequence[Bar]
     rest: str = ""
+    measured: bool = True
 
     @classmethod
     def of_noise(cls, record: Record | None, verdict: Verdict) -> Bars | None:
@@ -88,6 +100,7 @@ class Bars:
             widest = noise.layers[0].share or 1.0
             rest = noise.count - len(noise.layers)
             return cls(
+                "Noise of each layer",
                 f"Noise that each layer alone in INT8 makes in the outputs, of the {noise.count} measured on"
                 f" {noise.rows} calibration rows after the step '{noise.step}'.",
                 ("layer", "of the noise", "alone", "of the MACs"),
@@ -108,6 +121,7 @@ class Bars:
         if found and ranked:
             widest = max(obstacle.noise_share or 0.0 for obstacle in ranked) or 1.0
             return cls(
+                "Noise of each layer",
                 f"Noise that each layer makes in the outputs: {found.what}.",
                 ("layer", "of the noise", "alone", "of the MACs"),
                 [
@@ -133,6 +147,7 @@ class Bars:
         worst = min(known.values())
         rest = count - len(known)
         return cls(
+            "Rounding and saturation of each tensor",
             "What each quantized tensor loses by itself, to rounding and saturation: its noise against the worst"
             " one's, each relative to its signal. What that does to the outputs was not measured, as nothing"
             " had to be left out; 'trtq sensitivity' measures it.",
@@ -148,6 +163,7 @@ class Bars:
                 for tensor, value in known.items()
             ],
             f"{rest} more lose less." if rest else "",
+            measured=False,
         )
 
 
@@ -174,6 +190,7 @@ class Dot:
     outcome: str
     chosen: bool
     cells: tuple[str, ...]
+    remark: str
 
 
 @dataclass(frozen=True)
@@ -200,6 +217,7 @@ class Front:
         Args:
             latency: whether their microseconds are known; else the chart is of the share in INT8.
         """
+        points = [_with_reference(point) for point in points]
         xs = [point.microseconds if latency else 100 * (point.int8_share or 0.0) for point in points]
         drops = [point.relative_drop for point in points if point.relative_drop is not None]
         by_drop = len(drops) > 1 and max(drops) - min(drops) > 1e-4
@@ -241,11 +259,19 @@ class Front:
                         _decibels(point.sqnr_db),
                         _share(point.int8_share),
                     ),
+                    "the reference" if point.name == REFERENCE else "not run",
                 )
                 for number, (point, x, y) in enumerate(zip(points, xs, ys, strict=True), 1)
             ],
             heads=("what", "latency" if latency else "", "drop", "SQNR", "INT8"),
         )
+
+
+def _with_reference(point: Point) -> Point:
+    """A point with what is known without running it: the reference does not drop."""
+    if point.name == REFERENCE and point.relative_drop is None:
+        return replace(point, relative_drop=0.0)
+    return point
 
 
 def _y_axis(values: Sequence[float], max_drop: float | None) -> tuple[Scale, list[Mark]]:
@@ -261,7 +287,8 @@ def _y_axis(values: Sequence[float], max_drop: float | None) -> tuple[Scale, lis
         scale, marks = Scale(low, high), charts.ticks(low, high)
     else:
         scale = Scale(low, high, lambda y: math.asinh(y / unit))
-        marks = [y for y in (0.0, *(unit * 4**n for n in range(1, 8))) if y <= high]
+        steps = (f * 10**n for n in range(6) for f in (1, 2, 5))
+        marks = [y for y in (0.0, *(unit * step for step in steps)) if y <= high and y != unit]
     return scale, [Mark(charts.percent(scale.at(y)), f"{y:.2%}" if abs(y) < 0.1 else f"{y:.0%}") for y in marks]
 
 

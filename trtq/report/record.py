@@ -199,9 +199,13 @@ class Record:
         """The record in JSON values.
 
         Raises:
-            ValueError: they are not one, or a node of the graph reads one that comes after it.
+            ValueError: they are not one, a node of the graph reads one that comes after it, or a tensor is
+                always zero.
         """
         record = decode(value, cls, format=FORMAT)
+        for position, tensor in enumerate(record.tensors):
+            if not (tensor.amax > 0 and tensor.counts and min(tensor.counts) >= 0):
+                raise ValueError(f"`tensors[{position}]`: its `amax` or one of its `counts` is out of range")
         for position, node in enumerate(record.nodes):
             if any(not 0 <= source < position for source in node.inputs):
                 raise ValueError(f"`nodes[{position}].inputs`: it reads a node that does not come before it")
