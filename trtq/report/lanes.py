@@ -7,14 +7,15 @@ where least flows from above to below.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MOST_LANES = 10
 """What would need a lane further right is not drawn; the node says what it reads."""
 
-BLOCK = 12
-"""About as many nodes are in a block."""
+BLOCK, MOST_BLOCKS = 12, 24
+"""About as many nodes are in a block, or more where there would be more blocks than so many."""
 
 LASTING = 4
 """What is read so many blocks further down (a mask, a skip connection of a U-Net) hinders no cut."""
@@ -91,32 +92,34 @@ def _free(lanes: Sequence[int | None], read: Sequence[int]) -> int:
 
 
 def blocks_of(inputs: Sequence[Sequence[int]]) -> list[Block]:
-    """The lines of a graph in blocks of about `BLOCK` nodes, which end where least goes on to below.
+    """The lines of a graph in blocks of about one size, which end where least goes on to below.
 
     Args:
         inputs: as for `rows_of`.
     """
-    rows, crossing = rows_of(inputs), _crossing(inputs)
+    size = max(BLOCK, math.ceil(len(inputs) / MOST_BLOCKS))
+    rows, crossing = rows_of(inputs), _crossing(inputs, LASTING * size)
     blocks, start = [], 0
     while start < len(rows):
-        latest = min(start + 2 * BLOCK, len(rows))
-        candidates = range(min(start + BLOCK // 2, latest), latest + 1)
-        end = min(candidates, key=lambda end: (crossing[end - 1], abs(end - start - BLOCK)))
-        end = len(rows) if len(rows) - end < BLOCK // 3 else end
+        latest = min(start + 2 * size, len(rows))
+        candidates = range(min(start + size // 2, latest), latest + 1)
+        middle = start + size
+        end = min(candidates, key=lambda end: (crossing[end - 1], abs(end - middle)))
+        end = len(rows) if len(rows) - end < size // 3 else end
         blocks.append(Block(tuple(rows[start:end])))
         start = end
     return blocks
 
 
-def _crossing(inputs: Sequence[Sequence[int]]) -> list[int]:
-    """For each node, how many nodes up to it are read below it, without those read far below."""
+def _crossing(inputs: Sequence[Sequence[int]], far: int) -> list[int]:
+    """For each node, how many nodes up to it are read below it, but none that is read `far` lines below."""
     last = list(range(len(inputs)))
     for node, sources in enumerate(inputs):
         for source in sources:
             last[source] = node
     change = [0] * (len(inputs) + 1)
     for node, end in enumerate(last):
-        if node < end <= node + LASTING * BLOCK:
+        if node < end <= node + far:
             change[node] += 1
             change[end] -= 1
     crossing, open_ = [], 0

@@ -24,6 +24,9 @@ REFERENCE = "FP32"
 SHORT_GRAPH = 40
 """Blocks of a graph of so many nodes are open from the start."""
 
+MOST_OPS = 5
+"""So many operators of a block are named."""
+
 BENT = 8
 """The axis of the drop is bent where one is more than so many times the allowed drop."""
 
@@ -401,9 +404,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Part:
-    """A block of the drawing."""
+    """A block of the drawing: its first and last node, and what is in it."""
 
-    title: str
+    first: str
+    last: str
     text: str
     width: int
     lines: Sequence[Line]
@@ -470,19 +474,16 @@ def _part(
     cells: Sequence[tuple[str, str]],
     notes: Mapping[str, str],
 ) -> Part:
-    ops = Counter(nodes[row.node].op for row in rows)
-    kinds = Counter(cells[row.node][0] for row in rows)
-    told = [f"{kinds[kind]} {what}" for kind, what in _SHORT.items() if kinds[kind]]
+    ops = Counter(nodes[row.node].op for row in rows).most_common()
+    told = [f"{op} ×{count}" if count > 1 else op for op, count in ops[:MOST_OPS]]
+    named = [nodes[row.node].name for row in rows]
     return Part(
-        ", ".join(f"{op} ×{count}" if count > 1 else op for op, count in ops.most_common(5))
-        + (", …" if len(ops) > 5 else ""),
-        ", ".join(told),
+        named[0],
+        named[-1],
+        ", ".join([*told, *(["…"] if len(ops) > MOST_OPS else [])]),
         width,
         list(_lines(rows, nodes, cells, notes)),
     )
-
-
-_SHORT = {"int8": "INT8", "float": "floating point", "float32": "float32", "missed": "missed"}
 
 
 def _lines(
