@@ -163,13 +163,13 @@ def deploy(
     Files left in the recipe's output folder: `model.int8.onnx`, `model.plan` (+ `.json`: what the engine
     runs), `calibration.cache` (+ `.json`: where the scales come from), `plan.json`, `verdict.json`,
     `junit.xml`, `report.html`, `report.json` (what only the report shows), `workflow.json` (every step
-    tried), `recipe.toml`, `manifest.json`. They appear together at the end: a job that is interrupted leaves none, and goes on from its last finished
-    step when run again. Where the builder makes no engine, everything else is there, the gate is simulated,
-    and the verdict is a fail with the builder's message. With `NO_ENGINE` as backend there is none, and that
-    is no fail.
+    tried), `recipe.toml`, `manifest.json`. They appear together at the end: a job that is interrupted leaves
+    none, and goes on from its last finished step when run again. Where the builder makes no engine,
+    everything else is there, the gate is simulated, and the verdict is a fail with the builder's message.
+    With `NO_ENGINE` as backend there is none, and that is no fail.
 
     Args:
-        command: the command line, for the manifest.
+        command: the command line, for manifest and report.
         save_data: also write what is in memory (see `with_files`), for the recipe that is left there.
 
     Raises:

@@ -27,7 +27,9 @@ HOSTILE = "</script></style></code>\"'><img src=http://example.com/x onerror=ale
 
 
 FRONT = [
-    asdict(Point(name, microseconds, 1000, "modelled", "roofline of a card", share, noise, drop, passed, chosen))
+    asdict(
+        Point(name, microseconds, 1000, "modelled", "roofline of a card", share, noise, drop, passed, chosen)
+    )
     for name, microseconds, share, noise, drop, passed, chosen in (
         ("every layer that can in INT8", 10.0, 1.0, None, None, None, False),
         ("calibrate", 11.0, 0.9, 9.0, 0.3, False, False),
@@ -47,7 +49,11 @@ def unlike(folder: Path) -> Case:
     """Two layers whose weights are powers of two far apart within a channel, so that INT8 fails."""
     random = np.random.default_rng(0)
     weight = (random.normal(size=(32, 32)) * 2.0 ** random.integers(-8, 8, (32, 1))).astype(np.float32)
-    x, h, y = gs.Variable("x", np.float32, ["N", 32]), gs.Variable("h"), gs.Variable("y", np.float32, ["N", 32])
+    x, h, y = (
+        gs.Variable("x", np.float32, ["N", 32]),
+        gs.Variable("h"),
+        gs.Variable("y", np.float32, ["N", 32]),
+    )
     nodes = [
         gs.Node("MatMul", "first", {}, [x, gs.Constant("w", weight)], [h]),
         gs.Node("MatMul", "second", {}, [h, gs.Constant("v", np.ascontiguousarray(weight[::-1]))], [y]),
@@ -66,7 +72,17 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "fail": ("--recover", "none", "--min-sqnr", 60),
         "recovered": ("--recover", "fix,partial", "--min-sqnr", 30),
     }.items():
-        common = ("--method", "max", "--backend", "none", "--rest", "fp32", "--cache", root / "cache", *options)
+        common = (
+            "--method",
+            "max",
+            "--backend",
+            "none",
+            "--rest",
+            "fp32",
+            "--cache",
+            root / "cache",
+            *options,
+        )
         trtq_command(*deploy_arguments(case, root / name, *common))
     shutil.copytree(root / "recovered", root / "front")
     steps = json.loads((root / "front" / "workflow.json").read_text())
@@ -98,7 +114,9 @@ def with_nodes(demo: Deployed, folder: Path, names: Sequence[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pages(demo: Deployed, tried: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(
+    demo: Deployed, tried: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     folders = tried | {
         "pass": demo.folder,
@@ -110,7 +128,9 @@ def pages(demo: Deployed, tried: dict[str, Path], tmp_path_factory: pytest.TempP
 
 @pytest.mark.parametrize("name", ["pass", "fail", "recovered", "front", "large", "hostile"])
 @pytest.mark.parametrize(("width", "scheme"), [(PHONE, "light"), (DESK, "dark")])
-def test_it_is_quiet_and_fits(name: str, width: int, scheme: str, pages: dict[str, Path], chromium: Any) -> None:
+def test_it_is_quiet_and_fits(
+    name: str, width: int, scheme: str, pages: dict[str, Path], chromium: Any
+) -> None:
     with opened(chromium, pages[name], width, color_scheme=scheme) as seen:
         assert (seen.messages, seen.requests) == ([], [])
         assert seen.width() == width

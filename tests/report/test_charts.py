@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ def test_ticks_are_round_even_and_inside(low: float, span: float, most: int) -> 
     found = ticks(low, low + span, most)
     assert len(found) <= most
     assert all(low - 1e-6 * span <= tick <= low + span + 1e-6 * span for tick in found)
-    steps = {f"{b - a:.6g}" for a, b in zip(found, found[1:], strict=False)}
+    steps = {f"{b - a:.6g}" for a, b in pairwise(found)}
     for step in steps:
         mantissa = float(step) / 10 ** math.floor(math.log10(float(step)) + 1e-9)
         assert min(abs(mantissa - round_) for round_ in (1, 2, 5, 10)) < 1e-3

@@ -193,7 +193,7 @@ def test_hostile_text_is_text_wherever_it_comes_from(demo: Deployed, tmp_path: P
     record["tensors"] = [tensor | {"tensor": text(), "readers": [text()]}]
     layer = {"nodes": [text()], "op": text(), "sqnr_db": 1.0, "share": 1.0, "mac_share": None}
     record["noise"] = {"step": text(), "rows": 1, "layers": [layer], "count": 2}
-    record["samples"] = [{"number": 1, "images": [{"input": "x", "png": "\"onerror=alert(1)"}]}]
+    record["samples"] = [{"number": 1, "images": [{"input": "x", "png": '"onerror=alert(1)'}]}]
     record["costs"] = [{"engine": text(), "kernels": 1, "bytes": 1}] * 2
     record["nodes"] = [{"name": text(), "op": text(), "inputs": []}]
     record |= {"command": text(), "model": text(), "versions": {text(): text()}, "made": text()}

@@ -144,15 +144,15 @@ def _readers(plan: Plan, tensor: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(edge.node for edge in plan.edges if edge.range == tensor))
 
 
-def tensor_values(tensor: str, histogram: Histogram, amax: float, readers: Sequence[str] = ()) -> TensorValues:
+def tensor_values(
+    tensor: str, histogram: Histogram, amax: float, readers: Sequence[str] = ()
+) -> TensorValues:
     """A tensor's histogram in `BARS` bars up to its largest magnitude, and where every method cuts it off.
 
     Args:
         amax: of the range in use.
     """
-    thresholds = {IN_USE: amax} | {
-        name: amax_of(parse_method(name), histogram) for name in CANDIDATES
-    }
+    thresholds = {IN_USE: amax} | {name: amax_of(parse_method(name), histogram) for name in CANDIDATES}
     return TensorValues(
         tensor=tensor,
         readers=tuple(readers),
@@ -180,7 +180,8 @@ def _bars(histogram: Histogram) -> NDArray[np.int64]:
     """Counts of |x| in bars of equal width up to the largest; all values are counted."""
     below = _below(histogram, np.linspace(0, histogram.amax, BARS + 1))
     below[-1] = histogram.total
-    return np.diff(np.rint(below).astype(np.int64))
+    whole = np.rint(below).astype(np.int64)
+    return whole[1:] - whole[:-1]
 
 
 def _beyond(histogram: Histogram, amax: float) -> float:
@@ -206,7 +207,9 @@ def _costs(job: Job, quantization: Quantization) -> tuple[Cost, ...]:
 
     def cost(name: str, fused: Fused, plan: Plan, rest: Rest) -> Cost:
         kernels = placed(fused, plan, rest, builder)
-        loads = [load for each in kernels for load in (each.load, *each.after, *(b.load for b in each.before))]
+        loads = [
+            load for each in kernels for load in (each.load, *each.after, *(b.load for b in each.before))
+        ]
         return Cost(name, len(loads), sum(load.bytes for load in loads))
 
     whole, fused = job.place(), fused_of(job.model.graph)
@@ -241,9 +244,8 @@ def graph_nodes(graph: gs.Graph, most: int) -> tuple[tuple[GraphNode, ...], int]
         inputs = dict.fromkeys(made[t.name] for t in node.inputs if t.name in made)
         made |= dict.fromkeys((t.name for t in node.outputs if t.name), len(nodes))
         nodes.append(GraphNode(node.name, node.op, tuple(inputs)))
-    for tensor in graph.outputs:
-        if tensor.name in made:
-            nodes.append(GraphNode(tensor.name, "output", (made[tensor.name],)))
+    ends = [tensor.name for tensor in graph.outputs if tensor.name in made]
+    nodes += [GraphNode(name, "output", (made[name],)) for name in ends]
     return tuple(nodes), len(ordered)
 
 
@@ -255,9 +257,7 @@ def _runnable(graph: gs.Graph) -> Iterator[gs.Node]:
         waiting = [last]
         while waiting:
             node = waiting[-1]
-            before = [
-                owner[t.name] for t in node.inputs if t.name in owner and id(owner[t.name]) not in done
-            ]
+            before = [owner[t.name] for t in node.inputs if t.name in owner and id(owner[t.name]) not in done]
             if id(node) in done or not before:
                 waiting.pop()
                 if id(node) not in done:

@@ -28,6 +28,7 @@ from trtq.report.record import Record
 from trtq.report.ways import Way, ways
 from trtq.simulation.similarity import MAX_SQNR_DB
 
+
 def write_report(folder: PathLike) -> Path:
     """Write `report.html` into a folder of results and return its path.
 
@@ -414,7 +415,9 @@ def _facts(
     candidate = "not finite" if verdict.candidate is None else f"{verdict.candidate:.4f}"
     facts = [Fact(name, candidate, f"{verdict.reference:.4f} in fp32")]
     if verdict.relative_drop is not None:
-        facts.append(Fact("drop", f"{verdict.relative_drop:.2%}", f"{verdict_percent(verdict.max_drop)} allowed"))
+        facts.append(
+            Fact("drop", f"{verdict.relative_drop:.2%}", f"{verdict_percent(verdict.max_drop)} allowed")
+        )
     if verdict.outputs:
         exact = verdict.lowest_sqnr_db >= MAX_SQNR_DB
         facts.append(Fact("SQNR", "exact" if exact else f"{verdict.lowest_sqnr_db:.1f} dB", "of the outputs"))

@@ -1,7 +1,7 @@
 """A drawing of a graph as a list: a node a line, what flows from node to node as lines in lanes beside them.
 
-This is how version control draws histories. It suits chains with branches, which networks are; every node keeps
-its name, and a graph of any length is as wide as a phone. Long graphs fall into blocks at the places
+This is how version control draws histories. It suits chains with branches, which networks are; every node
+keeps its name, and a graph of any length is as wide as a phone. Long graphs fall into blocks at the places
 where least flows from above to below.
 """
 

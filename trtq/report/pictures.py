@@ -151,9 +151,9 @@ class Bars:
         rest = count - len(known)
         return cls(
             "Rounding and saturation of each tensor",
-            "What each quantized tensor loses by itself, to rounding and saturation: its noise against the worst"
-            " one's, each relative to its signal. What that does to the outputs was not measured, as nothing"
-            " had to be left out; 'trtq sensitivity' measures it.",
+            "What each quantized tensor loses by itself: its noise against the worst one's, relative to its"
+            " signal. What it does to the outputs was not measured, as nothing had to be left out;"
+            " 'trtq sensitivity' measures it.",
             ("tensor", "SQNR of its values", "largest |x|", "INT8 up to"),
             [
                 Bar(
@@ -233,7 +233,9 @@ class Front:
         unit = "µs" if latency else "%"
         sources = "; ".join(dict.fromkeys(f"{p.kind}: {p.source}" for p in points)) if latency else ""
         return cls(
-            text=f"Latency is {sources}." if latency else "No source of latency was given (--gpu NAME, or"
+            text=f"Latency is {sources}."
+            if latency
+            else "No source of latency was given (--gpu NAME, or"
             " profiles of trtexec), so the share in INT8 stands for speed.",
             x_label="latency, µs (further left is faster)" if latency else "multiply-accumulates in INT8, %",
             y_label="drop of the metric (higher up is better)" if by_drop else "SQNR of the outputs, dB",
@@ -243,9 +245,7 @@ class Front:
                 if latency or 0 <= x <= 100
             ],
             y_ticks=y_marks,
-            margin=Mark(
-                charts.percent(y_scale.at(verdict.max_drop)), f"allowed {verdict.max_drop:.2%}"
-            )
+            margin=Mark(charts.percent(y_scale.at(verdict.max_drop)), f"allowed {verdict.max_drop:.2%}")
             if by_drop
             else None,
             dots=[
@@ -284,15 +284,16 @@ def _y_axis(values: Sequence[float], max_drop: float | None) -> tuple[Scale, lis
         low, high = charts.padded(values)
         scale = Scale(high, low, operator.neg)
         return scale, [Mark(charts.percent(scale.at(y)), f"{y:g} dB") for y in charts.ticks(low, high)]
-    unit = max(max_drop, 1e-3)
-    low, high = charts.padded([*values, max_drop, 0.0])
+    unit, known = max(max_drop, 1e-3), [*values, max_drop, 0.0]
+    low, high = charts.padded(known)
     if high <= BENT * unit:
         scale, marks = Scale(low, high), charts.ticks(low, high)
     else:
+        low, high = (unit * math.sinh(end) for end in charts.padded([math.asinh(y / unit) for y in known]))
         scale = Scale(low, high, lambda y: math.asinh(y / unit))
         steps = (f * 10**n for n in range(6) for f in (1, 2, 5))
         marks = [y for y in (0.0, *(unit * step for step in steps)) if y <= high and y != unit]
-    return scale, [Mark(charts.percent(scale.at(y)), f"{y:.2%}" if abs(y) < 0.1 else f"{y:.0%}") for y in marks]
+    return scale, [Mark(charts.percent(scale.at(y)), f"{100 * y:g}%") for y in marks]
 
 
 @dataclass(frozen=True)
@@ -336,8 +337,11 @@ class Values:
                     "use" if threshold.method == IN_USE else f"m{index}",
                     charts.percent(100 * threshold.amax / tensor.amax),
                     f"{threshold.amax:.4g}",
-                    f"{threshold.beyond:.2%}" if threshold.beyond >= 5e-5 else
-                    "0" if threshold.beyond == 0 else f"{1e6 * threshold.beyond:.0f} ppm",
+                    f"{threshold.beyond:.2%}"
+                    if threshold.beyond >= 5e-5
+                    else "0"
+                    if threshold.beyond == 0
+                    else f"{1e6 * threshold.beyond:.0f} ppm",
                     "exact" if threshold.sqnr_db is None else f"{threshold.sqnr_db:.1f} dB",
                 )
                 for index, threshold in enumerate(tensor.thresholds)
@@ -438,9 +442,7 @@ class Drawing:
         nodes = record.nodes or tuple(GraphNode(node.name, node.op, ()) for node in plan.nodes)
         cells = [(_kind(node, kinds), node.name) for node in nodes]
         blocks = blocks_of([node.inputs for node in record.nodes])
-        parts = [
-            _part(block.rows, charts.LANE * block.width, nodes, cells, notes) for block in blocks
-        ]
+        parts = [_part(block.rows, charts.LANE * block.width, nodes, cells, notes) for block in blocks]
         counts = Counter(kind for kind, _ in cells)
         return cls(
             cells,
@@ -450,7 +452,6 @@ class Drawing:
         )
 
 
-
 def _kinds(plan: Plan, covered: Coverage) -> tuple[dict[str, str], dict[str, str]]:
     """Node -> its kind, and what there is to say of it."""
     kinds = dict.fromkeys((edge.node for edge in plan.edges), "quantized")
@@ -458,7 +459,8 @@ def _kinds(plan: Plan, covered: Coverage) -> tuple[dict[str, str], dict[str, str
     kinds |= {node.name: "float" for node in covered.skipped if kinds.get(node.name) != "float32"}
     kinds |= {node.name: "missed" for node in covered.missed}
     kinds |= {node.name: "int8" for node in covered.int8}
-    notes = {node.name: node.reason for node in (*plan.float32, *covered.skipped)}
+    notes = {node.name: node.reason for node in covered.skipped}
+    notes |= {node.name: node.reason for node in plan.float32}
     notes |= {node.name: "its Q/DQ bought nothing" for node in covered.missed}
     return kinds, notes
 
@@ -475,7 +477,7 @@ def _part(
     notes: Mapping[str, str],
 ) -> Part:
     ops = Counter(nodes[row.node].op for row in rows).most_common()
-    told = [f"{op} ×{count}" if count > 1 else op for op, count in ops[:MOST_OPS]]
+    told = [f"{count} {op}" if count > 1 else op for op, count in ops[:MOST_OPS]]
     named = [nodes[row.node].name for row in rows]
     return Part(
         named[0],

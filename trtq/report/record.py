@@ -1,4 +1,4 @@
-"""`report.json`: what the report shows that no other file of the results holds, small whatever the model is."""
+"""`report.json`: what the report shows that no other file of the results holds, of bounded size."""
 
 from __future__ import annotations
 

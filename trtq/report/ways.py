@@ -32,11 +32,11 @@ def _ways(verdict: Verdict, recipe: Recipe | None, command: str) -> Iterator[Way
     again = command if command.startswith("trtq deploy ") else "trtq deploy --recipe recipe.toml -o again"
     found = verdict.in_the_way
     if found is not None and found.options is not None:
-        yield Way(f"Leave the noisiest layers in floating point ({found.advice}):", f"{again} {found.options}")
-    if verdict.gate is Outcome.INCONCLUSIVE and verdict.samples_to_prove is not None:
         yield Way(
-            f"Evaluate on more samples: about {verdict.samples_to_prove} like these would decide."
+            f"Leave the noisiest layers in floating point ({found.advice}):", f"{again} {found.options}"
         )
+    if verdict.gate is Outcome.INCONCLUSIVE and verdict.samples_to_prove is not None:
+        yield Way(f"Evaluate on more samples: about {verdict.samples_to_prove} like these would decide.")
     if recipe is None:
         return
     if missing := [step for step in STEPS if step not in recipe.recover]:
