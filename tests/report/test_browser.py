@@ -168,11 +168,11 @@ def test_what_the_pages_show(pages: dict[str, Path], chromium: Any) -> None:
     with opened(chromium, pages["pass"], color_scheme="dark") as seen:
         assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") != light
     with opened(chromium, pages["large"]) as seen:
-        assert seen.page.locator("details.part").count() <= 30
-        assert seen.page.locator("details.part li").count() == 1000
-        assert seen.page.locator("details.part li").first.is_hidden()
-        seen.page.locator("details.part summary").first.click()
-        assert seen.page.locator("details.part li").first.is_visible()
+        assert seen.page.locator("details.block").count() <= 30
+        assert seen.page.locator("details.block li").count() == 1000
+        assert seen.page.locator("details.block li").first.is_hidden()
+        seen.page.locator("details.block summary").first.click()
+        assert seen.page.locator("details.block li").first.is_visible()
 
 
 def test_on_paper_everything_is_there(pages: dict[str, Path], chromium: Any) -> None:
@@ -187,4 +187,4 @@ def test_names_stay_names(pages: dict[str, Path], chromium: Any) -> None:
     with opened(chromium, pages["hostile"]) as seen:
         assert seen.page.locator("body script, body [onerror]").count() == 0
         assert seen.page.title().startswith("x onerror=alert(1)>www")  # the last part of the model's path
-        assert f"0{HOSTILE}" in seen.page.locator("details.part code").first.text_content()
+        assert f"0{HOSTILE}" in seen.page.locator("details.block code").first.text_content()

@@ -85,18 +85,18 @@ def record_of(
 
 
 def _noise(job: Job, attempts: Sequence[Attempt], best: Attempt) -> Noise | None:
-    """The noise of each layer where the workflow or the diagnosis measured it: of the delivered attempt, or
-    of the last one before it."""
+    """The noise of each layer where the workflow or the diagnosis measured it, which they do only where the
+    first attempt does not pass: of the delivered attempt, or of the last one before it."""
+    if len(attempts) == 1 and best.measured.passed:
+        return None
     others = [attempt for attempt in reversed(attempts) if attempt is not best]
     for attempt in (best, *others):
         start = attempt.quantization
         count = len(groups(start.graph, start.plan))
         every = len(rows_to_search(job, start))
-        few = fast_rows(every, count)
-        for rows, key in (
-            (every, job.key("sensitivity", start)),
-            (few, job.key("sensitivity", start, rows=few)),
-        ):
+        few, whole = fast_rows(every, count), job.key("sensitivity", start)
+        fast = replace(whole, entries={**whole.entries, "rows": few})
+        for rows, key in ((every, whole), (few, fast)):
             if effects := known(start, job.cache, key):
                 return Noise(attempt.step, rows, _layers(effects, start.plan), len(effects))
     return None
