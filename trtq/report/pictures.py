@@ -201,6 +201,7 @@ class Front:
     """Latency, or the share in INT8, against the drop, or the SQNR.
 
     Attributes:
+        drawn: whether two points or more were measured; else there is the table only.
         margin: where the allowed drop lies; None: the chart is of SQNR.
     """
 
@@ -212,10 +213,11 @@ class Front:
     margin: Mark | None
     dots: Sequence[Dot]
     heads: tuple[str, ...]
+    drawn: bool
 
     @classmethod
     def of(cls, points: Sequence[Point], verdict: Verdict, *, latency: bool) -> Front | None:
-        """The front through some points; None where fewer than two were measured.
+        """The front through some points; None where there are not two to compare.
 
         Args:
             latency: whether their microseconds are known; else the chart is of the share in INT8.
@@ -223,13 +225,14 @@ class Front:
         points = [_with_reference(point) for point in points]
         xs = [point.microseconds if latency else 100 * (point.int8_share or 0.0) for point in points]
         drops = [point.relative_drop for point in points if point.relative_drop is not None]
-        by_drop = len(drops) > 1 and max(drops) - min(drops) > 1e-4
+        noises = [point.sqnr_db for point in points if point.sqnr_db is not None]
+        by_drop = len(drops) > 1 and (max(drops) - min(drops) > 1e-4 or len(noises) < 2)
         ys = [point.relative_drop if by_drop else point.sqnr_db for point in points]
         shown = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
-        if len(shown) < 2:
+        if len(points) < 2 or (len(shown) < 2 and not latency):
             return None
-        x_scale = Scale(*charts.padded([x for x, _ in shown]))
-        y_scale, y_marks = _y_axis([y for _, y in shown], verdict.max_drop if by_drop else None)
+        x_scale = Scale(*charts.padded([x for x, _ in shown] or xs))
+        y_scale, y_marks = _y_axis([y for _, y in shown] or [0.0], verdict.max_drop if by_drop else None)
         unit = "µs" if latency else "%"
         sources = "; ".join(dict.fromkeys(f"{p.kind}: {p.source}" for p in points)) if latency else ""
         return cls(
@@ -267,6 +270,7 @@ class Front:
                 for number, (point, x, y) in enumerate(zip(points, xs, ys, strict=True), 1)
             ],
             heads=("what", "latency" if latency else "", "drop", "SQNR", "INT8"),
+            drawn=len(shown) > 1,
         )
 
 
