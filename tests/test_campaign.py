@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,21 @@ def test_a_job_that_was_ended_runs_again_as_if_it_had_not_been(
     case, known = undisturbed
     source = random.Random(seed)
     assert campaign.killed(campaign.JOBS["calibrate"], case, tmp_path / "job", known, number, source) == []
+
+
+def test_workers_end_with_the_job_that_started_them(
+    undisturbed: tuple[Path, campaign.Undisturbed], tmp_path: Path
+) -> None:
+    """With SIGKILL, of which nobody is told."""
+    case, _ = undisturbed
+    process = campaign.Place(tmp_path).start(f"{campaign.JOBS['calibrate']} {campaign.PARALLEL}", case)
+    end = time.monotonic() + 60
+    while len(campaign.children(process.pid)) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert campaign.left_running(process.pid) == []
 
 
 def test_a_job_that_leaves_something_else_is_found_out(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trtq.errors import ExitCode, InputError, MissingBackendError, about
+from trtq.errors import LONGEST_CAUSE, ExitCode, InputError, MissingBackendError, about
 
 
 def test_a_message_has_a_line_for_each_thing_that_is_known() -> None:
@@ -18,6 +18,10 @@ def test_a_message_has_a_line_for_each_thing_that_is_known() -> None:
         "  remedy: mend it",
     ]
     assert str(InputError("it broke")) == "it broke"
+
+
+def test_a_message_has_an_end() -> None:
+    assert len(str(InputError("x" * 10**6, cause="y" * 10**6))) < 2.1 * LONGEST_CAUSE
 
 
 def test_exit_codes() -> None:

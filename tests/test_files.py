@@ -174,6 +174,15 @@ def test_nesting_has_an_end(tmp_path: Path) -> None:
                 files.parse_json(text)
 
 
+@pytest.mark.parametrize("number", [2**63 - 1, -(2**63), 2**63, -(2**63) - 1, 10**400])
+def test_integers_of_json_have_64_bits(number: int) -> None:
+    if -(2**63) <= number < 2**63:
+        assert files.parse_json(f"[{number}]") == [number]
+    else:
+        with pytest.raises(ValueError, match="beyond 64 bits"):
+            files.parse_json(f"[{number}]")
+
+
 WRITE_TOO_MUCH = """
 import resource, sys
 from trtq import errors, files

@@ -14,7 +14,7 @@ from jobs import Case, save_case
 from trtq import Recipe
 from trtq.console import SILENT
 from trtq.errors import MissingBackendError
-from trtq.study import METHODS, Row, Study, plot, study
+from trtq.study import FRONT, METHODS, Row, Study, plot, study
 
 pytestmark = pytest.mark.slow
 
@@ -145,3 +145,17 @@ def test_without_matplotlib_there_is_a_remedy(
     with pytest.raises(MissingBackendError, match="Matplotlib is not installed"):
         plot(result, tmp_path / "study.svg")
     assert not (tmp_path / "study.svg").exists()
+
+
+def test_a_named_gpu_adds_the_front_of_latency_and_accuracy(normalized: Case, tmp_path: Path) -> None:
+    files = {"model": str(normalized.model), "data": str(normalized.data), "eval": str(normalized.data)}
+    recipe = Recipe(**files, metric="top1", method="mse", gpu="T4", cache=str(tmp_path / "cache"), batch=64)
+    found = study(recipe, SILENT)
+    rows = found.tables[FRONT]
+    latencies = [row.microseconds for row in rows]
+    assert None not in latencies
+    assert latencies == sorted(latencies)
+    assert rows[-1].int8_share == 0.0
+    assert "roofline of NVIDIA T4" in found.text()
+    plot(found, tmp_path / "study.svg")
+    assert (tmp_path / "study.svg").stat().st_size > 1000

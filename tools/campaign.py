@@ -183,18 +183,17 @@ def children(leader: int) -> list[int]:
 
 def disturb(
     process: subprocess.Popen[str], number: int, after: float, source: random.Random, *, worker: bool
-) -> str | None:
-    """Signal a job, or one of its workers, some seconds after its start, and wait for its end.
-
-    Returns: what it said; None: it was done before.
-    """
+) -> bool:
+    """Signal a job, or one of its workers, some seconds after its start, and wait for its end; but not for
+    that of its workers. Whether it was not done before."""
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=after)
-        return None
+        process.wait(timeout=after)
+        return False
     workers = children(process.pid) if worker else []
     with contextlib.suppress(ProcessLookupError):
         os.kill(source.choice(workers) if workers else process.pid, number)
-    return process.communicate()[1]
+    process.wait()
+    return True
 
 
 def left_running(leader: int, patience: float = 20) -> list[str]:
@@ -241,9 +240,11 @@ def killed(
     shutil.rmtree(folder, ignore_errors=True)
     place = Place(folder)
     process = place.start(command, case)
-    said = disturb(process, number, source.uniform(0.1, known.seconds), source, worker=worker)
+    disturbed = disturb(process, number, source.uniform(0.1, known.seconds), source, worker=worker)
     problems = left_running(process.pid)
-    if said is not None and "Traceback" in said:
+    assert process.stderr is not None
+    said = process.stderr.read()
+    if disturbed and "Traceback" in said:
         problems.append(f"a traceback: {said[-300:]}")
     if number == signal.SIGTERM:
         starting = process.returncode == -signal.SIGTERM and not said  # Python itself had just started

@@ -21,7 +21,7 @@ class ExitCode(enum.IntEnum):
 
 
 LONGEST_CAUSE = 4000
-"""Characters of an error's cause; what a backend says of many layers fits."""
+"""Characters of an error's cause, or problem; what a backend says of many layers fits."""
 
 
 class TrtqError(Exception):
@@ -44,11 +44,11 @@ class TrtqError(Exception):
         cause: object = None,
         remedy: str | None = None,
     ) -> None:
-        self.problem = problem
+        self.problem = _to_an_end(problem)
         self.file = None if file is None else os.fspath(file)
         self.cause = None if cause is None else _to_an_end(str(cause).strip())
         self.remedy = remedy
-        lines = [problem]
+        lines = [self.problem]
         lines += [f"  file:   {self.file}"] if self.file else []
         lines += [f"  cause:  {self.cause}"] if self.cause else []
         lines += [f"  remedy: {remedy}"] if remedy else []

@@ -37,6 +37,8 @@ _DESCRIPTOR = re.compile(
     r"/dev/(?P<name>stdin|stdout|stderr)|(/dev|/proc/(?P<process>[^/]+))/fd/(?P<number>\d+)"
 )
 _READER_SECONDS = 10.0
+_LONGEST_INTEGER = 20
+"""Characters of one that has 64 bits."""
 
 
 @contextlib.contextmanager
@@ -237,10 +239,11 @@ def parse_json(content: bytes | str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is no JSON, which has no NaN and no infinity, or nested too deeply.
+        ValueError: it is no JSON, which has no NaN and no infinity, nested too deeply, or has an integer
+            beyond 64 bits.
     """
     try:
-        value = json.loads(content, parse_constant=_refuse_constant)
+        value = json.loads(content, parse_constant=_refuse_constant, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     check_depth(value)
@@ -260,6 +263,12 @@ def check_depth(value: Any) -> None:
         if not level:
             return
     raise ValueError("it is nested too deeply")
+
+
+def _parse_int(text: str) -> int:
+    if len(text) > _LONGEST_INTEGER or not -(1 << 63) <= int(text) < 1 << 63:
+        raise ValueError("it has an integer beyond 64 bits")
+    return int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -37,7 +37,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, about
 from trtq.files import sha256_json
 from trtq.graph import references
-from trtq.graph.fit import check_fits
+from trtq.graph.fit import check_fits, of_model
 from trtq.graph.fixed import deciding_inputs, with_fixed
 from trtq.graph.fold import fold
 from trtq.graph.foreign import View
@@ -225,6 +225,7 @@ def planned(recipe: Recipe, model: Model, profile: Profile | None = None) -> Pla
             cause=f"it was made for {plan.model[:16]}…, {model.path.name} is {model.sha256[:16]}…",
             remedy="give the model it was made for, or leave --plan out",
         )
+    plan = of_model(plan, model.graph)
     with about(recipe.plan):
         check_fits(plan, model.graph)
         if not plan.int8_nodes:

@@ -6,10 +6,9 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_graphsurgeon as gs
 
@@ -56,10 +55,12 @@ from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.ends import ends_of, host_lines, wanted_ends
+from trtq.recovery.fixes.fix import calibrated, changed_weights, is_made
+from trtq.recovery.race import layers_timed
 from trtq.recovery.sensitivity import Sensitivity, analyse
-from trtq.recovery.speed import front_lines, front_of, rest_of, speed_of
+from trtq.recovery.speed import Point, front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
-from trtq.recovery.workflow import recover
+from trtq.recovery.workflow import best_of, recover
 from trtq.report.gather import record_of
 from trtq.report.html import write_report
 from trtq.report.junit import write_verdict
@@ -80,7 +81,7 @@ class Deployment:
     folder: Path
     best: Attempt
     steps: tuple[Attempt | Fruitless, ...]
-    front: tuple[Mapping[str, Any], ...] = ()
+    front: tuple[Point, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Deployment: {self.folder}, {' '.join(self.verdict.headline().split())}>"
@@ -185,7 +186,7 @@ def deploy(
     given, recipe = recipe, with_timing_cache(for_builder(recipe))
     job = Job.open(recipe, console)
     recipe, plan = job.recipe, job.place()
-    speed = speed_of(job, plan)
+    speed = speed_of(job, plan, partial(layers_timed, job, plan))
     if speed is not None and recipe.plan is None:
         plan = speed.fastest(rest_of(recipe))
     evaluation = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
@@ -196,7 +197,7 @@ def deploy(
     console.say("plan", plan.text())
     if speed is not None:
         console.say("latency", speed.text(plan, rest_of(recipe)))
-    started, refused = time.perf_counter(), refusal(job, plan)
+    started, refused = time.perf_counter(), None if is_made(job, plan) else refusal(job, plan)
     with staged_folder(output, DEPLOYED) as folder:
         if save_data:
             given = with_files(given, job.model.inputs, folder)
@@ -204,7 +205,7 @@ def deploy(
             job, plan, evaluation, recipe.recover, folder, refused, speed
         )
         attempts = [step for step in tried if isinstance(step, Attempt)]
-        kept = max(attempts, key=lambda attempt: attempt.worth)
+        kept = best_of(attempts)
         in_the_way = diagnose(job, evaluation, attempts, kept, time.perf_counter() - started)
         best = with_interval(kept, evaluation)
         verdict = dataclasses.replace(best.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
@@ -222,7 +223,8 @@ def deploy(
         write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
         front = [] if speed is None else front_of(speed, points, best.step, rest_of(job.recipe))
         taken = [{**step.to_json(), "kept": step is best} for step in tried]
-        taken = [{**step, "front": front} if front and step["kept"] else step for step in taken]
+        shown = {"front": [point.to_json() for point in front]}
+        taken = [{**step, **shown} if front and step["kept"] else step for step in taken]
         write_json(folder / "workflow.json", taken)
         record_of(job, evaluation, attempts, best, command).save(folder / "report.json")
         write_report(folder)
@@ -251,7 +253,7 @@ def quantize(recipe: Recipe, table: PathLike | None, console: Console) -> tuple[
         say_without_data(recipe, console)
     elif recipe.data is not None:
         job = Job.open(recipe, console)
-        recipe, quantization = job.recipe, calibrate(job, job.place())
+        recipe, quantization = job.recipe, calibrated(job, job.place())
         quantization = dataclasses.replace(quantization, ends=ends_of(job))
     else:
         raise InputError("nothing gives the scales", remedy="give --table or --data")
@@ -290,7 +292,7 @@ def _extents(recipe: Recipe, model: Model) -> dict[str, Extent]:
 def _read_table(path: PathLike, console: Console) -> Table:
     """A table to quantize by; warns where recovery changed the weights that its ranges were measured with."""
     table = read_table(path)
-    if changed := [step for step in ("fixes", "learned") if step in table.metadata]:
+    if changed := changed_weights(table.metadata):
         console.warn(
             f"{path} belongs to weights that recovery changed ({', '.join(changed)}), and this model's are"
             " unchanged: take the model.int8.onnx that was written with it, or calibrate again"

@@ -22,14 +22,20 @@ from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
 from trtq.graph.quantization import Quantization, WeightScales
 from trtq.graph.shapes import infer_types
+from trtq.graph.surgery import cleaned, in_order
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
 from trtq.recipe import Recipe
 from trtq.recovery.partial import Search
+from trtq.recovery.speed import speed_of
 from trtq.recovery.workflow import learned
 from trtq.simulation.similarity import overall_sqnr_db
 
 FORMAT = "trtq-study-1"
+
+FRONT = "Latency against accuracy, the fastest plan first"
+MOST_CORNERS = 8
+"""Plans of the front that are run."""
 
 METHODS = (
     "max",
@@ -53,6 +59,7 @@ class Row:
         sqnr_db: of the outputs together on the evaluation data (`similarity.overall_sqnr_db`).
         floating_point: weighted nodes left in floating point.
         int8_share: share of the multiply-accumulates planned for INT8; None where they are not known.
+        microseconds: of one inference, where something tells.
     """
 
     name: str
@@ -61,6 +68,7 @@ class Row:
     sqnr_db: float | None
     floating_point: int
     int8_share: float | None
+    microseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Study:
         return f"<Study: {self.model}, {len(self.tables)} tables of {rows} rows, {found}>"
 
     def _repr_html_(self) -> str:
-        head = ("", "metric", "drop", "SQNR dB", "in floating point", "INT8 MACs")
+        head = ("", "metric", "drop", "SQNR dB", "in floating point", "INT8 MACs", "latency µs")
         return "".join(
             html_table(title, [_cells(row) for row in rows], head) for title, rows in self.tables.items()
         )
@@ -117,15 +125,16 @@ class Study:
         lines = [f"{self.model}: {self.metric} {self.fp32:.4f} in fp32 on {self.samples} samples"]
         for title, rows in self.tables.items():
             width = max(len(row.name) for row in rows)
-            lines += ["", title, f"  {'':<{width}}    metric     drop  SQNR dB  float  int8 MACs"]
-            for name, value, drop, noise, floating_point, share in map(_cells, rows):
+            lines += ["", title, f"  {'':<{width}}    metric     drop  SQNR dB  float  int8 MACs  latency µs"]
+            for name, value, drop, noise, floating_point, share, latency in map(_cells, rows):
                 lines.append(
                     f"  {name:<{width}}  {value:>8}  {drop:>7}  {noise:>7}  {floating_point:>5}  {share:>9}"
+                    f"  {latency:>10}".rstrip()
                 )
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
+def _cells(row: Row) -> tuple[str, str, str, str, str, str, str]:
     """A row as text."""
     return (
         row.name,
@@ -134,6 +143,7 @@ def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
         "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
         str(row.floating_point),
         "" if row.int8_share is None else percent(row.int8_share),
+        "" if row.microseconds is None else f"{row.microseconds:.1f}",
     )
 
 
@@ -185,6 +195,8 @@ class _Study:
         tables["Weights alone in INT8 (paper table 4)"] = list(self.weights(plan, notes))
         if curve := list(self.curve(best, notes)):
             tables["Layers left in floating point, most noise per multiply-accumulate first"] = curve
+        if front := list(self.front(plan, best, notes)):
+            tables[FRONT] = front
         if (taught := self.learned(best, notes)) is not None:
             tables["Learned with the fp32 model as the teacher (paper table 7)"] = [
                 self.row("calibrated", best),
@@ -220,7 +232,7 @@ class _Study:
         forms = [("folded", self.job.model.graph, plan)]
         recipe, model = self.job.recipe, unfolded(self.job.recipe)
         fold_constants(model.graph)
-        model.graph.cleanup().toposort()
+        in_order(cleaned(model.graph))
         infer_types(model.graph)
         if any(node.op == "BatchNormalization" for node in model.graph.nodes):
             if recipe.plan is None:
@@ -250,6 +262,24 @@ class _Study:
             if self.job.budget.over and count <= len(search):
                 notes.append("the budget was spent before the curve of partial quantization was complete")
                 return
+
+    def front(self, plan: Plan, start: Quantization, notes: list[str]) -> Iterator[Row]:
+        """The fastest plans for falling noise, where something tells what layers cost."""
+        speed = speed_of(self.job, plan)
+        if speed is None:
+            return
+        search = Search(self.job, start, self.job.key("sensitivity", start), speed=speed)
+        if not search.whole:
+            notes.append("the budget was spent before the front of latency and accuracy")
+            return
+        found = search.front()
+        wanted = min(len(found), MOST_CORNERS)
+        for index in range(wanted):
+            corner, quantization = found[index * (len(found) - 1) // max(wanted - 1, 1)]
+            row = self.row(f"{len(corner.left_out)} of {len(search)} left out", quantization)
+            yield replace(row, microseconds=corner.microseconds)
+        latency = speed.latency(plan, "fp32")
+        notes.append(f"latencies are {latency.kind} ({latency.source}), beside float32")
 
     def learned(self, start: Quantization, notes: list[str]) -> Quantization | None:
         if self.job.budget.over:
@@ -300,6 +330,10 @@ def plot(study: Study, path: PathLike) -> None:
     grid = figure.subplots(len(heights), squeeze=False, height_ratios=heights)
     for axes, (title, rows) in zip(grid[:, 0], study.tables.items(), strict=True):
         drops = [math.nan if row.drop is None else 100 * row.drop for row in rows]
+        axes.set_title(title, fontsize="medium")
+        if title == FRONT:
+            _plot_front(axes, rows, study.metric)
+            continue
         bars = axes.barh([row.name for row in rows], drops, color="#18794e")
         noise = ["" if row.sqnr_db is None else f"{row.sqnr_db:.1f} dB" for row in rows]
         axes.bar_label(bars, noise, padding=3, fontsize="small")
@@ -307,6 +341,18 @@ def plot(study: Study, path: PathLike) -> None:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.invert_yaxis()
         axes.set_xlabel(f"relative drop of {study.metric}, %; SQNR of the outputs beside it")
-        axes.set_title(title, fontsize="medium")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=str(path).rpartition(".")[2])
+
+
+def _plot_front(axes: Any, rows: Sequence[Row], metric: str) -> None:
+    """Latency to the right, the drop upwards, and the SQNR beside each plan."""
+    shown = [row for row in rows if row.drop is not None and row.microseconds is not None]
+    points = [(row.microseconds, 100 * (row.drop or 0.0)) for row in shown]
+    axes.plot(*zip(*points, strict=True), marker="o", color="#18794e")
+    for row, point in zip(shown, points, strict=True):
+        noise = "" if row.sqnr_db is None else f"{row.sqnr_db:.1f} dB"
+        axes.annotate(noise, point, textcoords="offset points", xytext=(4, 4), fontsize="small")
+    axes.margins(x=0.15, y=0.25)
+    axes.set_xlabel("latency of one inference, µs")
+    axes.set_ylabel(f"drop of {metric}, %")

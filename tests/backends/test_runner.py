@@ -29,6 +29,10 @@ def test_costs_of_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_fastest_engine_is_found_by_timing(tmp_path: Path) -> None:
+    run_checks("check_race.py", tmp_path)
+
+
 def test_deploy_where_the_engine_does_not_load(tmp_path: Path) -> None:
     run_checks("check_deploy.py", tmp_path, tensorrt=False)
 

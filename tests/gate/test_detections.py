@@ -175,6 +175,51 @@ def test_what_nonmaxsuppression_picked() -> None:
     assert metric.value(found, {**truth, "classes": np.array([[0, 0]])}, found) == pytest.approx(0.5)
 
 
+RAW = np.array(
+    [
+        # centre, sides, scores of two classes
+        [5, 5, 10, 10, 0.9, 0.1],  # A
+        [5, 5, 10, 9.5, 0.8, 0.0],  # overlaps A by 0.95
+        [5, 5, 10, 9.5, 0.0, 0.7],  # the same, of the other class
+        [30, 30, 20, 20, 0.1, 0.6],  # B
+        [55, 15, 10, 30, 0.2, 0.1],  # scores too little
+        *[[100 * i, 0, 1, 1, 0.0, 0.0] for i in range(1, 6)],
+    ],
+    np.float32,
+)
+"""What a YOLO gives for 10 places before suppression."""
+
+
+def raw(places: NDArray, turned: bool) -> dict[str, Values]:
+    return {"out": stacked([places.T if turned else places])}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("objectness", [False, True])
+def test_what_a_yolo_gives_before_suppression(turned: bool, objectness: bool) -> None:
+    """With an objectness of 0.5 twice the scores say the same."""
+    places, spec = RAW, "detections@yolo=out"
+    if objectness:
+        half = np.full((len(RAW), 1), 0.5, np.float32)
+        places = np.concatenate([RAW[:, :4], half, 2 * RAW[:, 4:]], axis=1)
+        spec = "detections@yolox=out"
+    reference = raw(places, turned)
+    corners = [A, [0, 0.25, 10, 9.75], [20, 20, 40, 40]]
+    boxes = np.array([corners], np.float32)
+    for classes, expected in (([0, 1, 1], 1.0), ([0, 0, 1], 2 * 2 / (2 * 2 + 1 + 1))):
+        targets = {"boxes": boxes, "classes": np.array([classes])}
+        found = load_metric(f"{spec},iou=0.94").value(reference, targets, reference)
+        assert found == pytest.approx(expected)
+    kept = load_metric(f"{spec},nms=0.96,iou=0.94").value(reference, targets, reference)
+    assert kept == pytest.approx(2 * 3 / (2 * 3 + 1))  # all three are found, and one of the other class
+
+
+def test_a_yolo_without_scores_is_refused() -> None:
+    reference = raw(RAW[:, :5], False)
+    with pytest.raises(InputError, match="no scores beside the boxes"):
+        load_metric("detections@yolox=out").value(reference, {}, reference)
+
+
 def test_one_box_in_every_sample_has_no_axis_of_boxes() -> None:
     """As a model gives it whose samples all have one box; the candidate finds two in one of them."""
     one = {"boxes": np.float32([A, B, C]), "scores": np.float32([0.9, 0.8, 0.7])}

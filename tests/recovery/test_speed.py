@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from jobs import Case, Run, deploy_arguments, save_case, trtq_command
-from nets import graph_of, net, normal
+from nets import graph_of, loaded, net, normal
 
+from trtq.cost.interface import Kind, Latency, Rest
+from trtq.graph.place import place
 from trtq.graph.plan import Plan
+from trtq.recovery.speed import Speed
 
 
 def wide(folder: Path, size: int, channels: int) -> Case:
@@ -26,6 +30,39 @@ def wide(folder: Path, size: int, channels: int) -> Case:
     graph = graph_of(net(text, fc=normal(channels, 5), **weights))
     data = np.random.default_rng(0).normal(size=(32, channels, size, size)).astype(np.float32)
     return save_case(graph, folder, {"x": data})
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A source by hand: all of INT8 spares a share of the time, and half of it half as much."""
+
+    kind: Kind
+    share: float
+    name: str = "by hand"
+
+    def latency(self, plan: Plan, rest: Rest) -> Latency:
+        part = len(plan.int8_nodes) / len(plan.nodes)
+        return Latency(100.0 * (1 - self.share * part), (), self.kind, self.name, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "int8"),
+    [
+        ("modelled", 0.02, False),
+        ("modelled", 0.04, True),
+        ("imported", 0.02, True),
+        ("measured", 0.02, True),
+        ("measured", -0.01, False),
+    ],
+)
+def test_a_gain_within_the_models_error_is_none(tmp_path: Path, kind: Kind, share: float, int8: bool) -> None:
+    model = loaded(net("g (float[4,8] x) => (float[4,8] y) { h = MatMul(x, w) y = MatMul(h, w) }",
+                       w=normal(8, 8)), tmp_path)  # fmt: skip
+    plan = place(model, input_shapes={"x": (4, 8)})
+    found = Speed(model.graph, plan, Gain(kind, share)).fastest("fp16")
+    assert bool(found.int8_nodes) == int8
+    if kind == "modelled" and not int8:
+        assert "INT8 would save 2.0% of the engine's time by the model" in found.nodes[0].reason
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +165,45 @@ def test_a_least_share_of_int8_makes_int8_the_objective(tiny: Case, tmp_path: Pa
     _, steps = deployed(tiny, tmp_path, "--gpu", "A100 80GB", "--min-int8", "90%")
     assert kept(steps)["int8_share"] == 1.0
     assert kept(steps)["latency"] is None
+
+
+def test_the_report_has_the_front(large: Case, tmp_path: Path) -> None:
+    _, steps = deployed(large, tmp_path, "--gpu", "T4")
+    page = (tmp_path / "report.html").read_text()
+    assert "modelled: roofline of NVIDIA T4" in page
+    for point in kept(steps)["front"]:
+        assert f"{point['microseconds']:.1f} µs" in page
+
+
+def profiled(folder: Path, datatype: str, microseconds: float) -> list[object]:
+    """What trtexec writes of an engine of `large` with convolutions of one datatype, as options."""
+    shape = {"x": [8, 64, 32, 32], "y": [8, 5]}
+    phrase = {"Half": "Channel major FP16 format", "Int8": "Thirty-two wide Int8 format"}[datatype]
+    layers, times = [], [{"count": 100}]
+    for i in range(4):
+        ends = [
+            {"Name": name, "Dimensions": shape["x"], "Format/Datatype": phrase}
+            for name in ("x" if i == 0 else f"r{i - 1}", f"r{i}")
+        ]
+        layers.append(
+            {
+                **{"Name": f"c{i} + r{i}", "LayerType": "CaskConvolution"},
+                **{"Inputs": ends[:1], "Outputs": ends[1:]},
+                "Weights": {"Type": datatype, "Count": 64 * 64 * 9},
+            }
+        )
+        times.append({"name": f"c{i} + r{i}", "averageMs": microseconds / 1e3})
+    (folder / f"{datatype}.profile.json").write_text(json.dumps(times))
+    (folder / f"{datatype}.layers.json").write_text(json.dumps({"Layers": layers, "Bindings": []}))
+    files = [folder / f"{datatype}.{kind}.json" for kind in ("profile", "layers")]
+    return ["--profile-json", files[0], "--layer-info", files[1]]
+
+
+@pytest.mark.parametrize(("int8_us", "step"), [(60.0, "calibrate"), (400.0, "fp16 alone")])
+def test_profiles_of_another_machine_decide(large: Case, tmp_path: Path, int8_us: float, step: str) -> None:
+    given = [*profiled(tmp_path, "Half", 120.0), *profiled(tmp_path, "Int8", int8_us)]
+    made, steps = deployed(large, tmp_path / "out", *given)
+    assert made.code == 0, made.err
+    assert kept(steps)["step"] == step
+    assert kept(steps)["latency"]["kind"] == "imported"
+    assert "Half.profile.json of trtexec" in kept(steps)["latency"]["source"]

@@ -27,7 +27,7 @@ QUANTIZE = Command(
     "quantize",
     "insert Q/DQ: write an explicit INT8 model",
     _quantize,
-    ("model", "output", *CALIBRATION, "ignore_nonfinite", *PLACEMENT, "io"),
+    ("model", "output", *CALIBRATION, "recover", "ignore_nonfinite", *PLACEMENT, "io"),
     (
         argument(
             "--table",

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trtq.cli.command import Command, console_of, recipe_of
+from trtq.cli.options import COST
 from trtq.console import show
 from trtq.errors import ExitCode
 
@@ -29,6 +30,7 @@ STUDY = Command(
         *("model", "output", "data", "state", "eval", "metric", "method", "plan", "include", "exclude"),
         *("min_reference", "ignore_nonfinite", "budget", "labels", "batch", "op_reference"),
         *("cache", "threads", "parallel"),
+        *COST,
     ),
     makes=("study.json", "study.txt", "study.svg"),
 )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from trtq.graph.codes import Code, Image
 from trtq.graph.names import Names
 from trtq.graph.place import only_moved, readers
+from trtq.graph.surgery import cleaned, in_order
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Ends:
         for tensor in list(graph.outputs):
             if tensor.name in self.outputs and tensor.dtype == np.float32:
                 _give_codes(graph, names, tensor, self.outputs[tensor.name])
-        return graph.cleanup().toposort()
+        return in_order(cleaned(graph))
 
 
 def why_float(graph: gs.Graph, tensor: gs.Tensor) -> str | None:

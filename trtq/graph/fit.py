@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
 from trtq.graph.place import FLOATS, output_axis, unquantizable
-from trtq.graph.plan import Edge, NodePlan, Plan, Weight
+from trtq.graph.plan import RESCALED, Edge, NodePlan, Plan, Weight
 from trtq.graph.products import product
 
 _TAKE_OUT = "take that line out of the plan, or take the plan as it was written"
 _LEAVE_OUT = "to keep a node out of INT8 set its 'int8' to false; more INT8 takes a new plan"
+
+
+def of_model(plan: Plan, graph: gs.Graph) -> Plan:
+    """A plan as it is for the model's own graph: a fix may have inserted tensors, for which those stand that
+    the model has there."""
+    nodes = {node.name: node for node in graph.nodes}
+
+    def own(edge: Edge) -> Edge:
+        inputs = nodes[edge.node].inputs if edge.node in nodes else []
+        name = inputs[edge.index].name if 0 <= edge.index < len(inputs) else edge.tensor
+        inserted = edge.tensor == edge.range and edge.tensor.startswith(f"{name}{RESCALED}")
+        return replace(edge, tensor=name, range=name) if inserted else edge
+
+    return replace(plan, edges=[own(edge) for edge in plan.edges])
 
 
 def check_fits(plan: Plan, graph: gs.Graph) -> None:

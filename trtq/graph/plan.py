@@ -13,6 +13,9 @@ FORMAT = "trtq-plan-1"
 BY_COST = "cost"
 """The rule of nodes that stay in floating point because INT8 would not make the engine faster there."""
 
+RESCALED = "/rescaled"
+"""What stands behind the name of a tensor in the name of the one that a fix inserted behind it."""
+
 MOST_LISTED = 3
 """So many nodes are named in a line of text; the files have all."""
 

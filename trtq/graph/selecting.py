@@ -19,6 +19,7 @@ from trtq.graph.evaluate import bodies, reads
 from trtq.graph.foreign import View
 from trtq.graph.products import product
 from trtq.graph.shapes import infer_types
+from trtq.graph.surgery import cleaned, copied, in_order
 
 SELECTING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 """Operators whose outputs have a shape that depends on values; plugins with NMS in their name count, too."""
@@ -77,10 +78,10 @@ def up_to_measured(graph: gs.Graph) -> gs.Graph:
     names = instead_of_outputs(graph)
     if names is None:
         return graph
-    part = graph.copy()
+    part = copied(graph)
     tensors = part.tensors()
     part.outputs = [tensors[name] for name in names]
-    return part.cleanup()
+    return cleaned(part)
 
 
 def sized_by_values(model: ModelProto, axes: Mapping[str, int | None]) -> frozenset[str]:
@@ -94,11 +95,14 @@ def sized_by_values(model: ModelProto, axes: Mapping[str, int | None]) -> frozen
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     sized: set[str] = set()
-    constants = {tensor.name for tensor in model.graph.initializer}
-    _follow(model.graph.node, {value.name for value in model.graph.input} - constants, sized)
+    valued = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
+    known = -1
+    while known != len(valued) + len(sized):  # nodes may be in any order
+        known = len(valued) + len(sized)
+        _follow(model.graph.node, valued, sized)
     if not (doubtful := {value.name for value in model.graph.output} & sized):
         return frozenset()
-    graph = gs.import_onnx(model)
+    graph = gs.import_onnx(model).toposort()
     for tensor in graph.tensors().values():
         if isinstance(tensor, gs.Variable) and tensor not in graph.inputs:
             tensor.shape = None
@@ -108,22 +112,25 @@ def sized_by_values(model: ModelProto, axes: Mapping[str, int | None]) -> frozen
             tensor.shape = [*tensor.shape[:axis], _ROWS, *tensor.shape[axis + 1 :]]
     infer_types(graph)
     firsts = {tensor.name: tensor.shape[0] for tensor in graph.outputs if tensor.shape}
-    known = {name for name, size in firsts.items() if isinstance(size, int) or size == _ROWS}
-    return frozenset(doubtful - known)
+    return frozenset(
+        name for name in doubtful if not (isinstance(firsts.get(name), int) or firsts.get(name) == _ROWS)
+    )
 
 
 def _follow(nodes: Iterable[NodeProto], valued: set[str], sized: set[str]) -> None:
     """Add the names of the tensors whose values depend on what a model's inputs hold to `valued`, and of
-    those whose sizes do to `sized`. The nodes are in an order that they can run in."""
+    those whose sizes do to `sized`, as far as the nodes are in an order that they can run in."""
     for node in nodes:
         read = set(foreign.reads(node))
         sizes = {name for index, name in enumerate(node.input) if index in _SIZES.get(node.op_type, ())}
         before = len(sized)
         for body in foreign.bodies(node):
-            valued.update(value.name for value in body.input)
-            _follow(body.node, valued, sized)
-            if node.op_type == "Loop":  # whether it goes on
+            own = [value.name for value in body.input]
+            if node.op_type == "Loop":  # its turn, and whether it goes on, which the body says again
                 sizes.add(body.output[0].name)
+                own = own[1:] if node.input[1] in valued else own[2:]
+            valued.update(own)
+            _follow(body.node, valued, sized)
         if node.op_type in SELECTING or node.op_type == "EfficientNMS_ONNX_TRT":
             sizes = read
         if sizes & valued or read & sized or len(sized) > before:
@@ -134,7 +141,7 @@ def _follow(nodes: Iterable[NodeProto], valued: set[str], sized: set[str]) -> No
 
 def _behind(graph: gs.Graph) -> set[str]:
     """Names of the tensors that depend on what selects without a product in between or after it."""
-    ordered = graph.copy().toposort().nodes
+    ordered = in_order(copied(graph)).nodes
     weighted: set[str] = set()  # tensors that a product follows
     for node in reversed(ordered):
         if product(node) or any(tensor.name in weighted for tensor in node.outputs):

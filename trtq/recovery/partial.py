@@ -24,7 +24,7 @@ from trtq.graph.place import SPARING, leave_out
 from trtq.graph.plan import BY_COST, Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job
-from trtq.recovery.front import Front
+from trtq.recovery.front import Corner, Front
 from trtq.recovery.sensitivity import measured
 from trtq.recovery.speed import Speed, rest_of
 from trtq.simulation.similarity import decibels
@@ -191,6 +191,11 @@ class Search:
         costs, alone = ({name: by[name] for name in by if name in among} for by in (self._costs, self.alone))
         found = cheapest_set(costs, alone, lambda s: self.noise(s | always), target, self._over)
         return self.leaving_out(found | always)
+
+    def front(self) -> list[tuple[Corner, Quantization]]:
+        """The corners of the front of latency and noise, the fastest first; none without costs."""
+        corners = [] if self._front is None else self._front.corners
+        return [(corner, self.leaving_out(corner.left_out)) for corner in corners]
 
     def first(self, count: int) -> Quantization:
         """The start without the `count` groups that alone make the most noise per multiply-accumulate."""

@@ -6,7 +6,7 @@ engine faster, the reformats around it counted. The engine without any INT8 is a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,14 +15,20 @@ import onnx_graphsurgeon as gs
 
 from trtq.backends.builders import NO_ENGINE, chosen
 from trtq.backends.interface import find_gpu
+from trtq.cost.gpus import gpu_named
 from trtq.cost.interface import Builder, CostSource, Latency, Rest
 from trtq.cost.placement import Fastest, Latencies
 from trtq.cost.sources import source_for
+from trtq.cost.timed import TimedEngine
 from trtq.errors import InputError
 from trtq.graph.place import leave_out
 from trtq.graph.plan import BY_COST, Plan, percent
 from trtq.job import Job, opt_shapes
 from trtq.recipe import Recipe
+
+UNSURE = 0.03
+"""A gain over floating point alone that is less than this share is none where it is only modelled: the
+model's error is larger, and the engine without INT8 is the accurate one."""
 
 WORTH_SAYING = 0.05
 """Microseconds: less is no difference to a person."""
@@ -53,6 +59,24 @@ class Point:
     relative_drop: float | None = None
     passed: bool | None = None
     chosen: bool = False
+
+    def timed(self, latency: Latency | None) -> Point:
+        """The point with another latency, if there is one."""
+        if latency is None:
+            return self
+        source = latency.source
+        return replace(self, microseconds=latency.microseconds, kind=latency.kind, source=source)
+
+    def cells(self) -> list[str]:
+        """The figures as text, empty where there are none, and the name."""
+        drop, noise, share = self.relative_drop, self.sqnr_db, self.int8_share
+        return [
+            f"{self.microseconds:.1f} µs",
+            "" if drop is None else f"{drop:.2%}",
+            "" if noise is None else f"{noise:.1f} dB",
+            "" if share is None else percent(share),
+            self.name + (" (chosen)" if self.chosen else ""),
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -91,8 +115,15 @@ class Speed:
     def fastest(self, rest: Rest) -> Plan:
         """The fastest plan, which may be that without any INT8; its nodes say what INT8 would cost there."""
         latencies = Latencies(self.graph, self.plan, self.source, rest)
-        left_out = Fastest(latencies).left_out()
+        left_out, everything = Fastest(latencies).left_out(), frozenset(latencies.units)
+        alone, here = latencies.latency(everything), latencies.latency(left_out)
         reasons = reasons_of(latencies, left_out)
+        if left_out != everything and not pays(here, alone):
+            gain = 1 - here.microseconds / alone.microseconds
+            little = (
+                f"INT8 would save {gain:.1%} of the engine's time by the model, which is within its error"
+            )
+            reasons = dict.fromkeys(everything, little) | reasons
         nodes = {node: reason for name, reason in reasons.items() for node in latencies.units[name]}
         return leave_out(self.graph, self.plan, nodes, rule=BY_COST)
 
@@ -127,16 +158,23 @@ class Speed:
         )
 
 
+def pays(latency: Latency, alone: Latency) -> bool:
+    """Whether an engine with INT8 is surely faster than the one in floating point alone."""
+    least = UNSURE if "modelled" in (latency.kind, alone.kind) else 0.0
+    return latency.microseconds < (1 - least) * alone.microseconds
+
+
 def rest_of(recipe: Recipe) -> Rest:
     """What an engine of the recipe computes in beside INT8."""
     return "fp16" if recipe.half else "fp32"
 
 
-def speed_of(job: Job, plan: Plan) -> Speed | None:
+def speed_of(job: Job, plan: Plan, timed: Callable[[], Sequence[TimedEngine]] = lambda: ()) -> Speed | None:
     """What engines of the job's model cost, where its recipe wants the fastest; None where it wants INT8.
 
     Args:
         plan: of all that can be INT8.
+        timed: engines of the model, timed on the GPU here; asked for where the recipe names no other source.
 
     Raises:
         InputError: latency is asked for, and nothing tells any; it is asked for together with a least share
@@ -168,9 +206,10 @@ def speed_of(job: Job, plan: Plan) -> Speed | None:
         source = source_for(
             job.model.graph,
             opt_shapes(job.model, job.profile),
+            measured=() if named else timed(),
             profiles=recipe.profile_json,
             layer_infos=recipe.layer_info,
-            gpu=recipe.gpu or (card.name if card else None),
+            gpu=recipe.gpu or (card.name if card and known(card.name) else None),
             builder=builder_of(recipe),
         )
     except InputError as error:
@@ -178,8 +217,27 @@ def speed_of(job: Job, plan: Plan) -> Speed | None:
             raise
         console.say("objective", f"int8: every layer that can; {error.problem}")
         return None
-    assert source is not None
+    if source is None:
+        console.say("objective", "int8: every layer that can; nothing tells what layers cost on the GPU here")
+        return None
     return Speed(job.model.graph, plan, source)
+
+
+def known(card: str) -> bool:
+    """Whether there is a data sheet of a GPU."""
+    try:
+        gpu_named(card)
+    except InputError:
+        return False
+    return True
+
+
+def is_for_this_gpu(recipe: Recipe) -> bool:
+    """Whether the engine is to be fast on the GPU here, and not on another one that the recipe names."""
+    card = find_gpu()
+    if card is None or recipe.profile_json:
+        return False
+    return recipe.gpu is None or (known(card.name) and gpu_named(recipe.gpu) == gpu_named(card.name))
 
 
 def builder_of(recipe: Recipe) -> Builder:
@@ -215,7 +273,7 @@ def _reason(here: Latency, there: Latency) -> str:
     return f"{said}: {many}"
 
 
-def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[dict[str, Any]]:
+def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[Point]:
     """The front for `workflow.json`: floating point alone, INT8 wherever it can be, and what was tried, as
     far as nothing else is better in both latency and SQNR.
 
@@ -227,7 +285,7 @@ def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[d
     bare = {point.name.split()[0]: point for point in found if point.name.endswith(" alone")}
     plain = [point for point in speed.points(rest) if point.name.lower() not in bare]
     distinct = {(point.microseconds, point.sqnr_db): point for point in (*plain, *found)}
-    return [point.to_json() for point in pareto(list(distinct.values()))]
+    return pareto(list(distinct.values()))
 
 
 def pareto(points: list[Point]) -> list[Point]:
@@ -252,23 +310,20 @@ NAMED = ("FP32", "FP16", "every layer that can in INT8")
 """Points that are shown in any case."""
 
 
-def front_lines(front: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of points, as they are in `workflow.json`."""
-    table = [["latency", "drop", "SQNR", "INT8", ""]]
-    for point in front:
-        drop, noise, share = point["relative_drop"], point["sqnr_db"], point["int8_share"]
-        table.append(
-            [
-                f"{point['microseconds']:.1f} µs",
-                "" if drop is None else f"{drop:.2%}",
-                "" if noise is None else f"{noise:.1f} dB",
-                "" if share is None else percent(share),
-                point["name"] + (" (chosen)" if point["chosen"] else ""),
-            ]
-        )
+HEADINGS = ("latency", "drop", "SQNR", "INT8", "plan")
+"""Of `Point.cells`."""
+
+
+def front_lines(front: Sequence[Point]) -> list[str]:
+    """Points as a table, with where the figures come from."""
+    table = [list(HEADINGS), *(point.cells() for point in front)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    sources = dict.fromkeys(f"{point['kind']}: {point['source']}" for point in front)
     return [
-        f"latency against accuracy ({'; '.join(sources)})",
+        f"latency against accuracy ({sources_of(front)})",
         *("  ".join([*map(str.rjust, row[:-1], widths), row[-1]]).rstrip() for row in table),
     ]
+
+
+def sources_of(front: Sequence[Point]) -> str:
+    """Where the figures of points come from, each source once."""
+    return "; ".join(dict.fromkeys(f"{point.kind}: {point.source}" for point in front))

@@ -70,7 +70,7 @@ class RecordedCheck:
 
 @dataclass(frozen=True)
 class RecordedLatency:
-    """A latency in `workflow.json`."""
+    """What an engine costs, in `workflow.json`."""
 
     microseconds: float
     bytes: int
@@ -159,7 +159,7 @@ class RecordedChoice:
     """What the metadata of a table say of the choice among methods and fixes, in dB."""
 
     held_back: int
-    sqnr_db: dict[str, float]
+    sqnr_db: dict[str, float] = field(default_factory=dict)
     fixes: str | None = None
     fixes_sqnr_db: dict[str, float] = field(default_factory=dict)
     learned: RecordedLearning | None = None
@@ -173,7 +173,8 @@ class Choice:
     """What was measured to choose methods and fixes, in dB on rows held back; the best first.
 
     Attributes:
-        fixes: those that were taken; None: none were tried.
+        methods: none where the recipe names one.
+        fixes: those that were taken; None: none were.
         learned: what learning gained, in words.
         left_out: node -> why it is in floating point.
         exceptions: tensor -> the method of its own.
@@ -191,12 +192,12 @@ class Choice:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> Choice | None:
-        """What the metadata of a table say; None where methods were not compared.
+        """What the metadata of a table say; None where neither methods nor fixes were compared.
 
         Raises:
             ValueError: one of them is not what it should be; the message names it.
         """
-        if not metadata.get("sqnr_db"):
+        if not (metadata.get("sqnr_db") or metadata.get("fixes_sqnr_db")):
             return None
         found = decode(metadata, RecordedChoice, closed=False)
         if found.exceptions and found.confirmed is None:

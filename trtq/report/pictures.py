@@ -12,7 +12,7 @@ from trtq.backends.compiled import Compiled
 from trtq.backends.coverage import Coverage
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Plan, percent
-from trtq.recovery.speed import Point
+from trtq.recovery.speed import HEADINGS, Point, sources_of
 from trtq.report import charts
 from trtq.report.charts import Mark, Scale
 from trtq.report.lanes import Row, blocks_of
@@ -236,7 +236,7 @@ class Front:
         unit = "µs" if latency else "%"
         sources = "; ".join(dict.fromkeys(f"{p.kind}: {p.source}" for p in points)) if latency else ""
         return cls(
-            text=f"Latency is {sources}."
+            text=f"Latency is {sources_of(points)}."
             if latency
             else "No source of latency was given (--gpu NAME, or"
             " profiles of trtexec), so the share in INT8 stands for speed.",
@@ -258,18 +258,12 @@ class Front:
                     "" if y is None else charts.percent(y_scale.at(y)),
                     "" if point.passed is None else (Outcome.PASS if point.passed else Outcome.FAIL).value,
                     point.chosen,
-                    (
-                        point.name,
-                        f"{point.microseconds:.1f} µs" if latency else "",
-                        "" if point.relative_drop is None else f"{point.relative_drop:.2%}",
-                        _decibels(point.sqnr_db),
-                        _share(point.int8_share),
-                    ),
+                    (point.name, *point.cells()[0 if latency else 1 : len(HEADINGS) - 1]),
                     "the reference" if point.name == REFERENCE else "not run",
                 )
                 for number, (point, x, y) in enumerate(zip(points, xs, ys, strict=True), 1)
             ],
-            heads=("what", "latency" if latency else "", "drop", "SQNR", "INT8"),
+            heads=("plan", *HEADINGS[0 if latency else 1 : len(HEADINGS) - 1]),
             drawn=len(shown) > 1,
         )
 

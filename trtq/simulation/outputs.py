@@ -22,6 +22,8 @@ from trtq.console import Advance
 from trtq.data.batches import Arrays, Batch, batches, single_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
+from trtq.graph.door import read_model
+from trtq.graph.selecting import sized_by_values
 from trtq.simulation.rows import Runner
 from trtq.simulation.states import following, step_by_step
 from trtq.simulation.values import Values, joined, nbytes, packed, unpacked
@@ -117,6 +119,7 @@ def run_model(
     threads: int | None = None,
     progress: Callable[[int], object] | None = None,
     runner: Runner | None = None,
+    sized: Collection[str] | None = None,
 ) -> Outputs:
     """The outputs of an ONNX model on every row of `samples`, simulated on the CPU.
 
@@ -130,6 +133,7 @@ def run_model(
         threads: CPU threads; None: all processors.
         progress: called with the number of rows just done, such as a progress bar's `update`.
         runner: of the model; None: one for this call.
+        sized: what `sized_by_values` says of the model; None: it is asked, if need be.
 
     Raises:
         InputError: the model does not load, does not take these inputs or this batch size, or fixes a batch
@@ -143,7 +147,10 @@ def run_model(
     if batch_size is None:
         parts = runner.taken(parts)
     run = following(functools.partial(runner.on, samples=samples), samples)
-    by_value = functools.partial(runner.by_value, samples.axes)
+
+    def by_value() -> Collection[str]:
+        return sized_by_values(read_model(model), samples.axes) if sized is None else sized
+
     found, mixed = gathered(run, parts, len(samples), model, progress, apart=runner.apart, by_value=by_value)
     return Outputs(found, "simulation", mixed)
 
@@ -161,11 +168,12 @@ def run_sharded(
         MissingBackendError: the backend's package is not installed.
     """
     shards, pool = cut(samples, work.key, batch_size or DEFAULT_BATCH_SIZE), work.pool
+    sized = sized_by_values(read_model(model), samples.axes)
     if pool is None:
-        task = functools.partial(_outputs, model, Runner(model, threads=threads), batch_size)
+        task = functools.partial(_outputs, model, Runner(model, threads=threads), sized, batch_size)
     else:
         shipped = Shipped.of(model, pool)
-        task = functools.partial(_outputs_of_shipped, shipped, pool.threads(threads), batch_size)
+        task = functools.partial(_outputs_of_shipped, shipped, pool.threads(threads), sized, batch_size)
     parts = {index: Outputs.from_bytes(content) for index, content in work.results(task, shards)}
     outputs = Outputs.concatenated([parts[index] for index in range(len(shards))])
     work.store(outputs.to_bytes() if outputs.nbytes <= KEPT_BYTES else None, shards)
@@ -396,15 +404,26 @@ def _limits(inputs: dict[str, tuple[int | str | None, ...]], samples: Samples) -
 
 
 def _outputs(
-    model: Path, runner: Runner, batch_size: int | None, samples: Samples, advance: Advance | None
+    model: Path,
+    runner: Runner,
+    sized: Collection[str],
+    batch_size: int | None,
+    samples: Samples,
+    advance: Advance | None,
 ) -> bytes:
-    return run_model(model, samples, batch_size=batch_size, progress=advance, runner=runner).to_bytes()
+    found = run_model(model, samples, batch_size=batch_size, progress=advance, runner=runner, sized=sized)
+    return found.to_bytes()
 
 
 def _outputs_of_shipped(
-    model: Shipped, threads: int, batch_size: int | None, samples: Samples, advance: Advance | None
+    model: Shipped,
+    threads: int,
+    sized: Collection[str],
+    batch_size: int | None,
+    samples: Samples,
+    advance: Advance | None,
 ) -> bytes:
-    return _outputs(model.path, _runner(model, threads), batch_size, samples, advance)
+    return _outputs(model.path, _runner(model, threads), sized, batch_size, samples, advance)
 
 
 @functools.lru_cache(maxsize=1)

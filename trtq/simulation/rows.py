@@ -21,14 +21,13 @@ import onnx
 import onnx_graphsurgeon as gs
 import onnxruntime
 
-from trtq.data.batches import Arrays, Axes, Batch, repeated, single_rows
+from trtq.data.batches import Arrays, Batch, repeated, single_rows
 from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
 from trtq.graph.codes import Code
 from trtq.graph.door import read_model
 from trtq.graph.ends import codes_of
 from trtq.graph.model import export, serialized
-from trtq.graph.selecting import sized_by_values
 from trtq.simulation.processors import processors
 from trtq.simulation.session import simulation_session
 
@@ -85,6 +84,7 @@ class Runner:
         weights: see `simulation_session`.
         reuse: a thread's outputs lie in memory that its next run overwrites, which saves the time that the
             system takes to hand out new memory for every row.
+        edit: of a graph: changes, in place, what ONNX Runtime gets of it.
 
     Raises:
         InputError: ONNX Runtime cannot load the model.
@@ -98,10 +98,11 @@ class Runner:
         threads: int | None = 1,
         weights: Mapping[str, onnxruntime.OrtValue] | None = None,
         reuse: bool = False,
+        edit: Callable[[onnx.GraphProto], None] | None = None,
     ) -> None:
         self._name = str(model) if isinstance(model, str | Path) else "the model"
         if isinstance(model, gs.Graph):
-            with serialized(model) as source:
+            with serialized(model, edit) as source:
                 self._session = simulation_session(source, threads, outputs, weights)
             _trim()
         else:
@@ -120,7 +121,6 @@ class Runner:
         self._codes = _codes_of(model) if any(item.type in narrow for item in ends) else {}
         self._buffers = threading.local() if reuse else None
         self._tried: tuple[Arrays, Arrays] | None = None
-        self._by_value: frozenset[str] | None = None
 
     def run(self, feed: Arrays) -> Arrays:
         """The outputs for a feed, which may hold more than the model takes.
@@ -141,12 +141,6 @@ class Runner:
             self._buffers.run = _Buffered(self._session, self.outputs)
         found: Arrays = self._buffers.run(feed)
         return found
-
-    def by_value(self, axes: Axes) -> frozenset[str]:
-        """`sized_by_values` of the model, which has to be a file."""
-        if self._by_value is None:
-            self._by_value = sized_by_values(read_model(self._name), axes)
-        return self._by_value
 
     def on(self, batch: Batch, samples: Samples) -> Arrays:
         """The outputs for a batch of the samples.

@@ -18,6 +18,7 @@ import functools
 import importlib
 import itertools
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ from trtq.scratch import scratch_folder
 from trtq.simulation.pool import Pool
 from trtq.simulation.processors import processors
 from trtq.simulation.session import simulation_fingerprint
+from trtq.stops import end_with
 
 SHARD_ROWS = 128
 """Rows of a shard; more where that is needed for whole samples and whole batches."""
@@ -239,9 +241,10 @@ def _run_in(
     while waiting:
         calls = [work(task, _versions(task), *arguments) for arguments in waiting.values()]
         try:
-            with _backend(pool, joblib, task) as return_as, warnings.catch_warnings():
+            with _backend(pool, joblib, task) as options, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "[0-9]+ tasks", UserWarning)  # Ctrl-C cancels them
-                for index, content in joblib.Parallel(return_as=return_as, batch_size=1)(calls):
+                parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **options)
+                for index, content in parallel(calls):
                     del waiting[index]
                     left = ATTEMPTS
                     advance(shards[index].size)
@@ -266,11 +269,12 @@ def _run_in(
 
 
 @contextlib.contextmanager
-def _backend(pool: Pool, joblib: Any, task: Task) -> Iterator[str]:
-    """Make the pool joblib's backend; gives the `return_as` that it can do."""
+def _backend(pool: Pool, joblib: Any, task: Task) -> Iterator[dict[str, Any]]:
+    """Make the pool joblib's backend; gives what is to be said to it besides. Processes of loky end with this
+    one: left alone, they would wait for work for minutes."""
     if pool.backend == "loky":
         with joblib.parallel_config("loky", n_jobs=pool.processes or processors()):
-            yield "generator_unordered"
+            yield {"initializer": end_with, "initargs": (os.getpid(),)}
     else:
         distributed = _required("distributed", "pip install 'trtq[dask]'")
         try:
@@ -278,7 +282,7 @@ def _backend(pool: Pool, joblib: Any, task: Task) -> Iterator[str]:
         except (OSError, ValueError) as error:
             raise InputError(f"no Dask scheduler answers at {pool.address}", cause=error) from error
         with client, joblib.parallel_config("dask", client=client, scatter=[task]):
-            yield "generator_unordered"
+            yield {}
 
 
 def _required(module: str, remedy: str) -> Any:

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-from family import data_for, folded, quantized
+from family import FOLDER, data_for, folded, quantized
 from onnx.reference import ReferenceEvaluator
 from small_graphs import Case, outputs, relative_error, small_case
 
+from trtq.calibration.calibrate import calibrate
+from trtq.calibration.methods import parse_method
 from trtq.calibration.search import Rows
 from trtq.console import SILENT
-from trtq.graph.fit import check_fits
+from trtq.data.load import load_samples
+from trtq.graph.fit import check_fits, of_model
 from trtq.graph.model import export
 from trtq.graph.place import leave_out
 from trtq.job import Job
@@ -38,7 +41,7 @@ from trtq.recovery.fixes.rescale import (
     rescale,
 )
 from trtq.recovery.trial import kernels
-from trtq.simulation.similarity import noise_db, sqnr_db
+from trtq.simulation.similarity import compare, noise_db, sqnr_db
 
 
 def silu(case: Case, x: gs.Variable) -> gs.Variable:
@@ -87,6 +90,7 @@ def test_any_factors_keep_the_function(tmp_path: Path, build: Callable[[Case], N
     assert sites
     assert set(plan.tensors) >= {site.name for site in sites}
     check_fits(plan, graph)
+    assert of_model(plan, case.graph) == case.plan
     expected = outputs(case.graph, case.samples)
     assert relative_error(expected, outputs(graph, case.samples)) < 1e-5
     feed = next(case.samples.rows())
@@ -293,3 +297,26 @@ def test_scales_that_add_kernels_are_left_out(tmp_path: Path) -> None:
     assert every > before
     kept = _without_kernels(job, start, sites)
     assert [site.tensor for site in kept] == ["silu"]
+
+
+@pytest.mark.slow
+def test_a_detector_of_silu_and_depthwise_convolutions(tmp_path: Path) -> None:
+    """YOLOX's head behind separable convolutions (tools/make_yolox.py): scores and boxes on other images."""
+    folder = FOLDER / "detector"
+    recipe = Recipe.load(folder / "recipe.toml")
+    recipe = replace(recipe, model=str(folder / "yolox.onnx"), data=str(folder / "calib.npz"), threads=1)
+    recipe = replace(recipe, rest="fp32", method=parse_method("max"), cache=str(tmp_path), backend="none")
+    job = Job.open(recipe, SILENT)
+    job = replace(job, data=job.data.spread(48))
+    start = calibrate(job, job.place())
+    made = rescale(job, start)
+    assert made is not None
+    rows = load_samples(str(folder / "eval.npz"), job.model.inputs, recipe.preprocess).subset(range(48))
+    expected = outputs(job.model.graph, rows)[0]
+    plain, scaled = (
+        compare({"out": expected}, {"out": outputs(q.rewritten(), rows)[0]}) for q in (start, made)
+    )
+    assert len(plain["out"].parts) == 2  # boxes in pixels, and scores
+    assert plain["out"].sqnr_db < 10
+    assert scaled["out"].sqnr_db > plain["out"].sqnr_db + 10
+    assert made.plan.int8_nodes == [node.name for node in made.plan.nodes]

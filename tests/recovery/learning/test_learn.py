@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,11 +19,12 @@ from trtq.errors import InputError
 from trtq.graph.quantization import Quantization
 from trtq.recipe import Recipe
 from trtq.simulation.session import simulation_session
-from trtq.simulation.similarity import sqnr_db
+from trtq.simulation.similarity import noise_db, sqnr_db
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra qat)")
 
 from trtq.budget import Budget  # noqa: E402
+from trtq.recovery.learning import learn as learning  # noqa: E402
 from trtq.recovery.learning.learn import Checkpoint, learn  # noqa: E402 (needs torch)
 from trtq.recovery.learning.pupil import Pupil, fake_quantize  # noqa: E402
 
@@ -140,6 +143,34 @@ def test_the_teacher_is_the_model_and_not_the_corrected_graph(start: tuple[Case,
     wrong = replace(quantization, graph=graph)
     learned = learn(wrong, case.graph, fitting, held_back, SILENT, recipe=ONE, budget=Budget.of(0.001))
     assert learned.before_db == pytest.approx(sqnr(case, wrong, held_back), abs=0.02)
+
+
+@pytest.mark.slow
+def test_where_long_steps_only_harm_short_ones_learn(
+    start: tuple[Case, Quantization], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bias is off; rates a thousand times too high find nothing better than the start, the fine ones do."""
+    case, _ = start
+    quantization = case.quantized()
+    graph = quantization.graph.copy()
+    bias = graph.nodes[-1].inputs[2]
+    bias.values = bias.values + np.float32(0.1) * np.abs(bias.values).mean()
+    off = replace(quantization, graph=graph)
+    for name in ("RATE_SCALES", "RATE_BIASES", "RATE_CODES"):
+        monkeypatch.setattr(learning, name, 1000 * getattr(learning, name))
+    monkeypatch.setattr(learning, "FINE", learning.FINE / 1000)
+    monkeypatch.setattr(learning, "MOST_STEPS", learning.FEWEST_STEPS)
+    fitting, held_back = case.samples.split()
+    states: list[bytes] = []
+    made = learn(
+        off, case.graph, fitting, held_back, SILENT, recipe=ONE, checkpoint=Checkpoint(save=states.append)
+    )
+    known = [torch.load(io.BytesIO(state), weights_only=True) for state in states]
+    coarse = math.ceil(learning.FEWEST_STEPS / math.ceil(len(fitting) / learning.BATCH))
+    assert known[coarse - 1]["epoch"] == coarse
+    assert noise_db(known[coarse - 1]["noise"]) == pytest.approx(made.before_db)
+    assert made.after_db == pytest.approx(sqnr(case, made.quantization, held_back), abs=0.02)
+    assert made.after_db > made.before_db + 0.1
 
 
 def test_labels_must_be_class_numbers(start: tuple[Case, Quantization]) -> None:
