@@ -63,7 +63,7 @@ def record_of(
 ) -> Record:
     """What there is to show of a job whose attempt `best` is delivered."""
     quantization = best.quantization
-    tensors = _tensors(job, quantization)
+    tensors = _tensors(job, attempts, quantization)
     nodes, count = graph_nodes(quantization.graph, MOST_NODES)
     return Record(
         made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -118,9 +118,9 @@ def _layers(effects: Sequence[Effect], plan: Plan) -> tuple[LayerNoise, ...]:
     )
 
 
-def _tensors(job: Job, quantization: Quantization) -> tuple[TensorValues, ...]:
+def _tensors(job: Job, attempts: Sequence[Attempt], quantization: Quantization) -> tuple[TensorValues, ...]:
     """The quantized tensors that lose most, where their statistics are in the cache."""
-    statistics = _statistics(job, quantization)
+    statistics = _statistics(job, attempts, quantization)
     if statistics is None:
         return ()
     plan, found = quantization.plan, {}
@@ -132,12 +132,13 @@ def _tensors(job: Job, quantization: Quantization) -> tuple[TensorValues, ...]:
     return tuple(tensor_values(tensor, *found[tensor][1:], _readers(plan, tensor)) for tensor in most)
 
 
-def _statistics(job: Job, quantization: Quantization) -> Statistics | None:
-    """Statistics of the delivered graph; of quantizers that were taken out meanwhile, too."""
-    changed = quantization.graph is not job.model.graph
-    source = FloatGraph.changed(quantization.graph) if changed else FloatGraph.of(job.model)
-    found = known_statistics(job, quantization.plan, source)
-    return found or known_statistics(job, job.place(), source)
+def _statistics(job: Job, attempts: Sequence[Attempt], quantization: Quantization) -> Statistics | None:
+    """Statistics of the delivered graph, which were collected for a plan that may have had more quantizers;
+    None of one whose weights were learned, where none are."""
+    source = FloatGraph.of_graph(job.model, quantization.graph)
+    plans = (quantization.plan, *(attempt.quantization.plan for attempt in attempts), job.place())
+    found = (known_statistics(job, plan, source) for plan in plans)
+    return next((statistics for statistics in found if statistics is not None), None)
 
 
 def _readers(plan: Plan, tensor: str) -> tuple[str, ...]:

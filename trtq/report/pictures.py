@@ -234,7 +234,6 @@ class Front:
         x_scale = Scale(*charts.padded([x for x, _ in shown] or xs))
         y_scale, y_marks = _y_axis([y for _, y in shown] or [0.0], verdict.max_drop if by_drop else None)
         unit = "µs" if latency else "%"
-        sources = "; ".join(dict.fromkeys(f"{p.kind}: {p.source}" for p in points)) if latency else ""
         return cls(
             text=f"Latency is {sources_of(points)}."
             if latency
