@@ -126,7 +126,7 @@ def test_a_recipe_of_what_was_in_memory_says_so(small: Case, given: Arrays, tmp_
         assert run.code == 2
         assert problem in run.err
         assert "in-memory://" in run.err
-    assert not (tmp_path / "again").exists()
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["junit.xml"]
 
 
 def test_saved_data_make_the_recipe_whole(small: Case, given: Arrays, tmp_path: Path) -> None:

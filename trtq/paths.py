@@ -26,7 +26,7 @@ class Output(enum.Enum):
 
 _FOLDERS = (Output.FOLDER, Output.CACHE)
 
-_SAMPLES = (".npz", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+_SAMPLES = (".npz", ".npy", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _NO_FILES = ("/dev/", "/proc/", "/sys/")
 
 

@@ -63,7 +63,7 @@ from trtq.recovery.trial import refusal
 from trtq.recovery.workflow import best_of, recover
 from trtq.report.gather import record_of
 from trtq.report.html import write_report
-from trtq.report.junit import write_verdict
+from trtq.report.junit import Said, model_name, write_verdict
 from trtq.report.manifest import manifest
 from trtq.simulation.simulator import Mode
 
@@ -165,9 +165,10 @@ def deploy(
     runs), `calibration.cache` (+ `.json`: where the scales come from), `plan.json`, `verdict.json`,
     `junit.xml`, `report.html`, `report.json` (what only the report shows), `workflow.json` (every step
     tried), `recipe.toml`, `manifest.json`. They appear together at the end: a job that is interrupted leaves
-    none, and goes on from its last finished step when run again. Where the builder makes no engine,
-    everything else is there, the gate is simulated, and the verdict is a fail with the builder's message.
-    With `NO_ENGINE` as backend there is none, and that is no fail.
+    none, and goes on from its last finished step when run again. What an earlier job's files there said of
+    its outcome goes first, and a job that ends with an error leaves it in `junit.xml` (`Said`). Where the
+    builder makes no engine, everything else is there, the gate is simulated, and the verdict is a fail with
+    the builder's message. With `NO_ENGINE` as backend there is none, and that is no fail.
 
     Args:
         command: the command line, for manifest and report.
@@ -177,8 +178,14 @@ def deploy(
         InputError: an option, the model or the data cannot be used, or the results would replace an input.
         MissingBackendError: the builder is not installed.
     """
-    output = recipe.require("model", "data", "eval", "metric", "output").output
     check_recipe(recipe, Output.FOLDER, DEPLOYED)
+    with Said.in_folder(recipe.output, recipe.model).by_this_job():
+        return _deployed(recipe, command, console, save_data=save_data)
+
+
+def _deployed(recipe: Recipe, command: str, console: Console, *, save_data: bool) -> Deployment:
+    began = time.perf_counter()
+    output = recipe.require("model", "data", "eval", "metric", "output").output
     if recipe.backend != NO_ENGINE:
         builder(recipe.backend).check_targets(recipe.target)
     metric_of(recipe)
@@ -219,8 +226,9 @@ def deploy(
             codes = codes_of(read_model(folder / "model.int8.onnx").graph)
             console.say("io", "\n".join(host_lines(best.quantization, codes)))
         complete_table(job, best.quantization).save(folder / "calibration.cache")
-        write_verdict(folder, best.verdict)
-        write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
+        write_verdict(folder, best.verdict, model_name(recipe.model), time.perf_counter() - began)
+        written = dataclasses.replace(given, inputs=recipe.inputs).dumps(beside=output)
+        write_text(folder / "recipe.toml", written)
         front = [] if speed is None else front_of(speed, points, best.step, rest_of(job.recipe))
         taken = [{**step.to_json(), "kept": step is best} for step in tried]
         shown = {"front": [point.to_json() for point in front]}
@@ -310,7 +318,8 @@ def gate(recipe: Recipe, reference: Path, candidate: Path, console: Console) -> 
         InputError, MissingBackendError: as `Evaluation.open` and `Evaluation.verdict`.
     """
     inputs = input_specs([reference, candidate], recipe.plugin_lib)
-    evaluation = Evaluation.open(recipe, reference, inputs, open_cache(recipe, console), console)
+    cache = dataclasses.replace(open_cache(recipe, console), job=reference.name)
+    evaluation = Evaluation.open(recipe, reference, inputs, cache, console)
     warn_of_walls(reference, console)
     return evaluation.published(evaluation.verdict(candidate)), evaluation.samples
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from trtq.cli.command import Command, console_of, recipe_of
+from trtq.cli.command import DECIDED, Command, console_of, recipe_of, said_in_folder
 from trtq.cli.options import CALIBRATION, COST, ENGINE, GATE, PLACEMENT, RECOVERY
 from trtq.console import show
 from trtq.paths import DEPLOYED, RECIPE
@@ -40,8 +40,15 @@ WRITTEN = tuple(name for name in DEPLOYED if name != RECIPE)
 
 DEPLOY = Command(
     "deploy",
-    "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
     _deploy,
     ("model", "output", *CALIBRATION, *GATE, *RECOVERY, *PLACEMENT, *COST, "io", *ENGINE, *BUILD_OPTIONS),
+    required=("model", "data", "eval", "metric", "output"),
+    examples=(
+        "trtq deploy model.onnx --data calib.npz --eval eval.npz --metric top1 -o out",
+        "trtq deploy model.onnx --data calib/ --eval eval.csv --metric m.py:score -o out --max-drop 0.5%",
+        "trtq deploy --recipe out/recipe.toml",
+    ),
+    codes=DECIDED,
     makes=WRITTEN,
+    said=said_in_folder,
 )

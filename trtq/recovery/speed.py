@@ -47,6 +47,7 @@ class Point:
         relative_drop: of the metric there.
         passed: whether it passes the gate and the checks.
         chosen: whether it is what was delivered.
+        estimated_sqnr_db: on calibration rows, as if what each group adds to the noise alone added up.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Point:
     relative_drop: float | None = None
     passed: bool | None = None
     chosen: bool = False
+    estimated_sqnr_db: float | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is worth a line for a person: it was run, or is a mark to compare with."""
+        return self.sqnr_db is not None or self.name in NAMED
 
     def timed(self, latency: Latency | None) -> Point:
         """The point with another latency, if there is one."""
@@ -284,7 +291,9 @@ def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[P
     found = [replace(point, chosen=point.name == step) for point in points]
     bare = {point.name.split()[0]: point for point in found if point.name.endswith(" alone")}
     plain = [point for point in speed.points(rest) if point.name.lower() not in bare]
-    distinct = {(point.microseconds, point.sqnr_db): point for point in (*plain, *found)}
+    distinct = {
+        (point.microseconds, point.sqnr_db, point.estimated_sqnr_db): point for point in (*plain, *found)
+    }
     return pareto(list(distinct.values()))
 
 
@@ -316,7 +325,7 @@ HEADINGS = ("latency", "drop", "SQNR", "INT8", "plan")
 
 def front_lines(front: Sequence[Point]) -> list[str]:
     """Points as a table, with where the figures come from."""
-    table = [list(HEADINGS), *(point.cells() for point in front)]
+    table = [list(HEADINGS), *(point.cells() for point in front if point.shown)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         f"latency against accuracy ({sources_of(front)})",

@@ -390,7 +390,7 @@ def _steps(path: Path) -> list[RecordedStep] | None:
 def _front(steps: Sequence[RecordedStep] | None, verdict: Verdict) -> Front | None:
     """The front that was recorded; where there is no latency, the attempts by what they have in INT8."""
     steps = steps or []
-    recorded = next((step.front for step in steps if step.front), ())
+    recorded = [point for step in steps for point in step.front if point.shown]
     if recorded:
         return Front.of(recorded, verdict, latency=True)
     attempts = [
