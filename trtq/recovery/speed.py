@@ -217,7 +217,7 @@ def speed_of(job: Job, plan: Plan, timed: Callable[[], Sequence[TimedEngine]] = 
             profiles=recipe.profile_json,
             layer_infos=recipe.layer_info,
             gpu=recipe.gpu or (card.name if card and known(card.name) else None),
-            builder=_builder(recipe),
+            builder=builder_of(recipe),
             int8_inputs=_int8_inputs(job),
         )
     except InputError as error:
@@ -254,7 +254,7 @@ def is_for_this_gpu(recipe: Recipe) -> bool:
     return recipe.gpu is None or (known(card.name) and gpu_named(recipe.gpu) == gpu_named(card.name))
 
 
-def _builder(recipe: Recipe) -> Builder:
+def builder_of(recipe: Recipe) -> Builder:
     """Whose kernels the engine has; where none is built here, TensorRT's."""
     if recipe.backend == NO_ENGINE:
         return "tensorrt"
