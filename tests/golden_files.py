@@ -2,7 +2,7 @@
 
 Made again, after a change that is meant, by
 
-    trtq demo -o demo && PYTHONPATH=tests python tests/golden_files.py demo
+    trtq demo --recover none -o demo && PYTHONPATH=tests python tests/golden_files.py demo
 """
 
 from __future__ import annotations

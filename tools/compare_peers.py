@@ -15,7 +15,8 @@ rerun only does what is missing or whose model, data or tool has changed; failur
 `trtq deploy` does more than the others in its time: choice of the method, search of the ranges, engine and
 gate are included. It starts with an empty cache. `trtq modelopts-layers` is `trtq mse` without the layers
 that ModelOpt leaves in floating point, so that both engines have one INT8 share; `qdq everywhere` has a
-quantizer in front of every operator (tools/qdq_everywhere.py).
+quantizer in front of every operator (tools/qdq_everywhere.py). `trtq fastest` is `trtq deploy --gpu`: the
+fastest plan for TensorRT for RTX beside float16, which may have no INT8 at all.
 
 The zoo holds `models/*.onnx` with `cifar10/`, `imagenet_sample/` and `stsb/` (calibration and
 evaluation data). The peers get a virtual environment of their own, about 1 GB with PyTorch's CPU
@@ -53,6 +54,9 @@ ENGINE_BATCH = 8
 TARGET = "8.6"
 """Compute capability of the engines; set, so that every machine compares the same ones."""
 
+GPU = "L4"
+"""Whose data sheet says what layers cost."""
+
 Arrays = dict[str, np.ndarray]
 
 RUNS = (
@@ -65,6 +69,7 @@ RUNS = (
     "trtq mse",
     "trtq modelopts-layers",
     "trtq deploy",
+    "trtq fastest",
     "qdq everywhere",
 )
 HALF = ("trtq max", "trtq mse", "trtq deploy")
@@ -218,12 +223,13 @@ def quantize(run: str, place: Workplace, peers_python: Path) -> dict[str, Any]:
 def quantize_command(run: str, place: Workplace, peers_python: Path) -> tuple[Path, list[object]]:
     """The model that a run writes, and its command line; a third word of the run is what `--rest` says."""
     tool, method, *rest = run.split()
-    precision = ["--rest", *(rest or ["fp32"])]
+    precision = ["--rest", *(rest or ["fp16" if method == "fastest" else "fp32"])]
     output = place.file(run, ".onnx")
-    if (tool, method) == ("trtq", "deploy"):
+    if tool == "trtq" and method in ("deploy", "fastest"):
         folder = place.file(run, "")
         evaluation = ["--eval", place.eval, "--metric", place.metric]
         deploy = ["trtq", "deploy", place.fp32, "--data", place.calib, *evaluation, *precision, "-o", folder]
+        deploy += ["--gpu", GPU] if method == "fastest" else []
         return folder / "model.int8.onnx", deploy
     if tool == "qdq":
         script = ROOT / "tools" / "qdq_everywhere.py"

@@ -29,6 +29,7 @@ from trtq.graph.half_rules import half_by_rules, unquantized_float32
 from trtq.graph.model import FP16_SCALE_OPSET, Model, load_model, save_model
 from trtq.graph.place import place, placed
 from trtq.graph.plan import Plan
+from trtq.graph.surgery import copied
 from trtq.job import for_builder, open_cache, opt_shapes, prepare, profile_for, samples_of, settled
 from trtq.migration.implied import Implied, implied
 from trtq.migration.source import load_source
@@ -201,7 +202,7 @@ def _float32(model: Model, samples: Samples | None) -> list[str]:
     Args:
         samples: rows on which to measure ranges; without them it is what the constants say.
     """
-    graph = model.graph.copy()
+    graph = copied(model.graph)
     fold(graph)
     return unquantized_float32(graph, measure_extents(graph, samples) if samples else {})
 
@@ -253,7 +254,7 @@ def _as_tensorrt_takes_it(model: Model) -> Iterator[Path]:
     if not (model.mended or holds_functions(model.graph) or holds_contrib(model.graph)):
         yield model.path
         return
-    graph = model.graph.copy()
+    graph = copied(model.graph)
     expand_contrib(graph)
     fold_functions(graph)
     with scratch_folder() as folder:

@@ -12,7 +12,7 @@ import numpy as np
 from trtq.calibration.calibrate import FloatGraph, calibrate, rangeless, statistics_of, without_ranges_of
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.statistics import Statistics
-from trtq.console import Console
+from trtq.console import SILENT, Console
 from trtq.errors import InputError, MissingBackendError
 from trtq.escapes import html_table
 from trtq.files import PathLike, atomic_path, decode, read_own_json, staged_folder, write_json, write_text
@@ -22,6 +22,7 @@ from trtq.graph.place import place
 from trtq.graph.plan import Plan, percent
 from trtq.graph.quantization import Quantization, WeightScales
 from trtq.graph.shapes import infer_types
+from trtq.graph.surgery import cleaned, in_order
 from trtq.job import Job, opt_shapes, unfolded
 from trtq.numerics import scale_from_amax
 from trtq.recipe import Recipe
@@ -231,7 +232,7 @@ class _Study:
         forms = [("folded", self.job.model.graph, plan)]
         recipe, model = self.job.recipe, unfolded(self.job.recipe)
         fold_constants(model.graph)
-        model.graph.cleanup().toposort()
+        in_order(cleaned(model.graph))
         infer_types(model.graph)
         if any(node.op == "BatchNormalization" for node in model.graph.nodes):
             if recipe.plan is None:
@@ -264,7 +265,7 @@ class _Study:
 
     def front(self, plan: Plan, start: Quantization, notes: list[str]) -> Iterator[Row]:
         """The fastest plans for falling noise, where something tells what layers cost."""
-        speed = speed_of(self.job, plan)
+        speed = speed_of(replace(self.job, console=SILENT), plan)
         if speed is None:
             return
         search = Search(self.job, start, self.job.key("sensitivity", start), speed=speed)

@@ -18,10 +18,12 @@ import trtq
 from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.console import SILENT
+from trtq.graph.place import leave_out
 from trtq.graph.plan import NodePlan, Plan
 from trtq.job import Job
 from trtq.recipe import Recipe
 from trtq.recovery.partial import Search, cheapest_set, given_away
+from trtq.recovery.speed import speed_of
 
 GROUPS = "abcdefgh"
 AMOUNT = st.integers(1, 1000).map(float)
@@ -114,13 +116,14 @@ def test_what_holds_is_returned_when_the_time_is_over(allowed: int) -> None:
     assert len(GROUPS) - len(found) <= 4.0
 
 
-def searched(cache: Path, budget: Budget) -> Search:
+def searched(cache: Path, budget: Budget, gpu: str | None = None) -> Search:
     """Of the demo's network, which has residual additions and an average pooling."""
     demo = Path(trtq.__file__).parent / "demo"
     files = {"model": str(demo / "digits.onnx"), "data": str(demo / "calib.npz")}
     job = Job.open(Recipe(**files, method="max", cache=str(cache)), SILENT)
     start = calibrate(job, job.place())
-    return Search(replace(job, budget=budget), start, job.key("sensitivity", start))
+    speed = None if gpu is None else speed_of(replace(job, recipe=replace(job.recipe, gpu=gpu)), start.plan)
+    return Search(replace(job, budget=budget), start, job.key("sensitivity", start), speed=speed)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,22 @@ def test_inputs_that_cost_nothing_go_first(search: Search, ratio: float) -> None
     assert left <= search.free or search.free <= left
     assert (search.noise(search.free) <= ratio * everything) == (left <= search.free)
     assert len(search.free) == 4  # three residual inputs and the pooling's
+
+
+@pytest.mark.parametrize("ratio", [0.8, 0.3, 0.05])
+def test_by_latency_the_plan_is_the_one_that_was_measured(ratio: float, tmp_path: Path) -> None:
+    """What is left out for noise and what for latency is written in two steps, and measured in one."""
+    search = searched(tmp_path, Budget(), gpu="T4")
+    found = search.cheapest(ratio)
+    left = frozenset(found.notes["left_out"])
+    assert search.noise(left) <= ratio * search.noise(frozenset())
+    nodes = {node: "left out" for name in left for node in search.groups[name].nodes}
+    whole = search.leaving_out(frozenset())
+    joint = leave_out(whole.graph, whole.plan, nodes)
+    assert found.plan.edges == joint.edges
+    assert found.plan.weights == joint.weights
+    assert {node.rule for node in found.plan.nodes if not node.int8} <= {"sensitive", "cost"}
+    assert search.front()[-1][1].plan.int8_nodes == []
 
 
 def test_a_spent_budget_leaves_the_search_incomplete(search: Search, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_learning_comes_first_where_partial_gives_away_too_much(hard: Case, tmp_
     plain = run(hard, tmp_path / "plain", min_sqnr=60.0, recover="none")
     done = run(hard, tmp_path / "out", min_sqnr=sqnr_db(plain) + 10, recover="partial,learn")
     record = json.loads((tmp_path / "out" / "workflow.json").read_text())
-    assert [step["step"] for step in record[:3]] == ["calibrate", "partial", "learn"]
+    assert [step["step"] for step in record[:3]] == ["calibrate", "fix", "partial", "learn"]
     assert record[1]["note"].startswith("set aside: it would give away 52.2% of the multiply-accumulates")
     assert record[1]["outcome"] is None
     assert done.exit_code is ExitCode.PASS  # by learning, or by what was set aside
@@ -231,11 +231,11 @@ def test_learning_helps_with_every_layer_in_int8(hard: Case, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_an_interrupted_job_goes_on_from_its_last_step(hard: Case, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(hard, tmp_path / "out", Log(stop="fix"), min_sqnr=80.0, recover="fix")
+        run(hard, tmp_path / "out", Log(stop="engine"), min_sqnr=80.0, recover="fix")
     assert not (tmp_path / "out").exists()
     log = Log()
     done = run(hard, tmp_path / "out", log, min_sqnr=80.0, recover="fix")
-    assert "fix: from the cache; nothing was run" in log.lines
+    assert "calibration: max, from the cache; nothing was run" in log.lines
     again = run(hard, tmp_path / "other" / "out", min_sqnr=80.0, recover="fix")
     assert done.table.scales == again.table.scales
     int8 = [(folder / "model.int8.onnx").read_bytes() for folder in (done.folder, again.folder)]
@@ -277,3 +277,16 @@ def test_a_search_is_not_made_twice(hard: Case, tmp_path: Path) -> None:
     log = Log()
     run(hard, tmp_path / "again", log, min_sqnr=45.0, recover="partial")
     assert "partial: from the cache; nothing was run" in log.lines
+
+
+def test_a_fix_is_no_other_builders_and_no_other_precisions(hard: Case, tmp_path: Path) -> None:
+    """Where scales are inserted is decided by the kernels of the builder's engine, or by a rule without one;
+    and what float16 cannot hold is looked for only where there is some."""
+    said = []
+    for number, options in enumerate(
+        [{"backend": "none"}, {"backend": "none"}, {"backend": "none", "rest": "fp16"}, {}]
+    ):
+        log = Log()
+        run(hard, tmp_path / f"out{number}", log, min_sqnr=90.0, recover="fix", **options)
+        said.append("fix: from the cache; nothing was run" in log.lines)
+    assert said == [False, True, False, False]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 import trtq
@@ -58,12 +59,12 @@ class FloatGraph:
         return cls(model.graph, model.sha256)
 
     @classmethod
-    def changed(cls, graph: gs.Graph) -> FloatGraph:
-        """A graph that is no longer the model's own."""
-        return cls(graph, graph_sha256(graph))
+    def of_graph(cls, model: Model, graph: gs.Graph) -> FloatGraph:
+        """A graph that may be the model's own."""
+        return cls.of(model) if graph is model.graph else cls(graph, graph_sha256(graph))
 
 
-def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantization:
+def calibrate(job: Job, plan: Plan) -> Quantization:
     """The plan's tensors with ranges by the recipe's method; from the cache where they are there.
 
     With `auto` every fourth sample is held back to measure on; the ranges are then made from all samples,
@@ -72,14 +73,10 @@ def calibrate(job: Job, plan: Plan, source: FloatGraph | None = None) -> Quantiz
     What calibration gives no range is not quantized: the plan of the result records it, with a warning.
     Where the rest is to be float16, the plan also says what stays float32.
 
-    Args:
-        source: what to calibrate; default: the job's model.
-
     Raises:
         InputError: no node is left in INT8; or as collecting and measuring.
     """
-    source = source or FloatGraph.of(job.model)
-    return with_float32_nodes(job, _calibrated(job, plan, source), source)
+    return with_float32_nodes(job, _calibrated(job, plan))
 
 
 def unquantized(job: Job, plan: Plan) -> Quantization:
@@ -96,25 +93,22 @@ def unquantized(job: Job, plan: Plan) -> Quantization:
         "trtq": trtq.__version__,
     }
     bare = Quantization(job.model.graph, plan, {}, notes=notes | {"method": "none"})
-    return with_float32_nodes(job, bare, FloatGraph.of(job.model))
+    return with_float32_nodes(job, bare)
 
 
-def with_float32_nodes(job: Job, made: Quantization, source: FloatGraph) -> Quantization:
+def with_float32_nodes(job: Job, made: Quantization) -> Quantization:
     """A quantization whose plan also says what stays float32, where the rest is to be float16.
-
-    Args:
-        source: the quantization's graph.
 
     Raises:
         InputError: the model does not run on the job's data.
     """
     if not job.recipe.half:
         return made
-    plan = made.plan
+    plan, source = made.plan, FloatGraph.of_graph(job.model, made.graph)
     given = {node.name for node in plan.float32}
-    found = float32_nodes(source.graph, made.plan, made.scales, extents_of(job, source))
+    found = float32_nodes(source.graph, plan, made.scales, extents_of(job, source))
     float32 = [*plan.float32, *(node for node in found if node.name not in given)]
-    made = replace(made, plan=replace(made.plan, float32=float32))
+    made = replace(made, plan=replace(plan, float32=float32))
     if lines := made.plan.float32_lines():
         job.console.say("float32", "\n".join([f"{len(float32)} nodes stay float32:", *lines]))
     return made
@@ -131,8 +125,7 @@ def complete_table(job: Job, quantization: Quantization) -> Table:
     Raises:
         InputError: the model does not run on the data.
     """
-    changed = quantization.graph is not job.model.graph
-    source = FloatGraph.changed(quantization.graph) if changed else FloatGraph.of(job.model)
+    source = FloatGraph.of_graph(job.model, quantization.graph)
     extents = extents_of(job, source, rows=len(job.data))
     reached = {name: extent.amax for name, extent in extents.items()}
     mixed = mixed_tensors(quantization.graph, reached)
@@ -164,36 +157,69 @@ def extents_of(job: Job, source: FloatGraph, rows: int = MOST_ROWS) -> dict[str,
     return extents
 
 
-def _calibrated(job: Job, plan: Plan, source: FloatGraph) -> Quantization:
+@dataclass(frozen=True)
+class Ranges:
+    """What the ranges of a plan's tensors on one float graph are made from.
+
+    Attributes:
+        bare: the graph, and the plan without the quantizers of tensors that calibration gives no range; its
+            notes say where the data come from.
+        fitting: statistics of the rows to fit on, which every search goes by.
+        whole: of all rows, which the ranges are made from at last.
+    """
+
+    bare: Quantization
+    fitting: Statistics
+    whole: Statistics
+
+    @classmethod
+    def of(cls, job: Job, plan: Plan, source: FloatGraph) -> Ranges:
+        """Collected on the job's data, with a warning for every tensor that they give no range.
+
+        Raises:
+            InputError: no node is left in INT8; or as collecting.
+        """
+        fitting, whole = _both_statistics(job, plan, source)
+        method = job.recipe.method
+        reasons = rangeless(whole, method if isinstance(method, Method) else None)
+        notes = {"model": job.model.sha256, "data": job.data.hash, "rows": len(job.data)}
+        notes |= {"trtq": trtq.__version__, "requested": str(method)}
+        notes |= {NEVER_SEEN: reasons} if reasons else {}
+        bare = ranged(job, Quantization(source.graph, plan, {}, notes=notes), reasons)
+        return cls(bare, fitting, whole)
+
+    def fitted(self, method: Method) -> Quantization:
+        """With scales by one method from the rows to fit on."""
+        return self._with(scales_from(self.fitting, method))
+
+    def made(self, method: Method, exceptions: Mapping[str, Method] | None = None) -> Quantization:
+        """With scales from all rows, by one method or by the tensor's own among `exceptions`."""
+        return self._with(scales_from(self.whole, method, exceptions))
+
+    def _with(self, scales: Mapping[str, np.float32]) -> Quantization:
+        return replace(self.bare, scales={name: scales[name] for name in self.bare.plan.tensors})
+
+
+def _calibrated(job: Job, plan: Plan) -> Quantization:
     """`calibrate`, but for what stays float32."""
-    bare, key = Quantization(source.graph, plan, {}), _table_key(job, plan, source)
+    bare, key = Quantization(job.model.graph, plan, {}), _table_key(job, plan)
     if (found := job.cache.fetch_noted(key)) is not None:
         content, notes = found
-        bare = _ranged(job, bare, notes.get(NEVER_SEEN, {}))
+        bare = ranged(job, bare, notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{notes['method']}, from the cache; nothing was run")
         return replace(bare, scales=Table.from_bytes(content).scales, notes=notes)
-    requested = job.recipe.method
-    method = requested if isinstance(requested, Method) else None
-    fitting, whole = _both_statistics(job, plan, source)
-    reasons = rangeless(whole, method)
-    bare = _ranged(job, bare, reasons)
-    notes = {"model": job.model.sha256, "data": job.data.hash, "rows": len(job.data)}
-    notes |= {"trtq": trtq.__version__, "requested": str(requested)}
-    notes |= {NEVER_SEEN: reasons} if reasons else {}
-    if method is None:
-        made = _search(job, bare, fitting, whole)
-    else:
-        made = replace(bare, scales=scales_from(whole, method), notes={"method": str(method)})
-    scales = {name: made.scales[name] for name in made.plan.tensors}
-    notes |= made.notes
-    if CUT_SHORT not in notes:
-        job.cache.store(key, Table(scales).to_bytes(), notes)
-    return replace(bare, scales=scales, notes=notes)
+    ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
+    rows = held_back(job) if job.recipe.method == AUTO else None
+    choice = best_method(job, ranges, rows)
+    made = with_own_ranges(job, ranges, ranges.fitted(choice.method), choice, rows)
+    if CUT_SHORT not in made.notes:
+        job.cache.store(key, Table(made.scales).to_bytes(), made.notes)
+    return made
 
 
 def is_calibrated(job: Job, plan: Plan) -> bool:
     """Whether the cache has the ranges of the plan's tensors, so that `calibrate` runs nothing."""
-    return job.cache.fetch(_table_key(job, plan, FloatGraph.of(job.model))) is not None
+    return job.cache.fetch(_table_key(job, plan)) is not None
 
 
 def rangeless(statistics: Statistics, method: Method | None = None) -> dict[str, str]:
@@ -224,7 +250,7 @@ def without_ranges_of(quantization: Quantization, reasons: Mapping[str, str]) ->
     return replace(quantization, plan=plan)
 
 
-def _ranged(job: Job, bare: Quantization, reasons: Mapping[str, str]) -> Quantization:
+def ranged(job: Job, bare: Quantization, reasons: Mapping[str, str]) -> Quantization:
     """`without_ranges_of`, with a warning for each tensor.
 
     Raises:
@@ -247,7 +273,7 @@ def _ranged(job: Job, bare: Quantization, reasons: Mapping[str, str]) -> Quantiz
     return ranged
 
 
-def _table_key(job: Job, plan: Plan, source: FloatGraph) -> Key:
+def _table_key(job: Job, plan: Plan) -> Key:
     """What the ranges depend on: with `auto` also where quantizers stand and how much a run costs."""
     method = job.recipe.method
     search: dict[str, Any] = {}
@@ -261,9 +287,9 @@ def _table_key(job: Job, plan: Plan, source: FloatGraph) -> Key:
         }
     return Key.of(
         "table",
-        model=source.sha256,
+        model=job.model.sha256,
         data=job.data.hash,
-        opset=source.graph.opset,
+        opset=job.model.graph.opset,
         method=str(method),
         tensors=plan.tensors,
         quantized=plan.int8_nodes,
@@ -289,9 +315,26 @@ def _both_statistics(job: Job, plan: Plan, source: FloatGraph) -> tuple[Statisti
     return fitting, whole
 
 
-def statistics_of(job: Job, plan: Plan, samples: Samples, source: FloatGraph) -> Statistics:
-    """Statistics of the plan's tensors over some rows, from the cache where they are there."""
-    key = Key.of(
+def known_statistics(job: Job, plan: Plan, source: FloatGraph) -> Statistics | None:
+    """Statistics of the plan's tensors over all rows of the job as far as the cache has them; nothing is run.
+
+    Returns:
+        None where they are not in the cache.
+    """
+    both = job.recipe.method == AUTO and job.enough
+    found = [
+        job.cache.fetch(_statistics_key(plan, part, source)) for part in (job.parts if both else (job.data,))
+    ]
+    statistics = Statistics.empty(plan.tensors)
+    for content in found:
+        if content is None:
+            return None
+        statistics.merge(Statistics.from_bytes(content))
+    return statistics
+
+
+def _statistics_key(plan: Plan, samples: Samples, source: FloatGraph) -> Key:
+    return Key.of(
         "statistics",
         model=source.sha256,
         data=samples.hash,
@@ -299,6 +342,11 @@ def statistics_of(job: Job, plan: Plan, samples: Samples, source: FloatGraph) ->
         tensors=sorted(plan.tensors),
         executor=simulation_fingerprint(),
     )
+
+
+def statistics_of(job: Job, plan: Plan, samples: Samples, source: FloatGraph) -> Statistics:
+    """Statistics of the plan's tensors over some rows, from the cache where they are there."""
+    key = _statistics_key(plan, samples, source)
     if (content := job.cache.fetch(key)) is not None:
         job.console.say("statistics", f"{len(samples)} rows from the cache, nothing was run")
         return Statistics.from_bytes(content)
@@ -333,26 +381,45 @@ def _rows_of(job: Job, samples: Samples) -> Rows:
         )
 
 
-def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statistics) -> Quantization:
-    """`--method auto`: the best method for all, and for each tensor another if it does better with it.
+def best_method(job: Job, ranges: Ranges, rows: Rows | None) -> Choice:
+    """The recipe's method, or with `auto` the one that does best for all tensors on the rows held back.
+
+    Args:
+        rows: those; only `auto` needs them.
+    """
+    if isinstance(job.recipe.method, Method):
+        return Choice(job.recipe.method, {}, 0)
+    assert rows is not None
+    choice = choose_method(rows, ranges.bare, ranges.fitting, job.console, job.budget)
+    job.console.say("method", _choice_text(choice))
+    return choice
+
+
+def with_own_ranges(
+    job: Job, ranges: Ranges, start: Quantization, choice: Choice, rows: Rows | None
+) -> Quantization:
+    """A quantization with scales from all rows: by the method that was chosen, and with `auto` by another for
+    the tensors that do better with it.
 
     Of the ranges that the search changed those are kept that do better on other rows, too (see `_confirmed`).
 
     Args:
-        statistics: of the rows to fit on, which the search goes by.
-        whole: of all rows, which the ranges are then made from.
+        start: the search begins here; it keeps its corrections of biases.
+        rows: held back; only `auto` needs them.
 
     Returns:
-        with the note `CUT_SHORT` where the budget was spent meanwhile.
+        with notes of the choice and the search; `CUT_SHORT` where the budget was spent meanwhile.
     """
-    plan, console = bare.plan, job.console
-    choice = choose_method(held_back(job), bare, statistics, console, job.budget)
-    console.say("method", _choice_text(choice))
+    notes: dict[str, Any] = {**start.notes, "method": str(choice.method)}
+    if job.recipe.method != AUTO:
+        return replace(start, scales=ranges.made(choice.method).scales, notes=notes)
+    assert rows is not None
+    console, tensors = job.console, start.plan.tensors
     others = [parse_method(name) for name in CANDIDATES if name != str(choice.method)]
     started = time.perf_counter()
     refined = refine_ranges(
-        bare,
-        statistics,
+        start,
+        ranges.fitting,
         choice.method,
         others,
         job.parts[0],
@@ -361,8 +428,8 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         ignore_nonfinite=job.recipe.ignore_nonfinite,
         budget=job.budget,
     )
-    exceptions, confirmed = _confirmed(job, bare, statistics, choice.method, refined.exceptions)
-    better = f"{len(exceptions)} of {len(plan.tensors)} tensors do better with their own"
+    exceptions, confirmed = _confirmed(job, start, ranges.fitting, choice.method, refined.exceptions, rows)
+    better = f"{len(exceptions)} of {len(tensors)} tensors do better with their own"
     if confirmed is not None:
         better += f": {confirmed.before_db:.1f} -> {confirmed.after_db:.1f} dB on {confirmed.rows} rows"
     console.say(
@@ -370,8 +437,7 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
         f"{better}; {refined.runs} runs ({refined.passes:.1f} passes over the data)"
         f" in {time.perf_counter() - started:.1f} s",
     )
-    notes: dict[str, Any] = {
-        "method": str(choice.method),
+    notes |= {
         "sqnr_db": dict(choice.sqnr_db),
         "confirmed": None if confirmed is None else asdict(confirmed),
         "held_back": choice.rows,
@@ -382,7 +448,7 @@ def _search(job: Job, bare: Quantization, statistics: Statistics, whole: Statist
     if job.budget.over:
         console.warn("the budget was spent before the search for ranges was complete")
         notes[CUT_SHORT] = True
-    return replace(bare, scales=scales_from(whole, choice.method, exceptions), notes=notes)
+    return replace(start, scales=ranges.made(choice.method, exceptions).scales, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -395,18 +461,24 @@ class Confirmation:
 
 
 def _confirmed(
-    job: Job, bare: Quantization, statistics: Statistics, start: Method, found: Mapping[str, Method]
+    job: Job,
+    bare: Quantization,
+    statistics: Statistics,
+    start: Method,
+    found: Mapping[str, Method],
+    rows: Rows,
 ) -> tuple[dict[str, Method], Confirmation | None]:
     """The tensors whose own methods do better on other rows than those of the search: all that were found, or
     those that each do better with the ones before it; while the budget lasts.
 
-    Where few rows are held back they are not enough to tell: then rows of all the data are taken.
+    Args:
+        rows: held back; where they are too few to tell, rows of all the data are taken.
     """
     kept: dict[str, Method] = {}
     if not found:
         return kept, None
-    few = len(job.parts[1]) < FEWEST_TO_CONFIRM
-    rows = _rows_of(job, job.data.spread(FEWEST_TO_CONFIRM)) if few else held_back(job)
+    if len(rows.samples) < FEWEST_TO_CONFIRM:
+        rows = _rows_of(job, job.data.spread(FEWEST_TO_CONFIRM))
     trials = Trials(rows, bare)
 
     def sqnr_db(exceptions: Mapping[str, Method]) -> float:

@@ -22,6 +22,7 @@ from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.model import load_model
+from trtq.graph.surgery import cleaned, copied
 from trtq.simulation.processors import processors
 from trtq.simulation.rows import Runner, Workers
 from trtq.simulation.workers import Shipped, Work, cut, shipped_graph
@@ -156,7 +157,7 @@ def _add(statistics: Statistics, name: str, values: np.ndarray, batch: Batch, sa
 
 def _only(graph: gs.Graph, tensors: Sequence[str]) -> gs.Graph:
     """A copy of the graph that computes just the named tensors."""
-    part = graph.copy()
+    part = copied(graph)
     named = part.tensors()
     part.outputs = [named[name] for name in tensors]
-    return part.cleanup(remove_unused_graph_inputs=False)
+    return cleaned(part)

@@ -6,7 +6,7 @@ nothing but scalars leaves it and memory stays that of a plain run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -23,13 +23,19 @@ from trtq.simulation.rows import Runner
 MOST_ROWS = 32
 """Rows that the rules of half look at, evenly spread over the data; they leave headroom for all others."""
 
-FIGURES = 4
-"""Of a tensor: highest, lowest, energy and size (see `_Probe.of`)."""
-
 _JOINED = 512
 """Figures that are joined by one node."""
 
 _HIGHEST = float(np.finfo(np.float32).max)
+
+_JOINS = {
+    "highest": np.maximum,
+    "lowest": np.minimum,
+    "energy": np.add,
+    "size": np.add,
+    "smallest": np.minimum,
+}
+"""How each of `_Probe.outputs` of some rows joins that of others."""
 
 
 def measure_extents(
@@ -46,96 +52,84 @@ def measure_extents(
     Raises:
         InputError: the model does not run on the data.
     """
-    probed, tensors, searched = _probed(graph)
+    tensors, searched = _looked_at(graph)
     if not tensors:  # a model that is all in float16
         return {}
-    (output,) = probed.outputs
+    probe = _Probe(Names(graph), tensors, searched)
 
-    def look(_: Batch, found: Arrays) -> NDArray[np.float64]:
-        return np.asarray(found[output.name], np.float64).reshape(-1)
+    def look(_: Batch, found: Arrays) -> dict[str, NDArray[np.float64]]:
+        return {kind: np.asarray(found[name], np.float64) for kind, name in probe.outputs.items()}
 
-    part, split = samples.spread(rows), len(tensors) * FIGURES
-    total: NDArray[np.float64] | None = None
-    for found in Runner(probed).over(part, part.batches(), look, workers=workers):
-        total = found if total is None else _joined(total, found, split)
-    assert total is not None
-    least = dict(zip(searched, total[split:].tolist(), strict=True))
-    figures = total[:split].reshape(-1, FIGURES).tolist()
+    part = samples.spread(rows)
+    runner = Runner(graph, list(probe.outputs.values()), edit=probe.add_to)
+    total: dict[str, NDArray[np.float64]] = {}
+    for found in runner.over(part, part.batches(), look, workers=workers):
+        total = {kind: _JOINS[kind](total[kind], new) if total else new for kind, new in found.items()}
+    high, low, energy, count = (total[kind].tolist() for kind in ("highest", "lowest", "energy", "size"))
+    smallest = total["smallest"].tolist() if searched else []
+    least = dict(zip(searched, smallest, strict=True))
     return {
-        name: Extent(low, high, least.get(name, _HIGHEST), energy, count)
-        for name, (high, low, energy, count) in zip(tensors, figures, strict=True)
+        name: Extent(low[i], high[i], least.get(name, _HIGHEST), energy[i], count[i])
+        for i, name in enumerate(tensors)
     }
 
 
-def _joined(one: NDArray[np.float64], other: NDArray[np.float64], split: int) -> NDArray[np.float64]:
-    """The figures of all rows from those of some and of others; smallest magnitudes from `split` on."""
-    made = one + other  # energies and sizes add up
-    made[:split:FIGURES] = np.maximum(one[:split:FIGURES], other[:split:FIGURES])
-    made[1:split:FIGURES] = np.minimum(one[1:split:FIGURES], other[1:split:FIGURES])
-    made[split:] = np.minimum(one[split:], other[split:])
-    return made
-
-
-def _probed(graph: gs.Graph) -> tuple[gs.Graph, list[str], list[str]]:
-    """A copy of the graph whose output is one vector, the figures of its float32 tensors and behind them the
-    smallest magnitudes of some; the names of all of them, and of those."""
-    probed = graph.copy()
-    made = [tensor for node in probed.nodes for tensor in node.outputs if tensor.name]
+def _looked_at(graph: gs.Graph) -> tuple[list[str], list[str]]:
+    """The graph's float32 tensors that can be computed, and those of them whose smallest magnitude counts."""
+    made = [tensor for node in graph.nodes for tensor in node.outputs if tensor.name]
     hidden = View.of(graph).hidden
-    tensors = [t for t in [*probed.inputs, *made] if t.dtype == np.float32 and t.name not in hidden]
+    tensors = [t for t in [*graph.inputs, *made] if t.dtype == np.float32 and t.name not in hidden]
     searched = [t for t in tensors if any(reads_singular(node, t) for node in t.outputs)]
-    probe = _Probe(probed)
-    figures = [figure for tensor in tensors for figure in probe.of(tensor)]
-    figures += map(probe.smallest, searched)
-    probed.outputs = [probe.joined(figures)] if figures else []
-    return probed.toposort(), [tensor.name for tensor in tensors], [tensor.name for tensor in searched]
+    return [tensor.name for tensor in tensors], [tensor.name for tensor in searched]
 
 
 class _Probe:
-    """Adds nodes that compute a tensor's figures, all scalars."""
+    """Nodes that compute figures of tensors, all scalars, and join them.
 
-    def __init__(self, graph: gs.Graph) -> None:
-        self._graph, self._names = graph, Names(graph)
-        self._zero = gs.Constant(self._names.tensor("probe/zero"), np.zeros((), np.float32))
-        self._highest = gs.Constant(self._names.tensor("probe/highest"), np.array(_HIGHEST, np.float32))
+    Attributes:
+        outputs: figure -> name of the vector that has it of every tensor; the smallest magnitude that is not
+            zero, it has of those that are searched.
+    """
 
-    def of(self, tensor: gs.Tensor) -> list[gs.Tensor]:
-        """The figures of a tensor: highest, lowest, energy and size."""
-        size = self._node("Size", [tensor], dtype=np.int64)
-        return [
-            self._node("ReduceMax", [tensor], {"keepdims": 0}),
-            self._node("ReduceMin", [tensor], {"keepdims": 0}),
-            self._node("ReduceSumSquare", [tensor], {"keepdims": 0}),
-            self._node("Cast", [size], {"to": onnx.TensorProto.FLOAT}),
-        ]
+    def __init__(self, names: Names, tensors: Sequence[str], searched: Sequence[str]) -> None:
+        self._names, self._tensors, self._searched = names, tensors, searched
+        kinds = [kind for kind in _JOINS if searched or kind != "smallest"]
+        self.outputs = {kind: names.tensor(f"probe/{kind}") for kind in kinds}
 
-    def joined(self, figures: Sequence[gs.Tensor]) -> gs.Variable:
-        """One vector of figures in place of an output for each.
+    def add_to(self, graph: onnx.GraphProto) -> None:
+        """Add the nodes to a graph, in place."""
+        self._graph = graph
+        zero, highest = (self._names.tensor(f"probe/{kind}") for kind in ("zero", "most"))
+        for name, value in ((zero, 0.0), (highest, _HIGHEST)):
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.float32), name))
+        reduced = {"highest": "ReduceMax", "lowest": "ReduceMin", "energy": "ReduceSumSquare"}
+        for kind, op in reduced.items():
+            self._join(kind, [self._node(op, [tensor], keepdims=0) for tensor in self._tensors])
+        self._join("size", [self._node("Size", [tensor]) for tensor in self._tensors])
+        if self._searched:
+            self._join("smallest", [self._smallest(tensor, zero, highest) for tensor in self._searched])
+
+    def _smallest(self, tensor: str, zero: str, highest: str) -> str:
+        """The smallest magnitude of a tensor that is not zero."""
+        magnitude = self._node("Abs", [tensor])
+        is_zero = self._node("Equal", [magnitude, zero])
+        return self._node("ReduceMin", [self._node("Where", [is_zero, highest, magnitude])], keepdims=0)
+
+    def _join(self, kind: str, scalars: Sequence[str]) -> None:
+        """One vector of scalars in place of an output for each.
 
         They are joined in parts: ONNX Runtime's time for a node grows with the square of its inputs.
         """
-        parts = [figures[first : first + _JOINED] for first in range(0, len(figures), _JOINED)]
-        return self._node("Concat", [self._vector(part) for part in parts], {"axis": 0})
+        parts = [scalars[first : first + _JOINED] for first in range(0, len(scalars), _JOINED)]
+        self._node("Concat", [self._vector(part) for part in parts], self.outputs[kind], axis=0)
 
-    def _vector(self, figures: Sequence[gs.Tensor]) -> gs.Variable:
-        sequence = self._node("SequenceConstruct", figures, dtype=None)
-        return self._node("ConcatFromSequence", [sequence], {"axis": 0, "new_axis": 1})
+    def _vector(self, scalars: Sequence[str]) -> str:
+        sequence = self._node("SequenceConstruct", scalars)
+        return self._node("ConcatFromSequence", [sequence], axis=0, new_axis=1)
 
-    def smallest(self, tensor: gs.Tensor) -> gs.Variable:
-        """The smallest magnitude of a tensor that is not zero."""
-        magnitude = self._node("Abs", [tensor])
-        is_zero = self._node("Equal", [magnitude, self._zero], dtype=np.bool_)
-        nonzero = self._node("Where", [is_zero, self._highest, magnitude])
-        return self._node("ReduceMin", [nonzero], {"keepdims": 0})
-
-    def _node(
-        self,
-        op: str,
-        inputs: Sequence[gs.Tensor],
-        attributes: Mapping[str, int] | None = None,
-        dtype: type | None = np.float32,
-    ) -> gs.Variable:
-        output = gs.Variable(self._names.tensor(f"{inputs[0].name}/{op}"), dtype)
-        name = self._names.node(output.name)
-        self._graph.nodes.append(gs.Node(op, name, dict(attributes or {}), list(inputs), [output]))
+    def _node(self, op: str, inputs: Sequence[str], output: str | None = None, **attributes: int) -> str:
+        output = output or self._names.tensor(f"{inputs[0]}/{op}")
+        node = self._graph.node.add(op_type=op, name=self._names.node(output), input=inputs, output=[output])
+        for name, value in attributes.items():
+            node.attribute.add(name=name, type=onnx.AttributeProto.INT, i=value)
         return output

@@ -2,9 +2,9 @@
 
 1. The noise that each tensor alone in INT8 makes in the outputs is measured exactly. A range of its own
    cannot save more than that, and one tensor often makes most of it.
-2. The tensors are taken in this order, until all others together could not gain 0.1 dB. Each tries the ranges
-   beside its own and the outermost, with all other tensors in INT8, takes the best of those that help, and
-   goes on from there.
+2. The tensors are taken in this order, until all others together would not gain 0.1 dB if they saved the same
+   part of their noise as those before them. Each tries the ranges beside its own and the outermost, with all
+   other tensors in INT8, takes the best of those that help, and goes on from there.
 
 The tensor whose rounding matters most is not the one with the largest error of its own: what a residual
 stream loses, every later layer sees.
@@ -54,7 +54,11 @@ FEWEST_ROWS, MOST_ROWS, FEWEST_TENSORS = 8, 64, 8
 """Rows of a run, and how many tensors try ranges of their own, whatever that takes."""
 
 LEAST_DB, LEAST_SUM_DB = 0.02, 0.1
-"""The least gain of a range of its own, and of all tensors that are not looked at, together."""
+"""The least gain of a range of its own, and of all tensors together: of those that were found, and of those
+that are not looked at."""
+
+LEAST_SHARE = 1 - 10 ** (-LEAST_SUM_DB / 10)
+"""The part of the noise that is `LEAST_SUM_DB`."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +141,14 @@ def refine_ranges(
 
 class Alone:
     """One tensor of a quantization in INT8, with everything else in floating point, on rows: one session runs
-    them all, as switches and scales are its inputs."""
+    them all, as switches and scales are its inputs. Biases are those of the float model: corrections make up
+    for what all tensors and weights do together."""
 
     def __init__(self, rows: Rows, quantization: Quantization) -> None:
         self._rows = rows
         plan = replace(quantization.plan, weights=[])
         scales = dict.fromkeys(plan.tensors, np.float32(1))
-        graph = replace(quantization, plan=plan, scales=scales).rewritten()
+        graph = replace(quantization, plan=plan, scales=scales, corrections={}).rewritten()
         self._scales = scales_as_inputs(graph, plan)
         self._switches = switches_as_inputs(graph, plan)
         self._dtypes = {tensor.name: tensor.dtype for tensor in graph.inputs}
@@ -235,7 +240,7 @@ def _shares(quantization: Quantization, rows: Rows, scales: Scales, runs: _Runs)
 def _worthwhile(shares: Mapping[str, float]) -> list[str]:
     """The first tensors, without the last that together could not gain `LEAST_SUM_DB`."""
     left = np.cumsum(list(shares.values())[::-1])[::-1]
-    return [t for t, rest in zip(shares, left, strict=True) if rest > 1 - 10 ** (-LEAST_SUM_DB / 10)]
+    return [t for t, rest in zip(shares, left, strict=True) if rest > LEAST_SHARE]
 
 
 def _climb(
@@ -247,15 +252,19 @@ def _climb(
     runs: _Runs,
 ) -> dict[str, Method]:
     """Tensor -> the method of its own that it ends with; all other tensors are in INT8 meanwhile."""
-    (best,) = runs.of(trials.noise, [(current,)])
+    (before,) = runs.of(trials.noise, [(current,)])
+    best, looked_at = before, 0.0
     share = sum(shares[tensor] for tensor in ladders)
     text = f"{len(ladders)} of these, which add {share:.0%}, try ranges of their own"
     first = [min(len(ladder) - 1, 4) for ladder in ladders.values()]
     runs.announce(text, min(sum(first), sum(first[:FEWEST_TENSORS]) + runs.left))
     found: dict[str, Method] = {}
     for number, (tensor, ladder) in enumerate(ladders.items()):
-        if number >= FEWEST_TENSORS and runs.rows >= runs.most:
+        if number >= FEWEST_TENSORS and (
+            runs.rows >= runs.most or _promised(1 - best / before, looked_at, share) < LEAST_SHARE
+        ):
             break
+        looked_at += shares[tensor]
         steps, at, seen = list(ladder), list(ladder).index(start), {start}
         wanted = {0, at - 1, at + 1, len(steps) - 1}
         while runs.whole:
@@ -269,7 +278,17 @@ def _climb(
             best, current, found[tensor] = noises[winner], ranges[winner], tried[winner]
             at = steps.index(tried[winner])
             wanted = {at - 1, at + 1}
-    return found
+    return found if noise_db(best) >= noise_db(before) + LEAST_SUM_DB else {}
+
+
+def _promised(saved: float, looked_at: float, share: float) -> float:
+    """The part of the noise that the tensors not looked at yet would save at the rate of those that were.
+
+    Args:
+        saved: part of the noise that these saved; `LEAST_SHARE` of it is added to both, as a prior.
+        looked_at, share: what these make alone, and what all do.
+    """
+    return (share - looked_at) * (saved + LEAST_SHARE) / (looked_at + LEAST_SHARE)
 
 
 def _affordable_rows(plan: Plan, available: int) -> float:

@@ -33,6 +33,7 @@ from trtq.graph.foreign import View
 from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model
 from trtq.graph.products import product
+from trtq.graph.surgery import copied, in_order
 from trtq.job import profile_from_samples
 from trtq.scratch import scratch_folder
 from trtq.simulation.finite import compared
@@ -217,7 +218,7 @@ def compare_three(
 def _tensors(model: Model, known: set[str]) -> list[tuple[str, gs.Node]]:
     """Tensors to compare, in topological order, with the node that makes each."""
     found = []
-    for node in model.graph.copy().toposort().nodes:
+    for node in in_order(copied(model.graph)).nodes:
         if node.op in QDQ_OPS:
             continue
         behind = any(t.inputs and product(t.inputs[0]) for t in node.inputs)
@@ -233,7 +234,7 @@ def _engine(
     model: Model, names: list[str], profile: Profile, backend: str | None, plugins: Sequence[str]
 ) -> Iterator[Run]:
     """The engine of the model with `names` as its outputs, on the GPU."""
-    graph = model.graph.copy()
+    graph = copied(model.graph)
     tensors = graph.tensors()
     graph.outputs = [tensors[name] for name in names]
     with scratch_folder() as folder:

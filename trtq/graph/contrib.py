@@ -20,6 +20,7 @@ from trtq.graph.foreign import CONTRIB_DOMAIN, all_nodes, bodies
 from trtq.graph.model import export
 from trtq.graph.names import Names
 from trtq.graph.shapes import without_weights
+from trtq.graph.surgery import cleaned, in_order
 
 Types = Mapping[str, onnx.TypeProto]
 
@@ -44,7 +45,7 @@ def expand_contrib(graph: gs.Graph) -> None:
     names = Names(graph)
     while _expand_once(graph, names):
         pass
-    graph.cleanup().toposort()
+    in_order(cleaned(graph))
 
 
 def _expand_once(graph: gs.Graph, names: Names) -> bool:

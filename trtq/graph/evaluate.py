@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from trtq.graph.model import QDQ_OPS, export
 from trtq.graph.names import Names
+from trtq.graph.surgery import in_order
 from trtq.graph.weights import is_number, is_plain
 
 GROWTH = 1 << 24
@@ -59,7 +60,7 @@ def fold_constants(graph: gs.Graph, size_threshold: int | None = None) -> None:
     Args:
         size_threshold: leave tensors above this many bytes to run time; None: see `GROWTH`.
     """
-    graph.toposort()
+    in_order(graph)
     _fold(graph, graph, size_threshold)
 
 

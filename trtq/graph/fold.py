@@ -21,6 +21,7 @@ from trtq.graph.functions import expand_functions, holds_functions
 from trtq.graph.names import Names
 from trtq.graph.sequences import take_from_sequences
 from trtq.graph.shapes import infer_types
+from trtq.graph.surgery import cleaned, in_order
 from trtq.graph.weights import is_plain
 
 
@@ -28,7 +29,7 @@ def fold(graph: gs.Graph) -> None:
     """Run every folding pass in order, in place, then infer the dtypes and shapes of all tensors."""
     for optimize in PASSES:
         optimize(graph)
-        graph.cleanup().toposort()
+        in_order(cleaned(graph))
     infer_types(graph)
 
 

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from trtq.errors import InputError
 from trtq.graph.foreign import View, is_foreign_node
 from trtq.graph.names import Names
+from trtq.graph.surgery import copied, in_order
 from trtq.graph.weights import values_of
 
 SATURATED = float(np.finfo(np.float16).max) / 2
@@ -44,7 +45,7 @@ def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
         InputError: a tensor whose dtype is not known.
     """
     check_dtypes(graph)
-    graph, names = graph.copy(), Names(graph)
+    graph, names = copied(graph), Names(graph)
     captured, view = read_by_bodies(graph), View.of(graph)
     kept = {*float32}
     for node in graph.nodes:
@@ -78,7 +79,7 @@ def convert_to_half(graph: gs.Graph, float32: Collection[str] = ()) -> gs.Graph:
     for tensor in [tensor for node in foreign for tensor in node.inputs]:
         if id(tensor) in added and isinstance(tensor, gs.Variable):
             _restore_name(names, tensor)
-    return graph.toposort()
+    return in_order(graph)
 
 
 def check_dtypes(graph: gs.Graph) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -294,20 +294,32 @@ def save_model(graph: gs.Graph, path: PathLike) -> None:
 
 
 @contextlib.contextmanager
-def serialized(graph: gs.Graph) -> Iterator[bytes | Light | Path]:
+def serialized(
+    graph: gs.Graph, edit: Callable[[onnx.GraphProto], None] | None = None
+) -> Iterator[bytes | Light | Path]:
     """The graph as `simulation_session` loads it; large weights that are in files stay there.
 
     What is too large for one message goes to a temporary file.
+
+    Args:
+        edit: changes, in place, what was made of the graph.
     """
     in_files = files_of(graph)
     folders = {values.folder for values in in_files.values()}
     in_memory = weight_bytes(graph) - sum(values.nbytes for values in in_files.values())
     if in_memory < PROTOBUF_LIMIT and len(folders) <= 1:
-        content = gs.export_onnx(graph, do_type_check=False).SerializeToString(deterministic=True)
+        proto = gs.export_onnx(graph, do_type_check=False)
+        if edit is not None:
+            edit(proto.graph)
+        content = proto.SerializeToString(deterministic=True)
         yield Light(content, *folders) if folders else content
         return
     with scratch_folder() as folder:
         save_model(graph, path := folder / "model.onnx")
+        if edit is not None:
+            proto = onnx.load(path, load_external_data=False)
+            edit(proto.graph)
+            path.write_bytes(proto.SerializeToString(deterministic=True))
         yield path
 
 

@@ -21,11 +21,16 @@ from trtq.graph.half import convert_to_half
 from trtq.graph.model import PROTOBUF_LIMIT, export, weight_bytes
 from trtq.graph.names import Names
 from trtq.graph.plan import Plan
-from trtq.graph.rewrite import rewrite
+from trtq.graph.rewrite import rewrite, weight_scale
+from trtq.graph.surgery import cleaned, copied
 from trtq.graph.weights import graph_sha256
+from trtq.numerics import dequantize
 
 WeightScales = Mapping[tuple[str, int], NDArray[np.float32]]
 """(constant, axis) -> float32 scales (channels,) along that axis."""
+
+WeightCodes = Mapping[tuple[str, int], NDArray[np.int8]]
+"""(constant, axis) -> int8 codes, -127 to 127, of the constant's shape, with scales along that axis."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Quantization:
         scales: activation tensor -> float32 scale (amax / 127), > 0.
         weight_scales: the scales of weights that were learned; all others are amax / 127 per channel.
         corrections: node -> what its bias becomes if it is INT8.
+        codes: what weights are rounded to that are not rounded to the nearest.
         notes: JSON values that say where the ranges come from; the table's metadata.
         ends: which inputs and outputs of the delivered model are 8-bit numbers.
     """
@@ -61,6 +67,7 @@ class Quantization:
     scales: Mapping[str, np.float32]
     weight_scales: WeightScales = field(default_factory=dict)
     corrections: Mapping[str, Correction] = field(default_factory=dict)
+    codes: WeightCodes = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
     ends: Ends = field(default_factory=Ends)
 
@@ -91,20 +98,28 @@ class Quantization:
             self.scales,
             weights=weights or "int8",
             weight_scales=self.weight_scales,
+            codes=self.codes,
             biases={(c.node, c.index): c.values for c in self.corrections_of(self.plan)},
         )
 
     def with_corrections_inside(self) -> Quantization:
-        """The same Q/DQ model with the corrections in the float graph, which is then not the model's own."""
-        if not self.corrections:
+        """The same Q/DQ model with the corrections and the weights of the codes in the float graph, which is
+        then not the model's own."""
+        if not (self.corrections or self.codes):
             return self
-        graph, names = self.graph.copy(), Names(self.graph)
+        graph, names = copied(self.graph), Names(self.graph)
         nodes = {node.name: node for node in graph.nodes}
         for correction in self.corrections_of(self.plan):
             inputs = nodes[correction.node].inputs
             name = names.tensor(f"{inputs[correction.index].name}/{correction.node}/corrected")
             inputs[correction.index] = gs.Constant(name, correction.values)
-        return replace(self, graph=graph.cleanup(), corrections={})
+        scales = dict(self.weight_scales)
+        for weight in self.plan.weights:
+            if (codes := self.codes.get(key := (weight.tensor, weight.axis))) is not None:
+                constant = nodes[weight.node].inputs[weight.index]
+                scales.setdefault(key, weight_scale(constant.values, weight.axis))
+                constant.values = dequantize(codes, scales[key], axis=weight.axis)
+        return replace(self, graph=cleaned(graph), weight_scales=scales, corrections={}, codes={})
 
     def corrections_of(self, plan: Plan) -> list[Correction]:
         """The corrections of the nodes that are INT8 in a plan."""
@@ -153,12 +168,14 @@ class Quantization:
             "notes": dict(self.notes),
             "tensors": list(self.scales),
             "weights": keys,
+            "codes": list(self.codes),
             "corrections": [(name, c.node, c.index) for name, c in self.corrections.items()],
         }
         if self.ends:
             header["ends"] = asdict(self.ends)
         arrays: dict[str, Any] = {"scales": np.array(list(self.scales.values()), np.float32)}
         arrays |= {f"weight_{i}": self.weight_scales[key] for i, key in enumerate(keys)}
+        arrays |= {f"codes_{i}": codes for i, codes in enumerate(self.codes.values())}
         arrays |= {f"bias_{i}": c.values for i, c in enumerate(self.corrections.values())}
         return header, arrays
 
@@ -180,6 +197,7 @@ class Quantization:
             dict(zip(header["tensors"], stored["scales"], strict=True)),
             weights,
             corrections,
+            {(t, int(axis)): stored[f"codes_{i}"] for i, (t, axis) in enumerate(header["codes"])},
             header["notes"],
             Ends(images=images, **ends),
         )

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from trtq.errors import InputError
 from trtq.graph.names import Names
 from trtq.graph.plan import Plan
+from trtq.graph.surgery import cleaned, copied, in_order
 from trtq.graph.weights import values_of
-from trtq.numerics import amax_per_channel, quantize, scale_from_amax
+from trtq.numerics import amax_per_channel, dequantize, quantize, scale_from_amax
 
 WEIGHT_FORMS = ("int8", "qdq")
 """`int8`: int8 initializers + DequantizeLinear, but float ones + a Q/DQ pair where a product is cut into
@@ -30,6 +31,7 @@ def rewrite(
     *,
     weights: str = "int8",
     weight_scales: Mapping[tuple[str, int], NDArray[np.float32]] | None = None,
+    codes: Mapping[tuple[str, int], NDArray[np.int8]] | None = None,
     biases: Mapping[tuple[str, int], NDArray[np.float32]] | None = None,
 ) -> gs.Graph:
     """A copy of `graph` with Q/DQ where `plan` says.
@@ -39,6 +41,7 @@ def rewrite(
         scales: activation tensor -> float32 scale (amax / 127), > 0.
         weights: one of `WEIGHT_FORMS`.
         weight_scales: (constant, axis) -> scales (channels,) of weights that do not take `weight_scale`'s.
+        codes: (constant, axis) -> int8 codes of weights that are not rounded to the nearest.
         biases: (node, index of input) -> what the constant there becomes.
 
     Raises:
@@ -50,7 +53,7 @@ def rewrite(
             cause=f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
             remedy="calibrate this model again; a table belongs to one model",
         )
-    graph, names = graph.copy(), Names(graph)
+    graph, names = copied(graph), Names(graph)
     nodes = {node.name: node for node in graph.nodes}
     if unknown := ({e.node for e in plan.edges} | {w.node for w in plan.weights}) - nodes.keys():
         raise InputError(
@@ -75,14 +78,15 @@ def rewrite(
         constant, key = inputs[weight.index], (inputs[weight.index].name, weight.axis)
         if key not in pairs:
             scale = (weight_scales or {}).get((weight.tensor, weight.axis))
+            given = (codes or {}).get((weight.tensor, weight.axis))
             form = "qdq" if _is_cut(nodes[weight.node]) else weights
-            pairs[key] = _quantize_weight(graph, names, constant, weight.axis, scale, form)
+            pairs[key] = _quantize_weight(graph, names, constant, weight.axis, scale, given, form)
         inputs[weight.index] = pairs[key]
     for (node, index), values in (biases or {}).items():
         old = nodes[node].inputs[index]
         name = names.tensor(f"{old.name}/{node}/corrected")
         nodes[node].inputs[index] = gs.Constant(name, values.astype(old.dtype))
-    return graph.cleanup().toposort()
+    return in_order(cleaned(graph))
 
 
 def scales_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
@@ -138,7 +142,7 @@ def switches_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
             switched[dequantized.name] = output
         inputs[edge.index] = switched[dequantized.name]
     graph.inputs += switches.values()
-    graph.toposort()
+    in_order(graph)
     return {variable.name: tensor for tensor, variable in switches.items()}
 
 
@@ -185,6 +189,7 @@ def _quantize_weight(
     tensor: gs.Constant,
     axis: int,
     scale: NDArray[np.float32] | None,
+    codes: NDArray[np.int8] | None,
     form: str,
 ) -> gs.Variable:
     values = values_of(tensor)
@@ -199,9 +204,13 @@ def _quantize_weight(
         gs.Constant(names.tensor(f"{name}/zero_point"), np.zeros(scale.shape, np.int8)),
     ]
     if form == "int8":
-        codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
+        if codes is None:
+            codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
         quantized: gs.Tensor = gs.Constant(names.tensor(f"{name}/int8"), codes)
     else:
+        if codes is not None:
+            rounded = dequantize(codes, scale.astype(np.float32), axis=axis).astype(dtype)
+            tensor = gs.Constant(names.tensor(f"{name}/rounded"), rounded)
         quantized = _quantize_node(graph, names, tensor, constants, name, axis)
     return _dequantize(graph, names, quantized, constants, name, dtype, axis)
 

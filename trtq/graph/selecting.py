@@ -19,6 +19,7 @@ from trtq.graph.evaluate import bodies, reads
 from trtq.graph.foreign import View
 from trtq.graph.products import product
 from trtq.graph.shapes import infer_types
+from trtq.graph.surgery import cleaned, copied, in_order
 
 SELECTING = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 """Operators whose outputs have a shape that depends on values; plugins with NMS in their name count, too."""
@@ -77,10 +78,10 @@ def up_to_measured(graph: gs.Graph) -> gs.Graph:
     names = instead_of_outputs(graph)
     if names is None:
         return graph
-    part = graph.copy()
+    part = copied(graph)
     tensors = part.tensors()
     part.outputs = [tensors[name] for name in names]
-    return part.cleanup()
+    return cleaned(part)
 
 
 def sized_by_values(model: ModelProto, axes: Mapping[str, int | None]) -> frozenset[str]:
@@ -140,7 +141,7 @@ def _follow(nodes: Iterable[NodeProto], valued: set[str], sized: set[str]) -> No
 
 def _behind(graph: gs.Graph) -> set[str]:
     """Names of the tensors that depend on what selects without a product in between or after it."""
-    ordered = graph.copy().toposort().nodes
+    ordered = in_order(copied(graph)).nodes
     weighted: set[str] = set()  # tensors that a product follows
     for node in reversed(ordered):
         if product(node) or any(tensor.name in weighted for tensor in node.outputs):

@@ -15,6 +15,7 @@ from trtq.graph import references
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.foreign import is_foreign_node
 from trtq.graph.model import export
+from trtq.graph.surgery import cleaned, copied
 from trtq.graph.weights import values_of
 
 _SHAPE_VALUES = 1024  # constants up to this size may be shapes, which inference needs to see
@@ -123,7 +124,7 @@ def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dic
                 tensor.shape = None
         infer_types(concrete)
         fold_constants(concrete, size_threshold=1 << 20)
-        concrete.cleanup(remove_unused_graph_inputs=False)
+        cleaned(concrete)
     return {
         name: tuple(tensor.shape)
         for name, tensor in concrete.tensors().items()
@@ -133,7 +134,7 @@ def concrete_shapes(graph: gs.Graph, inputs: Mapping[str, Sequence[int]]) -> dic
 
 def without_weights(graph: gs.Graph) -> gs.Graph:
     """A copy whose large constants are graph inputs of the same dtype and shape."""
-    light = graph.copy()
+    light = copied(graph)
     for tensor in list(light.tensors().values()):
         if isinstance(tensor, gs.Constant) and prod(tensor.shape) > _SHAPE_VALUES:
             variable = gs.Variable(tensor.name, dtype=tensor.dtype, shape=list(tensor.shape))

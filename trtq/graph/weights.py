@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
+from trtq.graph.surgery import copied
+
 IN_MEMORY = 1 << 28
 """Files up to this size are read whole."""
 
@@ -161,7 +163,7 @@ def export_light(graph: gs.Graph) -> tuple[onnx.ModelProto, dict[str, gs.Constan
 
     Constants of types that NumPy lacks, and those that bodies of control flow read, are complete.
     """
-    graph = graph.copy()
+    graph = copied(graph)
     within = {name for body in graph.subgraphs(recursive=True) for name in body.tensors()}
     constants = {}
     for name, tensor in graph.tensors().items():

@@ -17,6 +17,7 @@ from trtq.graph.fixed import with_fixed
 from trtq.graph.fold import fold
 from trtq.graph.model import FP16_SCALE_OPSET, LOWEST_OPSET, Model, load_model
 from trtq.graph.place import FLOATS, MOVING_OPS, only_moved
+from trtq.graph.surgery import copied
 
 OBSERVED_SAMPLES = 16
 """Samples that are run to tell scales from other readings of a table."""
@@ -97,7 +98,7 @@ def load_source(path: PathLike, *, rest: str = "fp32", feeding: Feeding = NO_FEE
     """
     model = load_model(path, opset=FP16_SCALE_OPSET if rest == "fp16" else LOWEST_OPSET)
     model = with_fixed(model, feeding.constants(model.inputs))
-    original = model.graph.copy()
+    original = copied(model.graph)
     fold(model.graph)
     return Source(model, original)
 

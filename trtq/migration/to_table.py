@@ -11,6 +11,7 @@ from trtq.errors import InputError
 from trtq.graph.evaluate import fold_constants
 from trtq.graph.model import QDQ_OPS, Model
 from trtq.graph.place import FLOATS
+from trtq.graph.surgery import copied, in_order
 
 
 def table_of(model: Model) -> Table:
@@ -29,7 +30,7 @@ def table_of(model: Model) -> Table:
             zero-point, another type than 8-bit integers, a scale that is not a positive finite constant, or
             two scales.
     """
-    graph = model.graph.copy()
+    graph = copied(model.graph)
     fold_constants(graph)
     activations = _activations(graph)
     scales: dict[str, np.float32] = {}
@@ -69,7 +70,7 @@ def _original_name(quantizer: gs.Node, graph: gs.Graph) -> str:
 def _activations(graph: gs.Graph) -> set[str]:
     """Names of the tensors that depend on a model input; the others are weights, perhaps behind operators."""
     names = {tensor.name for tensor in graph.inputs}
-    for node in graph.toposort().nodes:
+    for node in in_order(graph).nodes:
         if any(tensor.name in names for tensor in node.inputs):
             names.update(tensor.name for tensor in node.outputs)
     return names

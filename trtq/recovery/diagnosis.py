@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trtq.budget import Budget
-from trtq.calibration.calibrate import calibrate
 from trtq.gate.evaluation import Evaluation
 from trtq.gate.in_the_way import InTheWay, Obstacle
 from trtq.gate.verdict import Verdict
@@ -25,6 +24,7 @@ from trtq.graph.plan import NodePlan, Plan
 from trtq.graph.quantization import Quantization
 from trtq.job import Job, planned
 from trtq.recovery.attempt import Attempt
+from trtq.recovery.fixes.fix import calibrated
 from trtq.recovery.partial import rows_to_search
 from trtq.recovery.sensitivity import fast_rows, known, measured
 from trtq.simulation.simulator import Effect, Simulator
@@ -153,7 +153,7 @@ class _Diagnosis:
             recipe = replace(self.job.recipe, exclude=patterns)
             plan = planned(recipe, self.job.model, self.job.profile)
             options = self._options(patterns, plan)
-            if self._accepted(calibrate(replace(self.job, recipe=recipe), plan)):
+            if self._accepted(calibrated(replace(self.job, recipe=recipe), plan)):
                 return options, "would pass, simulated"
             after, checked, count = after or options, checked + 1, count + 1
             if self.over:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from trtq.graph.quantization import Quantization
+from trtq.job import Job
 
 
 class Made(NamedTuple):
@@ -34,3 +36,22 @@ class Made(NamedTuple):
 
 _ZIP = b"PK"
 """What the bytes of an `.npz` begin with; no reason does."""
+
+
+def made_once(
+    job: Job, step: str, start: Quantization, make: Callable[[Quantization], Made], **entries: Any
+) -> Made:
+    """What `make` gives for a quantization, from the cache where it is there.
+
+    Args:
+        step: what it is called, to the user and in the key.
+        entries: what it depends on beside the quantization and the data.
+    """
+    key = job.key("quantization", start, step=step, **entries)
+    if (content := job.cache.fetch(key)) is not None:
+        job.console.say(step, "from the cache; nothing was run")
+        return Made.from_bytes(content)
+    made = make(start)
+    if made.whole and (made.quantization is None or made.quantization.storable):
+        job.cache.store(key, made.to_bytes())
+    return made

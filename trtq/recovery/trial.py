@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from trtq.backends.apart import try_build
-from trtq.backends.builders import NO_ENGINE
+from trtq.backends.builders import NO_ENGINE, builder, chosen
 from trtq.backends.compiled import Compiled
-from trtq.calibration.calibrate import is_calibrated
 from trtq.calibration.methods import AUTO
 from trtq.errors import BuildError, MissingBackendError
 from trtq.graph.model import save_model, weight_bytes
@@ -50,9 +49,8 @@ class Refusal:
 def refusal(job: Job, plan: Plan) -> Refusal | None:
     """What the builder has against the plan's Q/DQ model before there are ranges; None where it builds it.
 
-    It is asked in a process of its own, which may crash. Where nothing is searched for, because the recipe
-    names a method or the cache has the ranges, where the model is too large, and where no engine is wanted,
-    it is not asked.
+    It is asked in a process of its own, which may crash. Where no ranges are searched for, because the recipe
+    names a method, where the model is too large, and where no engine is wanted, it is not asked.
 
     Raises:
         InputError, MissingBackendError: an option, the profile or the machine does not suit the builder.
@@ -60,7 +58,7 @@ def refusal(job: Job, plan: Plan) -> Refusal | None:
     if job.recipe.backend == NO_ENGINE:
         return None
     large = weight_bytes(job.model.graph) > MOST_BYTES
-    if job.recipe.method != AUTO or large or is_calibrated(job, plan):
+    if job.recipe.method != AUTO or large:
         return None
     ones = Quantization(job.model.graph, plan, dict.fromkeys(plan.tensors, np.float32(1)))
     if (error := objection(job, ones)) is None:
@@ -94,6 +92,19 @@ def kernels(job: Job, quantization: Quantization) -> int | None:
         return _compiled(job, quantization).kernels or None
     except (BuildError, MissingBackendError):
         return None
+
+
+def asked(job: Job) -> list[Any]:
+    """What decides how many `kernels` engines of the job have, for the cache; nothing where no builder is
+    asked.
+
+    Raises:
+        MissingBackendError: the builder is not installed.
+    """
+    recipe = job.recipe
+    if recipe.backend == NO_ENGINE:
+        return []
+    return [chosen(recipe.backend), builder(recipe.backend).version(), recipe.weights, recipe.target]
 
 
 def _compiled(job: Job, quantization: Quantization) -> Compiled:

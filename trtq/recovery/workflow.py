@@ -1,9 +1,9 @@
 """The workflow of the paper's section 6: what follows calibration until the gate passes.
 
-1. Calibrate every layer (`ranges`). 2. Fix what can be fixed without labels and without cost at run time
-(`fixes`). 3. Leave the cheapest layers in floating point that bring the outputs close enough (`partial`).
-4. If that is not enough, or too little stays in INT8, learn ranges, biases and weights with the fp32 model
-as the teacher (`learn`), and try 3 again from there.
+1. Calibrate every layer, with the fixes that cost nothing at run time (`fixes`). 2. Fix what is left, at the
+cost of operators. 3. Leave the cheapest layers in floating point that bring the outputs close enough
+(`partial`). 4. If that is not enough, or too little stays in INT8, learn ranges, biases and weights with the
+fp32 model as the teacher (`learn`), and try 3 again from there.
 
 Each step is built and gated like the first, and its result is kept in the cache: a job that was interrupted
 goes on from its last finished step. Only the calibration data decide what a step does. Of the evaluation data
@@ -12,16 +12,17 @@ a step learns one thing: how far the gate was from passing.
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trtq.cache import remove
-from trtq.calibration.calibrate import calibrate, unquantized
+from trtq.cache import Key, remove
+from trtq.calibration.calibrate import unquantized
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_json
 from trtq.gate.drift import gap
@@ -34,13 +35,14 @@ from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import Attempt, Fruitless, attempt
 from trtq.recovery.ends import ends_of
-from trtq.recovery.fixes.fix import fix
+from trtq.recovery.fixes.fix import calibrated, fix
 from trtq.recovery.learning.learn import Checkpoint, learn
-from trtq.recovery.made import Made
+from trtq.recovery.made import Made, made_once
 from trtq.recovery.partial import Search, given_away
 from trtq.recovery.race import raced
-from trtq.recovery.speed import Point, Speed, is_for_this_gpu, rest_of
-from trtq.recovery.trial import Refusal, objection
+from trtq.recovery.speed import Point, Speed, is_for_this_gpu, pays, rest_of
+from trtq.recovery.trial import Refusal, asked, objection
+from trtq.simulation.similarity import noise_db
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
@@ -165,6 +167,18 @@ def learned(job: Job, start: Quantization) -> Made:
     return Made(replace(result.quantization, notes=notes), result.whole)
 
 
+def best_of(attempts: Sequence[Attempt]) -> Attempt:
+    """The one to deliver: of most `Attempt.worth`, but floating point alone where that passes as well and
+    INT8 does not surely pay."""
+    best = max(attempts, key=lambda tried: tried.worth)
+    for tried in attempts:
+        if tried.has_int8 or tried.latency is None or best.latency is None or not best.measured.passed:
+            continue
+        if tried.worth[:2] == best.worth[:2] and not pays(best.latency, tried.latency):
+            return tried
+    return best
+
+
 class Recovered(NamedTuple):
     """What came of the workflow.
 
@@ -213,7 +227,7 @@ class _Workflow:
     def quantize(self, plan: Plan) -> None:
         """Calibrate a plan, and recover accuracy until the gate passes."""
         job, ends = self.job, ends_of(self.job)
-        whole = self.attempt("calibrate", lambda: Made(replace(calibrate(job, plan), ends=ends), True))
+        whole = self.attempt("calibrate", lambda: Made(replace(calibrated(job, plan), ends=ends), True))
         assert whole is not None
         start = whole
         self.warn_of_gap(whole)
@@ -231,8 +245,9 @@ class _Workflow:
     def without_int8(self) -> tuple[str, Callable[[], Made]]:
         """The name of the step that leaves INT8 out, and what it makes."""
         assert self.speed is not None
-        plan, rest = self.speed.without_int8, rest_of(self.job.recipe)
-        return f"{rest} alone", lambda: Made(unquantized(self.job, plan), True)
+        plan, job = self.speed.without_int8, self.job
+        name = f"{rest_of(job.recipe)} alone"
+        return name, lambda: Made(replace(unquantized(job, plan), ends=ends_of(job)), True)
 
     def int8_does_not_pay(self, speed: Speed) -> bool:
         """Whether the engine in floating point is to be tried: it was not, and no attempt with INT8 passes,
@@ -240,11 +255,13 @@ class _Workflow:
         if any(not tried.has_int8 for tried in self.attempts):
             return False
         alone = speed.latency(speed.without_int8, rest := rest_of(self.job.recipe))
-        passing = [tried for tried in self.attempts if tried.measured.passed]
-        fastest = min((t.latency.microseconds for t in passing if t.latency is not None), default=math.inf)
-        if fastest < alone.microseconds:
+        passing = [t.latency for t in self.attempts if t.measured.passed and t.latency is not None]
+        if any(pays(latency, alone) for latency in passing):
             return False
-        found = f"is no faster ({fastest:.1f} µs) than" if passing else "passes, so there is"
+        found = "passes, so there is"
+        if passing:
+            best = min(latency.microseconds for latency in passing)
+            found = f"is surely faster ({best:.1f} µs) than"
         self.job.console.warn(
             f"INT8 does not pay on this model and card: no plan with INT8 {found} {rest.upper()} alone"
             f" ({alone.microseconds:.1f} µs, {alone.kind})"
@@ -323,32 +340,26 @@ class _Workflow:
         )
         return True
 
-    def cached(self, step: str, start: Attempt, make: Callable[[Quantization], Made], **entries: Any) -> Made:
-        """What `make` gives for the attempt's quantization, from the cache where it is there.
-
-        Args:
-            entries: what it depends on beside that and the data.
-        """
-        key = self.job.key("quantization", start.quantization, step=step, **entries)
-        if (content := self.job.cache.fetch(key)) is not None:
-            self.job.console.say(step, "from the cache; nothing was run")
-            return Made.from_bytes(content)
-        made = make(start.quantization)
-        if made.whole and (made.quantization is None or made.quantization.storable):
-            self.job.cache.store(key, made.to_bytes())
-        return made
-
     def fix(self, start: Attempt) -> Made:
-        """The start with the label-free fixes that help."""
-        method = str(self.job.recipe.method)
-        return self.cached("fix", start, lambda first: fix(self.job, first), method=method)
+        """The start with the label-free fixes that help and are not free."""
+        recipe = self.job.recipe
+        return made_once(
+            self.job,
+            "fix",
+            start.quantization,
+            lambda first: fix(self.job, first),
+            method=str(recipe.method),
+            rest=[recipe.precision, recipe.lower_precision],
+            builder=asked(self.job),
+        )
 
     def learn(self, start: Attempt) -> Made:
         """The start with ranges, biases and weights learned, where that is possible here."""
         try:
-            return self.cached(
+            return made_once(
+                self.job,
                 "learn",
-                start,
+                start.quantization,
                 lambda first: learned(self.job, first),
                 labels=self.job.recipe.labels,
             )
@@ -364,16 +375,27 @@ class _Workflow:
         least = 0.0 if recipe.min_int8 is None else recipe.min_int8
         if start.coverage.share < least or not can_leave_out(start.quantization, least):
             return Made(None, True, f"no layer can be left out with {least:.1%} in INT8")
-        return self.cached(
-            step,
-            start,
-            lambda _: self._searched(start, least),
-            evaluation=evaluation.samples.hash,
-            metric=evaluation.metric.fingerprint,
-            measured=sha256_json(start.measured.to_json()),
-            gate=[recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.precision],
+        entries: dict[str, Any] = {
+            "evaluation": evaluation.samples.hash,
+            "metric": evaluation.metric.fingerprint,
+            "measured": sha256_json(start.measured.to_json()),
+            "gate": [recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.precision],
             **({} if self.speed is None else {"speed": self.speed.identity}),
+        }
+        seen = len(self.points)
+        made = made_once(
+            self.job, step, start.quantization, lambda _: self._searched(start, least), **entries
         )
+        self._keep_front(self.job.key("front", start.quantization, step=step, **entries), seen, made.whole)
+        return made
+
+    def _keep_front(self, key: Key, seen: int, whole: bool) -> None:
+        """Store the points that a search added after the first `seen`, or take those of when it ran."""
+        if not (walked := self.points[seen:]):
+            content = self.job.cache.fetch(key) or b"[]"
+            self.points += [Point(**point) for point in json.loads(content)]
+        elif whole:
+            self.job.cache.store(key, json.dumps([point.to_json() for point in walked]).encode())
 
     def _searched(self, start: Attempt, least: float) -> Made:
         """`partial`, with a share `least` in INT8.
@@ -388,6 +410,8 @@ class _Workflow:
         search = Search(job, start.quantization, key, speed=self.speed)
         if not search.whole:
             return Made(None, False, "the budget was spent before every layer was measured")
+        if self.speed is not None:
+            self.points += self.corners(search, self.speed)
         needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
         ratio, failing, enough, best = needed(start.measured), 1.0, 0.0, None
         tried: list[tuple[Verdict, Quantization]] = []
@@ -414,6 +438,18 @@ class _Workflow:
             tried.append((verdict, candidate))
         whole = not self.job.budget.over
         return Made(best, whole) if best is not None else _nearest(tried, start, least, whole)
+
+    def corners(self, search: Search, speed: Speed) -> list[Point]:
+        """The front with INT8 that a search has walked, by what groups do alone; nothing of it was gated."""
+        rest = rest_of(self.job.recipe)
+        return [
+            replace(
+                speed.point(f"{len(corner.left_out)} left out, estimated", quantization.plan, rest),
+                estimated_sqnr_db=noise_db(corner.noise) if corner.noise > 0 else None,
+            )
+            for corner, quantization in search.front()
+            if quantization.plan.int8_nodes
+        ]
 
     def frugal(self, made: Made) -> Made:
         """What partial quantization made; set aside for the time being where it gives away more than the
@@ -463,7 +499,7 @@ class _Workflow:
             t.quantization.plan.edges != speed.plan.edges for t in self.attempts
         ):
             job, ends = self.job, ends_of(self.job)
-            self.attempt("every layer", lambda: Made(replace(calibrate(job, speed.plan), ends=ends), True))
+            self.attempt("every layer", lambda: Made(replace(calibrated(job, speed.plan), ends=ends), True))
         if all(tried.has_int8 for tried in self.attempts):
             self.attempt(*self.without_int8())
         passing = [tried for tried in self.attempts if tried.measured.passed and tried.build is not None]
@@ -473,7 +509,7 @@ class _Workflow:
         self.done = [timed.get(tried.step, tried) for tried in self.done]
         latencies = {step: tried.latency for step, tried in timed.items()}
         self.points = [point.timed(latencies.get(point.name)) for point in self.points]
-        winner = max(timed.values(), key=lambda tried: tried.worth)
+        winner = best_of(list(timed.values()))
         if not winner.has_int8:
             self.job.console.warn(
                 f"INT8 does not pay on this model and card: '{winner.step}' is the fastest engine that passes"

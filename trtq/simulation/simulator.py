@@ -34,6 +34,7 @@ from trtq.graph.place import leave_out
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.selecting import measured_tensors
+from trtq.graph.surgery import copied, in_order
 from trtq.numerics import dequantize
 from trtq.simulation.finite import check_reference, first_not_finite, with_references
 from trtq.simulation.outputs import Columns
@@ -312,7 +313,7 @@ class _Program:
     """
 
     def __init__(self, quantization: Quantization) -> None:
-        graph = quantization.graph.copy().toposort()
+        graph = in_order(copied(quantization.graph))
         rewritten = quantization.rewritten()
         plain, full = export(graph), export(rewritten)
         self.nodes = [_copy(node) for node in plain.graph.node]

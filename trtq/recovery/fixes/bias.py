@@ -66,6 +66,8 @@ def correct_biases(
     if not biases:
         return quantization
     errors = _mean_errors(quantization, biases, samples, console, workers)
+    if all(len(bias.node.inputs) > bias.index for bias in biases.values()):
+        graph = quantization.graph  # all of them have a bias already
     names = Names(graph)
     for bias in biases.values():
         bias.make(names)

@@ -1,122 +1,273 @@
-"""Label-free fixes that cost nothing at run time: what helps on the rows held back is kept.
+"""Label-free fixes: what helps on the rows held back is kept.
 
-`shift` and `smooth` change the float graph without changing its function, so that its activations quantize
-better; it is then calibrated again. `bias` makes up for the mean error that is left, and comes last: it
-belongs to the ranges it was measured with. What helps one network harms another, and `shift` may pay only
-together with `bias`, so every combination is measured. From the best of them `rescale` goes on: it inserts
-scales where none can be folded, as far as the engine gains no kernel.
+A pass changes the float graph without changing its function, so that its activations quantize better; the
+ranges of what it changed are then measured again. The bias correction makes up for the mean error that is
+left. It comes last, since it belongs to the ranges it was measured with, and every pass is judged with it:
+what a pass gains is often no more than a mean error that a bias takes away for nothing. So is the rounding of
+weights, which changes neither the float graph nor a scale.
+
+These put no operator into the engine: they are part of calibration (`calibrated`). Scales that are inserted
+where none can be folded do (`rescale`): they are a step of the workflow, for what does not pass without them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import product
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import onnx_graphsurgeon as gs
 
+from trtq.cache import Key
 from trtq.calibration.calibrate import (
+    CUT_SHORT,
+    NEVER_SEEN,
     FloatGraph,
+    Ranges,
+    best_method,
     calibrate,
     held_back,
+    is_calibrated,
+    ranged,
     rangeless,
     statistics_of,
+    with_float32_nodes,
+    with_own_ranges,
     without_ranges_of,
 )
-from trtq.calibration.methods import AUTO, parse_method, scales_from
-from trtq.calibration.search import Rows, choose_method
+from trtq.calibration.methods import Method, parse_method, scales_from
+from trtq.calibration.search import Choice, Rows
 from trtq.console import SILENT
-from trtq.data.samples import Samples
+from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.recovery.fixes.bias import correct_biases
 from trtq.recovery.fixes.rescale import rescale
+from trtq.recovery.fixes.rounding import round_weights
 from trtq.recovery.fixes.shift import shift
 from trtq.recovery.fixes.smooth import smooth
 from trtq.recovery.made import Made
 
-PASSES: tuple[tuple[str, Callable[..., gs.Graph | None]], ...] = (("shift", shift), ("smooth", smooth))
-"""Passes that leave the function as it is, in the order in which they are applied."""
+
+class Pass(NamedTuple):
+    """A free change of the float graph that leaves its function as it is.
+
+    Attributes:
+        name: in notes and reports.
+        change: from (graph, plan, samples) to another graph with the same names; None where it has nothing to
+            do.
+    """
+
+    name: str
+    change: Callable[..., gs.Graph | None]
+
+
+PASSES = (Pass("shift", shift), Pass("smooth", smooth))
+"""In the order in which they are tried."""
+
+RESCALE, ROUNDING, BIAS = "rescale", "rounding", "bias"
+"""What inserted scales, the rounding of weights and the bias correction are called beside the passes."""
 
 LEAST_GAIN_DB = 0.05
 
+JUDGED_ROWS = 32
+"""Rows that biases are corrected on to judge what is tried; what is kept is corrected on all."""
+
+CLOSE_DB, MOST_METHODS = 1.0, 3
+"""With `auto`, biases are corrected with so many methods that are so close to the best."""
+
+
+AS_CALIBRATED = "as calibrated"
+
+FIXES, FIXES_DB = "fixes", "fixes_sqnr_db"
+"""Notes of a quantization: what fixed it, and the SQNR of all that was tried on the rows held back."""
+
+
+def calibrated(job: Job, plan: Plan) -> Quantization:
+    """The plan's tensors with ranges by the recipe's method, and the free fixes that help unless the recipe
+    turns them off; from the cache where they are there.
+
+    The method comes first, then the fixes, then with `auto` the ranges that tensors have of their own: a
+    search for those would otherwise go after mean errors that a bias takes away for nothing.
+
+    Raises:
+        InputError: as `calibrate`.
+    """
+    if "fix" not in job.recipe.recover:
+        return calibrate(job, plan)
+    bare, key = Quantization(job.model.graph, plan, {}), _key(job, plan)
+    if (content := job.cache.fetch(key)) is not None:
+        made = _on_graph_of(job, Quantization.from_bytes(content))
+        ranged(job, bare, made.notes.get(NEVER_SEEN, {}))
+        job.console.say("calibration", f"{made.notes['method']}, from the cache; nothing was run")
+    else:
+        ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
+        rows = held_back(job)
+        choice = best_method(job, ranges, rows)
+        made = _finished(job, ranges, _improved(job, ranges, choice, rows), rows)
+        if CUT_SHORT not in made.notes and made.storable:
+            job.cache.store(key, made.to_bytes())
+    return with_float32_nodes(job, made)
+
+
+def is_made(job: Job, plan: Plan) -> bool:
+    """Whether the cache has what `calibrated` returns, so that it runs nothing."""
+    if "fix" not in job.recipe.recover:
+        return is_calibrated(job, plan)
+    return job.cache.fetch(_key(job, plan)) is not None
+
 
 def fix(job: Job, start: Quantization) -> Made:
-    """The quantization with the combination of fixes that does best on the rows held back.
-
-    The rows to fit on decide how the graph is changed; what is kept is calibrated again, by the recipe's
-    method and from all rows.
+    """What `calibrated` gives, with scales inserted where none can be folded, as far as the engine gains no
+    kernel; weights are then rounded and biases corrected again.
 
     Returns:
-        nothing where no fix helps, and what was tried; once the job's budget is spent, nothing more is.
+        nothing where that does not help on the rows held back, and what was tried.
     """
-    fitting, _ = job.parts
-    rows = held_back(job)
-    found = {"as calibrated": rows.sqnr_db(start, job.console, "calibrated")}
-    candidates: dict[str, Quantization] = {}
-    for wanted in product((False, True), repeat=len(PASSES)):
+    before = str(start.notes.get(FIXES, AS_CALIBRATED))
+    scaled = None if job.budget.over else rescale(job, replace(start, corrections={}, codes={}))
+    if scaled is None:
+        return Made(None, not job.budget.over, "no place was found where inserted scales help")
+    names = [name for name in before.split(" + ") if name not in (AS_CALIBRATED, ROUNDING, BIAS)]
+    names.append(RESCALE)
+    if start.codes:
+        scaled = round_weights(scaled, job.parts[0], workers=job.recipe.threads)
+        names.append(ROUNDING)
+    corrected = correct_biases(scaled, job.data, SILENT, workers=job.recipe.threads)
+    rows, after = held_back(job), " + ".join([*names, BIAS])
+    tried = {name: rows.sqnr_db(q, job.console, name) for name, q in ((before, start), (after, corrected))}
+    text = ", ".join(f"{name} {value:.1f} dB" for name, value in tried.items())
+    job.console.say("fixes", text)
+    if tried[after] < tried[before] + LEAST_GAIN_DB:
+        return Made(None, not job.budget.over, f"nothing helped: {text}")
+    notes = {**corrected.notes, FIXES: after, FIXES_DB: {**start.notes.get(FIXES_DB, {}), **tried}}
+    return Made(replace(corrected, notes=notes), not job.budget.over)
+
+
+def changed_weights(notes: Mapping[str, Any]) -> list[str]:
+    """What changed the weights that a table's ranges were measured with, by its notes.
+
+    Corrected biases and codes change no range.
+    """
+    passes = [name for name in str(notes.get(FIXES, "")).split(" + ") if name not in ("", BIAS, ROUNDING)]
+    return [*passes, *(step for step in ("learned",) if step in notes)]
+
+
+def _key(job: Job, plan: Plan) -> Key:
+    bare = Quantization(job.model.graph, plan, {})
+    return job.key("quantization", bare, step="calibrated", method=str(job.recipe.method))
+
+
+def _on_graph_of(job: Job, made: Quantization) -> Quantization:
+    """The same on the model's own graph, if its graph is equal to that."""
+    same = graph_sha256(made.graph) == graph_sha256(job.model.graph)
+    return replace(made, graph=job.model.graph) if same else made
+
+
+@dataclass(frozen=True)
+class _Improved:
+    """What passes did to a graph.
+
+    Attributes:
+        quantization: with those that help, and ranges from the rows to fit on.
+        choice: the method of these ranges.
+        names: what helps: passes in their order, then rounding and the bias correction.
+        tried: SQNR in dB on the rows held back of everything that was tried.
+        whole: False where the budget was spent before everything was.
+    """
+
+    quantization: Quantization
+    choice: Choice
+    names: tuple[str, ...]
+    tried: Mapping[str, float]
+    whole: bool
+
+    def text(self) -> str:
+        """What was tried, the best first."""
+        ranked = sorted(self.tried.items(), key=lambda item: -item[1])
+        return ", ".join(f"{label} {value:.1f} dB" for label, value in ranked)
+
+
+def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved:
+    """The passes that help on the rows held back, one on top of the other, each with biases corrected.
+
+    Biases come first, with each method that they may make the best one: what is left of the noise behind them
+    is another than what the methods were compared by.
+    """
+    started, tried, whole = time.perf_counter(), dict[str, float](), True
+    judged = job.parts[0].spread(JUDGED_ROWS)
+    method, names, kept = choice.method, tuple[str, ...](), ranges.fitted(choice.method)
+    best = tried[AS_CALIBRATED] = rows.sqnr_db(kept, job.console, AS_CALIBRATED)
+    steps: list[Method | Pass | None] = [*_contenders(choice), *PASSES, None]
+    for what in steps:
         if job.budget.over:
+            job.console.warn("the budget was spent before every fix was tried")
+            whole = False
             break
-        names = [name for (name, _), use in zip(PASSES, wanted, strict=True) if use]
-        changed = _changed(job, rows, start, names)
-        if changed is None:
+        wanted = tuple(name for name in names if name not in (BIAS, ROUNDING))
+        if isinstance(what, Method):
+            changed, label = ranges.fitted(what), f"{what} + {BIAS}"
+        elif isinstance(what, Pass):
+            start = replace(ranges.bare, graph=kept.graph)
+            if (made := _changed(job, start, what, method)) is None:
+                continue
+            changed, wanted = made, (*wanted, what.name)
+            label = " + ".join((*wanted, BIAS))
+        else:
+            changed = replace(kept, corrections={})
+            rounded = round_weights(changed, job.parts[0], workers=job.recipe.threads)
+            if rounded is changed:
+                continue
+            changed, wanted = rounded, (*wanted, ROUNDING)
+            label = " + ".join((*wanted, BIAS))
+        corrected = correct_biases(changed, judged, SILENT, workers=job.recipe.threads)
+        if corrected is not changed:
+            wanted = (*wanted, BIAS)
+        elif not wanted:
             continue
-        for last in ([], ["bias"]):
-            if names or last:
-                label = " + ".join([*names, *last])
-                candidate = _corrected(job, changed, fitting) if last else changed
-                found[label] = rows.sqnr_db(candidate, job.console, label)
-                candidates[label] = changed
-    best, after = max(found.items(), key=lambda item: item[1])
-    kept, taken = start, list[str]()
-    if after >= found["as calibrated"] + LEAST_GAIN_DB:
-        kept, taken = candidates[best], best.split(" + ")
-        if kept.graph is not start.graph:
-            kept = calibrate(job, start.plan, FloatGraph.changed(kept.graph))
-    made = _corrected(job, kept, job.data) if "bias" in taken else kept
-    if not job.budget.over and (scaled := rescale(job, kept)) is not None:
-        names = [*(name for name in taken if name != "bias"), "rescale"]
-        for last in ([], ["bias"]):
-            candidate = _corrected(job, scaled, job.data) if last else scaled
-            name = " + ".join([*names, *last])
-            found[name] = rows.sqnr_db(candidate, job.console, name)
-            if found[name] >= after + LEAST_GAIN_DB:
-                made, after, taken = candidate, found[name], [*names, *last]
-    ranked = sorted(found.items(), key=lambda item: -item[1])
-    tried = ", ".join(f"{name} {value:.1f} dB" for name, value in ranked)
-    job.console.say("fixes", tried)
-    whole = not job.budget.over
-    if not taken:
-        return Made(None, whole, f"nothing helped: {tried}")
-    notes = {**made.notes, "fixes": " + ".join(taken), "fixes_sqnr_db": found}
-    return Made(replace(made, notes=notes), whole)
+        tried[label] = rows.sqnr_db(corrected, job.console, label)
+        if tried[label] >= best + LEAST_GAIN_DB:
+            kept, names, best = corrected, wanted, tried[label]
+            method = what if isinstance(what, Method) else method
+    found = _Improved(kept, replace(choice, method=method), names, tried, whole)
+    seconds = time.perf_counter() - started
+    job.console.say("fixes", f"{found.text()}, on {len(rows.samples)} rows held back in {seconds:.1f} s")
+    return found
 
 
-def _changed(job: Job, rows: Rows, start: Quantization, names: list[str]) -> Quantization | None:
-    """The start with its graph changed by some passes; None where one of them has nothing to do.
+def _contenders(choice: Choice) -> list[Method]:
+    """The method that was chosen, and those close behind it."""
+    least = max(choice.sqnr_db.values(), default=0.0) - CLOSE_DB
+    ranked = sorted(choice.sqnr_db, key=lambda name: -choice.sqnr_db[name])
+    others = [name for name in ranked if choice.sqnr_db[name] >= least and name != str(choice.method)]
+    return [choice.method, *map(parse_method, others[: MOST_METHODS - 1])]
 
-    Args:
-        rows: held back, to choose a method on where the recipe names none.
-    """
-    graph, (fitting, _) = start.graph, job.parts
-    for name, change in PASSES:
-        if name in names:
-            made = change(graph, start.plan, fitting, workers=job.recipe.threads)
-            if made is None:
-                return None
-            graph = made
-    if not names:
-        return start
-    statistics = statistics_of(job, start.plan, fitting, FloatGraph.changed(graph))
-    method, search = parse_method(start.notes["method"]), job.recipe.method == AUTO
-    reasons = rangeless(statistics, None if search else method)
-    changed = without_ranges_of(replace(start, graph=graph), reasons)
+
+def _changed(job: Job, start: Quantization, change: Pass, method: Method) -> Quantization | None:
+    """The start with its graph changed by a pass, and ranges by a method from the rows to fit on; None where
+    the pass has nothing to do or leaves no node in INT8."""
+    made = change.change(start.graph, start.plan, job.parts[0], workers=job.recipe.threads)
+    if made is None:
+        return None
+    statistics = statistics_of(job, start.plan, job.parts[0], FloatGraph.of_graph(job.model, made))
+    changed = without_ranges_of(replace(start, graph=made), rangeless(statistics))
     if not changed.plan.int8_nodes:
         return None
-    if search:
-        method = choose_method(rows, changed, statistics, job.console, job.budget).method
     return replace(changed, scales=scales_from(statistics, method))
 
 
-def _corrected(job: Job, quantization: Quantization, samples: Samples) -> Quantization:
-    return correct_biases(quantization, samples, SILENT, workers=job.recipe.threads)
+def _finished(job: Job, ranges: Ranges, found: _Improved, rows: Rows) -> Quantization:
+    """What helps, with its own ranges found and its biases corrected from all rows."""
+    start = found.quantization
+    if changed_weights({FIXES: " + ".join(found.names)}):  # the ranges are those of another graph
+        ranges = Ranges.of(job, ranges.bare.plan, FloatGraph.of_graph(job.model, start.graph))
+        start = replace(start, plan=ranges.bare.plan, notes=ranges.bare.notes)
+    made = with_own_ranges(job, ranges, start, found.choice, rows)
+    if BIAS in found.names:
+        made = correct_biases(made, job.data, SILENT, workers=job.recipe.threads)
+    notes = {**made.notes, "held_back": len(rows.samples), FIXES_DB: dict(found.tried)}
+    notes |= {FIXES: " + ".join(found.names)} if found.names else {}
+    notes |= {} if found.whole else {CUT_SHORT: True}
+    return replace(made, notes=notes)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trtq.errors import InputError
 from trtq.graph.foreign import View
+from trtq.graph.surgery import copied, in_order
 from trtq.graph.weights import values_of
 
 Attributes = Mapping[str, Any]
@@ -44,7 +45,7 @@ class TorchGraph(torch.nn.Module):
 
     def __init__(self, graph: gs.Graph) -> None:
         super().__init__()
-        graph = graph.copy().toposort()
+        graph = in_order(copied(graph))
         view = View.of(graph, references_too=False)
         self.nodes: list[gs.Node] = [node for node in graph.nodes if not view.hides(node)]
         for node in self.nodes:

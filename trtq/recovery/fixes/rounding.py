@@ -1,0 +1,236 @@
+"""Rounding weights with an eye on what they multiply (GPTQ, Frantar et al. 2022).
+
+The nearest code is best for a weight alone, not for the outputs: a layer's inputs are correlated,
+and an error in one weight can be made up for by the others of its channel. The weights of a channel are
+rounded one after the other, those with the strongest inputs first; the error of each is spread over those
+still to come so that the layer's output changes least:
+
+    H = E[x xT]        e = (w_j - q_j) / U_jj        w_k -= e U_jk for k > j        UT U = inverse of H
+
+with x the layer's quantized inputs. Scales stay as they are, so this costs nothing at run time. What of the
+error is constant over rows belongs to the bias (see `bias`), so that H is about the mean where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from trtq.data.batches import Arrays, Batch
+from trtq.data.samples import Samples
+from trtq.graph.quantization import Quantization
+from trtq.graph.rewrite import weight_scale
+from trtq.numerics import fake_quantize
+from trtq.recovery.fixes.channels import bias_of, is_linear, weight_matrix
+from trtq.simulation.rows import Runner
+
+MOST_ROWS, POSITIONS = 32, 4096
+"""Rows, evenly spread, that inputs are looked at on, and positions of them (pixels, tokens)."""
+
+MOST_INPUTS = 4096
+"""Layers with more weights for each output are rounded to the nearest."""
+
+MOST_BYTES = 1 << 28
+"""Memory for the second moments of the layers that one pass over the rows looks at."""
+
+DAMPING = 0.01
+"""Part of the mean second moment that is added to all, as few positions leave some directions without any."""
+
+BLOCK = 64
+"""Weights whose errors are passed on to all later ones at once."""
+
+Moments = NDArray[np.float64]
+"""(groups, inputs + 1, inputs + 1): sums over positions of products of a layer's inputs and a constant 1."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear node whose input and weights are INT8; `scale` is its input's, `axis` that of the weights'."""
+
+    node: gs.Node
+    scale: np.float32
+    axis: int
+    biased: bool
+
+    @property
+    def inputs(self) -> int:
+        """Weights for each output."""
+        _, _, inputs, kernel = weight_matrix(self.node).shape
+        return int(inputs * kernel)
+
+    @property
+    def bytes(self) -> int:
+        return 8 * len(weight_matrix(self.node)) * (self.inputs + 1) ** 2
+
+
+def round_weights(
+    quantization: Quantization, samples: Samples, *, workers: int | None = None
+) -> Quantization:
+    """The quantization with the weights of its layers rounded as is best for their outputs.
+
+    Plan, ranges and the float graph are as before; codes that it has are replaced. Returns `quantization`
+    itself where there is no such layer. A layer whose inputs are not finite is rounded to the nearest.
+
+    Args:
+        samples: the layers' inputs are looked at on an evenly spread part of them.
+        workers: rows run at once; default: one for each processor.
+    """
+    layers = _layers(quantization)
+    codes = {}
+    for part in _parts(layers):
+        moments = _moments(quantization.graph, part, samples.spread(MOST_ROWS), workers)
+        for layer in part:
+            found = moments[layer.node.name]
+            if np.isfinite(found).all():
+                codes[layer.node.inputs[1].name, layer.axis] = _rounded(layer, found)
+    return replace(quantization, codes=codes) if codes else quantization
+
+
+def _layers(quantization: Quantization) -> list[_Layer]:
+    plan, graph = quantization.plan, quantization.graph
+    ranges = {(edge.node, edge.index): edge.range for edge in plan.edges}
+    axes = {weight.node: weight.axis for weight in plan.weights if weight.index == 1}
+    found = []
+    for node in graph.nodes:
+        known = node.name in axes and (node.name, 0) in ranges and is_linear(node)
+        if not known or (node.op == "Conv" and not _is_plain(node)):
+            continue
+        key = (node.inputs[1].name, axes[node.name])
+        layer = _Layer(
+            node,
+            np.float32(quantization.scales[ranges[node.name, 0]]),
+            axes[node.name],
+            bias_of(graph, node) is not None,
+        )
+        if layer.inputs <= MOST_INPUTS and key not in quantization.weight_scales:
+            found.append(layer)
+    return found
+
+
+def _is_plain(node: gs.Node) -> bool:
+    """Whether a Conv's padding is written out, and it has two dimensions."""
+    return len(node.inputs[1].shape) == 4 and node.attrs.get("auto_pad", "NOTSET") == "NOTSET"
+
+
+def _parts(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
+    """The layers in parts whose moments fit into memory."""
+    part: list[_Layer] = []
+    for layer in layers:
+        if part and sum(each.bytes for each in [*part, layer]) > MOST_BYTES:
+            yield part
+            part = []
+        part.append(layer)
+    if part:
+        yield part
+
+
+def _moments(
+    graph: gs.Graph, layers: Sequence[_Layer], samples: Samples, workers: int | None
+) -> Mapping[str, Moments]:
+    """Node -> its moments over evenly spread positions of some rows."""
+    batches = list(samples.batches())
+    each = max(POSITIONS // len(batches), 1)
+    given = {tensor.name for tensor in graph.inputs}
+    names = dict.fromkeys(layer.node.inputs[0].name for layer in layers)
+
+    def look(batch: Batch, found: Arrays) -> list[NDArray[np.float32]]:
+        return [_products(layer, (batch.feed | found)[layer.node.inputs[0].name], each) for layer in layers]
+
+    runner = Runner(graph, [name for name in names if name not in given] or None)
+    sums: list[Moments] = []
+    for products in runner.over(samples, batches, look, workers=workers):
+        if not sums:
+            sums = [array.astype(np.float64) for array in products]
+        else:
+            for total, array in zip(sums, products, strict=True):
+                total += array
+    return {layer.node.name: total for layer, total in zip(layers, sums, strict=True)}
+
+
+def _products(layer: _Layer, values: NDArray, each: int) -> NDArray[np.float32]:
+    """The moments of a layer's quantized inputs at up to `each` positions of one batch."""
+    columns = fake_quantize(_columns(layer.node, values, each).astype(np.float32), layer.scale)
+    columns = np.concatenate([columns, np.ones_like(columns[..., :1])], axis=2)
+    return np.matmul(columns.transpose(0, 2, 1), columns)
+
+
+def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
+    """What each output position multiplies: (groups, positions, inputs / groups * kernel)."""
+    if node.op != "Conv":
+        matrix = values.reshape(-1, values.shape[-1])
+        return matrix[_spread(len(matrix), each)][None]
+    groups, attributes = node.attrs.get("group", 1), node.attrs
+    kernel = node.inputs[1].shape[2:]
+    steps, gaps = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
+    top, left, bottom, right = attributes.get("pads", [0, 0, 0, 0])
+    padded = np.pad(values, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    window = tuple((size - 1) * gap + 1 for size, gap in zip(kernel, gaps, strict=True))
+    views = sliding_window_view(padded, window, axis=(2, 3))
+    views = views[:, :, :: steps[0], :: steps[1], :: gaps[0], :: gaps[1]]
+    rows, channels, height, width = views.shape[:4]
+    kept = _spread(height * width, max(each // rows, 1))
+    taken = views[:, :, kept // width, kept % width].reshape(rows, groups, channels // groups, len(kept), -1)
+    return taken.transpose(1, 0, 3, 2, 4).reshape(groups, rows * len(kept), -1)
+
+
+def _spread(count: int, most: int) -> NDArray[np.int64]:
+    """Up to `most` of `count` positions; by the golden ratio, so that no row or column is preferred."""
+    if count <= most:
+        return np.arange(count)
+    return np.unique((np.arange(most) * 0.6180339887498949 % 1 * count).astype(np.int64))
+
+
+def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8]:
+    """The codes of a layer's weights, of their shape."""
+    node = layer.node
+    matrix = weight_matrix(node)
+    weights = matrix.reshape(*matrix.shape[:2], -1)
+    sums, count = moments[:, :-1, -1], moments[0, -1, -1]
+    second = moments[:, :-1, :-1] / count
+    if layer.biased:
+        second = second - sums[:, :, None] * sums[:, None, :] / count**2
+    scales = weight_scale(node.inputs[1].values, layer.axis).astype(np.float64).reshape(weights.shape[:2])
+    scales = np.maximum(scales, np.finfo(np.float32).tiny)  # of a channel of zeros
+    codes = rounded_codes(weights, second, scales)
+    shape = node.inputs[1].shape
+    if node.op == "Conv":
+        return codes.reshape(shape)
+    return codes[0] if node.attrs.get("transB", 0) else np.ascontiguousarray(codes[0].T)
+
+
+def rounded_codes(
+    weights: NDArray[np.float64], moments: NDArray[np.float64], scales: NDArray[np.float64]
+) -> NDArray[np.int8]:
+    """INT8 codes, -127 to 127, of weights whose rounding errors make up for each other.
+
+    Args:
+        weights: (groups, outputs, inputs).
+        moments: (groups, inputs, inputs); second moments of the inputs.
+        scales: (groups, outputs), > 0.
+    """
+    diagonal = np.diagonal(moments, axis1=1, axis2=2)
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    left = np.take_along_axis(weights, order[:, None, :], 2)
+    sorted_moments = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None], 2)
+    damping = DAMPING * diagonal.mean(axis=1) + np.finfo(np.float32).tiny
+    sorted_moments = sorted_moments + damping[:, None, None] * np.eye(weights.shape[2])
+    upper = np.linalg.cholesky(np.linalg.inv(sorted_moments)).transpose(0, 2, 1)
+    codes = np.zeros(weights.shape, np.int8)
+    inputs = weights.shape[2]
+    for start in range(0, inputs, BLOCK):
+        end = min(start + BLOCK, inputs)
+        errors = np.zeros((*weights.shape[:2], end - start))
+        for j in range(start, end):
+            code = np.clip(np.rint(left[:, :, j] / scales), -127, 127)
+            codes[:, :, j] = code
+            error = (left[:, :, j] - code * scales) / upper[:, j, j, None]
+            errors[:, :, j - start] = error
+            left[:, :, j + 1 : end] -= error[:, :, None] * upper[:, None, j, j + 1 : end]
+        left[:, :, end:] -= errors @ upper[:, start:end, end:]
+    back = np.argsort(order, axis=1)
+    return np.take_along_axis(codes, back[:, None, :], 2)
