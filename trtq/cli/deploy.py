@@ -15,6 +15,7 @@ from trtq.recipe import BUILD_OPTIONS, Recipe
 def run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
     """Deploy a recipe and print what came of it."""
     from trtq.pipeline import deploy
+    from trtq.report.next_steps import next_steps
 
     started = time.perf_counter()
     result = deploy(recipe, given.command_line, console_of(given))
@@ -27,6 +28,9 @@ def run_deploy(recipe: Recipe, given: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     made = "model.int8.onnx" if result.build is None else "model.plan"
     show(f"{result.folder}/report.html and {result.folder}/{made}, {seconds:.1f} s")
+    engine = None if result.build is None else result.build.engine
+    if steps := next_steps(result.verdict, result.folder / "model.int8.onnx", engine):
+        show("\n".join(steps))
     show(result.verdict.headline())
     return result.exit_code
 
