@@ -467,6 +467,11 @@ def test_wrong_keyword_arguments_are_type_errors(wrong: dict[str, Any], said: st
         trtq.calibrate("a.onnx", **wrong)
 
 
+def test_what_is_no_model_is_refused_in_words(small: Case, given: Arrays) -> None:
+    with pytest.raises(trtq.InputError, match=r"gate\(\) got a dict for a model"):
+        trtq.gate(small.model, given, eval=given["x"], metric="cosine")
+
+
 def test_values_that_an_option_does_not_take_are_named(small: Case) -> None:
     for name, value in (
         ("max_drop", "many"),

@@ -221,4 +221,4 @@ def test_images_need_a_recipe_that_says_how_they_are_scaled(case: Case, tmp_path
     made = trtq_command(*deploy_arguments(case, tmp_path / "out", "--io", "uint8", "--backend", "none"))
     assert made.code == 2
     assert "[preprocess.<input>]" in made.err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "verdict.json").exists()

@@ -117,7 +117,8 @@ def test_where_int8_does_not_pay_the_engine_is_float16_and_gated(tiny: Case, tmp
 
 
 def test_float16_alone_has_the_ends_that_were_asked_for(tiny: Case, tmp_path: Path) -> None:
-    made, steps = deployed(tiny, tmp_path, "--gpu", "A100 80GB", "--io", "int8-in-out")
+    options = ("--gpu", "A100 80GB", "--io", "int8-in-out", "--exclude", "c0")
+    made, steps = deployed(tiny, tmp_path, *options)
     assert made.code == 0
     assert kept(steps)["step"] == "fp16 alone"
     assert "x stays as it is: c0 (Conv) reads it in floating point" in made.err
@@ -131,6 +132,17 @@ def test_float16_alone_has_the_ends_that_were_asked_for(tiny: Case, tmp_path: Pa
     verdict = json.loads((tmp_path / "verdict.json").read_text())["outputs"]["y"]
     sqnr = 10 * np.log10((expected**2).sum() / (noise**2).sum())
     assert verdict["sqnr_db"] == pytest.approx(sqnr, abs=0.2)  # float16's rounding is another in ONNX Runtime
+
+
+def test_an_input_that_the_host_quantizes_costs_no_kernel(large: Case, tmp_path: Path) -> None:
+    (_, floats), (made, codes) = (
+        deployed(large, tmp_path / io, "--gpu", "T4", "--io", io) for io in ("float", "int8")
+    )
+    assert "x is int8" in made.err
+    taken = [kept(steps)["latency"] for steps in (floats, codes)]
+    assert taken[1]["microseconds"] < taken[0]["microseconds"]
+    size = 8 * 64 * 32 * 32
+    assert taken[0]["bytes"] - taken[1]["bytes"] == (4 + 1) * size  # read as float32, written as int8
 
 
 def test_where_nothing_with_int8_passes_float_alone_is_the_result(large: Case, tmp_path: Path) -> None:
@@ -188,7 +200,7 @@ def test_what_cannot_be_decided_is_refused(
     made, _ = deployed(large, tmp_path / "out", *more)
     assert made.code == 2
     assert said in made.err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "verdict.json").exists()
 
 
 def test_a_least_share_of_int8_makes_int8_the_objective(tiny: Case, tmp_path: Path) -> None:

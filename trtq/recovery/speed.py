@@ -217,7 +217,8 @@ def speed_of(job: Job, plan: Plan, timed: Callable[[], Sequence[TimedEngine]] = 
             profiles=recipe.profile_json,
             layer_infos=recipe.layer_info,
             gpu=recipe.gpu or (card.name if card and known(card.name) else None),
-            builder=_builder(recipe),
+            builder=builder_of(recipe),
+            int8_inputs=_int8_inputs(job),
         )
     except InputError as error:
         if named or recipe.objective == "latency":
@@ -228,6 +229,12 @@ def speed_of(job: Job, plan: Plan, timed: Callable[[], Sequence[TimedEngine]] = 
         console.say("objective", "int8: every layer that can; nothing tells what layers cost on the GPU here")
         return None
     return Speed(job.model.graph, plan, source)
+
+
+def _int8_inputs(job: Job) -> list[str]:
+    """The inputs that the host quantizes, where all that reads them is INT8."""
+    quantized = job.recipe.io in ("int8", "int8-in-out")
+    return [tensor.name for tensor in job.model.graph.inputs] if quantized else []
 
 
 def known(card: str) -> bool:
@@ -247,7 +254,7 @@ def is_for_this_gpu(recipe: Recipe) -> bool:
     return recipe.gpu is None or (known(card.name) and gpu_named(recipe.gpu) == gpu_named(card.name))
 
 
-def _builder(recipe: Recipe) -> Builder:
+def builder_of(recipe: Recipe) -> Builder:
     """Whose kernels the engine has; where none is built here, TensorRT's."""
     if recipe.backend == NO_ENGINE:
         return "tensorrt"

@@ -41,7 +41,7 @@ from trtq.recovery.made import Made, made_once
 from trtq.recovery.partial import Search, given_away
 from trtq.recovery.race import raced
 from trtq.recovery.speed import Point, Speed, is_for_this_gpu, pays, rest_of
-from trtq.recovery.trial import Refusal, objection
+from trtq.recovery.trial import Refusal, asked, objection
 from trtq.simulation.similarity import noise_db
 
 LEAST_RATIO = 1 / 256
@@ -342,9 +342,15 @@ class _Workflow:
 
     def fix(self, start: Attempt) -> Made:
         """The start with the label-free fixes that help and are not free."""
-        method = str(self.job.recipe.method)
+        recipe = self.job.recipe
         return made_once(
-            self.job, "fix", start.quantization, lambda first: fix(self.job, first), method=method
+            self.job,
+            "fix",
+            start.quantization,
+            lambda first: fix(self.job, first),
+            method=str(recipe.method),
+            rest=[recipe.precision, recipe.lower_precision],
+            builder=asked(self.job),
         )
 
     def learn(self, start: Attempt) -> Made:

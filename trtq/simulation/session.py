@@ -52,8 +52,8 @@ MANY_NODES = 4096
 """Models of more nodes are loaded without a search whose time grows with the square of them."""
 
 _SEARCHES = {"CommonSubexpressionElimination": MANY_NODES, "NchwcTransformer": 16 * MANY_NODES}
-"""ONNX Runtime's search for nodes that compute the same, and for convolutions that another layout suits -> the
-most nodes that it is worth its time for. Both save runs time."""
+"""ONNX Runtime's searches for nodes that compute the same, and for convolutions that another layout suits;
+both make runs faster. Up to how many nodes each is worth its time."""
 
 _FATAL = 4
 """ONNX Runtime's log level: errors are raised, so they are not logged as well."""
