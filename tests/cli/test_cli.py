@@ -515,7 +515,8 @@ def test_the_exit_code_survives_a_reader_that_has_gone(small: Case, tmp_path: Pa
 
 def test_the_steps_equal_deploy(small: Case, tmp_path: Path, trtq_run: Command) -> None:
     options = ("--method", "percentile:99.9")
-    assert trtq_run(*deploy_arguments(small, tmp_path / "out", *options)).code == ExitCode.PASS
+    without_fixes = deploy_arguments(small, tmp_path / "out", *options, "--recover", "none")
+    assert trtq_run(*without_fixes).code == ExitCode.PASS
     table, int8, engine = (tmp_path / name for name in ("t.cache", "q.onnx", "e.plan"))
     assert trtq_run("calibrate", small.model, "--data", small.data, *options, "-o", table).code == 0
     assert trtq_run("quantize", small.model, "--table", table, "--data", small.data, "-o", int8).code == 0
@@ -586,16 +587,23 @@ def test_the_resolved_recipe_repeats_the_job(small: Case, tmp_path: Path, trtq_r
         assert lasting(first / name) == lasting(second / name), name
 
 
+def test_quantizing_equals_deploy_with_its_free_fixes(small: Case, tmp_path: Path, trtq_run: Command) -> None:
+    assert trtq_run(*deploy_arguments(small, tmp_path / "out")).code == ExitCode.PASS
+    int8 = tmp_path / "q.onnx"
+    assert trtq_run("quantize", small.model, "--data", small.data, "-o", int8).code == ExitCode.PASS
+    assert int8.read_bytes() == (tmp_path / "out" / "model.int8.onnx").read_bytes()
+
+
 def test_a_damaged_cache_entry_is_reported_and_made_again(
     small: Case, tmp_path: Path, trtq_run: Command
 ) -> None:
-    trtq_run(*deploy_arguments(small, tmp_path / "one", "--method", "max"))
+    trtq_run(*deploy_arguments(small, tmp_path / "one", "--method", "max", "--recover", "none"))
     assert trtq_run("cache", "verify").code == ExitCode.PASS
     (table,) = (tmp_path / "cache").glob("*/*/table-*.cache")
     content = table.read_bytes()
     table.write_bytes(content[:-3] + b"00\n")
     assert trtq_run("cache", "verify").code == ExitCode.FAIL
-    run = trtq_run(*deploy_arguments(small, tmp_path / "two", "--method", "max"))
+    run = trtq_run(*deploy_arguments(small, tmp_path / "two", "--method", "max", "--recover", "none"))
     assert run.code == ExitCode.PASS
     assert f"{table} is damaged" in run.err
     assert table.read_bytes() == content
@@ -612,7 +620,7 @@ def test_two_spellings_of_a_method_are_one(small: Case, tmp_path: Path, trtq_run
 
 
 def test_cache_list_show_and_prune(small: Case, tmp_path: Path, trtq_run: Command) -> None:
-    trtq_run(*deploy_arguments(small, tmp_path / "one", "--method", "max"))
+    trtq_run(*deploy_arguments(small, tmp_path / "one", "--method", "max", "--recover", "none"))
     listed = trtq_run("cache", "list").out.splitlines()
     kinds = [line.rpartition("/")[2].partition("-")[0] for line in listed[:-1]]
     assert sorted(kinds) == ["extents", "extents", *["outputs"] * 4, "statistics", "table"]

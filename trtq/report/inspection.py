@@ -30,6 +30,8 @@ from trtq.paths import DEPLOYED, MIGRATED
 from trtq.recipe import KINDS, Recipe, flag, options
 from trtq.recovery.sensitivity import FORMAT as SENSITIVITY_FORMAT
 from trtq.recovery.sensitivity import Sensitivity
+from trtq.report.record import FORMAT as RECORD_FORMAT
+from trtq.report.record import Record
 from trtq.study import FORMAT as STUDY_FORMAT
 from trtq.study import Study
 
@@ -179,6 +181,17 @@ def _engine(path: Path) -> Inspection:
     )
 
 
+def _record(record: Record) -> Inspection:
+    measured = 0 if record.noise is None else record.noise.count
+    lines = [
+        f"made      {record.made}, model {record.model}",
+        f"data      {record.data.rows} rows to calibrate, {record.eval.rows} to evaluate",
+        f"pictures  noise of {measured} layers, values of {len(record.tensors)} of {record.tensor_count}"
+        f" tensors, {len(record.samples)} samples, {record.node_count} nodes",
+    ]
+    return Inspection("record of the report", lines, record.to_json())
+
+
 def _json(path: Path) -> Inspection:
     """A JSON file by the format that it names, or by what it has."""
     value = read_json(path, "JSON file")
@@ -190,6 +203,8 @@ def _json(path: Path) -> Inspection:
         return Inspection("study", Study.load(path).text().splitlines(), value)
     if found == PLAN_FORMAT:
         return _plan(path)
+    if found == RECORD_FORMAT:
+        return _record(Record.load(path))
     if isinstance(value, list) and value and all(isinstance(v, dict) and "step" in v for v in value):
         steps = [f"{step['step']}: {step.get('outcome') or step.get('note')}" for step in value]
         return Inspection("steps of the workflow", steps, {"steps": value})
