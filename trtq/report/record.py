@@ -106,11 +106,10 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of the evaluation data: its number, its images, and what the two models answer."""
+    """A sample of the evaluation data: its number and its images."""
 
     number: int
     images: tuple[Thumbnail, ...]
-    answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
