@@ -148,3 +148,11 @@ def keys_of(value: Any, free: frozenset[str]) -> Iterator[str]:
             yield key
             named = key in free and isinstance(item, dict)
             yield from keys_of(list(item.values()) if named else item, free)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            if key in free and isinstance(item, dict):
+                item = list(item.values())
+                if item and all(isinstance(named, dict) for named in item) and key == "agreement":
+                    item = [values for named in item for values in named.values()]
+            yield from keys_of(item, free)

@@ -22,6 +22,7 @@ from trtq.migration.fit import Fit
 from trtq.migration.implied import Implied
 from trtq.recipe import Recipe, flag, options
 from trtq.recovery import attempt, sensitivity, speed
+from trtq.report import record
 from trtq.simulation import similarity
 from trtq.simulation.simulator import Effect, Score
 from trtq.study import Row, Study
@@ -149,6 +150,19 @@ _HASHES = {
     "rows": "how many there are",
 }
 
+_PLAIN = {
+    "command": "that made the folder",
+    "versions": "of everything the results depend on",
+    "inputs": "what went in",
+    "outputs": "what came out",
+    "model": "the fp32 model",
+    "data": "calibration data",
+    "eval": "evaluation data",
+    **_HASHES,
+}
+
+_PAIRS = ("migrated to fp32", "migrated to table", "table to fp32")
+
 FILES: Mapping[str, Described] = {
     "verdict.json": Described(
         "The one outcome of the gate and of all checks; also `trtq gate --json`.",
@@ -158,11 +172,13 @@ FILES: Mapping[str, Described] = {
             "ok": "whether the check passed",
             "name": "of the check",
             "message": "what the check found, a sentence",
+            "rank": "of the obstacle, from 1",
         },
+        free=frozenset({"outputs"}),
     ),
     "workflow.json": Described(
         "Every step that was tried, also those that gave nothing, in order.",
-        (attempt.Fruitless, speed.Point),
+        (attempt.Fruitless, speed.Point, in_the_way.InTheWay, in_the_way.Obstacle, verdict.Check),
         {
             "step": "calibrate, fix, partial, learn, or rest",
             "outcome": "of the gate and all checks",
@@ -178,7 +194,12 @@ FILES: Mapping[str, Described] = {
             "latency": "what the engine is expected to take, where something says what layers cost",
             "in_the_way": "as in `verdict.json`",
             "kept": "whether its files are those in the folder",
+            "rank": "of the obstacle, from 1",
+            "message": "what the check found, a sentence",
+            "ok": "whether the check passed",
+            "name": "of the check, or of a plan on the front",
         },
+        free=frozenset({"sqnr_db"}),
     ),
     "plan.json": Described(
         "Which nodes are INT8, and why the others are not. `--plan` quantizes by it.",
@@ -242,6 +263,7 @@ FILES: Mapping[str, Described] = {
             "outputs": "tensors that it writes",
             "onnx_nodes": "what it computes of the model",
         },
+        free=frozenset({"profile", "profile_values", "codes", "options"}),
     ),
     "manifest.json": Described(
         "What went into a job and what came out.",
@@ -260,15 +282,65 @@ FILES: Mapping[str, Described] = {
             "fingerprint": "equal for metrics that compute the same",
             **_HASHES,
         },
+        free=frozenset({"versions", "outputs", "io"}),
     ),
     "migration.json": Described(
         "`trtq migrate`: how a table fits its model, and how close the explicit model is.",
-        (Fit, Implied, similarity.Similarity),
+        (Fit, Implied, similarity.Similarity, verdict.Verdict, verdict.Check),
+        {
+            **_PLAIN,
+            "name": "of the check",
+            "message": "what the check found, a sentence",
+            "outcome": "of the verdict, or of a check",
+            "ok": "whether the check passed",
+            "table": "the calibration table",
+            "header": "of the table",
+            "implied": "what the table lets TensorRT run in INT8",
+            "fit": "how the table fits the model",
+            "complete": "whether every tensor has its scale",
+            "int8": "how many layers may run in INT8",
+            "int8_share": "share of the multiply-accumulates in INT8",
+            "agreement": "outputs of the explicit model, of what the table implies, and of fp32, in pairs",
+            **dict.fromkeys(_PAIRS, "how alike the outputs are, by their names"),
+            "against_table": "verdict against what the table implies",
+        },
+        free=frozenset({"versions", "outputs", "rows", "missing", *_PAIRS}),
+    ),
+    "report.json": Described(
+        "What the report shows that no other file of the results holds, of bounded size.",
+        (
+            *(record.Record, record.Noise, record.LayerNoise, record.TensorValues, record.Threshold),
+            *(record.Sample, record.Thumbnail, record.Cost, record.GraphNode),
+        ),
+        {
+            **_PLAIN,
+            "format": "version of the format",
+            "tensor": "its name",
+            "input": "the model's input that is an image",
+            "png": "the image, base64",
+            "number": "of the sample",
+            "images": "of the sample",
+            "answers": "of fp32 and of INT8",
+            "name": "of the node",
+            "op": "its operator",
+            "costs": "kernels and bytes of engines",
+            "batch": "rows of one inference",
+            "nodes": "of the graph, or of a layer",
+            "inputs": "positions of the nodes that it reads from",
+            "node_count": "how many nodes the graph has",
+            "sqnr_db": "signal-to-quantization-noise ratio",
+        },
+        free=frozenset({"versions"}),
     ),
     "sensitivity.json": Described(
         "`trtq sensitivity -o`: what INT8 in each layer does.",
         (sensitivity.Sensitivity, Effect, Score),
         {
+            "format": "version of the format",
+            "nodes": "their names",
+            "name": "of the group",
+            "op": "their operators",
+            "macs": "multiply-accumulates; null: not known",
             "mode": "only: one group in INT8 at a time; all-but: one in fp32 at a time",
             "group": "nodes that go into INT8 together",
             "sqnr_db": "lowest signal-to-quantization-noise ratio of the outputs",
