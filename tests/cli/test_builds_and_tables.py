@@ -166,4 +166,4 @@ def test_the_cache_of_a_recipe_is_listed(trtq_run: Command, demo: Deployed, tmp_
     (tmp_path / "r.toml").write_text(f'cache = "{demo.cache}"\n', encoding="utf-8")
     run = trtq_run("cache", "list", "--recipe", tmp_path / "r.toml")
     assert run.code == ExitCode.PASS
-    assert "table-" in run.out
+    assert "quantization-" in run.out

@@ -181,7 +181,7 @@ def test_learning_comes_first_where_partial_gives_away_too_much(hard: Case, tmp_
     plain = run(hard, tmp_path / "plain", min_sqnr=60.0, recover="none")
     done = run(hard, tmp_path / "out", min_sqnr=sqnr_db(plain) + 10, recover="partial,learn")
     record = json.loads((tmp_path / "out" / "workflow.json").read_text())
-    assert [step["step"] for step in record[:3]] == ["calibrate", "fix", "partial", "learn"]
+    assert [step["step"] for step in record[:3]] == ["calibrate", "partial", "learn"]
     assert record[1]["note"].startswith("set aside: it would give away 52.2% of the multiply-accumulates")
     assert record[1]["outcome"] is None
     assert done.exit_code is ExitCode.PASS  # by learning, or by what was set aside
@@ -248,7 +248,7 @@ def test_a_spent_budget_ends_the_workflow(hard: Case, tmp_path: Path) -> None:
     assert [attempt.step for attempt in done.attempts] == ["calibrate"]
     assert any("the budget is spent" in line for line in log.lines)
     record = json.loads((tmp_path / "out" / "workflow.json").read_text())
-    assert [step["step"] for step in record] == ["calibrate", "fix", "partial", "learn"]
+    assert [step["step"] for step in record] == ["calibrate", "partial", "learn"]
     assert {step["note"] for step in record[1:]} == {"not tried: the budget was spent"}
 
 
