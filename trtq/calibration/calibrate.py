@@ -42,6 +42,9 @@ NEVER_SEEN = "never-seen"
 FEWEST_TO_CONFIRM = 64
 """Rows that ranges of their own have to do better on, if there are so many."""
 
+MOST_HELD_BACK = 256
+"""Rows held back that everything is scored on, evenly spread: more would not tell more."""
+
 CUT_SHORT = "cut-short"
 """Note on ranges that more time might have made better; the cache does not keep them."""
 
@@ -357,12 +360,12 @@ def statistics_of(job: Job, tensors: Sequence[str], samples: Samples, source: Fl
 
 
 def held_back(job: Job) -> Rows:
-    """The rows held back, to score quantizations of the job's model on.
+    """The rows held back, or as many as are enough, to score quantizations of the job's model on.
 
     Raises:
         InputError: as `Rows`.
     """
-    return _rows_of(job, job.parts[1])
+    return _rows_of(job, job.parts[1].spread(MOST_HELD_BACK))
 
 
 def _rows_of(job: Job, samples: Samples) -> Rows:

@@ -43,7 +43,7 @@ APART = 0.08
 BATCH = 4
 """Rows that run at once where the model leaves the choice."""
 
-MAC_BUDGET, MOST_PASSES = 1.5e12, 10
+MAC_BUDGET, MOST_PASSES = 1.5e12, 5
 """The rows of a run are so many that the search should take this many multiply-accumulates, or passes over
 the data, whichever are fewer; at twice as many it ends."""
 

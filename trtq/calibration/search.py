@@ -8,6 +8,7 @@ compared on the part held back; the evaluation data are never looked at.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -46,6 +47,7 @@ class Rows:
 
     Attributes:
         tensors: names of the tensors that are scored; None: the model's outputs.
+        seconds: that the float model took for a row.
 
     Args:
         model: the float model, a file or a graph. It runs once; its session, with all the weights, is closed
@@ -80,6 +82,7 @@ class Rows:
         self._by_batch, pairs = kept, []
         runner, left = Runner(model, tensors, threads=threads), KEPT_BYTES if kept else -1
         self._kept: list[Batch] | None = []
+        started = time.perf_counter()
         for part in runner.batches(samples, batch):
             left -= sum(array.nbytes for array in part.feed.values())
             if left < 0:
@@ -89,6 +92,7 @@ class Rows:
             pairs.append((replace(part, feed={}, padding=0), _own_rows(part, runner.on(part, samples))))
             if advance is not None:
                 advance(part.rows)
+        self.seconds = (time.perf_counter() - started) / len(samples)
         self._batch = batch if any(part.rows > 1 for part, _ in pairs) else 1
         outputs = list(self._parts([outputs for _, outputs in pairs]))
         origins = [part for part, _ in pairs] if len(outputs) == len(pairs) else [None]

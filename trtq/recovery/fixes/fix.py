@@ -103,10 +103,13 @@ def calibrated(job: Job, plan: Plan) -> Quantization:
         ranged(job, bare, made.notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{made.notes['method']}, from the cache; nothing was run")
     else:
+        started = time.perf_counter()
         ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
         rows = held_back(job)
         choice = best_method(job, ranges, rows)
         made = _finished(job, _improved(job, ranges, choice, rows), rows)
+        seconds, plain = time.perf_counter() - started, rows.seconds * len(job.data)
+        job.console.say("calibration", f"{seconds:.1f} s, as long as {seconds / plain:.0f} plain passes")
         if CUT_SHORT not in made.notes and made.storable:
             job.cache.store(key, made.to_bytes())
     return with_float32_nodes(job, made)
@@ -153,6 +156,14 @@ def changed_weights(notes: Mapping[str, Any]) -> list[str]:
     """
     passes = [name for name in str(notes.get(FIXES, "")).split(" + ") if name not in ("", BIAS, ROUNDING)]
     return [*passes, *(step for step in ("learned",) if step in notes)]
+
+
+def beside_the_table(notes: Mapping[str, Any]) -> list[str]:
+    """What a job made that its table, with these notes, cannot hold: it changes no range."""
+    names = str(notes.get(FIXES, "")).split(" + ")
+    return [
+        text for name, text in ((ROUNDING, "rounded weights"), (BIAS, "corrected biases")) if name in names
+    ]
 
 
 def least_gain_db(rows: int) -> float:
