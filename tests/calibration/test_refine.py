@@ -165,15 +165,10 @@ def test_the_search_says_what_is_coming(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert all("runs of" in line and "about" in line for line in lines)
     assert f"of {found.rows} rows" in lines[1]
-    quarter = len(range(0, found.rows, 4)) // 4 * 4  # rows of a tensor alone, and of a first look at a range
-    whole = (found.passes * 200 - found.runs * quarter) / (found.rows - quarter)
-    assert whole == pytest.approx(round(whole))  # runs of all rows, one of them before anything is tried
-    assert 1 <= whole < found.runs - len(found.shares)
+    assert found.passes == pytest.approx(sum(found_rows(found)) / 200)
 
 
-def test_what_does_worse_on_few_rows_is_not_run_on_all(tmp_path: Path) -> None:
-    """Uniform within the range: every narrower range clips, and every wider one is coarser."""
-    found = refined(two_layers(tmp_path, outlier=1.0))
+def found_rows(found: Refinement) -> list[int]:
+    """Rows of every run: a quarter of the batches for each tensor alone, all for the others."""
     quarter = len(range(0, found.rows, 4)) // 4 * 4
-    full = (found.passes * 200 - found.runs * quarter) / (found.rows - quarter)
-    assert full <= 1 + 2 * len(found.shares) < found.runs - len(found.shares)
+    return [quarter] * len(found.shares) + [found.rows] * (found.runs - len(found.shares))

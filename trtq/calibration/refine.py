@@ -4,7 +4,8 @@
    cannot save more than that, and one tensor often makes most of it.
 2. The tensors are taken in this order, until all others together would not gain 0.1 dB if they saved the same
    part of their noise as those before them. Each tries the ranges beside its own and the outermost, with all
-   other tensors in INT8, first on few rows, takes the best of those that help, and goes on from there.
+   other tensors in INT8 (in a large model first on few rows), takes the best of those that help, and goes on
+   from there.
 
 The tensor whose rounding matters most is not the one with the largest error of its own: what a residual
 stream loses, every later layer sees.
@@ -43,12 +44,13 @@ APART = 0.08
 BATCH = 4
 """Rows that run at once where the model leaves the choice."""
 
-MAC_BUDGET, MOST_PASSES = 1.5e12, 5
+MAC_BUDGET, MOST_PASSES = 1.5e12, 10
 """The rows of a run are so many that the search should take this many multiply-accumulates, or passes over
 the data, whichever are fewer; at twice as many it ends."""
 
-MOST_PROMISING = 2
-"""Of the ranges that a tensor tries, so many that do best on few rows are run on all."""
+MOST_PROMISING, DOUBT = 2, 1.02
+"""Of the ranges that a tensor tries, so many that do best on few rows are run on all, unless they make more
+than so many times the noise there."""
 
 RUNS_PER_TENSOR, SHARE_OF_ROWS = 2, 4
 """How many runs the number of rows is chosen for, and the part of them that is run first."""
@@ -179,7 +181,8 @@ def _prepared(
         ignore_nonfinite=ignore_nonfinite,
         tensors=instead_of_outputs(quantization.graph),
     )
-    return rows, _Runs(rows, 2 * affordable, console, budget, Workers(workers))
+    hasty = len(part) * RUNS_PER_TENSOR * len(quantization.plan.tensors) > affordable
+    return rows, _Runs(rows, 2 * affordable, console, budget, Workers(workers), hasty)
 
 
 class Alone:
@@ -229,10 +232,20 @@ class _Runs:
     Attributes:
         count, rows: runs, and rows in them, so far.
         most: rows after which the search ends.
+        hasty: ranges are looked at on few rows first, as the fewest rows for a run are too many.
         whole: False once the budget is spent and something was left.
     """
 
-    def __init__(self, rows: Rows, most: float, console: Console, budget: Budget, workers: Workers) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        most: float,
+        console: Console,
+        budget: Budget,
+        workers: Workers,
+        hasty: bool = False,
+    ) -> None:
+        self.hasty = hasty
         self._sizes, self.most = [batch.rows for batch in rows.batches()], most
         self._console, self._budget, self._workers = console, budget, workers
         self._seconds = 0.0
@@ -242,11 +255,6 @@ class _Runs:
     def left(self) -> int:
         """How many runs of all rows end the search."""
         return int(max(self.most - self.rows, 0) / sum(self._sizes))
-
-    @property
-    def batches(self) -> int:
-        """How many batches the rows are."""
-        return len(self._sizes)
 
     @property
     def few(self) -> int:
@@ -301,7 +309,7 @@ def _climb(
 ) -> dict[str, Method]:
     """Tensor -> the method of its own that it ends with; all other tensors are in INT8 meanwhile."""
     (before,) = runs.of(trials.noise, [(current,)])
-    (glance,) = runs.of(trials.noise, [(current,)], runs.few) if runs.few < runs.batches else (before,)
+    (glance,) = runs.of(trials.noise, [(current,)], runs.few) if runs.hasty else (before,)
     best, looked_at = before, 0.0
     share = sum(shares[tensor] for tensor in ladders)
     text = f"{len(ladders)} of these, which add {share:.0%}, try ranges of their own"
@@ -320,9 +328,9 @@ def _climb(
             tried = [steps[i] for i in sorted(wanted) if 0 <= i < len(steps) and steps[i] not in seen]
             seen |= set(tried)
             ranges = [{**current, tensor: ladder[method]} for method in tried]
-            if runs.few < runs.batches:
+            if runs.hasty:
                 glances = list(runs.of(trials.noise, [(scales,) for scales in ranges], runs.few))
-                order = [i for i in np.argsort(glances)[:MOST_PROMISING] if glances[i] < glance]
+                order = [i for i in np.argsort(glances)[:MOST_PROMISING] if glances[i] < glance * DOUBT]
             else:
                 glances, order = [glance] * len(ranges), list(range(len(ranges)))
             noises = list(runs.of(trials.noise, [(ranges[i],) for i in order]))

@@ -36,6 +36,7 @@ from trtq.calibration.methods import Method, parse_method
 from trtq.calibration.refine import noise_shares
 from trtq.calibration.search import Choice, Rows
 from trtq.console import SILENT
+from trtq.data.samples import Samples
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.weights import graph_sha256
@@ -72,8 +73,9 @@ LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB = 0.05, 0.5
 """What a fix must gain on the rows held back: the second over the square root of their number, since what few
 rows gain is in part their own, and at least the first."""
 
-JUDGED_ROWS = 16
-"""Rows that biases are corrected on to judge what is tried; what is kept is corrected on all."""
+JUDGED_MACS, JUDGED_ROWS = 1e10, (32, 256)
+"""Multiply-accumulates of the rows that biases are corrected and weights rounded on to judge what is tried,
+and the fewest and most of these rows; biases that are kept are corrected on all."""
 
 CLOSE_DB, MOST_METHODS = 1.0, 3
 """With `auto`, biases are corrected with so many methods that are so close to the best."""
@@ -136,7 +138,7 @@ def fix(job: Job, start: Quantization) -> Made:
     names = [name for name in before.split(" + ") if name not in (AS_CALIBRATED, ROUNDING, BIAS)]
     names.append(RESCALE)
     if start.codes:
-        scaled = round_weights(scaled, job.parts[0], workers=job.recipe.threads)
+        scaled = round_weights(scaled, _judged(job, scaled.plan), workers=job.recipe.threads)
         names.append(ROUNDING)
     corrected = correct_biases(scaled, job.data, SILENT, workers=job.recipe.threads)
     rows, after = held_back(job), " + ".join([*names, BIAS])
@@ -217,7 +219,7 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved
     is another than what the methods were compared by.
     """
     started, tried, whole = time.perf_counter(), dict[str, float](), True
-    judged = job.parts[0].spread(JUDGED_ROWS)
+    judged = _judged(job, ranges.bare.plan)
     method, names, kept = choice.method, tuple[str, ...](), ranges.fitted(choice.method)
     best = choice.sqnr_db.get(str(method), math.nan)
     if math.isnan(best):
@@ -243,7 +245,7 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved
             label = " + ".join((*wanted, BIAS))
         else:
             changed = replace(kept, corrections={})
-            rounded = round_weights(changed, job.parts[0], workers=job.recipe.threads)
+            rounded = round_weights(changed, judged, workers=job.recipe.threads)
             if rounded is changed:
                 continue
             changed, wanted = rounded, (*wanted, ROUNDING)
@@ -262,6 +264,13 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved
     seconds = time.perf_counter() - started
     job.console.say("fixes", f"{found.text()}, on {len(rows.samples)} rows held back in {seconds:.1f} s")
     return found
+
+
+def _judged(job: Job, plan: Plan) -> Samples:
+    """Rows to fit on that are enough to judge by."""
+    fewest, most = JUDGED_ROWS
+    rows = int(min(max(JUDGED_MACS / max(plan.macs_per_row, 1), fewest), most))
+    return job.parts[0].spread(rows)
 
 
 def _contenders(choice: Choice) -> list[Method]:

@@ -27,9 +27,9 @@ from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import weight_scale
 from trtq.numerics import fake_quantize
 from trtq.recovery.fixes.channels import bias_of, is_linear, weight_matrix
-from trtq.simulation.rows import Runner
+from trtq.simulation.rows import Runner, Workers
 
-MOST_ROWS, POSITIONS = 16, 4096
+MOST_ROWS, POSITIONS = 256, 4096
 """Rows, evenly spread, that inputs are looked at on, and positions of them (pixels, tokens)."""
 
 MOST_INPUTS = 4096
@@ -84,10 +84,11 @@ def round_weights(
     codes = {}
     for part in _parts(layers):
         moments = _moments(quantization.graph, part, samples.spread(MOST_ROWS), workers)
-        for layer in part:
-            found = moments[layer.node.name]
-            if np.isfinite(found).all():
-                codes[layer.node.inputs[1].name, layer.axis] = _rounded(layer, found)
+        finite = [layer for layer in part if np.isfinite(moments[layer.node.name]).all()]
+        pairs = [(layer, moments[layer.node.name]) for layer in finite]
+        rounded = Workers(workers).map(lambda pair: _rounded(*pair), pairs)
+        for layer, found in zip(finite, rounded, strict=True):
+            codes[layer.node.inputs[1].name, layer.axis] = found
     return replace(quantization, codes=codes) if codes else quantization
 
 
