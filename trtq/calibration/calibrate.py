@@ -475,9 +475,8 @@ def _confirmed(
     found: Mapping[str, Method],
     rows: Rows,
 ) -> tuple[dict[str, Method], Confirmation | None]:
-    """The tensors whose own methods do better on other rows than those of the search: all that were found;
-    where these do no better together, those that each do better with the ones before it, while the budget
-    lasts.
+    """The tensors whose own methods do better on other rows than those of the search: all that were found, or
+    those that each do better with the ones before it; while the budget lasts.
 
     Args:
         rows: held back; where they are too few to tell, rows of all the data are taken.
@@ -493,16 +492,15 @@ def _confirmed(
         return trials.sqnr_db(scales_from(statistics, start, exceptions))
 
     before, together = sqnr_db(kept), sqnr_db(found)
-    if together > before or len(found) == 1:
-        kept, best = (dict(found), together) if together > before else (kept, before)
-        return kept, Confirmation(len(rows.samples), before, best)
     best = before
-    for tensor, method in found.items():
+    for tensor, method in found.items() if len(found) > 1 else ():
         if job.budget.over:
             break
         score = sqnr_db({**kept, tensor: method})
         if score > best:
             kept[tensor], best = method, score
+    if together > best:
+        kept, best = dict(found), together
     return kept, Confirmation(len(rows.samples), before, best)
 
 
