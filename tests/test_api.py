@@ -126,7 +126,7 @@ def test_a_recipe_of_what_was_in_memory_says_so(small: Case, given: Arrays, tmp_
         assert run.code == 2
         assert problem in run.err
         assert "in-memory://" in run.err
-    assert not (tmp_path / "again").exists()
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["junit.xml"]
 
 
 def test_saved_data_make_the_recipe_whole(small: Case, given: Arrays, tmp_path: Path) -> None:
@@ -465,6 +465,11 @@ def test_keyword_arguments_win_over_a_recipe(small: Case, given: Arrays, tmp_pat
 def test_wrong_keyword_arguments_are_type_errors(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(TypeError, match=said):
         trtq.calibrate("a.onnx", **wrong)
+
+
+def test_what_is_no_model_is_refused_in_words(small: Case, given: Arrays) -> None:
+    with pytest.raises(trtq.InputError, match=r"gate\(\) got a dict for a model"):
+        trtq.gate(small.model, given, eval=given["x"], metric="cosine")
 
 
 def test_values_that_an_option_does_not_take_are_named(small: Case) -> None:

@@ -154,3 +154,31 @@ def test_what_cannot_be_hashed_has_no_hash() -> None:
         held = [state]
         found = callable_sha256(lambda outputs, targets, held=held: held)
         assert (found is None) == (state is not open)
+
+
+class Scores(list):
+    """A metric that holds numbers as a list does, and not in its `__dict__`."""
+
+    def __call__(self, outputs: Any, targets: Any) -> float:
+        return float(sum(self))
+
+
+def with_an_empty_cell() -> Callable[..., Any]:
+    def f(outputs: Any, targets: Any) -> Any:
+        return later
+
+    if not callable(f):
+        later = 1
+    return f
+
+
+def nested(depth: int) -> Callable[..., Any]:
+    whole: list[Any] = []
+    for _ in range(depth):
+        whole = [whole]
+    return lambda outputs, targets: whole
+
+
+@pytest.mark.parametrize("function", [Scores([1.0]), with_an_empty_cell(), nested(5000)])
+def test_what_is_not_seen_whole_has_no_hash(function: Callable[..., Any]) -> None:
+    assert callable_sha256(function) is None

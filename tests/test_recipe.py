@@ -82,6 +82,7 @@ drawn: dict[str, st.SearchStrategy] = {
     "strip_weights": st.booleans(),
     "lower_precision": maybe(st.sampled_from(["fp16", "bf16"])),
     "state": st.dictionaries(text, text, max_size=2),
+    "classes": st.dictionaries(text, st.integers(0, 999), max_size=2),
     "inputs": st.dictionaries(
         text,
         st.fixed_dictionaries({"batch_axis": st.just("none") | st.integers(0, 3)})
@@ -122,6 +123,47 @@ def test_loading_gives_back_what_was_dumped(recipe: Recipe, file: Path) -> None:
     content = recipe.dumps()
     assert load(file, content) == recipe
     assert Recipe.load(file).dumps() == content
+
+
+def test_what_is_written_beside_its_files_can_be_moved_with_them(tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    (job / "out").mkdir(parents=True)
+    elsewhere = "/" if tmp_path.parts[1] != "elsewhere" else "/other"
+    recipe = Recipe(
+        model=str(job / "m.onnx"),
+        data="https://host/calib.npz",
+        eval=str(job / "out" / "eval.npz"),
+        metric=f"{job}/metric.py:score",
+        op_reference=[str(job / "a.py"), f"{elsewhere}elsewhere/b.py"],
+        output=str(job / "out"),
+    )
+    content = recipe.dumps(beside=job / "out")
+    assert str(tmp_path) not in content
+    (job / "out" / "recipe.toml").write_text(content)
+    assert Recipe.load(job / "out" / "recipe.toml") == recipe
+    job.rename(tmp_path / "moved")
+    moved = Recipe.load(tmp_path / "moved" / "out" / "recipe.toml")
+    assert moved.model == str(tmp_path / "moved" / "m.onnx")
+    assert moved.metric == f"{tmp_path}/moved/metric.py:score"
+    assert moved.op_reference == (f"{tmp_path}/moved/a.py", f"{elsewhere}elsewhere/b.py")
+    assert moved.output == str(tmp_path / "moved" / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "numbers"),
+    [('classes = ["b", "a"]', {"b": 0, "a": 1}), ("[classes]\na = 7\nb = 7", {"a": 7, "b": 7})],
+)
+def test_classes_are_a_list_or_a_table(line: str, numbers: dict[str, int], file: Path) -> None:
+    assert load(file, line).classes == numbers
+    assert load(file, line).feeding.classes == numbers
+
+
+@pytest.mark.parametrize(
+    "line", ['classes = ["a", "a"]', "[classes]\na = -1", "classes = [1]", "[classes]\na = true"]
+)
+def test_classes_that_are_none(line: str, file: Path) -> None:
+    with pytest.raises(InputError, match="classes"):
+        load(file, line)
 
 
 def test_the_round_trip_covers_every_field() -> None:

@@ -583,6 +583,11 @@ class _Step:
             self._renamed[str(path)] = repr(given)
             return path
         held = model_in_memory(given)
+        if held is None and not isinstance(given, str | os.PathLike):
+            raise InputError(
+                f"{self.name}() got a {type(given).__name__} for a model",
+                remedy="give a file, an onnx.ModelProto, or what quantize() or build() returned",
+            )
         return Path(given) if held is None else self._hold(held)
 
     def file_of(self, table: Any) -> str | None:

@@ -4,6 +4,7 @@ Layout, the same at run time and in the repository's `calib_cache/`::
 
     <root>/<model>/<data>/<kind>-<key>.<suffix>        the content: statistics, table or outputs
     <root>/<model>/<data>/<kind>-<key>.<suffix>.json   its SHA-256, its key, notes, and a hash of all these
+    <root>/<model>/job.txt                             name of the model's file, for people
 
 `<model>` and `<data>` are the first 16 digits of their SHA-256, `<key>` those of the whole key. A key holds
 
@@ -24,6 +25,7 @@ again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +39,17 @@ from trtq import __version__
 from trtq.code_hash import code_sha256
 from trtq.console import show
 from trtq.errors import InputError
-from trtq.files import PathLike, decode, locked, sha256_bytes, sha256_json, write_bytes, write_json
+from trtq.files import (
+    PathLike,
+    decode,
+    locked,
+    read_bytes,
+    sha256_bytes,
+    sha256_json,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from trtq.scratch import sweep
 
 
@@ -72,6 +84,7 @@ KINDS: Mapping[str, Kind] = {
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
     "outputs": Kind("npz", 3, (*_RUNNING, "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
+    "front": Kind("bin", 1, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
     "sensitivity": Kind(
         "bin", 2, ("trtq.recovery.sensitivity", "trtq.recovery.partial", *_READING), _PACKAGES
     ),
@@ -79,6 +92,9 @@ KINDS: Mapping[str, Kind] = {
     "shard": Kind("npz", 3, (*_SHARDED, *_READING), (*_PACKAGES, "numba")),
 }
 """Every kind of content that is cached."""
+
+_JOB = "job.txt"
+_LONGEST_JOB = 4096
 
 _OTHER_KEY = "it belongs to another key"
 
@@ -144,6 +160,7 @@ class Entry:
         problem: what is wrong with it, if anything.
         notes: what is kept beside it.
         modified: when its content was written, in seconds since 1970.
+        job: name of the file of the model in whose job it was made first; empty where that is not known.
     """
 
     path: Path
@@ -152,6 +169,7 @@ class Entry:
     modified: float
     problem: str | None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    job: str = ""
 
     @property
     def made_by(self) -> str:
@@ -173,19 +191,25 @@ def default_root() -> Path:
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache folder; `report` receives a line for every damaged entry."""
+    """A cache folder.
+
+    Attributes:
+        report: receives a line for every damaged entry.
+        job: name of the model's file, for people who list the cache; no key depends on it.
+    """
 
     root: Path
     report: Callable[[str], object] = show
+    job: str = ""
 
     def __post_init__(self) -> None:
         if self.root.exists() and not self.root.is_dir():
             raise InputError("the cache is not a folder", file=self.root, remedy=_OTHER_FOLDER)
 
     @classmethod
-    def at(cls, folder: PathLike | None, report: Callable[[str], object] = show) -> Cache:
+    def at(cls, folder: PathLike | None, report: Callable[[str], object] = show, job: str = "") -> Cache:
         """The cache in a folder, or the user's (`default_root`)."""
-        return cls(Path(folder) if folder else default_root(), report)
+        return cls(Path(folder) if folder else default_root(), report, job)
 
     @property
     def timing(self) -> Path:
@@ -235,6 +259,8 @@ class Cache:
                 _record_path(path).unlink(missing_ok=True)
                 write_bytes(path, content)
                 write_json(_record_path(path), record)
+            if self.job and not (named := path.parent.parent / _JOB).exists():
+                write_text(named, self.job)
         except (InputError, OSError) as error:
             file, cause = (
                 (error.file, error.cause) if isinstance(error, InputError) else (path, error.strerror)
@@ -259,16 +285,23 @@ class Cache:
             remove(entry.path)
         return unwanted
 
-    def prune_older(self, days: float) -> tuple[int, int]:
+    def prune_older(
+        self, days: float, wanted: Callable[[Entry], bool] = lambda entry: True
+    ) -> tuple[int, int]:
         """Remove what is damaged or older than some days; how many entries went, and how many stayed.
+
+        Args:
+            wanted: only entries of which this is true go.
 
         Raises:
             InputError: `days` is not a number from 0.
         """
-        if not days >= 0:
+        if not 0 <= days < math.inf:
             raise InputError(f"--days is {days}", remedy="use a number from 0")
         oldest = time.time() - 86400 * days
-        removed = self.prune(lambda entry: not entry.problem and entry.modified > oldest)
+        removed = self.prune(
+            lambda entry: not wanted(entry) or (not entry.problem and entry.modified > oldest)
+        )
         return len(removed), sum(1 for _ in self.entries())
 
 
@@ -296,7 +329,15 @@ def _entry(path: Path) -> Entry | None:
         return Entry(path, {}, status.st_size, status.st_mtime, f"unreadable: {error}")
     key, problem = record.get("key"), _problem(path, content, record)
     key = key if isinstance(key, dict) else {}
-    return Entry(path, key, status.st_size, status.st_mtime, problem, _notes(record))
+    return Entry(path, key, status.st_size, status.st_mtime, problem, _notes(record), _job(path))
+
+
+def _job(path: Path) -> str:
+    """The name that is kept beside the entries of a model; empty where there is none."""
+    try:
+        return read_bytes(path.parent.parent / _JOB, _LONGEST_JOB).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _problem(path: Path, content: bytes, record: Mapping[str, Any]) -> str | None:

@@ -67,7 +67,7 @@ def callable_sha256(function: Callable[..., Any]) -> str | None:
     parts: list[str] = []
     try:
         _describe(function, parts, {})
-    except _UnknownError:
+    except (_UnknownError, RecursionError, ValueError):  # nested too deeply; a closure's empty cell
         return None
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -127,7 +127,7 @@ def _describe(value: Any, parts: list[str], seen: dict[int, tuple[int, object]])
         _describe_all(type(value).__name__, [value.__func__], parts, seen)
     elif isinstance(value, property):
         _describe_all("property", [value.fget, value.fset, value.fdel], parts, seen)
-    elif _is_users(type(value).__module__) and hasattr(value, "__dict__") and not hasattr(value, "__slots__"):
+    elif _holds_all_in_dict(value):
         _describe_all("object", [type(value), vars(value)], parts, seen)
     else:
         raise _UnknownError
@@ -140,6 +140,13 @@ def _describe_all(
     for value in values:
         _describe(value, parts, seen)
     parts.append(")")
+
+
+def _holds_all_in_dict(value: Any) -> bool:
+    """Whether a value is of the user's own class, and its `__dict__` is all its state: not so where it is a
+    list or an array as well, or has slots."""
+    own = all(base is object or _is_users(base.__module__) for base in type(value).__mro__)
+    return own and hasattr(value, "__dict__") and not hasattr(value, "__slots__")
 
 
 def _names_of(code: CodeType) -> set[str]:

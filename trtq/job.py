@@ -370,7 +370,7 @@ def with_files(recipe: Recipe, inputs: Sequence[InputSpec], folder: Path) -> Rec
 
 def open_cache(recipe: Recipe, console: Console) -> Cache:
     """The recipe's cache, or the user's."""
-    return Cache.at(recipe.cache, console.warn)
+    return Cache.at(recipe.cache, console.warn, Path(str(recipe.model or "")).name)
 
 
 def samples_of(recipe: Recipe, source: str | Data, model: Model, cache: Cache, console: Console) -> Samples:

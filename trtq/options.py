@@ -80,6 +80,11 @@ class Options(TypedDict, total=False):
     plugin_lib: Paths | None
     weights: Literal["int8", "qdq"] | None
     rest: Literal["auto", "fp16", "fp32"] | None
+    objective: Literal["latency", "int8"] | None
+    gpu: str | None
+    profile_json: Paths | None
+    layer_info: Paths | None
+    io: Literal["float", "int8", "int8-in-out", "uint8"] | None
     backend: Literal["tensorrt", "tensorrt-rtx", "none"] | None
     target: str | float | Sequence[str | float] | None
     profile: Patterns | Mapping[str, Shapes] | None
@@ -99,3 +104,4 @@ class Options(TypedDict, total=False):
     state: Patterns | Mapping[str, str] | None
     preprocess: Mapping[str, Preprocess | Mapping[str, Any]] | None
     inputs: Mapping[str, InputOptions | Mapping[str, Any]] | None
+    classes: Mapping[str, int] | Sequence[str] | None

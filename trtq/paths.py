@@ -26,7 +26,7 @@ class Output(enum.Enum):
 
 _FOLDERS = (Output.FOLDER, Output.CACHE)
 
-_SAMPLES = (".npz", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+_SAMPLES = (".npz", ".npy", ".csv", ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 _NO_FILES = ("/dev/", "/proc/", "/sys/")
 
 
@@ -38,7 +38,7 @@ _QUANTIZED = (
 RECIPE = "recipe.toml"
 """May be given again among the results, and is written as it was read."""
 
-DEPLOYED = (*_QUANTIZED, "workflow.json", "manifest.json", RECIPE)
+DEPLOYED = (*_QUANTIZED, "workflow.json", "report.json", "manifest.json", RECIPE)
 """What `deploy` makes in its folder; what an earlier job left of it goes even where there is no new one."""
 
 MIGRATED = (*_QUANTIZED, "migration.json")

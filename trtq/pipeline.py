@@ -61,8 +61,9 @@ from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.speed import Point, front_lines, front_of, rest_of, speed_of
 from trtq.recovery.trial import refusal
 from trtq.recovery.workflow import best_of, recover
+from trtq.report.gather import record_of
 from trtq.report.html import write_report
-from trtq.report.junit import write_verdict
+from trtq.report.junit import Said, model_name, write_verdict
 from trtq.report.manifest import manifest
 from trtq.simulation.simulator import Mode
 
@@ -162,22 +163,29 @@ def deploy(
 
     Files left in the recipe's output folder: `model.int8.onnx`, `model.plan` (+ `.json`: what the engine
     runs), `calibration.cache` (+ `.json`: where the scales come from), `plan.json`, `verdict.json`,
-    `junit.xml`, `report.html`, `workflow.json` (every step tried), `recipe.toml`, `manifest.json`. They
-    appear together at the end: a job that is interrupted leaves none, and goes on from its last finished
-    step when run again. Where the builder makes no engine, everything else is there, the gate is simulated,
-    and the verdict is a fail with the builder's message. With `NO_ENGINE` as backend there is none, and that
-    is no fail.
+    `junit.xml`, `report.html`, `report.json` (what only the report shows), `workflow.json` (every step
+    tried), `recipe.toml`, `manifest.json`. They appear together at the end: a job that is interrupted leaves
+    none, and goes on from its last finished step when run again. What an earlier job's files there said of
+    its outcome goes first, and a job that ends with an error leaves it in `junit.xml` (`Said`). Where the
+    builder makes no engine, everything else is there, the gate is simulated, and the verdict is a fail with
+    the builder's message. With `NO_ENGINE` as backend there is none, and that is no fail.
 
     Args:
-        command: the command line, for the manifest.
+        command: the command line, for manifest and report.
         save_data: also write what is in memory (see `with_files`), for the recipe that is left there.
 
     Raises:
         InputError: an option, the model or the data cannot be used, or the results would replace an input.
         MissingBackendError: the builder is not installed.
     """
-    output = recipe.require("model", "data", "eval", "metric", "output").output
     check_recipe(recipe, Output.FOLDER, DEPLOYED)
+    with Said.in_folder(recipe.output, recipe.model).by_this_job():
+        return _deployed(recipe, command, console, save_data=save_data)
+
+
+def _deployed(recipe: Recipe, command: str, console: Console, *, save_data: bool) -> Deployment:
+    began = time.perf_counter()
+    output = recipe.require("model", "data", "eval", "metric", "output").output
     if recipe.backend != NO_ENGINE:
         builder(recipe.backend).check_targets(recipe.target)
     metric_of(recipe)
@@ -218,13 +226,15 @@ def deploy(
             codes = codes_of(read_model(folder / "model.int8.onnx").graph)
             console.say("io", "\n".join(host_lines(best.quantization, codes)))
         complete_table(job, best.quantization).save(folder / "calibration.cache")
-        write_verdict(folder, best.verdict)
-        write_text(folder / "recipe.toml", dataclasses.replace(given, inputs=recipe.inputs).dumps())
+        write_verdict(folder, best.verdict, model_name(recipe.model), time.perf_counter() - began)
+        written = dataclasses.replace(given, inputs=recipe.inputs).dumps(beside=output)
+        write_text(folder / "recipe.toml", written)
         front = [] if speed is None else front_of(speed, points, best.step, rest_of(job.recipe))
-        record = [{**step.to_json(), "kept": step is best} for step in tried]
+        taken = [{**step.to_json(), "kept": step is best} for step in tried]
         shown = {"front": [point.to_json() for point in front]}
-        record = [{**step, **shown} if front and step["kept"] else step for step in record]
-        write_json(folder / "workflow.json", record)
+        taken = [{**step, **shown} if front and step["kept"] else step for step in taken]
+        write_json(folder / "workflow.json", taken)
+        record_of(job, evaluation, attempts, best, command).save(folder / "report.json")
         write_report(folder)
         write_json(folder / "manifest.json", manifest(job, evaluation, command, folder))
     console.say("verdict", "\n".join(dataclasses.replace(best.verdict, in_the_way=None).details()))
@@ -314,7 +324,8 @@ def gate(recipe: Recipe, reference: Path, candidate: Path, console: Console) -> 
         InputError, MissingBackendError: as `Evaluation.open` and `Evaluation.verdict`.
     """
     inputs = input_specs([reference, candidate], recipe.plugin_lib)
-    evaluation = Evaluation.open(recipe, reference, inputs, open_cache(recipe, console), console)
+    cache = dataclasses.replace(open_cache(recipe, console), job=reference.name)
+    evaluation = Evaluation.open(recipe, reference, inputs, cache, console)
     warn_of_walls(reference, console)
     return evaluation.published(evaluation.verdict(candidate)), evaluation.samples
 

@@ -2,8 +2,8 @@
 
 Every option is one field of `Recipe`, which the command line makes its arguments from. What the command line,
 a TOML file and a Python caller give is read by the same `Kind`, so that nothing further in is text to be
-parsed. A recipe may also hold `[preprocess.<input>]` and `[inputs.<input>]` tables (see
-`trtq.data.preprocess`, `trtq.data.feeding`), which have no command-line form.
+parsed. A recipe may also hold `[preprocess.<input>]` and `[inputs.<input>]` tables and the names of `classes`
+(see `trtq.data.preprocess`, `trtq.data.feeding`), which have no command-line form.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -232,6 +232,19 @@ def _read_inputs(value: Any) -> dict[str, InputOptions]:
     }
 
 
+def _read_classes(value: Any) -> dict[str, int]:
+    """Class names and their numbers, from a table, or from a list of names in the order of the numbers."""
+    if isinstance(value, list | tuple):
+        if len(set(value)) != len(value):
+            raise ValueError
+        value = {name: number for number, name in enumerate(value)}
+    if not isinstance(value, Mapping):
+        raise ValueError
+    if any(not isinstance(n, str) or type(k) is not int or not 0 <= k <= INT32_MAX for n, k in value.items()):
+        raise ValueError
+    return dict(value)
+
+
 def _read_state(value: Any) -> tuple[str, str]:
     """An input and the output that it is at the next row, from a TOML table or from text such as "h=hn"."""
     names = value if isinstance(value, tuple) else _instance(str)(value).split("=")
@@ -307,6 +320,9 @@ INPUTS = Kind(
     "write tables [inputs.<input>]",
     lambda tables: {name: dict(table.options) for name, table in tables.items()},
 )
+CLASSES = Kind(
+    _read_classes, "write a list of class names in the order of their numbers, or a table [classes]", dict
+)
 STATE = Kind(_read_state, "write INPUT=OUTPUT, or a table [state]", many=dict, table=True)
 MOST_THREADS, MOST_WORKSPACE = 1024, 1 << 40
 
@@ -339,7 +355,9 @@ class Recipe:
         "ONNX model: fp32, or with Q/DQ for build", MODEL, metavar="MODEL", path=True
     )
     data: str | Data | None = _option(  # noqa: RUF009
-        "calibration data: .npz, a folder, a .csv of images, or script.py:function",
+        "calibration data: .npz, .npy, a folder of them or of images (also by class), a .csv of images, or"
+        " script.py:function. Images need [preprocess.<input>] in a recipe: resize and crop (torchvision's"
+        " Resize and CenterCrop), color (RGB, BGR, gray), scale, mean, std, layout",
         DATA,
         metavar="CALIB",
         path=True,
@@ -527,6 +545,7 @@ class Recipe:
     )
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict, metadata={"kind": PREPROCESS})
     inputs: Mapping[str, InputOptions] = field(default_factory=dict, metadata={"kind": INPUTS})
+    classes: Mapping[str, int] = field(default_factory=dict, metadata={"kind": CLASSES})
 
     def __post_init__(self) -> None:
         same = self.eval is self.data  # is read once
@@ -595,13 +614,8 @@ class Recipe:
                 recipe was saved.
         """
         values = {name: getattr(self, name) for name in names}
-        needed = values | beside
-        missing = [flag(n) if n != "model" else "MODEL" for n, value in needed.items() if value is None]
-        if missing:
-            *others, last = missing
-            which = f"{', '.join(others)} and {last} are" if others else f"{last} is"
-            them = "them" if others else "it"
-            raise InputError(f"{which} missing", remedy=f"give {them} on the command line or in the recipe")
+        if absent := [spelled(n) for n, value in (values | beside).items() if value is None]:
+            raise missing(absent)
         if isinstance(model := values.get("model"), str):
             refuse_memory(model, "the model was", "give a file, or make the recipe with save_data=True")
         return Required(values)
@@ -630,7 +644,7 @@ class Recipe:
     @property
     def feeding(self) -> Feeding:
         """What is said of the inputs beside preprocessing."""
-        return Feeding(self.inputs, self.state)
+        return Feeding(self.inputs, self.state, self.classes)
 
     def build_options(self) -> BuildOptions:
         """The options of the builder."""
@@ -639,10 +653,25 @@ class Recipe:
         own = timing_cache is not None and timing_cache.parent == Cache.at(self.cache).timing
         return BuildOptions(**values | {"timing_cache": timing_cache, "own_timing_cache": own})
 
-    def dumps(self) -> str:
-        """The recipe as TOML; `load` gives it back."""
+    def dumps(self, beside: PathLike | None = None) -> str:
+        """The recipe as TOML; `load` gives it back.
+
+        Args:
+            beside: the folder that the file will be in. Paths are written relative to it, so that it can be
+                moved, or committed, together with what it names; but not where the two have nothing in common
+                but the root.
+        """
         given = {name: getattr(self, name) for name in KINDS}
         plain = {n: KINDS[n].write_all(value) for n, value in given.items() if value is not None}
+        if beside is not None:
+            for option in options(plain):
+                if option.metadata["path"]:
+                    value, is_metric = plain[option.name], option.name == "metric"
+                    plain[option.name] = (
+                        [_relative(path, beside) for path in value]
+                        if isinstance(value, list)
+                        else _relative(value, beside, is_metric)
+                    )
         return tomli_w.dumps({n: value for n, value in plain.items() if value not in ([], {})})
 
     def _with(self, values: Mapping[str, Any], base: Path) -> Recipe:
@@ -688,6 +717,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def spelled(name: str) -> str:
+    """An option as the command line has it: MODEL has no flag."""
+    return "MODEL" if name == "model" else flag(name)
+
+
+def missing(options: Sequence[str]) -> InputError:
+    """The error that names all options that a job lacks, each as it is spelled."""
+    *others, last = options
+    which = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    them = "them" if others else "it"
+    return InputError(f"{which} missing", remedy=f"give {them} on the command line or in the recipe")
+
+
 def read(name: str, given: Any, spelled: str) -> Any:
     """The value of an option from what is given for it.
 
@@ -730,6 +772,18 @@ def _absolute(value: Any, base: Path, is_metric: bool) -> Any:
     if is_url(value) or (is_metric and ".py:" not in value):
         return value
     return os.path.abspath(base / value)
+
+
+def _relative(path: str, beside: PathLike, is_metric: bool = False) -> str:
+    """The inverse of `_absolute`, where both have a folder in common; what is relative is so already."""
+    if is_url(path) or (is_metric and ".py:" not in path) or not os.path.isabs(path):
+        return path
+    base = os.path.abspath(beside)
+    try:
+        common = os.path.commonpath([path, base])
+    except ValueError:  # on different drives
+        return path
+    return path if common == os.path.dirname(common) else os.path.relpath(path, base).replace(os.sep, "/")
 
 
 def _check_known(name: str) -> None:

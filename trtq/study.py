@@ -12,7 +12,7 @@ import numpy as np
 from trtq.calibration.calibrate import FloatGraph, calibrate, rangeless, statistics_of, without_ranges_of
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.statistics import Statistics
-from trtq.console import Console
+from trtq.console import SILENT, Console
 from trtq.errors import InputError, MissingBackendError
 from trtq.escapes import html_table
 from trtq.files import PathLike, atomic_path, decode, read_own_json, staged_folder, write_json, write_text
@@ -265,7 +265,7 @@ class _Study:
 
     def front(self, plan: Plan, start: Quantization, notes: list[str]) -> Iterator[Row]:
         """The fastest plans for falling noise, where something tells what layers cost."""
-        speed = speed_of(self.job, plan)
+        speed = speed_of(replace(self.job, console=SILENT), plan)
         if speed is None:
             return
         search = Search(self.job, start, self.job.key("sensitivity", start), speed=speed)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from contract.bindings import run_checks as run_with_bindings
 from contract.runner_api import exists, used_names
+from contract.snippet import snippet_names
 from standin.machine import run_checks
 
 from trtq.backends.runner import output_allocator
@@ -47,5 +48,7 @@ def test_every_name_used_is_in_tensorrt_for_rtx() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     names = used_names()
     assert len(names) > 50  # the search itself works
+    assert {"Runtime.deserialize_cuda_engine", "IExecutionContext.execute_async_v3"} <= snippet_names()
+    names |= snippet_names()
     assert {name for name in names if not exists(trt, name)} == set()
     assert isinstance(output_allocator(trt, lambda name, size: 0), trt.IOutputAllocator)

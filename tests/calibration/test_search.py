@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,3 +177,21 @@ def test_rows_of_different_lengths_are_scored_together(tmp_path: Path) -> None:
     quantization = Quantization(model.graph, place(model), {"x": np.float32(0.05)})
     found = Rows(model.path, samples).sqnr_db(quantization, SILENT, "int8")
     assert found == pytest.approx(by_hand(np.concatenate(column), weight, 0.05), abs=0.05)
+
+
+@pytest.mark.parametrize("kind", [measured, mixed])
+def test_outputs_that_are_too_large_to_keep_are_scored_alike(
+    kind: Callable[..., tuple[Rows, Quantization, Statistics]],
+    arrays: tuple[np.ndarray, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are in a file, and their energies are sums over batches: the same but for the last bits."""
+    arguments = () if kind is mixed else arrays
+    rows, quantization, statistics = kind(tmp_path, *arguments)
+    expected = choose_method(rows, quantization, statistics, SILENT)
+    monkeypatch.setattr("trtq.calibration.search.TOGETHER_BYTES", 1000)
+    rows, *_ = kind(tmp_path, *arguments)
+    found = choose_method(rows, quantization, statistics, SILENT)
+    assert found.method == expected.method
+    assert found.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-9)

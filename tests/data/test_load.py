@@ -164,7 +164,7 @@ def test_other_things_are_no_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     assert "not supported" in message_of(tmp_path / "a.txt", [vector()])
     assert "does not exist" in message_of(tmp_path / "nothing", [vector()])
-    assert "no .npz and no images" in message_of(tmp_path, [vector()])
+    assert "no .npz, no .npy and no images" in message_of(tmp_path, [vector()])
 
 
 # --- hash ---------------------------------------------------------------------------------------------
@@ -255,9 +255,12 @@ def test_what_can_be_wrong_with_images(folder: Path) -> None:
     assert "is uint8" in message_of(folder, IMAGE, parsed(input={"layout": "NCHW"}))
     table.write_text("file,label\n0.png,1\ngone.png,2\n")
     assert "the first is gone.png" in message_of(table, IMAGE, SPEC)
-    table.write_text("file,label\n0.png,cat\n")
-    assert "column 'label'" in message_of(table, IMAGE, SPEC)
-    table.write_text("0.png,1\n1.png,2\n")
+    assert f"file:   {table}" in message_of(table, IMAGE, SPEC)
+    table.write_text("file,label\n0.png,cat\n1.png,\n")
+    assert "row 1 of the CSV has nothing in column 'label'" in message_of(table, IMAGE, SPEC)
+    table.write_text("file,label\n0.png,cat\n1.png,7,8\n")
+    assert "row 1 of the CSV has 3 cells" in message_of(table, IMAGE, SPEC)
+    table.write_text("0,1\n1,2\n")
     assert "header" in message_of(table, IMAGE, SPEC)
     table.write_text("file,label\n")
     assert "lists no images" in message_of(table, IMAGE, SPEC)
@@ -268,6 +271,55 @@ def test_what_can_be_wrong_with_images(folder: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (folder / name).write_text("file\n0.png\n")
     assert "several .csv" in message_of(folder, IMAGE, SPEC)
+
+
+# --- .npy and several files ---------------------------------------------------------------------------
+
+
+def test_an_npy_is_the_only_input(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", X)
+    assert (
+        load_samples(str(tmp_path / "a.npy"), [vector()]).hash
+        == load_samples(
+            script(tmp_path, f"def feeds():\n    yield {{'x': np.load({str(tmp_path / 'a.npy')!r})}}\n"),
+            [vector()],
+        ).hash
+    )
+    assert "does not say of which input" in message_of(tmp_path / "a.npy", [vector(), vector("y")])
+    np.save(tmp_path / "a.npy", np.array([None]))
+    assert "not an .npy of numbers" in message_of(tmp_path / "a.npy", [vector()])
+    (tmp_path / "a.npy").write_bytes(b"no array")
+    assert "not an .npy of numbers" in message_of(tmp_path / "a.npy", [vector()])
+
+
+def test_npy_files_that_are_named_like_inputs_are_an_npz(tmp_path: Path, npz: Path) -> None:
+    (tmp_path / "apart").mkdir()
+    for name, array in (("x", X), ("label", LABELS)):
+        np.save(tmp_path / "apart" / f"{name}.npy", array)
+    samples = load_samples(str(tmp_path / "apart"), [vector()])
+    assert samples.hash == load_samples(str(npz), [vector()]).hash
+    assert list(samples.targets) == ["label"]
+
+
+@pytest.mark.parametrize("rows", [[X[:1], X[1:2], X[2:]], [*X]], ids=["batches", "samples"])
+def test_npy_files_of_samples_or_batches(rows: list[np.ndarray], tmp_path: Path) -> None:
+    for index, array in enumerate(rows):
+        np.save(tmp_path / f"{index:03}.npy", array)
+    np.testing.assert_array_equal(stacked(load_samples(str(tmp_path), [vector()]), "x"), X)
+
+
+def test_a_row_that_does_not_fit_is_named_by_its_file(tmp_path: Path, folder: Path) -> None:
+    """Of the parts of a folder, of whole arrays and of subsets; of images."""
+    for name, part in (("a", X), ("b", X[:2]), ("c", X[:1, :2])):
+        np.savez(tmp_path / f"{name}.npz", x=part)
+    with pytest.raises(InputError) as caught:
+        list(load_samples(str(tmp_path), [vector()]).subset([1, 6, 5]).rows())
+    assert caught.value.file == str(tmp_path / "c.npz")
+    assert "row 6 of input 'x' has shape (2,)" in caught.value.problem
+    Image.fromarray(PIXELS[0, :3]).save(folder / "1.png")
+    with pytest.raises(InputError) as caught:
+        list(load_samples(str(folder), IMAGE, SPEC).rows())
+    assert caught.value.file == str(folder / "1.png")
 
 
 # --- scripts ------------------------------------------------------------------------------------------
@@ -314,6 +366,39 @@ def test_what_can_be_wrong_with_a_script(body: str, words: str, tmp_path: Path) 
     message = message_of(script(tmp_path, body), [vector()])
     assert words in message
     assert "loader.py" in message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def feeds():\n    return list(zip(X, LABELS))",
+        "def feeds():\n    return X, LABELS",
+        "def feeds():\n    return {'x': X, 'labels': LABELS}",
+        "class Set:\n    def __len__(self): return 4\n    def __getitem__(self, i): return X[i], LABELS[i]\n"
+        "feeds = Set",
+        "def feeds():\n    import torch.utils.data as d\n    import torch\n"
+        "    s = d.TensorDataset(torch.tensor(X), torch.tensor(LABELS))\n"
+        "    return d.DataLoader(s, batch_size=3)",
+    ],
+    ids=["tuples", "arrays", "by name", "indexed", "DataLoader"],
+)
+def test_a_script_gives_what_python_programs_have(body: str, tmp_path: Path) -> None:
+    arrays = f"X = np.array({X.tolist()}, np.float32)\nLABELS = np.array({LABELS.tolist()})\n"
+    samples = load_samples(script(tmp_path, arrays + body), [vector()])
+    np.testing.assert_array_equal(stacked(samples, "x"), X)
+    assert samples.targets["labels"].tolist() == LABELS.tolist()
+
+
+def test_a_script_gives_images_as_hugging_face_does(tmp_path: Path) -> None:
+    body = f"""from PIL import Image
+PIXELS = np.array({PIXELS.tolist()}, np.uint8)
+def feeds():
+    for number, pixels in enumerate(PIXELS):
+        yield {{"image": Image.fromarray(pixels), "label": number}}
+"""
+    samples = load_samples(script(tmp_path, body), IMAGE, parsed(input={"from": "image", **OPTIONS}))
+    np.testing.assert_allclose(stacked(samples, "input"), EXPECTED, atol=1e-6)
+    assert samples.targets["label"].tolist() == [0, 1, 2]
 
 
 def test_a_script_that_is_not_there(tmp_path: Path) -> None:

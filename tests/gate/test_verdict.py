@@ -11,6 +11,7 @@ from trtq.gate.decision import decide
 from trtq.gate.in_the_way import InTheWay, Obstacle
 from trtq.gate.metrics import Metric, load_metric
 from trtq.gate.verdict import Check, Outcome, Verdict, overall
+from trtq.memory import Function
 from trtq.simulation.similarity import MAX_SQNR_DB
 from trtq.simulation.values import stacked
 
@@ -83,6 +84,30 @@ def test_bootstrapped_metrics(metric):
     options = {"labels": labels, "metric": load_metric(metric), "confidence": 0.95, "max_drop": 0.05}
     assert verdict(reference, near, **options).outcome is Outcome.PASS
     assert verdict(reference, far, **options).outcome is Outcome.FAIL
+
+
+def test_a_metric_that_adds_up_over_its_calls_is_refused():
+    """Without a reset the candidate's number is that of both models together, and half its drop is gone."""
+    counted = [0, 0]
+
+    def running(outputs, targets):
+        counted[0] += int((outputs["y"].argmax(axis=1) == targets["labels"]).sum())
+        counted[1] += len(targets["labels"])
+        return counted[0] / counted[1]
+
+    with pytest.raises(InputError, match=r"gave 1 for the reference, and then 0\.995"):
+        verdict(classifier(200, 0), classifier(197, 3), metric=load_metric(Function(running)))
+    counted[:] = 0, 0
+    assert verdict(classifier(200, 0), classifier(200, 0), metric=load_metric(Function(running))).passed
+
+
+def test_a_metric_may_differ_by_rounding_from_call_to_call():
+    random = np.random.default_rng(0)
+
+    def rounded(outputs, targets):
+        return float((outputs["y"].argmax(axis=1) == 0).mean()) * (1 + 1e-7 * random.normal())
+
+    assert verdict(classifier(200, 0), classifier(199, 1), metric=load_metric(Function(rounded))).passed
 
 
 def test_a_function_over_groups_of_rows(tmp_path):

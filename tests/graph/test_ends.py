@@ -83,6 +83,25 @@ def test_fed_codes_the_model_gives_what_it_gave_for_floats(body: str, outputs: s
     np.testing.assert_allclose(Runner(changed).run({"x": x})["y"], expected["y"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["Transpose, Cast", "Cast, Transpose"])
+def test_a_moved_input_of_another_type_than_its_scale_gives_a_model_of_one_type(order: str) -> None:
+    cast, move = "Cast<to = 1>", "Transpose<perm = [0, 1, 3, 2]>"
+    first, then = (move, cast) if order.startswith("T") else (cast, move)
+    body = f"""
+        p = {first}(x) f = {then}(p) q = QuantizeLinear(f, s, z) d = DequantizeLinear(q, s, z) y = Conv(d, w)
+    """
+    text = f"g (float16[2,4,6,6] x) => (float[2,8,4,4] y) {{ {body} }}"
+    plain, x = graph_of(net(text, opset=19, **PARAMETERS)), normal(2, 4, 6, 6, dtype=np.float16)
+    plain.tensors()["p"].dtype = np.dtype(np.float16 if first == move else np.float32)
+    plain.tensors()["f"].dtype = np.dtype(np.float32)
+    changed = Ends(int8=True).given_to(plain.copy())
+    model = export(changed)
+    onnx.checker.check_model(model, full_check=True)
+    codes = codes_of(model.graph)["x"].encoded(x)
+    expected = run(plain, {"x": x})["y"]
+    np.testing.assert_allclose(run(changed, {"x": codes})["y"], expected, rtol=1e-5, atol=1e-6)
+
+
 def quantizer() -> onnx.ModelProto:
     """ONNX's own QuantizeLinear as the host."""
     return net(
@@ -202,4 +221,4 @@ def test_images_need_a_recipe_that_says_how_they_are_scaled(case: Case, tmp_path
     made = trtq_command(*deploy_arguments(case, tmp_path / "out", "--io", "uint8", "--backend", "none"))
     assert made.code == 2
     assert "[preprocess.<input>]" in made.err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "verdict.json").exists()

@@ -48,7 +48,7 @@ def quantization(tmp_path: Path) -> Quantization:
         {name: np.float32(0.02) for name in plan.tensors},
         {("b", 1): np.full(3, 0.03, np.float32)},
         {product: Correction(add.name, 1, np.ones(3, np.float32))},
-        {"method": "max"},
+        notes={"method": "max"},
     )
 
 

@@ -16,6 +16,7 @@ Command = tuple[str, ...]
 READ_BY: dict[str, Sequence[Command]] = {
     "verdict.json": [("report", ".")],
     "workflow.json": [("report", ".")],
+    "report.json": [("report", ".")],
     "plan.json": [("report", "."), ("inspect", "plan.json")],
     "calibration.cache.json": [("report", "."), ("inspect", "calibration.cache")],
     "model.plan.json": [("report", "."), ("inspect", "model.plan")],

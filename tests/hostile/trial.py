@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from xml.etree import ElementTree
 
 from hostile.inputs import Hostile, write_suitable
 from jobs import Run, inside, trtq_command
@@ -33,7 +34,7 @@ def faults(case: Hostile, folder: Path) -> list[str]:
 def tried(arguments: Collection[object], folder: Path, *, may_write: bool = False) -> tuple[Run, list[str]]:
     """Run a command in a folder; and what is wrong with how it ended, whatever it was given: a crash, more
     than one message or none with an error, what a terminal would obey, too much time, and files that came,
-    went or changed.
+    went or changed, but for a new JUnit file that has the error of a job that was refused.
 
     Args:
         may_write: where the command succeeds.
@@ -53,11 +54,25 @@ def tried(arguments: Collection[object], folder: Path, *, may_write: bool = Fals
         found.append(f"it prints what a terminal obeys: {(run.out + run.err)[-300:]!r}")
     if len(run.err) > MOST_CHARACTERS:
         found.append(f"{len(run.err)} characters of messages")
-    if (after := _state(folder)) != before and not (may_write and not refused):
+    after = _state(folder)
+    if refused:
+        _leave_out_errors(folder, before, after)
+    if after != before and not (may_write and not refused):
         found.append(f"files changed: {sorted(set(before.items()) ^ set(after.items()))}"[:300])
     if seconds > MOST_SECONDS:
         found.append(f"it took {seconds:.0f} s")
     return run, found
+
+
+def _leave_out_errors(folder: Path, before: Collection[str], after: dict[str, tuple[int, int, int]]) -> None:
+    """Take new JUnit files that have an error, and the new folders that they are in, out of what there is."""
+    for path in folder.rglob("junit.xml"):
+        name = str(path.relative_to(folder))
+        if name not in before and ElementTree.parse(path).getroot().get("errors") == "1":
+            for new in (path, *path.parents):
+                if new == folder or str(new.relative_to(folder)) in before:
+                    break
+                after.pop(str(new.relative_to(folder)), None)
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int, int]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -151,6 +154,22 @@ def test_layers_are_compared_under_their_fp32_names(
     folded = {node.input[0] for node in graph.node if node.op_type == "BatchNormalization"}
     assert fp32.keys() - int8.keys() == folded  # a convolution's output before its batch normalization
     assert int8.keys() < fp32.keys()
+
+
+def test_the_first_example_passes_as_it_is_written(model: str, demo: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "plugins" / "README.md").read_text()
+    example = text[text.index("# trtq in Polygraphy") :]
+    script, command = (re.search(f"```{kind}\\n(.*?)```", example, re.DOTALL) for kind in ("python", "sh"))
+    assert script is not None
+    assert command is not None
+    (tmp_path / "loader.py").write_text(script[1])
+    shutil.copy(model, tmp_path / "model.onnx")
+    shutil.copy(demo / "calib.npz", tmp_path)
+    program, *arguments = shlex.split(command[1].replace("\\\n", " "), comments=True)
+    assert program == "polygraphy"
+    done = polygraphy(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "Passed: 32/32 iterations" in done.stdout
 
 
 def test_problems_are_messages(model: str, tmp_path: Path) -> None:

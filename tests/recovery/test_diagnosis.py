@@ -41,7 +41,7 @@ def chain(folder: Path, names: Sequence[str], bad: str) -> Case:
 
 
 def deploy(case: Case, output: Path, *options: str) -> Run:
-    return trtq_command(*deploy_arguments(case, output, "--method", "max", "-q", *options))
+    return trtq_command(*deploy_arguments(case, output, "--method", "max", *options))
 
 
 PLANTED = (["first", "second", "bad", "fourth"], "bad")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from jobs import Case, Run, deploy_arguments, save_case, trtq_command
-from nets import graph_of, loaded, net, normal
+from nets import graph_of, loaded, net, normal, run
 
 from trtq.cost.interface import Kind, Latency, Rest
 from trtq.graph.place import place
@@ -115,6 +116,35 @@ def test_where_int8_does_not_pay_the_engine_is_float16_and_gated(tiny: Case, tmp
     assert verdict["outputs"]["y"]["sqnr_db"] > 40
 
 
+def test_float16_alone_has_the_ends_that_were_asked_for(tiny: Case, tmp_path: Path) -> None:
+    options = ("--gpu", "A100 80GB", "--io", "int8-in-out", "--exclude", "c0")
+    made, steps = deployed(tiny, tmp_path, *options)
+    assert made.code == 0
+    assert kept(steps)["step"] == "fp16 alone"
+    assert "x stays as it is: c0 (Conv) reads it in floating point" in made.err
+    session = onnxruntime.InferenceSession(tmp_path / "model.int8.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_outputs()[0].type == "tensor(int8)"
+    record = json.loads((tmp_path / "manifest.json").read_text())["io"]["y"]
+    x = np.load(tiny.data)["x"]
+    found = np.concatenate([session.run(None, {"x": x[i : i + 8]})[0] for i in range(0, len(x), 8)])
+    expected = np.concatenate([run(tiny.model, {"x": x[i : i + 8]})["y"] for i in range(0, len(x), 8)])
+    noise = found * np.float64(record["scale"]) - expected
+    verdict = json.loads((tmp_path / "verdict.json").read_text())["outputs"]["y"]
+    sqnr = 10 * np.log10((expected**2).sum() / (noise**2).sum())
+    assert verdict["sqnr_db"] == pytest.approx(sqnr, abs=0.2)  # float16's rounding is another in ONNX Runtime
+
+
+def test_an_input_that_the_host_quantizes_costs_no_kernel(large: Case, tmp_path: Path) -> None:
+    (_, floats), (made, codes) = (
+        deployed(large, tmp_path / io, "--gpu", "T4", "--io", io) for io in ("float", "int8")
+    )
+    assert "x is int8" in made.err
+    taken = [kept(steps)["latency"] for steps in (floats, codes)]
+    assert taken[1]["microseconds"] < taken[0]["microseconds"]
+    size = 8 * 64 * 32 * 32
+    assert taken[0]["bytes"] - taken[1]["bytes"] == (4 + 1) * size  # read as float32, written as int8
+
+
 def test_where_nothing_with_int8_passes_float_alone_is_the_result(large: Case, tmp_path: Path) -> None:
     made, steps = deployed(large, tmp_path, "--gpu", "T4", "--recover", "none", "--min-sqnr", "50")
     assert made.code == 0
@@ -134,6 +164,18 @@ def test_recovery_gives_speed_away_where_it_buys_most(large: Case, tmp_path: Pat
     assert calibrated["latency"]["microseconds"] < front["partial"]["microseconds"]
     assert front["partial"]["microseconds"] < front["FP16"]["microseconds"]
     assert front["partial"]["sqnr_db"] >= 34
+    again, repeated = deployed(large, tmp_path, "--gpu", "T4", "--recover", "partial", "--min-sqnr", "34")
+    assert "from the cache; nothing was run" in again.err
+    assert kept(repeated)["front"] == kept(steps)["front"]
+
+
+def test_the_walked_front_is_recorded(large: Case, tmp_path: Path) -> None:
+    _, steps = deployed(large, tmp_path, "--gpu", "T4", "--recover", "partial", "--min-sqnr", "34")
+    corners = [point for point in kept(steps)["front"] if point["estimated_sqnr_db"] is not None]
+    assert len(corners) >= 2
+    assert all(point["sqnr_db"] is None for point in corners)
+    noises = [point["estimated_sqnr_db"] for point in corners]
+    assert noises == sorted(noises)
 
 
 def test_int8_is_the_objective_where_nothing_tells_a_latency(large: Case, tmp_path: Path) -> None:
@@ -158,7 +200,7 @@ def test_what_cannot_be_decided_is_refused(
     made, _ = deployed(large, tmp_path / "out", *more)
     assert made.code == 2
     assert said in made.err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "verdict.json").exists()
 
 
 def test_a_least_share_of_int8_makes_int8_the_objective(tiny: Case, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from trtq.recovery.trial import refusal
 
 LEFT = {
     *("calibration.cache", "calibration.cache.json", "junit.xml", "manifest.json", "model.int8.onnx"),
-    *("plan.json", "recipe.toml", "report.html", "verdict.json", "workflow.json"),
+    *("plan.json", "recipe.toml", "report.html", "report.json", "verdict.json", "workflow.json"),
 }
 
 

@@ -277,3 +277,16 @@ def test_a_search_is_not_made_twice(hard: Case, tmp_path: Path) -> None:
     log = Log()
     run(hard, tmp_path / "again", log, min_sqnr=45.0, recover="partial")
     assert "partial: from the cache; nothing was run" in log.lines
+
+
+def test_a_fix_is_no_other_builders_and_no_other_precisions(hard: Case, tmp_path: Path) -> None:
+    """Where scales are inserted is decided by the kernels of the builder's engine, or by a rule without one;
+    and what float16 cannot hold is looked for only where there is some."""
+    said = []
+    for number, options in enumerate(
+        [{"backend": "none"}, {"backend": "none"}, {"backend": "none", "rest": "fp16"}, {}]
+    ):
+        log = Log()
+        run(hard, tmp_path / f"out{number}", log, min_sqnr=90.0, recover="fix", **options)
+        said.append("fix: from the cache; nothing was run" in log.lines)
+    assert said == [False, True, False, False]

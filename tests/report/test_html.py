@@ -25,12 +25,18 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.words: list[str] = []
         self.links: list[str] = []
+        self.attributes: list[str] = []
         self.feed(content)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.links += [str(value) for name, value in attrs if name in ("src", "href")]
-        if tag != "meta":  # the only tag that HTML leaves open
+        linked = [str(value) for name, value in attrs if name in ("src", "href")]
+        self.links += [link for link in linked if not link.startswith("data:image/png;base64,")]
+        self.attributes += [name for name, _ in attrs]
+        if tag not in ("meta", "img", "br"):  # those that HTML leaves open
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [name for name, _ in attrs]  # shapes within SVG
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -90,8 +96,12 @@ def test_a_verdict_with_two_answers_is_refused(demo: Deployed, tmp_path: Path) -
 
 
 def test_results_of_the_time_of_the_gate_alone(demo: Deployed, tmp_path: Path) -> None:
-    """Their verdict has no gate, checks and diagnosis; their steps have no note and no gate."""
+    """Their verdict has no gate, checks and diagnosis; their steps have no note and no gate; there is no
+    record of the report."""
     folder = copied(demo, tmp_path)
+    (folder / "report.json").unlink()
+    now = write_report(folder).read_bytes()
+    assert b"Noise" not in now
     for name, new in (
         ("verdict.json", ("gate", "checks", "in_the_way")),
         ("workflow.json", ("gate", "note")),
@@ -101,7 +111,7 @@ def test_results_of_the_time_of_the_gate_alone(demo: Deployed, tmp_path: Path) -
             for key in new:
                 del item[key]
         (folder / name).write_text(json.dumps(value))
-    assert write_report(folder).read_bytes() == (demo.folder / "report.html").read_bytes()
+    assert write_report(folder).read_bytes() == now
 
 
 def test_what_is_in_the_way_stands_under_the_head(demo: Deployed, tmp_path: Path) -> None:
@@ -117,20 +127,23 @@ def test_what_is_in_the_way_stands_under_the_head(demo: Deployed, tmp_path: Path
     change(copied(demo, tmp_path) / "verdict.json", outcome="fail", gate="fail", in_the_way=found)
     page = Page(write_report(tmp_path).read_text())
     assert page.open == []
-    assert page.text.index("In the way") < page.text.index("Accuracy")
-    for words in ("<b>", "3.2 dB", "90.0%", "--exclude '<b>'"):
+    assert page.text.index("What stands in the way") < page.text.index("Accuracy")
+    for words in ("<b>", "3.2 dB", "trtq deploy --recipe recipe.toml -o again --exclude '<b>'"):
         assert words in page.words
+    assert "90.0%" in page.text
 
 
 def test_the_interval_is_drawn_to_scale(demo: Deployed, tmp_path: Path) -> None:
     path = copied(demo, tmp_path) / "verdict.json"
     change(path, relative_interval=[-0.01, 0.03], relative_drop=0.01, max_drop=0.02)
     content = write_report(tmp_path).read_text()
-    zero, margin = (float(x) for x in re.findall(r'<line x1="([\d.]+)" x2="\1" y1="14"', content))
-    low, high = map(float, re.search(r'<line x1="([\d.]+)" x2="([\d.]+)" y1="30"', content).groups())  # type: ignore[union-attr]
-    (drop,) = map(float, re.findall(r'<circle cx="([\d.]+)"', content))
-    unit = (high - low) / 4  # 1 % of drop
-    assert [low + unit, low + 2 * unit, low + 3 * unit] == pytest.approx([zero, drop, margin], abs=0.2)
+
+    def at(mark: str) -> float:
+        return float(re.search(rf'<i class="{mark}" style="left:([\d.]+)%', content).group(1))  # type: ignore[union-attr]
+
+    zero, margin, low, drop = at("zero"), at("margin"), at("span pass"), at("drop pass")
+    unit = float(re.search(r";width:([\d.]+)%", content).group(1)) / 4  # type: ignore[union-attr] # 1 % of drop
+    assert [low + unit, low + 2 * unit, low + 3 * unit] == pytest.approx([zero, drop, margin], abs=0.02)
 
 
 def test_names_of_the_model_are_text_and_not_markup(demo: Deployed, tmp_path: Path) -> None:
@@ -156,7 +169,10 @@ def test_hostile_text_is_text_wherever_it_comes_from(demo: Deployed, tmp_path: P
     obstacle = {"rank": 1, "nodes": [text()], "op": text(), "sqnr_db": None, "noise_share": None,
                 "mac_share": None, "reason": text()}  # fmt: skip
     in_the_way = {"what": text(), "obstacles": [obstacle], "options": text(), "advice": text()}
-    change(folder / "verdict.json", metric=text(), notes=[text()], warnings=[text()], in_the_way=in_the_way)
+    change(
+        folder / "verdict.json", outcome="fail", gate="fail",
+        metric=text(), notes=[text()], warnings=[text()], in_the_way=in_the_way,
+    )  # fmt: skip
     (step, *_) = json.loads((folder / "workflow.json").read_text())
     check = {"name": "SQNR", "outcome": "fail", "message": text(), "ok": False}
     gated = {"step": text(), "note": text(), "checks": [check]}
@@ -172,9 +188,21 @@ def test_hostile_text_is_text_wherever_it_comes_from(demo: Deployed, tmp_path: P
     plan["nodes"].append({"name": text(), "op": text(), "int8": False, "rule": "r", "reason": text()})
     plan["float32"] = [{"name": text(), "op": text(), "rule": "r", "reason": text()}]
     (folder / "plan.json").write_text(json.dumps(plan))
+    record = json.loads((folder / "report.json").read_text())
+    (tensor, *_) = record["tensors"]
+    record["tensors"] = [tensor | {"tensor": text(), "readers": [text()]}]
+    layer = {"nodes": [text()], "op": text(), "sqnr_db": 1.0, "share": 1.0, "mac_share": None}
+    record["noise"] = {"step": text(), "rows": 1, "layers": [layer], "count": 2}
+    record["samples"] = [{"number": 1, "images": [{"input": "x", "png": '"onerror=alert(1)'}]}]
+    record["costs"] = [{"engine": text(), "kernels": 1, "bytes": 1}] * 2
+    record["nodes"] = [{"name": text(), "op": text(), "inputs": []}]
+    record |= {"command": text(), "model": text(), "versions": {text(): text()}, "made": text()}
+    record |= {name: {"source": text(), "rows": 1} for name in ("data", "eval")}
+    (folder / "report.json").write_text(json.dumps(record))
     page = Page(write_report(folder).read_text())
     assert page.open == []
     assert page.links == []
+    assert [name for name in page.attributes if name.startswith("on")] == []
     shown = "".join(page.words)
     assert [words for words in told if words not in shown] == []
 
@@ -184,7 +212,7 @@ def test_a_verdict_without_an_interval(demo: Deployed, tmp_path: Path) -> None:
     gone = dict.fromkeys(("relative_interval", "absolute_interval", "relative_drop", "candidate"))
     change(path, outcome="fail", gate="fail", **gone)
     content = write_report(tmp_path).read_text()
-    assert "<svg" not in content
+    assert 'class="interval"' not in content
     assert "candidate not measurable" in content
 
 
@@ -234,6 +262,14 @@ def put(value: Any, path: Sequence[str | int], new: object) -> None:
         ("calibration.cache.json", ["exceptions"], ["conv"], "exceptions"),
         ("calibration.cache.json", ["confirmed"], None, "confirmed"),
         ("calibration.cache.json", ["learned"], {"sqnr_db": [1.0], "steps": 3}, "learned.sqnr_db"),
+        ("workflow.json", [0, "latency"], 3, "latency"),
+        ("workflow.json", [0, "front"], [{"name": "FP32"}], "microseconds"),
+        ("report.json", ["format"], "trtq-report-0", "trtq-report-0"),
+        ("report.json", ["made"], 5, "made"),
+        ("report.json", ["nodes", 1, "inputs"], [1], "nodes[1].inputs"),
+        ("report.json", ["nodes", 1, "inputs"], [-1], "nodes[1].inputs"),
+        ("report.json", ["tensors", 0, "counts"], "many", "counts"),
+        ("report.json", ["tensors", 0, "amax"], 0.0, "amax"),
         ("verdict.json", ["outcome"], None, "outcome"),
         ("verdict.json", ["checks"], "all", "checks"),
         ("verdict.json", ["checks"], [1], "checks[0]"),

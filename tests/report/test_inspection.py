@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,13 +176,46 @@ def test_a_missing_file(tmp_path: Path) -> None:
         inspect(tmp_path / "nowhere")
 
 
-def test_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a folder"):
+def test_a_folder_of_results(demo: Deployed) -> None:
+    """Every file that deploy leaves is described, and in the folder's line by what it is."""
+    found = inspect(demo.folder)
+    files = {path.name for path in demo.folder.iterdir()}
+    assert found.values["files"].keys() == files
+    assert len(found.lines) == len(files)
+    assert found.lines[0].split()[:3] == ["verdict.json", "verdict:", "PASS"]
+    for name, described in found.values["files"].items():
+        assert described == inspect(demo.folder / name).to_json()
+    json.dumps(found.to_json())
+
+
+def test_a_folder_says_what_is_damaged(demo: Deployed, tmp_path: Path) -> None:
+    shutil.copytree(demo.folder, tmp_path / "results")
+    (tmp_path / "results" / "verdict.json").write_text("{")
+    (tmp_path / "results" / "mine.json").write_text("{}")
+    (line,) = [line for line in inspect(tmp_path / "results").lines if "damaged" in line]
+    assert line.startswith("verdict.json")
+
+
+def test_a_folder_without_results(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(InputError, match="holds no results"):
         inspect(tmp_path)
 
 
+def test_every_file_in_the_cache(demo: Deployed) -> None:
+    kinds = {path.suffix: inspect(path).kind for path in demo.cache.glob("*/*/*") if path.suffix != ".bin"}
+    assert {".npz", ".json"} <= kinds.keys()
+    assert kinds[".json"] == "record of a cache entry"
+
+
 def test_arrays_that_are_no_statistics(tmp_path: Path) -> None:
-    np.savez(tmp_path / "calib.npz", image=np.zeros(3, np.float32))
-    with pytest.raises(InputError) as raised:
-        inspect(tmp_path / "calib.npz")
-    assert raised.value.cause == "not statistics of trtq: they name no format"
+    np.savez(tmp_path / "calib.npz", image=np.zeros((3, 2), np.float32))
+    assert inspect(tmp_path / "calib.npz").lines == ["array     image: float32 3x2"]
+
+
+def test_a_recipe_says_what_is_not_the_default(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('max_drop = "2%"\nrest = "auto"\n[preprocess.x]\nscale = 2\n')
+    assert [line.split() for line in inspect(tmp_path / "recipe.toml").lines] == [
+        ["max-drop", "2%"],
+        ["[preprocess.x]"],
+    ]

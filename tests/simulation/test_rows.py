@@ -28,7 +28,7 @@ from trtq.graph.place import place
 from trtq.graph.quantization import Quantization
 from trtq.recovery.fixes.channels import collect_channels
 from trtq.simulation.outputs import run_model
-from trtq.simulation.rows import Runner, Workers, runs_on_several
+from trtq.simulation.rows import BRIEF, MOST_TOGETHER, Runner, Workers, runs_on_several
 from trtq.simulation.simulator import Simulator
 
 RANDOM = np.random.default_rng(0)
@@ -74,21 +74,34 @@ def test_results_come_in_order_whoever_is_first(count: int) -> None:
     assert list(Workers(count).map(late, range(20))) == list(range(20))
 
 
-def test_few_items_are_in_memory() -> None:
+def busy(seconds: float) -> None:
+    """Keep the processor busy."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(BRIEF, 4), (0.0, 4 * MOST_TOGETHER)])
+def test_few_items_are_in_memory(seconds: float, expected: int) -> None:
+    """Two for each worker, or two groups of items that take next to no time."""
     lock, alive, most = threading.Lock(), 0, 0
 
     def items() -> Iterator[int]:
         nonlocal alive, most
-        for index in range(50):
+        for index in range(1000 if not seconds else 50):
+            busy(seconds)
             with lock:
                 alive += 1
                 most = max(most, alive)
             yield index
 
-    for _ in Workers(2).map(lambda index: index, items()):
+    found = []
+    for index in Workers(2).map(lambda index: index, items()):
+        found.append(index)
         with lock:
             alive -= 1
-    assert most <= 4
+    assert found == list(range(len(found)))
+    assert most <= expected
 
 
 def test_after_an_error_nothing_is_running() -> None:

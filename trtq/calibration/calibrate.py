@@ -337,9 +337,27 @@ def _both_statistics(job: Job, tensors: Sequence[str], source: FloatGraph) -> tu
     return fitting, whole
 
 
-def statistics_of(job: Job, tensors: Sequence[str], samples: Samples, source: FloatGraph) -> Statistics:
-    """Statistics of tensors over some rows, from the cache where they are there."""
-    key = Key.of(
+def known_statistics(job: Job, plan: Plan, source: FloatGraph) -> Statistics | None:
+    """Statistics of the plan's tensors over all rows of the job as far as the cache has them; nothing is run.
+
+    Returns:
+        None where they are not in the cache.
+    """
+    both = job.recipe.method == AUTO and job.enough
+    found = [
+        job.cache.fetch(_statistics_key(plan.tensors, part, source))
+        for part in (job.parts if both else (job.data,))
+    ]
+    statistics = Statistics.empty(plan.tensors)
+    for content in found:
+        if content is None:
+            return None
+        statistics.merge(Statistics.from_bytes(content))
+    return statistics
+
+
+def _statistics_key(tensors: Sequence[str], samples: Samples, source: FloatGraph) -> Key:
+    return Key.of(
         "statistics",
         model=source.sha256,
         data=samples.hash,
@@ -347,6 +365,11 @@ def statistics_of(job: Job, tensors: Sequence[str], samples: Samples, source: Fl
         tensors=sorted(tensors),
         executor=simulation_fingerprint(),
     )
+
+
+def statistics_of(job: Job, tensors: Sequence[str], samples: Samples, source: FloatGraph) -> Statistics:
+    """Statistics of tensors over some rows, from the cache where they are there."""
+    key = _statistics_key(tensors, samples, source)
     if (content := job.cache.fetch(key)) is not None:
         job.console.say("statistics", f"{len(samples)} rows from the cache, nothing was run")
         return Statistics.from_bytes(content)

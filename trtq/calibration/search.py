@@ -26,17 +26,24 @@ from trtq.data.samples import Samples
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs
 from trtq.simulation.finite import check_reference
+from trtq.simulation.kept import Kept
 from trtq.simulation.rows import Runner
 from trtq.simulation.similarity import Reference, noise_db
 
 KEPT_BYTES = 1 << 28
 """Rows above this size are read again for every run."""
 
+TOGETHER_BYTES = 1 << 26
+"""Outputs of all rows above this size are scored batch by batch, and the float model's lie in a file."""
+
 CANDIDATES = ("max", "entropy", "mse", "percentile:99.9", "percentile:99.99", "percentile:99.999")
 """The paper's candidates (section 6) and the least mean squared error."""
 
 BATCH = 16
 """Rows that run at once where the model leaves the choice."""
+
+BATCH_BYTES = 1 << 25
+"""Most bytes of the rows that run at once, if they are several; a run takes many times as much memory."""
 
 Scales = Mapping[str, np.float32]
 """Tensor -> scale, of all tensors of a plan."""
@@ -53,10 +60,11 @@ class Rows:
         model: the float model, a file or a graph. It runs once; its session, with all the weights, is closed
             before another one opens.
         samples: the rows.
-        batch: rows to run at once where the model leaves the choice.
+        batch: rows to run at once where the model leaves the choice, up to `BATCH_BYTES`.
         threads: threads within an operator; None: all cores.
         kept: whether batches stay in memory, up to `KEPT_BYTES`, and are scored as they come, for many runs
-            on few rows. Otherwise every run reads them again and scores the outputs of all rows together.
+            on few rows. Otherwise every run reads them again and scores the outputs of all rows together, up
+            to `TOGETHER_BYTES` of them.
         ignore_nonfinite: measure only where the float model's outputs are finite.
         advance: called with the number of rows that the float model just ran.
         tensors: of both models, to score instead of the outputs (`selecting.instead_of_outputs`), as far as
@@ -79,23 +87,33 @@ class Rows:
         tensors: Sequence[str] | None = None,
     ) -> None:
         self.samples, self.threads, self.tensors = samples, threads, tensors
-        self._by_batch, pairs = kept, []
         runner, left = Runner(model, tensors, threads=threads), KEPT_BYTES if kept else -1
         self._kept: list[Batch] | None = []
+        origins: list[Batch | None] = []
+        row = sum(array.nbytes for array in samples.row(0).values())
+        batch = max(min(batch, BATCH_BYTES // max(row, 1)), 1)
+
+        def run() -> Iterator[Arrays]:
+            nonlocal left
+            for part in runner.batches(samples, batch):
+                left -= sum(array.nbytes for array in part.feed.values())
+                if left < 0:
+                    self._kept = None
+                elif self._kept is not None:
+                    self._kept.append(part)
+                origins.append(replace(part, feed={}, padding=0))
+                yield _own_rows(part, runner.on(part, samples))
+                if advance is not None:
+                    advance(part.rows)
+
         started = time.perf_counter()
-        for part in runner.batches(samples, batch):
-            left -= sum(array.nbytes for array in part.feed.values())
-            if left < 0:
-                self._kept = None
-            elif self._kept is not None:
-                self._kept.append(part)
-            pairs.append((replace(part, feed={}, padding=0), _own_rows(part, runner.on(part, samples))))
-            if advance is not None:
-                advance(part.rows)
+        found = Kept(run(), KEPT_BYTES if kept else TOGETHER_BYTES)
         self.seconds = (time.perf_counter() - started) / len(samples)
-        self._batch = batch if any(part.rows > 1 for part, _ in pairs) else 1
-        outputs = list(self._parts([outputs for _, outputs in pairs]))
-        origins = [part for part, _ in pairs] if len(outputs) == len(pairs) else [None]
+        self._batch = batch if any(part is not None and part.rows > 1 for part in origins) else 1
+        self._by_batch = kept or found.nbytes > TOGETHER_BYTES
+        outputs = self._parts(found)
+        if len(outputs) < len(origins):
+            origins = [None]
         for origin, arrays in zip(origins, outputs, strict=True):
             ignored = ignore_nonfinite or tensors is not None
             check_reference(arrays, ignore_nonfinite=ignored, samples=samples, batch=origin)
@@ -131,13 +149,12 @@ class Rows:
 
     def noise(self, outputs: Iterable[Arrays]) -> float:
         """Noise of a run's outputs, which may end early."""
-        return self._reference.noise(self._parts(outputs))
+        return self._reference.noise(outputs if self._by_batch else self._parts(list(outputs)))
 
-    def _parts(self, outputs: Iterable[Arrays]) -> Iterable[Arrays]:
+    def _parts(self, found: Sequence[Arrays]) -> Sequence[Arrays]:
         """Outputs as they are compared: batch by batch, or all rows together if their shapes allow it."""
         if self._by_batch:
-            return outputs
-        found = list(outputs)
+            return found
         shapes = {tuple((name, a.shape[1:]) for name, a in batch.items() if a.ndim) for batch in found}
         if len(shapes) > 1 or len(next(iter(shapes))) < len(found[0]):
             return found

@@ -76,12 +76,10 @@ class Histogram:
 
     Attributes:
         exponent: the power of two that bounds |x|.
-        low, high: the smallest and largest x; +inf and -inf before the first value.
     """
 
     exponent: int = _LOWEST_EXPONENT
-    low: float = math.inf
-    high: float = -math.inf
+    _extrema: NDArray[np.int32] = field(default_factory=lambda: _extrema_of(math.inf, -math.inf))
     _bins: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
     _numbers: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     _few: list[NDArray[np.float32]] = field(default_factory=list)
@@ -98,7 +96,17 @@ class Histogram:
         cls, bins: NDArray[np.uint16], numbers: NDArray[np.int64], exponent: int, low: float, high: float
     ) -> Histogram:
         """A histogram of the bins that are not empty, ascending, with how many values lie in each."""
-        return cls(exponent, low, high, bins, numbers)
+        return cls(exponent, _extrema_of(low, high), bins, numbers)
+
+    @property
+    def low(self) -> float:
+        """The smallest x; +inf before the first value."""
+        return float(_ordered(self._extrema).view(np.float32)[0]) + 0.0  # -0.0 becomes 0.0
+
+    @property
+    def high(self) -> float:
+        """The largest x; -inf before the first value."""
+        return float(_ordered(self._extrema).view(np.float32)[1]) + 0.0
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -163,8 +171,8 @@ class Histogram:
             counts = counts + _widened(other.counts, exponent - other.exponent)
             bins = np.flatnonzero(counts)
             self._bins, self._numbers = bins.astype(np.uint16), counts[bins]
-        self._few, self._slots = [], None
-        self.exponent, self.low, self.high = exponent, min(self.low, other.low), max(self.high, other.high)
+        self._few, self._slots, self.exponent = [], None, exponent
+        self._extrema = _extrema_of(min(self.low, other.low), max(self.high, other.high))
 
     @property
     def _waiting(self) -> int:
@@ -178,14 +186,14 @@ class Histogram:
         low, high = float(flat.min()), float(flat.max())  # NaN where one is
         if not (math.isfinite(low) and math.isfinite(high)):
             raise _not_finite(flat)
-        self.low, self.high = min(self.low, low + 0.0), max(self.high, high + 0.0)  # -0.0 becomes 0.0
+        self._extrema = _extrema_of(min(self.low, low), max(self.high, high))
         if self.amax >= math.ldexp(1.0, self.exponent):
             self.exponent = _exponent_above(self.amax)
         self._few.append(flat.copy())
 
     def _all_slots(self) -> NDArray[np.int64]:
         """The slots of what is held."""
-        made = Histogram(self.exponent, self.low, self.high, _slots=np.zeros(LANES - 1 + BINS, np.int64))
+        made = Histogram(self.exponent, self._extrema.copy(), _slots=np.zeros(LANES - 1 + BINS, np.int64))
         assert made._slots is not None
         made._slots[LANES - 1 + self._bins.astype(np.intp)] = self._numbers
         for part in self._few:
@@ -197,17 +205,12 @@ class Histogram:
         from trtq.calibration import kernels
 
         assert self._slots is not None
-        extrema = _ordered(np.array([self.low, self.high], np.float32).view(np.int32))
-        position = 0
-        while True:
-            position = kernels.count(flat, position, self.exponent, extrema, self._slots)
-            low, high = (float(x) + 0.0 for x in _ordered(extrema).view(np.float32))  # -0.0 becomes 0.0
-            if not (math.isfinite(low) and math.isfinite(high)) and flat.size:
+        position = kernels.count(flat, 0, self.exponent, self._extrema, self._slots)
+        while position < flat.size:
+            if not (math.isfinite(self.low) and math.isfinite(self.high)):
                 raise _not_finite(flat)
-            self.low, self.high = low, high
-            if position == flat.size:
-                return
             self._widen(_exponent_above(self.amax))
+            position = kernels.count(flat, position, self.exponent, self._extrema, self._slots)
 
     def _widen(self, exponent: int) -> None:
         """Double the range of the slots until it reaches 2**exponent."""
@@ -236,6 +239,11 @@ def _not_finite(flat: NDArray[np.float32]) -> NonFiniteError:
 def _ordered(bits: NDArray[np.int32]) -> NDArray[np.int32]:
     """Float32 bits as integers of the same order, and back (it is its own inverse)."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+
+def _extrema_of(low: float, high: float) -> NDArray[np.int32]:
+    """Two float32 values as `kernels.count` has them."""
+    return _ordered(np.array([low, high], np.float32).view(np.int32))
 
 
 def _exponent_above(amax: float) -> int:

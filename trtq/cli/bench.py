@@ -59,8 +59,6 @@ def _build_three(recipe: Recipe, given: argparse.Namespace) -> list[Path]:
 
 BENCH = Command(
     "bench",
-    "time engines on the GPU; without one, compare what was compiled. Plan files are code: load only those"
-    " you built or trust",
     _bench,
     (
         *("output", "data", "state", "method", "op_reference", "cache", "threads"),
@@ -83,6 +81,11 @@ BENCH = Command(
         argument("--duration", type=float, default=3, metavar="S", help="time each engine this long (3)"),
         argument("--iterations", type=int, default=10, metavar="N", help="and at least this often (10)"),
         argument("--json", path="written", metavar="F", help="write the results as JSON"),
+    ),
+    required=("engines",),
+    examples=(
+        "trtq bench out/model.plan",
+        "trtq bench model.onnx --three --data calib.npz -o bench --target 8.6",
     ),
     makes=THREE,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from trtq.calibration.table import ALGORITHMS
-from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.cli.command import DECIDED, Command, argument, console_of, recipe_of
 from trtq.cli.options import ENGINE
 from trtq.console import show
 from trtq.errors import ExitCode
@@ -28,7 +28,6 @@ def _build(given: argparse.Namespace) -> int:
 
 BUILD = Command(
     "build",
-    "build an engine from an ONNX model and say what it runs in INT8",
     _build,
     (
         *("model", "output", "data", "state", "rest", "op_reference", "include", "exclude"),
@@ -45,6 +44,12 @@ BUILD = Command(
             help="implicit INT8, measured by this calibrator of TensorRT's on --data (TensorRT ≤ 10.16)",
         ),
     ),
+    required=("model", "output"),
+    examples=(
+        "trtq build model.int8.onnx -o model.plan --target 8.6 --target 8.9",
+        "trtq build model.onnx -o model.plan --backend tensorrt --table calibration.cache",
+    ),
+    codes=DECIDED,
     output=Output.FILE,
     makes=BUILT,
 )

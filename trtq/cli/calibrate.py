@@ -26,9 +26,13 @@ def _calibrate(given: argparse.Namespace) -> int:
 
 CALIBRATE = Command(
     "calibrate",
-    "make a calibration table from data",
     _calibrate,
     ("model", "output", *CALIBRATION, "ignore_nonfinite", *PLACEMENT),
+    required=("model", "data", "output"),
+    examples=(
+        "trtq calibrate model.onnx --data calib.npz -o calibration.cache",
+        "trtq calibrate model.onnx --data images/ --recipe recipe.toml --method entropy -o calibration.cache",
+    ),
     output=Output.TEXT,
     makes=(".json",),
 )

@@ -19,7 +19,12 @@ ARGUMENTS = (
     argument(
         "source", path="read", nargs="?", metavar="SOURCE", help="convert: a table, or a Q/DQ model (.onnx)"
     ),
-    argument("--model", metavar="MODEL", help="convert a table: the fp32 model to put Q/DQ into"),
+    argument(
+        "--model",
+        metavar="MODEL",
+        help="convert a table: the fp32 model to put Q/DQ into; otherwise only entries of this model: its"
+        " file, the name that its file had (with * and ?), or the first digits of its SHA-256",
+    ),
     argument("--for", dest="tensorrt", metavar="VERSION", help="TensorRT that will read the table: 10.16"),
     argument("--algorithm", choices=ALGORITHMS, help="calibrator class that will read the table"),
     *TABLE_FORMAT,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import trtq
-from trtq.cli.command import Command, recipe_of
+from trtq.cli.command import DECIDED, Command, recipe_of, said_in_folder
 from trtq.cli.deploy import WRITTEN, run_deploy
 from trtq.cli.options import PLACEMENT, RECOVERY
 
@@ -25,7 +25,6 @@ def _demo(given: argparse.Namespace) -> int:
 
 DEMO = Command(
     "demo",
-    "run the main job on a bundled model and data: calibrate, quantize, build, gate",
     _demo,
     (
         *("output", "method", "budget", "max_drop", "confidence", "min_int8"),
@@ -33,5 +32,8 @@ DEMO = Command(
         *PLACEMENT,
         *("target", "batch", "threads", "cache"),
     ),
+    examples=("trtq demo", "trtq demo -o demo --method entropy --target 8.6"),
+    codes=DECIDED,
     makes=WRITTEN,
+    said=said_in_folder,
 )

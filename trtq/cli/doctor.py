@@ -16,4 +16,4 @@ def _doctor(given: argparse.Namespace) -> int:
     return ExitCode.PASS
 
 
-DOCTOR = Command("doctor", "what is installed, what works here, and what to install for the rest", _doctor)
+DOCTOR = Command("doctor", _doctor, examples=("trtq doctor",))

@@ -23,8 +23,13 @@ def _inspect(given: argparse.Namespace) -> int:
 
 INSPECT = Command(
     "inspect",
-    "describe a model, plan, table, engine or statistics file",
     _inspect,
+    required=("file",),
+    examples=(
+        "trtq inspect out",
+        "trtq inspect out/model.plan --json",
+        "trtq inspect calibration.cache",
+    ),
     arguments=(
         argument("file", path="read", metavar="FILE"),
         argument("--json", action="store_true", help="print JSON"),

@@ -9,48 +9,39 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
-from functools import partial
-from typing import NoReturn
+from collections.abc import Collection, Container, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import trtq
 from trtq import stops
-from trtq.cli.bench import BENCH
-from trtq.cli.build import BUILD
-from trtq.cli.cache import CACHE
-from trtq.cli.calibrate import CALIBRATE
-from trtq.cli.command import Command, path_text
-from trtq.cli.demo import DEMO
-from trtq.cli.deploy import DEPLOY
-from trtq.cli.doctor import DOCTOR
-from trtq.cli.gate import GATE
-from trtq.cli.inspect import INSPECT
-from trtq.cli.migrate import MIGRATE
-from trtq.cli.quantize import QUANTIZE
-from trtq.cli.report import REPORT
-from trtq.cli.sensitivity import SENSITIVITY
-from trtq.cli.study import STUDY
 from trtq.errors import ExitCode, InputError, TrtqError
 from trtq.escapes import printable
-from trtq.recipe import FLAG, flag, from_command_line, options
 
-COMMANDS: tuple[Command, ...] = (
-    DEMO,
-    DEPLOY,
-    CALIBRATE,
-    QUANTIZE,
-    BUILD,
-    GATE,
-    INSPECT,
-    CACHE,
-    REPORT,
-    SENSITIVITY,
-    STUDY,
-    MIGRATE,
-    BENCH,
-    DOCTOR,
-)
-"""Every command, in the order of the help."""
+if TYPE_CHECKING:
+    from trtq.cli.command import Command
+
+COMMANDS: Mapping[str, str] = {
+    "demo": "run the main job on a bundled model and data: calibrate, quantize, build, gate",
+    "deploy": "the whole workflow: an fp32 model and data become an INT8 engine and a verdict",
+    "calibrate": "make a calibration table from data",
+    "quantize": "insert Q/DQ: write an explicit INT8 model",
+    "build": "build an engine from an ONNX model and say what it runs in INT8",
+    "gate": "compare a candidate's accuracy with a reference's and decide",
+    "inspect": "describe a folder of results, or a file: model, plan, table, engine, verdict, ...",
+    "cache": "list, show, verify or prune what is cached; convert tables to Q/DQ models and back",
+    "report": "write report.html again from a folder of results",
+    "sensitivity": "rank the layers by what INT8 in each of them does to the outputs",
+    "study": "the paper's tables for your model: methods, weights, partial quantization, learning",
+    "migrate": "from TensorRT 10: an fp32 model and its calibration table become an explicit model and an"
+    " engine",
+    "bench": "time engines on the GPU; without one, compare what was compiled. Plan files are code: load"
+    " only those you built or trust",
+    "doctor": "what is installed, what works here, and what to install for the rest",
+    "completion": "print the completion of commands and options for your shell",
+}
+"""Every command, in the order of the help, and what it does. Its module in `trtq.cli`, which has its name, is
+imported when it is called: `trtq --version` and `trtq --help` need nothing but Python."""
 
 _STDERR = 2
 
@@ -78,10 +69,11 @@ def _main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         with stops.unmasked():
-            given = parser().parse_args(arguments)
+            given = _parsed(arguments)
             given.command_line = shlex.join(["trtq", *arguments])
-            with contextlib.redirect_stdout(sys.stdout):  # undoes what `recipe_of` may turn it to
-                code = int(given.command.run(given))
+            shown = io.StringIO() if given.quiet else sys.stdout
+            with contextlib.redirect_stdout(shown):  # undoes what `recipe_of` may turn it to
+                code = _run(given)
             _flush_output()
             return code
     except TrtqError as error:
@@ -103,6 +95,18 @@ def _main(arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return int(ExitCode.BAD_INPUT)
+
+
+def _run(given: argparse.Namespace) -> int:
+    """Run a command; an error that ends it is also left where its verdict was asked for."""
+    try:
+        return int(given.command.run(given))
+    except BrokenPipeError:  # of a reader of what is printed
+        raise
+    except Exception as error:
+        if given.said is not None:
+            given.said.leave(error)
+        raise
 
 
 def _occupy_streams() -> None:
@@ -133,55 +137,66 @@ def _flush_output() -> None:
             raise
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def command(name: str) -> Command:
+    """The command of a name among `COMMANDS`."""
+    found: Command = getattr(import_module(f"trtq.cli.{name}"), name.upper())
+    return found
+
+
+def parser(wanted: Container[str] = COMMANDS, completion: Any = None) -> argparse.ArgumentParser:
+    """The command line.
+
+    Args:
+        wanted: the commands that get their options; the others are there by name.
+        completion: as for `trtq.cli.parser.fill`.
+    """
     root = _Parser(
         prog="trtq",
         description="INT8 deployment for TensorRT: from a trained ONNX model to an engine proved accurate.",
-        epilog="Exit codes: 0 pass, 1 gate failed, 2 bad usage or input, 3 inconclusive, 4 backend missing.",
+        epilog="Exit codes: 0 pass, 1 gate failed, 2 bad usage or input, 3 inconclusive, 4 backend missing."
+        " 'trtq COMMAND --help' shows a command's options, examples and exit codes.",
     )
     root.add_argument("--version", action="version", version=f"trtq {trtq.__version__}")
     subparsers = root.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for command in COMMANDS:
-        sub = subparsers.add_parser(command.name, help=command.summary, description=command.summary)
-        for argument in command.arguments:
-            argument.add_to(sub)
-        if command.options:
-            sub.add_argument(
-                "--recipe",
-                type=path_text,
-                metavar="FILE.toml",
-                help="options in a file; the command line wins",
-            )
-            for name in command.options:
-                _add_option(sub, name, positional=name == "model")
-        sub.add_argument("-q", "--quiet", action="store_true", help="print the result only")
-        sub.add_argument("--debug", action="store_true", help="show tracebacks")
-        sub.set_defaults(command=command)
+    for name, summary in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=summary, description=summary, add_help=False)
+        if name in wanted:
+            from trtq.cli.parser import fill
+
+            fill(sub, command(name), completion)
     return root
 
 
-def _add_option(sub: argparse.ArgumentParser, name: str, *, positional: bool) -> None:
-    (field,) = options([name])
-    metadata = field.metadata
-    if positional:
-        sub.add_argument(name, nargs="?", metavar=metadata["metavar"], help=metadata["help"])
-        return
-    names = (*metadata["flags"], flag(name))
-    kind, value = metadata["kind"], partial(from_command_line, name)
-    if kind is FLAG:
-        sub.add_argument(*names, action="store_const", const=True, help=metadata["help"])
-    elif kind.many is not None:
-        sub.add_argument(*names, action="append", type=value, metavar="X", help=metadata["help"])
-    else:
-        default = "" if field.default is None else f" (default: {kind.write(field.default)})"
-        sub.add_argument(
-            *names,
-            type=value,
-            choices=kind.choices,
-            metavar=metadata["metavar"],
-            help=(metadata["help"] + default).replace("%", "%%"),
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """What the command line says.
+
+    Raises:
+        InputError: there is no such command or option, or one cannot have the value that is given.
+    """
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if name is not None and name not in COMMANDS:
+        raise InputError(f"there is no command '{name}'", remedy=_meant([name], COMMANDS, "trtq"))
+    given, unknown = parser([name] if name else []).parse_known_args(arguments)
+    if unknown:
+        from trtq.cli.parser import spelled_names
+
+        words = [word.partition("=")[0] for word in unknown]
+        flags = [word for word in words if word.startswith("-")]
+        if not flags:
+            raise InputError(f"'{words[0]}' is one argument too many", remedy=f"see 'trtq {name} --help'")
+        raise InputError(
+            f"'trtq {name}' has no option {' and no option '.join(flags)}",
+            remedy=_meant(flags, spelled_names(given.command), f"trtq {name}"),
         )
+    return given
+
+
+def _meant(words: Sequence[str], known: Collection[str], prog: str) -> str:
+    """A question whether names were meant that are spelled alike, or where all are listed."""
+    import difflib
+
+    close = [match for word in words for match in difflib.get_close_matches(word, known, 1)]
+    return f"did you mean {' and '.join(close)}?" if close else f"see '{prog} --help'"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from trtq.cli.command import Command, argument, console_of, recipe_of
+from trtq.cli.command import DECIDED, Command, argument, console_of, recipe_of, said_in_folder
 from trtq.cli.options import TABLE_FORMAT
 from trtq.console import show
 from trtq.paths import MIGRATED
@@ -32,7 +32,6 @@ def _migrate(given: argparse.Namespace) -> int:
 
 MIGRATE = Command(
     "migrate",
-    "from TensorRT 10: an fp32 model and its calibration table become an explicit model and an engine",
     _migrate,
     (
         "model", "output", "data", "state", "eval", "metric", "max_drop", "confidence", "require_engine",
@@ -44,5 +43,12 @@ MIGRATE = Command(
         argument("--table", path="read", metavar="TABLE", help="calibration table of that model"),
         *TABLE_FORMAT,
     ),
+    required=("model", "table", "output"),
+    examples=(
+        "trtq migrate model.onnx --table calibration.cache -o out",
+        "trtq migrate model.onnx --table calibration.cache -o out --eval eval.npz --metric top1",
+    ),
+    codes=DECIDED,
     makes=MIGRATED,
+    said=said_in_folder,
 )  # fmt: skip

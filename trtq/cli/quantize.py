@@ -25,7 +25,6 @@ def _quantize(given: argparse.Namespace) -> int:
 
 QUANTIZE = Command(
     "quantize",
-    "insert Q/DQ: write an explicit INT8 model",
     _quantize,
     ("model", "output", *CALIBRATION, "recover", "ignore_nonfinite", *PLACEMENT, "io"),
     (
@@ -35,6 +34,11 @@ QUANTIZE = Command(
             metavar="TABLE",
             help="take the scales from this table; --data then tells only what float16 can hold",
         ),
+    ),
+    required=("model", ("data", "table"), "output"),
+    examples=(
+        "trtq quantize model.onnx --data calib.npz -o model.int8.onnx",
+        "trtq quantize model.onnx --table calibration.cache -o model.int8.onnx --exclude '/head/*'",
     ),
     output=Output.FILE,
     makes=(".data",),

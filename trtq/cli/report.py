@@ -18,7 +18,8 @@ def _report(given: argparse.Namespace) -> int:
 
 REPORT = Command(
     "report",
-    "write report.html again from a folder of results",
     _report,
+    required=("folder",),
+    examples=("trtq report out",),
     arguments=(argument("folder", path="read", metavar="DIR"),),
 )

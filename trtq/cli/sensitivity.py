@@ -23,7 +23,6 @@ def _sensitivity(given: argparse.Namespace) -> int:
 
 SENSITIVITY = Command(
     "sensitivity",
-    "rank the layers by what INT8 in each of them does to the outputs",
     _sensitivity,
     (
         *("model", "output", "data", "state", "method", "eval", "metric", "ignore_nonfinite"),
@@ -36,6 +35,11 @@ SENSITIVITY = Command(
             action="store_true",
             help="leave one layer at a time in floating point, with all others in INT8",
         ),
+    ),
+    required=("model", "data"),
+    examples=(
+        "trtq sensitivity model.onnx --data calib.npz",
+        "trtq sensitivity model.onnx --data calib.npz --eval eval.npz --metric top1 -o sensitivity.json",
     ),
     output=Output.TEXT,
 )

@@ -24,7 +24,6 @@ def _study(given: argparse.Namespace) -> int:
 
 STUDY = Command(
     "study",
-    "the paper's tables for your model: methods, weights, partial quantization, learning",
     _study,
     (
         *("model", "output", "data", "state", "eval", "metric", "method", "plan", "include", "exclude"),
@@ -32,5 +31,7 @@ STUDY = Command(
         *("cache", "threads", "parallel"),
         *COST,
     ),
+    required=("model", "data", "eval", "metric"),
+    examples=("trtq study model.onnx --data calib.npz --eval eval.npz --metric top1 -o study",),
     makes=("study.json", "study.txt", "study.svg"),
 )

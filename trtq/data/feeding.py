@@ -67,10 +67,13 @@ class Feeding:
     Attributes:
         inputs: input -> its options.
         state: input -> the output that it is at the next row (`[state]`).
+        classes: class name -> class number, of labels that the data have as text (`classes`); empty: the
+            names are numbered in the order of the alphabet, as torchvision's `ImageFolder` does it.
     """
 
     inputs: Mapping[str, InputOptions] = field(default_factory=dict)
     state: Mapping[str, str] = field(default_factory=dict)
+    classes: Mapping[str, int] = field(default_factory=dict)
 
     def specs(self, inputs: Sequence[InputSpec]) -> tuple[InputSpec, ...]:
         """The inputs with the batch axes that the recipe gives.

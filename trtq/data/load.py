@@ -1,8 +1,7 @@
-"""Data as users have it: `.npz`, folders of `.npz`, images with a CSV, or a Python function."""
+"""Data as users have it: `.npz` and `.npy`, folders of them, images with labels, or a Python function."""
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +27,18 @@ from trtq.data.axes import (
     unclear_axis,
 )
 from trtq.data.feeding import NO_FEEDING, Feeding
+from trtq.data.listing import listed
 from trtq.data.memory import Data
 from trtq.data.preprocess import VERSION, Preprocess, decode_image
 from trtq.data.remote import download, is_url
 from trtq.data.samples import Column, Mapped, Origin, Samples, rows_of
 from trtq.data.sequences import ARRAY, Sequences, Starts, starts_of
-from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npz
+from trtq.data.stored import IN_MEMORY, Chained, Repeated, StoredRows, read_npy, read_npz
 from trtq.errors import InputError
 from trtq.files import sha256_file
 from trtq.graph.inputs import InputSpec
 from trtq.memory import refuse_memory
 from trtq.scripts import contained, load_function
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
-
-_LONGEST_PATH = 4096
 
 EXAMPLE = '[preprocess.{name}] with scale = "1/255", mean = [...], std = [...], layout = "NCHW"'
 
@@ -60,12 +57,16 @@ def load_samples(
               with one axis more than the input as they stand (see `axes.rows_first`); every other array is
               a target; large arrays that are not compressed are read row by row;
             - a folder of `.npz`, in the order of their names; shapes may differ from file to file;
-            - a folder of images, with `<folder>.csv` beside it or one `.csv` in it, or that CSV itself:
-              a header, a column `file`, and numeric columns that are targets; without a CSV there are no
-              targets;
+            - `FILE.npy`: the rows of the only input;
+            - a folder of `.npy`: named like the arrays of an `.npz`, of which each holds all rows, or in the
+              order of their names samples or batches of the only input;
+            - a folder of images, with `<folder>.csv` beside it or one `.csv` in it, or that CSV itself (see
+              `trtq.data.listing`); without a CSV, of images in subfolders the subfolder is the class, as in
+              torchvision's `ImageFolder`, and others have no targets;
             - `SCRIPT.py:FUNCTION`: returns an iterable of dicts, feeds of the model as they stand
               (Polygraphy's data-loader convention); entries that are not model inputs are targets, with one
-              entry for each row of a feed's batch. It is read whole;
+              entry for each row of a feed's batch. Or it returns what `trtq.Data` takes: a `DataLoader`, a
+              `Dataset` of PyTorch, samples as tuples, arrays. It is read whole;
             - a URL of one of the first three (see `trtq.data.remote`);
             - data in a Python program's memory.
         preprocess: input name -> how its rows are made.
@@ -136,6 +137,7 @@ def _load(
     own = [i for i in specs if i.name not in recipes]
     computed = [recipe.source for recipe in recipes.values()]
     starts: tuple[int, ...] | None = (0,)
+    files: Sequence[tuple[int, str]] = ()
     if path.suffix == memory.SUFFIX:
         parts, items = memory.parts_of(path, specs, recipes, feeding)
         if items:
@@ -144,27 +146,49 @@ def _load(
         else:
             arrays = dict(rows_first(parts[0], own, feeding, spec))
     elif ".py:" in spec:
-        arrays, _ = _put_together(_from_script(spec), own, computed, feeding, path)
-        starts = None
+        parts, items = _from_script(spec, specs, recipes, feeding)
+        if items:
+            arrays, _ = _put_together(parts, own, computed, feeding, path)
+            starts = None
+        else:
+            arrays = dict(rows_first(parts[0], own, feeding, spec))
     elif path.suffix == ".npz":
         arrays = dict(rows_first(_from_npz(path), own, feeding, spec))
-    elif path.is_dir() and (files := sorted(path.glob("*.npz"))):
-        read = [_from_npz(file, IN_MEMORY // len(files)) for file in files]
-        arrays, starts = _put_together(read, own, computed, feeding, path)
+    elif path.suffix == ".npy":
+        arrays = dict(
+            rows_first({_only_array(path, specs, recipes, feeding): _npy(path)}, own, feeding, spec)
+        )
+    elif path.is_dir() and (found := sorted(path.glob("*.npz"))):
+        read = [_from_npz(file, IN_MEMORY // len(found)) for file in found]
+        arrays, starts = _put_together(read, own, computed, feeding, path, found)
+        files = list(zip(starts, map(str, found), strict=True))
+    elif path.is_dir() and (found := sorted(path.glob("*.npy"))):
+        named = {file.stem: file for file in found}
+        if {recipes[s.name].source if s.name in recipes else s.name for s in specs} & named.keys():
+            whole = {name: _npy(file) for name, file in named.items()}
+            arrays = dict(rows_first(whole, own, feeding, spec))
+        else:
+            only = _only_array(path, specs, recipes, feeding)
+            read = memory.named_parts([{only: _npy(f)} for f in found], specs, recipes, feeding, items=True)
+            arrays, starts = _put_together(read, own, computed, feeding, path, found)
+            files = list(zip(starts, map(str, found), strict=True))
     elif path.suffix == ".csv" or path.is_dir():
         constants = feeding.constants(specs)
-        arrays = _from_images(path, [spec for spec in specs if spec.name not in constants], recipes)
+        inputs = [spec for spec in specs if spec.name not in constants]
+        images, arrays = _from_images(path, inputs, recipes, feeding.classes)
+        files = list(enumerate(images.paths))
     else:
         raise InputError(
             "the data does not exist" if not path.exists() else "this kind of data is not supported",
             file=spec,
-            remedy="give a .npz, a folder of .npz, a folder of images with a CSV, or script.py:function",
+            remedy="give a .npz, a .npy, a folder of them, a folder of images (with a CSV, or by class), or"
+            " script.py:function",
         )
     if scalars := [
         name for name, array in arrays.items() if isinstance(array, np.ndarray) and not array.shape
     ]:
         raise InputError(f"array '{scalars[0]}' has no rows: it is a single value", file=path)
-    return _assemble(spec, specs, recipes, feeding, arrays, starts)
+    return _assemble(spec, specs, recipes, feeding, arrays, starts, files)
 
 
 def _assemble(
@@ -174,6 +198,7 @@ def _assemble(
     feeding: Feeding,
     arrays: dict[str, Column],
     starts: tuple[int, ...] | None,
+    files: Sequence[tuple[int, str]],
 ) -> Samples:
     numbers = arrays.pop(ARRAY, None) if feeding.state else None
     constants = feeding.constants(specs)
@@ -213,7 +238,7 @@ def _assemble(
         sequences = Sequences(feeding.state, _starts(numbers, starts, rows, source))
         columns |= {name: Starts(columns[name], sequences.starts, name) for name in feeding.state}
     digest = _hash(raw, targets, recipes, specs, feeding, sequences)
-    samples = Samples(source, specs, columns, targets, digest, sequences=sequences)
+    samples = Samples(source, specs, columns, targets, digest, sequences=sequences, files=files)
     next(samples.rows())  # what is wrong with every row is best said before anything runs
     return samples
 
@@ -333,21 +358,44 @@ def _from_npz(path: Path, in_memory: int | None = None) -> dict[str, NDArray | S
     return arrays
 
 
+def _npy(path: Path) -> NDArray | StoredRows:
+    """The array of an `.npy`; a large one stays in its file."""
+    if not path.is_file():
+        raise InputError("the data does not exist", file=path, remedy="check the path")
+    try:
+        return read_npy(path)
+    except Exception as error:
+        raise InputError(
+            "not an .npy of numbers, or a damaged one",
+            file=path,
+            cause=error,
+            remedy="write it with numpy.save; arrays of Python objects are not read",
+        ) from error
+
+
+def _only_array(
+    path: Path, specs: Sequence[InputSpec], recipes: Mapping[str, Preprocess], feeding: Feeding
+) -> str:
+    """The array that the only input is read from, where the data do not name it."""
+    without = feeding.constants(specs).keys() | feeding.state.keys()
+    sources = [
+        recipes[s.name].source if s.name in recipes else s.name for s in specs if s.name not in without
+    ]
+    if len(sources) != 1:
+        raise InputError(
+            "an .npy has one array, and it does not say of which input",
+            file=path,
+            cause=f"the model takes {', '.join(map(str, specs))}",
+            remedy="give an .npz, or a folder of .npy that are named like the inputs",
+        )
+    return sources[0]
+
+
 def _from_images(
-    path: Path, inputs: Sequence[InputSpec], recipes: Mapping[str, Preprocess]
-) -> dict[str, Column]:
-    folder, table = _image_folder(path)
-    target_columns: dict[str, Column] = {}
-    if table is None:
-        names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    else:
-        names, target_columns = _read_csv(table)
-        if not (folder / names[0]).is_file() and (table.parent / names[0]).is_file():
-            folder = table.parent
-    if not names:
-        raise InputError("the folder holds no .npz and no images", file=folder)
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(f"{len(missing)} images are missing, the first is {missing[0]}", file=folder)
+    path: Path, inputs: Sequence[InputSpec], recipes: Mapping[str, Preprocess], classes: Mapping[str, int]
+) -> tuple[_Images, dict[str, Column]]:
+    """The images, and all arrays by name, the images' own and the targets."""
+    listing = listed(path, classes)
     candidates = [s for s in inputs if s.name in recipes] or list(inputs)
     if len(inputs) != 1 or not recipes:
         name = candidates[0].name
@@ -359,8 +407,8 @@ def _from_images(
             if len(inputs) == 1
             else "a model of several inputs takes .npz files or script.py:function",
         )
-    images = _Images([os.path.join(folder, name) for name in names])
-    return {recipes[inputs[0].name].source: images, **target_columns}
+    images = _Images(listing.images)
+    return images, {recipes[inputs[0].name].source: images, **listing.targets}
 
 
 class _Images:
@@ -380,67 +428,40 @@ class _Images:
         return sha256_file(self.paths[index]).encode()
 
 
-def _image_folder(path: Path) -> tuple[Path, Path | None]:
-    """The folder of the images and the CSV that lists them, if there is one."""
-    if path.suffix == ".csv":
-        if not path.is_file():
-            raise InputError("the data does not exist", file=path, remedy="check the path")
-        beside = path.with_suffix("")
-        return (beside if beside.is_dir() else path.parent), path
-    inside = sorted(path.glob("*.csv"))
-    if len(inside) > 1:
-        raise InputError("the folder holds several .csv files", file=path, remedy="give the right one itself")
-    beside = path.parent / f"{path.name}.csv"
-    return path, inside[0] if inside else beside if beside.is_file() else None
-
-
-def _read_csv(path: Path) -> tuple[list[str], dict[str, Column]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            records = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError("cannot read the CSV", file=path, cause=error) from error
-    if not records or not records[0].get("file"):
-        raise InputError(
-            "the CSV lists no images", file=path, remedy="it needs a header with a column `file`, and rows"
-        )
-    for index, record in enumerate(records):
-        if not (name := record["file"]) or len(name) > _LONGEST_PATH or "\0" in name:
-            raise InputError(f"row {index} of the CSV names no file", file=path)
-    targets: dict[str, Column] = {}
-    for name in records[0]:
-        if name == "file" or name is None:
-            continue
-        values = [record[name] for record in records]
-        try:
-            targets[name] = np.array([int(value) for value in values], np.int64)
-        except (TypeError, ValueError, OverflowError):
-            try:
-                targets[name] = np.array([float(value) for value in values], np.float64)
-            except (TypeError, ValueError):
-                if name.startswith("label"):
-                    raise InputError(
-                        f"column '{name}' holds something that is not a number", file=path
-                    ) from None
-    return [record["file"] for record in records], targets
-
-
-def _from_script(spec: str) -> list[dict[str, NDArray]]:
+def _from_script(
+    spec: str, specs: Sequence[InputSpec], recipes: Mapping[str, Preprocess], feeding: Feeding
+) -> tuple[list[dict[str, Array]], bool]:
+    """What a script's function gives as parts, and whether they are items; else there is one, all rows."""
     path, name, function = load_function(spec, "data")
     try:
-        # copied: loaders may fill one buffer again and again
         with contained():
-            feeds = [{key: np.array(value) for key, value in feed.items()} for feed in function()]
+            given = function()
+            columns = memory.columns_of(given, spec)
+            if columns is None:
+                items = [_item(item, spec, index) for index, item in enumerate(memory.iterated(given))]
+    except InputError:
+        raise
     except (Exception, SystemExit) as error:
         raise InputError(
             f"the data script's '{name}' failed", file=path, cause=f"{type(error).__name__}: {error}"
         ) from error
-    if not feeds:
+    if columns is not None:
+        return memory.named_parts([columns], specs, recipes, feeding, items=False), False
+    if not items:
         raise InputError(f"the data script's '{name}' gave no data", file=path)
-    for index, feed in enumerate(feeds):
-        if objects := [key for key, array in feed.items() if array.dtype == object]:
+    for index, item in enumerate(items):
+        if objects := [key for key, array in item.items() if array.dtype == object]:
             raise InputError(f"item {index} has '{objects[0]}', which is not an array of numbers", file=path)
-    return feeds
+    if not recipes and all(isinstance(key, str) for item in items for key in item):
+        return [{str(key): array for key, array in item.items()} for item in items], True  # as they stand
+    return memory.named_parts(items, specs, recipes, feeding, items=True), True
+
+
+def _item(item: Any, spec: str, index: int) -> dict[memory.Name, NDArray]:
+    """An item of a script's data, copied: loaders may fill one buffer again and again."""
+    if isinstance(item, Mapping):
+        return {key: np.array(memory.converted(value)) for key, value in item.items()}
+    return {key: np.array(array) for key, array in memory.values_of(item, spec, f"item {index}").items()}
 
 
 def _put_together(
@@ -449,6 +470,7 @@ def _put_together(
     computed: Sequence[str],
     feeding: Feeding,
     source: Path,
+    files: Sequence[Path] = (),
 ) -> tuple[dict[str, Column], tuple[int, ...]]:
     """The rows of several parts, one after another, and the first row of each part.
 
@@ -457,11 +479,15 @@ def _put_together(
     Args:
         specs: of the inputs that are fed as the data have them.
         computed: the arrays that the other inputs are computed from, row by row.
+        files: the file of each part, for messages.
     """
     one_sample = any(is_one_sample(part, specs, feeding) for part in parts)
     parts = [as_one_sample(part, specs) if one_sample else part for part in parts]
     counts = [_count(part, specs, feeding, computed) for part in parts]
-    laid_out = [rows_first(part, specs, feeding, str(source)) for part in parts]
+    laid_out = [
+        rows_first(part, specs, feeding, str(files[index] if files else source))
+        for index, part in enumerate(parts)
+    ]
     alone = {  # arrays that hold the one value of a row in some part
         name
         for part, rows in zip(laid_out, counts, strict=True)
@@ -472,7 +498,7 @@ def _put_together(
         {name: _of_rows(array, rows, name in alone) for name, array in part.items()}
         for part, rows in zip(laid_out, counts, strict=True)
     ]
-    return _concatenate(rows_of_parts, source), tuple(accumulate([0, *counts[:-1]]))
+    return _concatenate(rows_of_parts, source, files), tuple(accumulate([0, *counts[:-1]]))
 
 
 def _count(
@@ -494,13 +520,16 @@ def _of_rows(array: Array | Repeated, rows: int, alone: bool) -> Array | Repeate
     return array if array.shape else np.full(rows, array)
 
 
-def _concatenate(parts: Sequence[Mapping[str, Array | Repeated]], source: Path) -> dict[str, Column]:
+def _concatenate(
+    parts: Sequence[Mapping[str, Array | Repeated]], source: Path, files: Sequence[Path] = ()
+) -> dict[str, Column]:
     """The rows of several sets of arrays, one set after another; as one array where all shapes agree."""
     columns: dict[str, Column] = {}
     anchor = next(iter(parts[0]), "")
     for name in dict.fromkeys(name for part in parts for name in part):
-        if any(name not in part for part in parts):
-            raise InputError(f"not every part of the data has an array '{name}'", file=source)
+        if lacking := [index for index, part in enumerate(parts) if name not in part]:
+            where = files[lacking[0]] if files else source
+            raise InputError(f"not every part of the data has an array '{name}'", file=where)
         arrays = [part[name] for part in parts]
         if any(len(p[name]) * len(parts[0][anchor]) != len(arrays[0]) * len(p[anchor]) for p in parts):
             raise InputError(

@@ -130,7 +130,7 @@ def _keep(given: Any, folder: Path, data: Data) -> None:
             given = given()
     if isinstance(given, str | bytes) or not (_is_array(given) or _is_iterable(given)):
         raise InputError(f"the function returned a {type(given).__name__}", file=str(data), remedy=_FORMS)
-    columns = _columns(given, data)
+    columns = columns_of(given, data)
     with _Writer(folder) as writer:
         if columns is not None and not any(isinstance(column, list) for column in columns.values()):
             writer.add(columns)
@@ -150,7 +150,7 @@ def _keep(given: Any, folder: Path, data: Data) -> None:
         writer.finish(items=True)
 
 
-def _columns(given: Any, data: Data) -> dict[Name, Any] | None:
+def columns_of(given: Any, data: Data | str) -> dict[Name, Any] | None:
     """What is given as whole arrays, by name or position; lists of arrays where rows differ in shape. None
     where it is an iterable of items."""
     if isinstance(given, Mapping):
@@ -162,7 +162,7 @@ def _columns(given: Any, data: Data) -> dict[Name, Any] | None:
     return None
 
 
-def _column(value: Any, data: Data, what: str) -> Any:
+def _column(value: Any, data: Data | str, what: str) -> Any:
     if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float | str):
         rows = [as_array(row, str(data), f"row {index} of {what}") for index, row in enumerate(value)]
         return np.stack(rows) if len({row.shape for row in rows}) == 1 else rows
@@ -181,22 +181,28 @@ def _rows(columns: Mapping[Name, Any], data: Data) -> tuple[Iterable[Any], int]:
     return ({name: column[index] for name, column in columns.items()} for index in range(count)), count
 
 
+def iterated(items: Any) -> Iterator[Any]:
+    """What is given item by item, also of what has only `__getitem__` and `__len__`."""
+    kind = type(items)
+    if not hasattr(kind, "__iter__") and hasattr(kind, "__len__") and hasattr(kind, "__getitem__"):
+        return map(items.__getitem__, range(len(items)))
+    return iter(items)
+
+
 def _each(items: Any, data: Data) -> Iterator[dict[Name, NDArray]]:
     """The arrays of every item."""
-    if not hasattr(type(items), "__iter__"):
-        items = map(items.__getitem__, range(len(items)))
-    iterator, index = iter(items), 0
+    iterator, index = iterated(items), 0
     while True:
         with _blaming(data, f"item {index} cannot be read"):
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-        yield _values(item, str(data), f"item {index}")
+        yield values_of(item, str(data), f"item {index}")
         index += 1
 
 
-def _values(item: Any, source: str, where: str) -> dict[Name, NDArray]:
+def values_of(item: Any, source: str, where: str) -> dict[Name, NDArray]:
     """The arrays of an item: those of its dicts by name, others by their position."""
     found: dict[Name, NDArray] = {}
     places = 0
@@ -235,7 +241,7 @@ def as_array(value: Any, source: str, what: str) -> NDArray:
         InputError: it is no such array, or a list of arrays of different shapes.
     """
     try:
-        array = _converted(value)
+        array = converted(value)
     except Exception as error:  # every library raises its own
         raise InputError(
             f"{what} is a {type(value).__name__}, which is no array of one shape and type",
@@ -252,7 +258,8 @@ def as_array(value: Any, source: str, what: str) -> NDArray:
     return np.asarray(array, order="C")
 
 
-def _converted(value: Any) -> NDArray:
+def converted(value: Any) -> NDArray:
+    """A value of a Python program as NumPy makes an array of it, whatever its type; see `as_array`."""
     torch = sys.modules.get("torch")  # who has a tensor has imported it
     if torch is not None and isinstance(value, torch.Tensor):
         value = value.detach()
@@ -263,7 +270,7 @@ def _converted(value: Any) -> NDArray:
     if type(value).__module__.startswith("PIL."):
         return np.asarray(value.convert("RGB"))
     if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float | str | list):
-        return np.stack([_converted(row) for row in value])
+        return np.stack([converted(row) for row in value])
     array = np.asarray(value)
     if array.dtype.kind == "V" and "float" in array.dtype.name:  # bfloat16 and float8 of ml_dtypes
         return array.astype(np.float32)
@@ -389,14 +396,26 @@ def parts_of(
         InputError: an item has too many or too few arrays.
     """
     kept = Kept.load(folder)
+    return named_parts(kept.parts, specs, recipes, feeding, items=kept.items), kept.items
+
+
+def named_parts(
+    found: Sequence[Mapping[Name, Array]],
+    specs: Sequence[InputSpec],
+    recipes: Mapping[str, Preprocess],
+    feeding: Feeding,
+    *,
+    items: bool,
+) -> list[dict[str, Array]]:
+    """Parts of which arrays may have positions in place of names, with names; see `parts_of`."""
     sources = {recipes[s.name].source if s.name in recipes else s.name: s for s in specs}
     without = feeding.constants(specs).keys() | feeding.state.keys()
     needed = [array for array, spec in sources.items() if spec.name not in without]
     parts = []
-    for index, part in enumerate(kept.parts):
-        named = _named(part, needed, specs, f"item {index}" if kept.items else "the tuple")
-        parts.append(_as_batch(named, sources) if kept.items else named)
-    return parts, kept.items
+    for index, part in enumerate(found):
+        named = _named(part, needed, specs, f"item {index}" if items else "the tuple")
+        parts.append(_as_batch(named, sources) if items else named)
+    return parts
 
 
 def _named(

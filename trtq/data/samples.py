@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from trtq.data.batches import Arrays, Axes, Batch, batches
 from trtq.data.feeding import Feeding
 from trtq.data.preprocess import Preprocess
 from trtq.data.sequences import Sequences, number_of
-from trtq.errors import InputError
+from trtq.errors import InputError, about
 from trtq.files import sha256_bytes, sha256_json
 from trtq.graph.inputs import InputSpec, fits, fixed_batch
 
@@ -92,6 +93,7 @@ class Samples:
         positions: positions of the samples in the source, int64; None: all of them.
         sequences: which rows follow each other, each with the state that the one before it leaves; None: all
             rows stand for themselves, and what they hold of a state is given.
+        files: (first row, file) of each file that rows come from, where there are several, for messages.
         owner: what the files that rows are read from last as long as, where they are scratch.
     """
 
@@ -103,6 +105,7 @@ class Samples:
     origin: Origin | None = None
     positions: NDArray[np.int64] | None = None
     sequences: Sequences | None = None
+    files: Sequence[tuple[int, str]] = field(default=(), compare=False, repr=False)
     owner: object = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
@@ -273,13 +276,21 @@ class Samples:
         row = self._row(spec, index)
         return row if spec.batch_axis is None else row[(slice(None),) * spec.batch_axis + (None,)]
 
+    def file_of(self, index: int) -> str:
+        """The file that row `index` comes from, or the source where it is one."""
+        place = bisect_right(self.files, self.row_number(index), key=lambda entry: entry[0])
+        return self.files[place - 1][1] if place else self.source
+
     def _row(self, spec: InputSpec, index: int) -> NDArray:
+        with about(self.file_of(index)):
+            return self._checked_row(spec, index)
+
+    def _checked_row(self, spec: InputSpec, index: int) -> NDArray:
         row = np.asarray(self.columns[spec.name][index])
         where = f"row {self.row_number(index)} of input '{spec.name}'"
         if not fits(spec.row_dims, row.shape):
             raise InputError(
                 f"{where} has shape {row.shape}; the model takes {spec}",
-                file=self.source,
                 remedy="the first axis of the data is the rows; images may need `layout`, `resize` or `crop`"
                 f" in the recipe's [preprocess.{spec.name}]; an input whose batch is not its first axis needs"
                 f' [inputs.{spec.name}] batch_axis = 1 there, one that has no batch batch_axis = "none"',
@@ -287,22 +298,20 @@ class Samples:
         if not _castable(row.dtype, spec.dtype):
             raise InputError(
                 f"{where} is {row.dtype}; the model takes {spec}",
-                file=self.source,
                 remedy=f"convert it, or say how in the recipe's [preprocess.{spec.name}] (scale, mean, std)",
             )
         if row.dtype.kind == "f" and not np.isfinite(row).all():
             raise InputError(
                 f"{where} holds NaN or infinite values",
-                file=self.source,
                 remedy="repair that row, or leave it out",
             )
+        if row.dtype == spec.dtype:
+            return np.asarray(row, order="C")
         with np.errstate(over="ignore"):
             cast = np.asarray(row, dtype=spec.dtype, order="C")
         kept = np.isfinite(cast).all() if spec.dtype.kind == "f" else np.array_equal(cast, row)
         if not kept:
-            raise InputError(
-                f"{where} holds {row.dtype} values beyond the model's {spec.dtype}", file=self.source
-            )
+            raise InputError(f"{where} holds {row.dtype} values beyond the model's {spec.dtype}")
         return cast
 
 

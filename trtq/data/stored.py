@@ -143,6 +143,21 @@ def read_npz(path: Path, in_memory: int | None = None) -> dict[str, NDArray | St
         }
 
 
+def read_npy(path: Path) -> NDArray | StoredRows:
+    """The array of an `.npy`; a large one stays in the file where it can.
+
+    Raises:
+        OSError, ValueError: the file is not an `.npy` of plain values, or damaged.
+    """
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.memmap):
+        raise ValueError("it is no .npy")
+    stays = array.nbytes > IN_MEMORY and array.flags.c_contiguous and array.ndim > 0 and len(array) > 0
+    if stays:
+        return StoredRows(path, array.offset, array.dtype, array.shape)
+    return np.array(array)
+
+
 def _stays(member: Member, in_memory: int) -> bool:
     """Whether an array's rows are read from the file one by one."""
     return (

@@ -21,6 +21,10 @@ from trtq.simulation.outputs import Executor
 from trtq.simulation.similarity import Similarity
 from trtq.simulation.values import AllValues, take_all
 
+UNREPEATED, RELATIVE_ROUNDING = 0.01, 1e-6
+"""Parts of the margin, and of the metric, by which two calls of a user's function for the same outputs may
+differ: on a GPU sums come in another order."""
+
 
 def decide(
     reference: AllValues,
@@ -57,7 +61,8 @@ def decide(
 
     Raises:
         InputError: outputs that cannot be compared or scored, or a margin that means nothing: a
-            reference that scores 0 or less, or `sqnr`, whose decibels have no relative drop.
+            reference that scores 0 or less, or `sqnr`, whose decibels have no relative drop; or a user's
+            function that gives another number when it is called again.
     """
     if not 0 <= max_drop < 1:
         raise InputError(f"the allowed drop must be between 0 and 1, not {max_drop}")
@@ -82,6 +87,7 @@ def decide(
         worst = similarity.worst_samples(*plain, samples)
         note = f"{metric.name} of the candidate is no number: {error.cause}"
         return dataclasses.replace(verdict, outputs=outputs, worst_samples=worst, notes=(note,))
+    _check_repeats(metric, reference, targets, scored, max_drop)
     best = gate.at_best(found, outputs.values())
     evidence = gate.evidence(found, best)
     return dataclasses.replace(
@@ -274,6 +280,27 @@ def score_reference(reference: AllValues, targets: Arrays, metric: Metric) -> Sc
             remedy="check labels and preprocessing, or use a metric whose good values are positive",
         )
     return scored
+
+
+def _check_repeats(
+    metric: Metric, reference: AllValues, targets: Arrays, scored: Scored, max_drop: float
+) -> None:
+    """Refuse a user's function that does not give the reference's number again, now that it has seen the
+    candidate's outputs: one that adds up over its calls, or draws at random.
+
+    Raises:
+        InputError: it gives another one.
+    """
+    if metric.function is None:
+        return
+    again = metric.value(reference, targets)
+    if abs(again - scored.value) > max(UNREPEATED * max_drop, RELATIVE_ROUNDING) * abs(scored.value):
+        raise InputError(
+            f"the metric {metric.name!r} gave {scored.value:.6g} for the reference, and then {again:.6g}",
+            cause="a drop between two models means nothing where one model alone gets two numbers",
+            remedy="let the function depend on its arguments only: start from an empty state at each call"
+            " (as 'reset()' of torchmetrics does), and draw no random numbers or always the same",
+        )
 
 
 def check_decides(metric: Metric) -> None:

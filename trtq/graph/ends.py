@@ -182,21 +182,25 @@ def _scalar(quantizer: gs.Node) -> float | None:
 
 
 def _take_codes(graph: gs.Graph, names: Names, tensor: gs.Tensor) -> None:
-    """Let an input be int8: what quantized it reads it as it is, and what moves it gets it dequantized."""
-    scale, point = next(_first_to_compute(tensor)).inputs[1:3]
+    """Let an input be int8: what quantized it reads it as it is, and what moves it gets it dequantized, in
+    the type of the scale, whatever the types between were."""
+    moved, quantizers = list(_moved(tensor)), list(_first_to_compute(tensor))
+    scale, point = quantizers[0].inputs[1:3]
+    for value in moved[1:]:
+        if value.inputs[0].op == "Cast":
+            _replace(value, value.inputs[0].inputs[0])
+        value.dtype = scale.values.dtype
     tensor.dtype = np.dtype(np.int8)
-    first = readers(tensor)
     plain = gs.Variable(names.tensor(f"{tensor.name}/dequantized"), scale.values.dtype, tensor.shape)
-    name = names.node(f"{tensor.name}/DequantizeLinear")
-    graph.nodes.append(gs.Node("DequantizeLinear", name, {}, [tensor, scale, point], [plain]))
-    for cast in [node for node in first if node.op == "Cast"]:
-        first += readers(cast.outputs[0])
-        _replace(cast.outputs[0], plain)
-    for node in first:
+    for node in readers(tensor):
         if node.op == "QuantizeLinear":
             _replace(node.outputs[0], tensor)
-        elif node.op != "Cast":
+        else:
             node.inputs[0] = plain
+    for node in quantizers:
+        node.inputs = [node.inputs[0], scale, point]
+    name = names.node(f"{tensor.name}/DequantizeLinear")
+    graph.nodes.append(gs.Node("DequantizeLinear", name, {}, [tensor, scale, point], [plain]))
 
 
 def _take_pixels(graph: gs.Graph, names: Names, tensor: gs.Tensor, image: Image) -> None:

@@ -169,6 +169,20 @@ def leave_out(graph: gs.Graph, plan: Plan, nodes: Mapping[str, str], *, rule: st
     )
 
 
+def carried_over(plan: Plan, before: gs.Graph, after: gs.Graph) -> Plan:
+    """A plan of one graph for another that has its nodes and more.
+
+    Without the quantizers that the rules put into the first alone: where an Add's input got a reader in
+    floating point, INT8 in front of the Add spares nothing any more.
+    """
+    int8 = set(plan.int8_nodes)
+    was, wanted = (
+        _edges(Placement(graph, quantized=int8), _quantizing(graph, plan)) for graph in (before, after)
+    )
+    unneeded = was - wanted
+    return replace(plan, edges=[edge for edge in plan.edges if (edge.node, edge.index) not in unneeded])
+
+
 def without_ranges(graph: gs.Graph, plan: Plan, reasons: Mapping[str, str], *, rule: str) -> Plan:
     """`plan` without the quantizers of some ranges; the INT8 nodes that need one stay in floating point.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -32,7 +33,7 @@ from trtq.paths import MIGRATED, Output, check_recipe
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import build_in, engine_runs_here, share_check, write
 from trtq.report.html import write_report
-from trtq.report.junit import write_verdict
+from trtq.report.junit import Said, model_name, write_verdict
 from trtq.report.manifest import hashes_of, versions
 from trtq.scratch import scratch_folder
 from trtq.simulation.finite import first_not_finite
@@ -141,8 +142,16 @@ def migrate(
             an input.
         MissingBackendError: the builder is not installed.
     """
-    output = recipe.require("model", "output").output
     check_recipe(recipe, Output.FOLDER, MIGRATED, table=table)
+    with Said.in_folder(recipe.output, recipe.model).by_this_job():
+        return _migrated(recipe, table, encoding, strict=strict, command=command, console=console)
+
+
+def _migrated(
+    recipe: Recipe, table: PathLike, encoding: str, *, strict: bool, command: str, console: Console
+) -> Migration:
+    began = time.perf_counter()
+    output = recipe.require("model", "output").output
     if (recipe.eval is None) != (recipe.metric is None):
         raise InputError("a gate needs both --eval and --metric", remedy="give both, or none")
     console = console.fresh()
@@ -171,7 +180,8 @@ def migrate(
         here = engine_runs_here(folder / "model.plan", recipe.plugin_lib, console)
         migration = _compared(given, migration, folder / ("model.plan" if here else "model.int8.onnx"))
         if migration.verdict is not None:
-            write_verdict(folder, migration.verdict)
+            seconds = time.perf_counter() - began
+            write_verdict(folder, migration.verdict, model_name(recipe.model), seconds)
             write_report(folder)
         record = {
             "command": command,

@@ -47,6 +47,7 @@ class Point:
         relative_drop: of the metric there.
         passed: whether it passes the gate and the checks.
         chosen: whether it is what was delivered.
+        estimated_sqnr_db: on calibration rows, as if what each group adds to the noise alone added up.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Point:
     relative_drop: float | None = None
     passed: bool | None = None
     chosen: bool = False
+    estimated_sqnr_db: float | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Whether it is worth a line for a person: it was run, or is a mark to compare with."""
+        return self.sqnr_db is not None or self.name in NAMED
 
     def timed(self, latency: Latency | None) -> Point:
         """The point with another latency, if there is one."""
@@ -210,7 +217,8 @@ def speed_of(job: Job, plan: Plan, timed: Callable[[], Sequence[TimedEngine]] = 
             profiles=recipe.profile_json,
             layer_infos=recipe.layer_info,
             gpu=recipe.gpu or (card.name if card and known(card.name) else None),
-            builder=_builder(recipe),
+            builder=builder_of(recipe),
+            int8_inputs=_int8_inputs(job),
         )
     except InputError as error:
         if named or recipe.objective == "latency":
@@ -221,6 +229,12 @@ def speed_of(job: Job, plan: Plan, timed: Callable[[], Sequence[TimedEngine]] = 
         console.say("objective", "int8: every layer that can; nothing tells what layers cost on the GPU here")
         return None
     return Speed(job.model.graph, plan, source)
+
+
+def _int8_inputs(job: Job) -> list[str]:
+    """The inputs that the host quantizes, where all that reads them is INT8."""
+    quantized = job.recipe.io in ("int8", "int8-in-out")
+    return [tensor.name for tensor in job.model.graph.inputs] if quantized else []
 
 
 def known(card: str) -> bool:
@@ -240,7 +254,7 @@ def is_for_this_gpu(recipe: Recipe) -> bool:
     return recipe.gpu is None or (known(card.name) and gpu_named(recipe.gpu) == gpu_named(card.name))
 
 
-def _builder(recipe: Recipe) -> Builder:
+def builder_of(recipe: Recipe) -> Builder:
     """Whose kernels the engine has; where none is built here, TensorRT's."""
     if recipe.backend == NO_ENGINE:
         return "tensorrt"
@@ -284,7 +298,9 @@ def front_of(speed: Speed, points: list[Point], step: str, rest: Rest) -> list[P
     found = [replace(point, chosen=point.name == step) for point in points]
     bare = {point.name.split()[0]: point for point in found if point.name.endswith(" alone")}
     plain = [point for point in speed.points(rest) if point.name.lower() not in bare]
-    distinct = {(point.microseconds, point.sqnr_db): point for point in (*plain, *found)}
+    distinct = {
+        (point.microseconds, point.sqnr_db, point.estimated_sqnr_db): point for point in (*plain, *found)
+    }
     return pareto(list(distinct.values()))
 
 
@@ -316,7 +332,7 @@ HEADINGS = ("latency", "drop", "SQNR", "INT8", "plan")
 
 def front_lines(front: Sequence[Point]) -> list[str]:
     """Points as a table, with where the figures come from."""
-    table = [list(HEADINGS), *(point.cells() for point in front)]
+    table = [list(HEADINGS), *(point.cells() for point in front if point.shown)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         f"latency against accuracy ({sources_of(front)})",

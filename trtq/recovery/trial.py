@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trtq.backends.apart import try_build
-from trtq.backends.builders import NO_ENGINE
+from trtq.backends.builders import NO_ENGINE, builder, chosen
 from trtq.backends.compiled import Compiled
 from trtq.calibration.methods import AUTO
 from trtq.errors import BuildError, MissingBackendError
@@ -92,6 +92,19 @@ def kernels(job: Job, quantization: Quantization) -> int | None:
         return _compiled(job, quantization).kernels or None
     except (BuildError, MissingBackendError):
         return None
+
+
+def asked(job: Job) -> list[Any]:
+    """What decides how many `kernels` engines of the job have, for the cache; nothing where no builder is
+    asked.
+
+    Raises:
+        MissingBackendError: the builder is not installed.
+    """
+    recipe = job.recipe
+    if recipe.backend == NO_ENGINE:
+        return []
+    return [chosen(recipe.backend), builder(recipe.backend).version(), recipe.weights, recipe.target]
 
 
 def _compiled(job: Job, quantization: Quantization) -> Compiled:

@@ -12,15 +12,16 @@ a step learns one thing: how far the gate was from passing.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from trtq.cache import remove
+from trtq.cache import Key, remove
 from trtq.calibration.calibrate import unquantized
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_json
@@ -40,7 +41,8 @@ from trtq.recovery.made import Made, made_once
 from trtq.recovery.partial import Search, given_away
 from trtq.recovery.race import raced
 from trtq.recovery.speed import Point, Speed, is_for_this_gpu, pays, rest_of
-from trtq.recovery.trial import Refusal, objection
+from trtq.recovery.trial import Refusal, asked, objection
+from trtq.simulation.similarity import noise_db
 
 LEAST_RATIO = 1 / 256
 """Partial quantization does not try to get below this share of the noise."""
@@ -340,9 +342,15 @@ class _Workflow:
 
     def fix(self, start: Attempt) -> Made:
         """The start with the label-free fixes that help and are not free."""
-        method = str(self.job.recipe.method)
+        recipe = self.job.recipe
         return made_once(
-            self.job, "fix", start.quantization, lambda first: fix(self.job, first), method=method
+            self.job,
+            "fix",
+            start.quantization,
+            lambda first: fix(self.job, first),
+            method=str(recipe.method),
+            rest=[recipe.precision, recipe.lower_precision],
+            builder=asked(self.job),
         )
 
     def learn(self, start: Attempt) -> Made:
@@ -367,17 +375,27 @@ class _Workflow:
         least = 0.0 if recipe.min_int8 is None else recipe.min_int8
         if start.coverage.share < least or not can_leave_out(start.quantization, least):
             return Made(None, True, f"no layer can be left out with {least:.1%} in INT8")
-        return made_once(
-            self.job,
-            step,
-            start.quantization,
-            lambda _: self._searched(start, least),
-            evaluation=evaluation.samples.hash,
-            metric=evaluation.metric.fingerprint,
-            measured=sha256_json(start.measured.to_json()),
-            gate=[recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.precision],
+        entries: dict[str, Any] = {
+            "evaluation": evaluation.samples.hash,
+            "metric": evaluation.metric.fingerprint,
+            "measured": sha256_json(start.measured.to_json()),
+            "gate": [recipe.max_drop, recipe.confidence, recipe.min_sqnr, least, recipe.precision],
             **({} if self.speed is None else {"speed": self.speed.identity}),
+        }
+        seen = len(self.points)
+        made = made_once(
+            self.job, step, start.quantization, lambda _: self._searched(start, least), **entries
         )
+        self._keep_front(self.job.key("front", start.quantization, step=step, **entries), seen, made.whole)
+        return made
+
+    def _keep_front(self, key: Key, seen: int, whole: bool) -> None:
+        """Store the points that a search added after the first `seen`, or take those of when it ran."""
+        if not (walked := self.points[seen:]):
+            content = self.job.cache.fetch(key) or b"[]"
+            self.points += [Point(**point) for point in json.loads(content)]
+        elif whole:
+            self.job.cache.store(key, json.dumps([point.to_json() for point in walked]).encode())
 
     def _searched(self, start: Attempt, least: float) -> Made:
         """`partial`, with a share `least` in INT8.
@@ -392,6 +410,8 @@ class _Workflow:
         search = Search(job, start.quantization, key, speed=self.speed)
         if not search.whole:
             return Made(None, False, "the budget was spent before every layer was measured")
+        if self.speed is not None:
+            self.points += self.corners(search, self.speed)
         needed = partial(noise_ratio, min_sqnr=recipe.min_sqnr, confidence=recipe.confidence)
         ratio, failing, enough, best = needed(start.measured), 1.0, 0.0, None
         tried: list[tuple[Verdict, Quantization]] = []
@@ -418,6 +438,18 @@ class _Workflow:
             tried.append((verdict, candidate))
         whole = not self.job.budget.over
         return Made(best, whole) if best is not None else _nearest(tried, start, least, whole)
+
+    def corners(self, search: Search, speed: Speed) -> list[Point]:
+        """The front with INT8 that a search has walked, by what groups do alone; nothing of it was gated."""
+        rest = rest_of(self.job.recipe)
+        return [
+            replace(
+                speed.point(f"{len(corner.left_out)} left out, estimated", quantization.plan, rest),
+                estimated_sqnr_db=noise_db(corner.noise) if corner.noise > 0 else None,
+            )
+            for corner, quantization in search.front()
+            if quantization.plan.int8_nodes
+        ]
 
     def frugal(self, made: Made) -> Made:
         """What partial quantization made; set aside for the time being where it gives away more than the

@@ -17,13 +17,16 @@ from trtq.errors import InputError, about
 from trtq.escapes import printable
 from trtq.files import PathLike, decode, read_json, read_own_json, write_text
 from trtq.gate.verdict import Outcome, Verdict
+from trtq.gate.verdict import percent as verdict_percent
 from trtq.graph.plan import Float32Node, Plan, percent
 from trtq.numerics import INT8_MAX
 from trtq.recipe import Recipe
 from trtq.recovery.attempt import ENGINE_BUILT
-from trtq.recovery.speed import HEADINGS, Point, sources_of
-
-_GREEN, _RED, _GREY = "#18794e", "#c62a2f", "#8888"
+from trtq.recovery.speed import Point
+from trtq.report.pictures import KINDS, Bars, Drawing, Engine, Front, Interval, Values
+from trtq.report.record import Record
+from trtq.report.ways import Way, ways
+from trtq.simulation.similarity import MAX_SQNR_DB
 
 
 def write_report(folder: PathLike) -> Path:
@@ -43,7 +46,6 @@ def write_report(folder: PathLike) -> Path:
         keep_trailing_newline=True,
         finalize=_shown,
     )
-    environment.globals |= {"headings": HEADINGS, "sources_of": sources_of}
     environment.filters["decibels"] = lambda value: "" if value is None else f"{value:.1f} dB"
     environment.filters["tenths"] = lambda value: "" if value is None else f"{value:.1%}"
     page = environment.get_template("report.html.j2").render(vars(report))
@@ -54,50 +56,6 @@ def write_report(folder: PathLike) -> Path:
 def _shown(value: object) -> object:
     """Text of others without control characters; markup of the template itself stays as it is."""
     return printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A mark on the line of the drop; `x` and `y` are positions in the drawing."""
-
-    x: str
-    y: int
-    colour: str
-    label: str
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The drop with its interval and the margin that it must stay under, as positions in a drawing."""
-
-    ticks: Sequence[Tick]
-    low: str
-    high: str
-    drop: str
-    colour: str
-
-    @classmethod
-    def of(cls, verdict: Verdict) -> Interval | None:
-        """The interval of a verdict, if it has one."""
-        if verdict.relative_interval is None or verdict.relative_drop is None:
-            return None
-        low, high = verdict.relative_interval
-        left, right = min(low, 0.0), max(high, verdict.max_drop, 0.0)
-        span = (right - left) or 1.0
-
-        def x(value: float) -> str:
-            return f"{60 + 580 * (value - left) / span:.1f}"
-
-        return cls(
-            ticks=(
-                Tick(x(0.0), 60, _GREY, "fp32"),
-                Tick(x(verdict.max_drop), 10, _RED, f"allowed {verdict.max_drop:.2%}"),
-            ),
-            low=x(low),
-            high=x(high),
-            drop=x(verdict.relative_drop),
-            colour=_GREEN if verdict.gate is Outcome.PASS else _RED,
-        )
 
 
 @dataclass(frozen=True)
@@ -158,13 +116,14 @@ class Step:
     drop: str
     noise: str
     share: str
+    latency: str
     note: str
 
     @classmethod
     def of(cls, step: RecordedStep) -> Step:
         """A step of `workflow.json`."""
         if step.outcome is None:
-            return cls(step.step, False, None, "", "", "", "", step.note)
+            return cls(step.step, False, None, "", "", "", "", "", step.note)
         return cls(
             step.step,
             kept=step.kept,
@@ -173,6 +132,7 @@ class Step:
             drop="not finite" if step.relative_drop is None else f"{step.relative_drop:.2%}",
             noise=", ".join(f"{value:.1f}" for value in step.sqnr_db.values()),
             share="" if step.int8_share is None else percent(step.int8_share),
+            latency="" if step.latency is None else f"{step.latency.microseconds:.1f} µs",
             note=step.note,
         )
 
@@ -261,9 +221,9 @@ class Choice:
         )
 
     def bar(self, value: float) -> str:
-        """The width of a method's bar; 20 for the best."""
+        """The width of a method's bar, in percent of the best."""
         widest = max(*(value for _, value in self.methods), 1.0)
-        return f"{20 * max(value, 0) / widest:.1f}"
+        return f"{100 * max(value, 0) / widest:.1f}"
 
 
 @dataclass(frozen=True)
@@ -317,27 +277,50 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Fact:
+    """Something that stands in the head: what it is called, its value, and what belongs beside it."""
+
+    name: str
+    value: str
+    more: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """All that the page shows.
 
     Attributes:
+        title: what was deployed.
+        record: None where another command than `deploy` made the folder, or an earlier version.
         summary: the verdict in one line, without its outcome.
+        facts: the figures that matter most.
+        ways: what to try next; empty where it passed.
         measured: what else there is to know of the accuracy, line by line.
         interval: None where none was measured.
+        bars: the noise of each layer; None where nothing is known of it.
+        front: None where there are not two points.
         steps: None where `deploy` left no record of them.
-        front: plans between latency and accuracy; none where INT8 was the objective.
         engine: what was built, line by line.
         float32: nodes that stay float32 where the rest is float16.
     """
 
+    title: str
+    record: Record | None
     verdict: Verdict
     summary: str
+    facts: Sequence[Fact]
+    ways: Sequence[Way]
     measured: Sequence[str]
     interval: Interval | None
+    bars: Bars | None
+    front: Front | None
     steps: Sequence[Step] | None
-    front: Sequence[Point]
     calibration: Calibration
+    values: Sequence[Values]
     engine: Sequence[str]
+    engines: Sequence[Engine]
+    drawing: Drawing | None
+    kinds: Mapping[str, str]
     nodes: Sequence[Node]
     float32: Sequence[Float32Node]
     ranges: Sequence[Range]
@@ -357,9 +340,11 @@ class Report:
             )
         with about(folder / "verdict.json"):
             verdict = Verdict.from_json(read_json(folder / "verdict.json", "verdict"))
+        record = Record.load(folder / "report.json") if (folder / "report.json").exists() else None
+        recipe = Recipe.load(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
         plan, table = Plan.load(folder / "plan.json"), Table.load(folder / "calibration.cache")
-        covered, engine_lines = _engine(folder / "model.plan", plan, verdict)
-        metadata, recorded = table.metadata, _recorded(folder / "workflow.json")
+        compiled, covered, engine_lines = _engine(folder / "model.plan", plan, verdict, recipe)
+        metadata = table.metadata
         if missing := [name for name in plan.tensors if name not in table.scales]:
             raise InputError(
                 f"the table has no scale for tensor '{missing[0]}', which the plan quantizes",
@@ -367,15 +352,25 @@ class Report:
                 cause="plan.json and calibration.cache are of different runs, or one was edited",
                 remedy="run 'trtq deploy' again",
             )
+        steps = _steps(folder / "workflow.json")
         return cls(
+            title=verdict.metric if record is None else Path(record.model).name,
+            record=record,
             verdict=verdict,
             summary=verdict.headline().removeprefix(verdict.outcome.value.upper()).strip(),
+            facts=_facts(verdict, covered, compiled, steps),
+            ways=[] if verdict.passed else ways(verdict, recipe, "" if record is None else record.command),
             measured=replace(verdict, in_the_way=None).details(),
             interval=Interval.of(verdict),
-            steps=None if recorded is None else [Step.of(step) for step in recorded],
-            front=[point for step in recorded or () for point in step.front],
+            bars=Bars.of_noise(record, verdict),
+            front=_front(steps, verdict),
+            steps=None if steps is None else [Step.of(step) for step in steps],
             calibration=Calibration.of(metadata, folder / "calibration.cache"),
+            values=[] if record is None else [Values.of(tensor) for tensor in record.tensors],
             engine=engine_lines,
+            engines=Engine.all_of(record, compiled),
+            drawing=Drawing.of(record, plan, covered),
+            kinds=KINDS,
             nodes=_nodes(plan, covered),
             float32=plan.float32,
             ranges=[
@@ -385,41 +380,83 @@ class Report:
         )
 
 
-def _recorded(path: Path) -> list[RecordedStep] | None:
+def _steps(path: Path) -> list[RecordedStep] | None:
     """Every step that the workflow took, where `deploy` left a record of them."""
     if not path.exists():
         return None
     return read_own_json(path, "record of the steps", lambda value: decode(value, list[RecordedStep]))
 
 
-def _wants_engine(folder: Path) -> bool:
-    """Whether the job that wrote a folder was to build an engine."""
-    recipe = folder / "recipe.toml"
-    return not recipe.is_file() or Recipe.load(recipe).backend != NO_ENGINE
+def _front(steps: Sequence[RecordedStep] | None, verdict: Verdict) -> Front | None:
+    """The front that was recorded; where there is no latency, the attempts by what they have in INT8."""
+    steps = steps or []
+    recorded = [point for step in steps for point in step.front if point.shown]
+    if recorded:
+        return Front.of(recorded, verdict, latency=True)
+    attempts = [
+        Point(
+            step.step, 0.0, 0, "", "",
+            int8_share=step.int8_share,
+            sqnr_db=min(step.sqnr_db.values(), default=None),
+            relative_drop=step.relative_drop,
+            passed=step.outcome is Outcome.PASS,
+            chosen=step.kept,
+        )
+        for step in steps
+        if step.outcome is not None
+    ]  # fmt: skip
+    return Front.of(attempts, verdict, latency=False)
 
 
-def _engine(path: Path, plan: Plan, verdict: Verdict) -> tuple[Coverage, list[str]]:
-    """What the engine runs in INT8, and what there is to say of it; where there is none, why.
+def _facts(
+    verdict: Verdict, covered: Coverage, compiled: Compiled | None, steps: Sequence[RecordedStep] | None
+) -> list[Fact]:
+    """What the head says in figures."""
+    name = verdict.metric.rpartition(":")[2]
+    candidate = "not finite" if verdict.candidate is None else f"{verdict.candidate:.4f}"
+    facts = [Fact(name, candidate, f"{verdict.reference:.4f} in fp32")]
+    if verdict.relative_drop is not None:
+        facts.append(
+            Fact("drop", f"{verdict.relative_drop:.2%}", f"{verdict_percent(verdict.max_drop)} allowed")
+        )
+    if verdict.outputs:
+        exact = verdict.lowest_sqnr_db >= MAX_SQNR_DB
+        facts.append(Fact("SQNR", "exact" if exact else f"{verdict.lowest_sqnr_db:.1f} dB", "of the outputs"))
+    counted = "nodes" if covered.mac_share is None else "MACs"
+    facts.append(Fact("in INT8", percent(covered.share), f"of the {counted}"))
+    kept = next((step for step in steps or [] if step.kept), None)
+    if kept is not None and kept.latency is not None:
+        facts.append(Fact("latency", f"{kept.latency.microseconds:.1f} µs", kept.latency.kind))
+    if compiled is not None:
+        facts.append(Fact("kernels", str(compiled.kernels), "in the engine"))
+    return facts
+
+
+def _engine(
+    path: Path, plan: Plan, verdict: Verdict, recipe: Recipe | None
+) -> tuple[Compiled | None, Coverage, list[str]]:
+    """What was compiled, what the engine runs in INT8, and what there is to say of it; where there is none,
+    why.
 
     Raises:
         InputError: it is missing or damaged, or the record beside it is.
     """
     refused = [check.message for check in verdict.checks if check.name == ENGINE_BUILT]
-    if not path.exists() and not _wants_engine(path.parent):
+    if not path.exists() and recipe is not None and recipe.backend == NO_ENGINE:
         refused = ["none was asked for (--backend none)"]
     if refused:
         covered = planned(plan)
-        return covered, [
-            "no engine",
-            *refused,
-            *(f"as planned: {line}" for line in covered.text().splitlines()),
-        ]
+        return (
+            None,
+            covered,
+            ["no engine", *refused, *(f"as planned: {line}" for line in covered.text().splitlines())],
+        )
     engine = describe_engine(path)
     if engine["build"] is None:
         raise InputError("the record of the engine is missing", file=f"{path}.json")
     compiled: Compiled = engine["build"]["compiled"]
     covered = coverage(plan, compiled)
-    return covered, _engine_lines(engine, compiled, covered)
+    return compiled, covered, _engine_lines(engine, compiled, covered)
 
 
 def _engine_lines(engine: Mapping[str, Any], compiled: Compiled, covered: Coverage) -> list[str]:

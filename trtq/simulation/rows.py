@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -38,6 +40,13 @@ Run = Callable[[Arrays], Mapping[str, Any]]
 """A feed -> output name -> array."""
 
 
+BRIEF = 2.5e-4
+"""Seconds of work that are worth handing to a thread at once: that alone takes about 20 microseconds."""
+
+MOST_TOGETHER = 64
+"""Items that a thread is given at once."""
+
+
 class Workers:
     """Threads that work on several things at once.
 
@@ -54,19 +63,40 @@ class Workers:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """The function's result for every item, in order.
 
-        Items are taken as they are needed: at most two for each worker are in memory at a time. When the
-        caller stops early, or something fails, nothing is left running.
+        Items are taken as they are needed: at most two for each worker are in memory at a time, or two groups
+        of as many as `BRIEF` is enough for. When the caller stops early, or something fails, nothing is left
+        running.
         """
-        waiting: deque[Future[Result]] = deque()
+        waiting: deque[Future[tuple[list[Result], float]]] = deque()
+        items, size = iter(items), 1
         try:
-            for item in items:
-                waiting.append(self._pool.submit(function, item))
+            while True:
+                started = time.perf_counter()
+                if not (group := list(itertools.islice(items, size))):
+                    break
+                taken = time.perf_counter() - started
+                waiting.append(self._pool.submit(_all, function, group))
                 if len(waiting) == 2 * self.count:
-                    yield waiting.popleft().result()
+                    results, seconds = waiting.popleft().result()
+                    size = _fitting(size, max(taken, seconds))
+                    yield from results
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()[0]
         finally:
             wait([future for future in waiting if not future.cancel()])
+
+
+def _all(function: Callable[[Item], Result], group: Sequence[Item]) -> tuple[list[Result], float]:
+    """The results of a group, and the seconds that they took."""
+    started = time.perf_counter()
+    return [function(item) for item in group], time.perf_counter() - started
+
+
+def _fitting(size: int, seconds: float) -> int:
+    """The size of the next group after one that took so long."""
+    if seconds < BRIEF / 2:
+        return min(2 * size, MOST_TOGETHER)
+    return max(size // 2, 1) if seconds > 2 * BRIEF else size
 
 
 class Runner:

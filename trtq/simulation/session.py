@@ -49,10 +49,11 @@ _HOLDS_WEIGHTS = 1 << 25
 """A file above this size holds its weights itself; it is not parsed to look for external data."""
 
 MANY_NODES = 4096
-"""Models of more nodes are loaded without what ONNX Runtime's time grows with the square of them for."""
+"""Models of more nodes are loaded without a search whose time grows with the square of them."""
 
-_COMMON = "CommonSubexpressionElimination"
-"""ONNX Runtime's search for nodes that compute the same; it saves runs time and changes no value."""
+_SEARCHES = {"CommonSubexpressionElimination": MANY_NODES, "NchwcTransformer": 16 * MANY_NODES}
+"""ONNX Runtime's searches for nodes that compute the same, and for convolutions that another layout suits;
+both make runs faster. Up to how many nodes each is worth its time."""
 
 _FATAL = 4
 """ONNX Runtime's log level: errors are raised, so they are not logged as well."""
@@ -128,7 +129,7 @@ def _session(
         source if isinstance(source, bytes) else str(source),
         options,
         providers=execution_providers(),
-        disabled_optimizers=[_COMMON] if nodes > MANY_NODES else None,
+        disabled_optimizers=[name for name, most in _SEARCHES.items() if nodes > most],
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,11 +89,10 @@ class Reference:
 
     def __init__(self, batches: Sequence[Arrays]) -> None:
         self._batches = batches
-        finite = [{name: compared(array, array)[0] for name, array in batch.items()} for batch in batches]
-        self.components = {name: components([b[name] for b in finite]) for name in scored(batches[0])}
+        self.components = {name: components(_Finite(batches, name)) for name in scored(batches[0])}
         self._signal = [
-            {name: _energies(found, batch[name]) for name, found in self.components.items()}
-            for batch in finite
+            {name: _energies(found, _finite(batch[name])) for name, found in self.components.items()}
+            for batch in batches
         ]
 
     def noise(self, found: Iterable[Arrays]) -> float:
@@ -118,6 +118,23 @@ class Reference:
     def sqnr_db(self, found: Iterable[Arrays]) -> float:
         """`noise` in dB, ± `MAX_SQNR_DB` at most."""
         return noise_db(self.noise(found))
+
+
+class _Finite(Sequence[NDArray]):
+    """One output of all batches, with 0 for what is not finite."""
+
+    def __init__(self, batches: Sequence[Arrays], name: str) -> None:
+        self._batches, self._name = batches, name
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _finite(self._batches[index][self._name])
+
+
+def _finite(array: NDArray) -> NDArray:
+    return compared(array, array)[0]
 
 
 def compare(reference: AllValues, candidate: AllValues) -> dict[str, Similarity]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tensorrt_bindings as trt
 from runner_api import NOT_BEFORE_10, RTX_ONLY, exists, used_names
+from snippet import snippet_names
 
 from trtq.backends.runner import output_allocator
 
@@ -19,6 +20,10 @@ def test_every_name_that_is_not_asked_for_first_exists() -> None:
         NOT_BEFORE_10 if MAJOR == 8 else set()
     )
     assert hasattr(trt, "EngineStat") == hasattr(trt.ICudaEngine, "get_engine_stat")
+
+
+def test_every_name_of_the_documented_snippet_exists() -> None:
+    assert [name for name in sorted(snippet_names()) if not exists(trt, name)] == []
 
 
 def test_nothing_but_rtx_answers_for_its_engines_validity() -> None:

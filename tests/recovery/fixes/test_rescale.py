@@ -21,7 +21,7 @@ from trtq.console import SILENT
 from trtq.data.load import load_samples
 from trtq.graph.fit import check_fits, of_model
 from trtq.graph.model import export
-from trtq.graph.place import leave_out
+from trtq.graph.place import RESIDUAL, leave_out
 from trtq.job import Job
 from trtq.recipe import Recipe
 from trtq.recovery.fixes.channels import Channels
@@ -90,7 +90,9 @@ def test_any_factors_keep_the_function(tmp_path: Path, build: Callable[[Case], N
     assert sites
     assert set(plan.tensors) >= {site.name for site in sites}
     check_fits(plan, graph)
-    assert of_model(plan, case.graph) == case.plan
+    kept = [edge for edge in case.plan.edges if (edge.node, edge.index) in plan.inputs]
+    assert of_model(plan, case.graph) == replace(case.plan, edges=kept)
+    assert all(edge.rule == RESIDUAL for edge in case.plan.edges if edge not in kept)
     expected = outputs(case.graph, case.samples)
     assert relative_error(expected, outputs(graph, case.samples)) < 1e-5
     feed = next(case.samples.rows())
@@ -108,6 +110,27 @@ def test_all_int8_readers_share_one_scaled_tensor_and_others_read_what_they_read
     quantized = replace(quantized, plan=plan, scales=dict.fromkeys(plan.tensors, np.float32(0.1)))
     made = quantized.rewritten()
     assert [node.op for node in made.tensors()[site.name].outputs] == ["QuantizeLinear"]
+
+
+def test_an_addition_reads_floating_point_where_the_scaled_tensor_is_a_second_copy_anyway(
+    tmp_path: Path,
+) -> None:
+    def gated(case: Case) -> None:
+        a = silu(case, case.conv(case.input("x", 3, 6, 6), 3, 4))
+        b = case.node("HardSwish", case.conv(a, 4, 4))
+        case.output(case.conv(case.node("Add", b, a), 4, 2), 2, None, None)
+
+    case = small_case(tmp_path, gated)
+    (addition,) = [node for node in case.graph.nodes if node.op == "Add"]
+    read = addition.inputs[1].name
+    assert [edge.tensor for edge in case.plan.edges if edge.node == addition.name] == [read]
+    sites = {site.tensor: site for site in find_sites(case.graph, case.plan)}
+    graph, plan = inserted(case.graph, case.plan, {sites[read]: np.full(4, 2.0)})
+    assert [edge for edge in plan.edges if edge.node == addition.name] == []
+    nothing = leave_out(graph, plan, dict.fromkeys(plan.int8_nodes, "on purpose"))
+    assert (nothing.edges, nothing.weights) == ([], [])
+    others = {site: np.full(site.channels, 2.0) for tensor, site in sites.items() if tensor != read}
+    assert len(inserted(case.graph, case.plan, others)[1].edges) == len(case.plan.edges)
 
 
 def test_a_reader_left_in_floating_point_is_no_reader(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from trtq.calibration.refine import BATCH, LEAST_DB, Alone
 from trtq.calibration.search import Rows
 from trtq.data.batches import Arrays
 from trtq.graph.names import Names
+from trtq.graph.place import carried_over
 from trtq.graph.plan import RESCALED, Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs, weight_scale
@@ -147,15 +148,15 @@ def inserted(graph: gs.Graph, plan: Plan, factors: Mapping[Site, Vector]) -> tup
         factors: site -> what the tensor is divided by and its readers' weights are multiplied by, shape
             (channels,).
     """
-    graph, names = graph.copy(), Names(graph)
-    nodes, tensors = {node.name: node for node in graph.nodes}, graph.tensors()
+    made, names = graph.copy(), Names(graph)
+    nodes, tensors = {node.name: node for node in made.nodes}, made.tensors()
     renamed: dict[tuple[str, int], str] = {}
     for site, vector in factors.items():
         tensor = tensors[site.tensor]
         inverse = _inverse(site, vector, nodes[site.readers[0]].inputs[1].values.ndim)
         scaled = gs.Variable(names.tensor(site.name), tensor.dtype, tensor.shape)
         constant = gs.Constant(names.tensor(f"{site.name}/factors"), inverse)
-        graph.nodes.append(gs.Node("Mul", names.node(f"{site.name}/Mul"), {}, [tensor, constant], [scaled]))
+        made.nodes.append(gs.Node("Mul", names.node(f"{site.name}/Mul"), {}, [tensor, constant], [scaled]))
         for reader in site.readers:
             nodes[reader].inputs[0] = scaled
             scale_linear(nodes[reader], vector, names, output=False)
@@ -164,7 +165,7 @@ def inserted(graph: gs.Graph, plan: Plan, factors: Mapping[Site, Vector]) -> tup
         replace(edge, tensor=name, range=name) if (name := renamed.get((edge.node, edge.index))) else edge
         for edge in plan.edges
     ]
-    return graph.toposort(), replace(plan, edges=edges)
+    return made.toposort(), carried_over(replace(plan, edges=edges), graph, made)
 
 
 def _inverse(site: Site, factors: Vector, rank: int) -> NDArray[np.float32]:
