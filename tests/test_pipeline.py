@@ -124,7 +124,7 @@ def test_statistics_do_not_depend_on_the_threads(small: Case, tmp_path: Path) ->
     for threads in (1, 3):
         job = job_for(small, tmp_path / str(threads), threads=threads)
         source = FloatGraph.of(job.model)
-        contents.append(statistics_of(job, job.place(), job.data, source).to_bytes())
+        contents.append(statistics_of(job, job.place().tensors, job.data, source).to_bytes())
     assert contents[0] == contents[1]
 
 

@@ -84,7 +84,7 @@ def measure(name: str, zoo: Path) -> list[str]:
             made, cost = timed(lambda: calibrate(job, plan))
         held_out = load_samples(data_of(name, zoo, "eval", folder), job.model.inputs, recipe.preprocess)
         rows = Rows(job.model.path, held_out.spread(EVALUATED))
-        whole = statistics_of(job, plan, job.data, FloatGraph.of(job.model))
+        whole = statistics_of(job, plan.tensors, job.data, FloatGraph.of(job.model))
         same = replace(made, scales=scales_from(whole, parse_method(made.notes["method"])))
         decibels = [rows.sqnr_db(quantization, SILENT, "") for quantization in (same, made)]
         session = onnxruntime.InferenceSession(recipe.model, providers=["CPUExecutionProvider"])

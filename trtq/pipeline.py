@@ -55,7 +55,7 @@ from trtq.recipe import Recipe
 from trtq.recovery.attempt import Attempt, Fruitless, with_interval
 from trtq.recovery.diagnosis import diagnose
 from trtq.recovery.ends import ends_of, host_lines, wanted_ends
-from trtq.recovery.fixes.fix import calibrated, changed_weights, is_made
+from trtq.recovery.fixes.fix import beside_the_table, calibrated, changed_weights, is_made
 from trtq.recovery.race import layers_timed
 from trtq.recovery.sensitivity import Sensitivity, analyse
 from trtq.recovery.speed import Point, front_lines, front_of, rest_of, speed_of
@@ -298,12 +298,18 @@ def _extents(recipe: Recipe, model: Model) -> dict[str, Extent]:
 
 
 def _read_table(path: PathLike, console: Console) -> Table:
-    """A table to quantize by; warns where recovery changed the weights that its ranges were measured with."""
+    """A table to quantize by; warns where recovery changed the weights that its ranges were measured with, or
+    made more than ranges."""
     table = read_table(path)
     if changed := changed_weights(table.metadata):
         console.warn(
             f"{path} belongs to weights that recovery changed ({', '.join(changed)}), and this model's are"
             " unchanged: take the model.int8.onnx that was written with it, or calibrate again"
+        )
+    elif held := beside_the_table(table.metadata):
+        console.warn(
+            f"{path} has ranges only: the {' and '.join(held)} of the job that wrote it are in its"
+            " model.int8.onnx only; --data instead of --table makes them again"
         )
     return table
 

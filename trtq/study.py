@@ -185,7 +185,7 @@ class _Study:
         job, plan = self.job, self.job.place()
         source = FloatGraph.of(job.model)
         best = calibrate(self.job, plan)
-        statistics = statistics_of(job, plan, job.data, source)
+        statistics = statistics_of(job, plan.tensors, job.data, source)
         bare = Quantization(source.graph, plan, {})
         methods = [self.row(name, _by_method(bare, statistics, parse_method(name))) for name in METHODS]
         if job.recipe.method == AUTO:

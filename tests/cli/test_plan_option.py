@@ -271,6 +271,30 @@ def test_a_table_of_changed_weights_says_that_it_is_not_the_whole_story(
     assert "weights that recovery changed (smooth)" in run.err
 
 
+@pytest.mark.parametrize(
+    ("fixes", "held"),
+    [("rounding + bias", "rounded weights and corrected biases"), ("bias", "corrected biases"), (None, None)],
+)
+def test_a_table_says_what_it_cannot_hold(
+    fixes: str | None, held: str | None, small: Case, written: Path, tmp_path: Path, trtq_run: _Trtq
+) -> None:
+    (tmp_path / "calibration.cache").write_bytes((written / "calibration.cache").read_bytes())
+    metadata = json.loads((written / "calibration.cache.json").read_text())
+    metadata = {key: value for key, value in metadata.items() if key != "fixes"}
+    metadata |= {} if fixes is None else {"fixes": fixes}
+    (tmp_path / "calibration.cache.json").write_text(json.dumps(metadata))
+    run = trtq_run(
+        *("quantize", small.model, "--plan", written / "plan.json"),
+        *("--table", tmp_path / "calibration.cache", "-o", tmp_path / "model.onnx"),
+    )
+    assert run.code == 0, run.err
+    if held is None:
+        assert "has ranges only" not in run.err
+    else:
+        assert run.err.count("has ranges only") == 1
+        assert f"the {held} of the job that wrote it are in its model.int8.onnx only" in run.err
+
+
 def test_labels_that_the_data_lack_are_missed_before_anything_runs(
     small: Case, tmp_path: Path, trtq_run: _Trtq
 ) -> None:

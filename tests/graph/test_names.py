@@ -127,9 +127,13 @@ class Made:
         graph, plan, samples = self.model.graph, self.plan, self.samples
         corrected = correct_biases(self.start, samples, SILENT, workers=1)
         found = [shift(graph, plan, samples, workers=1), smooth(graph, plan, samples, workers=1)]
-        made = [changed for changed in found if changed is not None]
+        made = [changed.graph for changed in found if changed is not None]
         made += [graph, convert_to_half(graph), corrected.with_corrections_inside().graph]
-        for quantization in (self.start, corrected, *(replace(self.start, graph=g) for g in found if g)):
+        for quantization in (
+            self.start,
+            corrected,
+            *(replace(self.start, graph=c.graph) for c in found if c is not None),
+        ):
             made += [quantization.rewritten(), quantization.rewritten(weights="qdq")]
             made.append(quantization.rewritten(rest="fp16"))
         return made

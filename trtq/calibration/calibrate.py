@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
@@ -41,6 +41,9 @@ NEVER_SEEN = "never-seen"
 
 FEWEST_TO_CONFIRM = 64
 """Rows that ranges of their own have to do better on, if there are so many."""
+
+MOST_HELD_BACK = 256
+"""Rows held back that everything is scored on, evenly spread: more would not tell more."""
 
 CUT_SHORT = "cut-short"
 """Note on ranges that more time might have made better; the cache does not keep them."""
@@ -179,7 +182,7 @@ class Ranges:
         Raises:
             InputError: no node is left in INT8; or as collecting.
         """
-        fitting, whole = _both_statistics(job, plan, source)
+        fitting, whole = _both_statistics(job, plan.tensors, source)
         method = job.recipe.method
         reasons = rangeless(whole, method if isinstance(method, Method) else None)
         notes = {"model": job.model.sha256, "data": job.data.hash, "rows": len(job.data)}
@@ -187,6 +190,25 @@ class Ranges:
         notes |= {NEVER_SEEN: reasons} if reasons else {}
         bare = ranged(job, Quantization(source.graph, plan, {}, notes=notes), reasons)
         return cls(bare, fitting, whole)
+
+    def of_changed(self, job: Job, source: FloatGraph, tensors: Collection[str]) -> Ranges:
+        """Those of another graph, whose tensors are the same but for the named ones; these are collected.
+
+        A plan without INT8 nodes is possible.
+
+        Raises:
+            InputError: as collecting.
+        """
+        changed = [tensor for tensor in self.bare.plan.tensors if tensor in tensors]
+        if not changed:
+            return replace(self, bare=replace(self.bare, graph=source.graph))
+        parts = _both_statistics(job, changed, source)
+        fitting, whole = (
+            Statistics({**old.histograms, **new.histograms}, new.rows)
+            for old, new in zip((self.fitting, self.whole), parts, strict=True)
+        )
+        bare = without_ranges_of(replace(self.bare, graph=source.graph), rangeless(parts[1]))
+        return Ranges(bare, fitting, whole)
 
     def fitted(self, method: Method) -> Quantization:
         """With scales by one method from the rows to fit on."""
@@ -298,17 +320,17 @@ def _table_key(job: Job, plan: Plan) -> Key:
     )
 
 
-def _both_statistics(job: Job, plan: Plan, source: FloatGraph) -> tuple[Statistics, Statistics]:
+def _both_statistics(job: Job, tensors: Sequence[str], source: FloatGraph) -> tuple[Statistics, Statistics]:
     """Statistics of the rows to fit on, and of all rows.
 
     They are one with a fixed method. A tensor that only the rows held back have values of takes their
     histogram in both.
     """
     if job.recipe.method != AUTO or not job.enough:
-        every = statistics_of(job, plan, job.data, source)
+        every = statistics_of(job, tensors, job.data, source)
         return every, every
-    fitting, rest = (statistics_of(job, plan, part, source) for part in job.parts)
-    whole = Statistics.empty(plan.tensors)
+    fitting, rest = (statistics_of(job, tensors, part, source) for part in job.parts)
+    whole = Statistics.empty(tensors)
     whole.merge(fitting)
     whole.merge(rest)
     fitting.histograms |= {tensor: whole.histograms[tensor] for tensor in rangeless(fitting)}
@@ -323,7 +345,8 @@ def known_statistics(job: Job, plan: Plan, source: FloatGraph) -> Statistics | N
     """
     both = job.recipe.method == AUTO and job.enough
     found = [
-        job.cache.fetch(_statistics_key(plan, part, source)) for part in (job.parts if both else (job.data,))
+        job.cache.fetch(_statistics_key(plan.tensors, part, source))
+        for part in (job.parts if both else (job.data,))
     ]
     statistics = Statistics.empty(plan.tensors)
     for content in found:
@@ -333,39 +356,39 @@ def known_statistics(job: Job, plan: Plan, source: FloatGraph) -> Statistics | N
     return statistics
 
 
-def _statistics_key(plan: Plan, samples: Samples, source: FloatGraph) -> Key:
+def _statistics_key(tensors: Sequence[str], samples: Samples, source: FloatGraph) -> Key:
     return Key.of(
         "statistics",
         model=source.sha256,
         data=samples.hash,
         opset=source.graph.opset,
-        tensors=sorted(plan.tensors),
+        tensors=sorted(tensors),
         executor=simulation_fingerprint(),
     )
 
 
-def statistics_of(job: Job, plan: Plan, samples: Samples, source: FloatGraph) -> Statistics:
-    """Statistics of the plan's tensors over some rows, from the cache where they are there."""
-    key = _statistics_key(plan, samples, source)
+def statistics_of(job: Job, tensors: Sequence[str], samples: Samples, source: FloatGraph) -> Statistics:
+    """Statistics of tensors over some rows, from the cache where they are there."""
+    key = _statistics_key(tensors, samples, source)
     if (content := job.cache.fetch(key)) is not None:
         job.console.say("statistics", f"{len(samples)} rows from the cache, nothing was run")
         return Statistics.from_bytes(content)
     started = time.perf_counter()
     with about(samples.source):
         work = Work(key, job.cache, job.console, "statistics", job.recipe.parallel)
-        statistics = collect_sharded(source.graph, plan.tensors, samples, work, threads=job.recipe.threads)
+        statistics = collect_sharded(source.graph, tensors, samples, work, threads=job.recipe.threads)
     seconds = time.perf_counter() - started
-    job.console.say("statistics", f"{len(samples)} rows, {len(plan.tensors)} tensors in {seconds:.1f} s")
+    job.console.say("statistics", f"{len(samples)} rows, {len(tensors)} tensors in {seconds:.1f} s")
     return statistics
 
 
 def held_back(job: Job) -> Rows:
-    """The rows held back, to score quantizations of the job's model on.
+    """The rows held back, or as many as are enough, to score quantizations of the job's model on.
 
     Raises:
         InputError: as `Rows`.
     """
-    return _rows_of(job, job.parts[1])
+    return _rows_of(job, job.parts[1].spread(MOST_HELD_BACK))
 
 
 def _rows_of(job: Job, samples: Samples) -> Rows:
@@ -396,7 +419,12 @@ def best_method(job: Job, ranges: Ranges, rows: Rows | None) -> Choice:
 
 
 def with_own_ranges(
-    job: Job, ranges: Ranges, start: Quantization, choice: Choice, rows: Rows | None
+    job: Job,
+    ranges: Ranges,
+    start: Quantization,
+    choice: Choice,
+    rows: Rows | None,
+    shares: Mapping[str, float] | None = None,
 ) -> Quantization:
     """A quantization with scales from all rows: by the method that was chosen, and with `auto` by another for
     the tensors that do better with it.
@@ -406,6 +434,7 @@ def with_own_ranges(
     Args:
         start: the search begins here; it keeps its corrections of biases.
         rows: held back; only `auto` needs them.
+        shares: as for `refine_ranges`.
 
     Returns:
         with notes of the choice and the search; `CUT_SHORT` where the budget was spent meanwhile.
@@ -427,6 +456,7 @@ def with_own_ranges(
         workers=job.recipe.threads,
         ignore_nonfinite=job.recipe.ignore_nonfinite,
         budget=job.budget,
+        shares=shares,
     )
     exceptions, confirmed = _confirmed(job, start, ranges.fitting, choice.method, refined.exceptions, rows)
     better = f"{len(exceptions)} of {len(tensors)} tensors do better with their own"
@@ -486,7 +516,7 @@ def _confirmed(
 
     before, together = sqnr_db(kept), sqnr_db(found)
     best = before
-    for tensor, method in found.items():
+    for tensor, method in found.items() if len(found) > 1 else ():
         if job.budget.over:
             break
         score = sqnr_db({**kept, tensor: method})

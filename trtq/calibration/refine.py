@@ -4,7 +4,8 @@
    cannot save more than that, and one tensor often makes most of it.
 2. The tensors are taken in this order, until all others together would not gain 0.1 dB if they saved the same
    part of their noise as those before them. Each tries the ranges beside its own and the outermost, with all
-   other tensors in INT8, takes the best of those that help, and goes on from there.
+   other tensors in INT8 (in a large model first on few rows), takes the best of those that help, and goes on
+   from there.
 
 The tensor whose rounding matters most is not the one with the largest error of its own: what a residual
 stream loses, every later layer sees.
@@ -47,8 +48,12 @@ MAC_BUDGET, MOST_PASSES = 1.5e12, 10
 """The rows of a run are so many that the search should take this many multiply-accumulates, or passes over
 the data, whichever are fewer; at twice as many it ends."""
 
+MOST_PROMISING, DOUBT = 2, 1.02
+"""Of the ranges that a tensor tries, so many that do best on few rows are run on all, unless they make more
+than so many times the noise there."""
+
 RUNS_PER_TENSOR, SHARE_OF_ROWS = 2, 4
-"""How many runs the number of rows is chosen for, and the part of them that a tensor alone is run on."""
+"""How many runs the number of rows is chosen for, and the part of them that is run first."""
 
 FEWEST_ROWS, MOST_ROWS, FEWEST_TENSORS = 8, 64, 8
 """Rows of a run, and how many tensors try ranges of their own, whatever that takes."""
@@ -94,6 +99,7 @@ def refine_ranges(
     workers: int | None = None,
     ignore_nonfinite: bool = False,
     budget: Budget = NO_BUDGET,
+    shares: Mapping[str, float] | None = None,
 ) -> Refinement:
     """Ranges of their own for the tensors where they save noise in the outputs.
 
@@ -109,10 +115,60 @@ def refine_ranges(
         workers: runs at once; default: one for each processor.
         ignore_nonfinite: measure only where the outputs are finite in fp32.
         budget: once it is spent, what was found until then is taken.
+        shares: what `noise_shares` gave for a start like this one; None: it is measured.
 
     Raises:
         InputError: they are not finite, and `ignore_nonfinite` is not set.
     """
+    rows, runs = _prepared(quantization, samples, console, workers, ignore_nonfinite, budget)
+    current = scales_from(statistics, start)
+    if shares is None:
+        shares = _shares(quantization, rows, current, runs)
+    shares = {tensor: share for tensor, share in shares.items() if tensor in quantization.plan.tensors}
+    methods = [*methods, *(scaled(start, factor) for factor in FACTORS)]
+    ladders = {
+        tensor: _ladder(statistics.histograms[tensor], start, methods) for tensor in _worthwhile(shares)
+    }
+    wanted = [tensor for tensor in ladders if len(ladders[tensor]) > 1]
+    found: dict[str, Method] = {}
+    if wanted and runs.whole:
+        found = _climb(
+            Trials(rows, quantization), {t: ladders[t] for t in wanted}, shares, current, start, runs
+        )
+    return Refinement(found, shares, len(rows.samples), runs.count, runs.rows / len(samples), runs.whole)
+
+
+def noise_shares(
+    quantization: Quantization,
+    samples: Samples,
+    console: Console,
+    *,
+    workers: int | None = None,
+    ignore_nonfinite: bool = False,
+    budget: Budget = NO_BUDGET,
+) -> dict[str, float]:
+    """Tensor -> its part of the noise that all make alone in INT8; the largest first.
+
+    Args:
+        samples: the rows to measure on; few of them are used.
+        budget: once it is spent, the tensors that are left are not measured.
+
+    Raises:
+        InputError: as `refine_ranges`.
+    """
+    rows, runs = _prepared(quantization, samples, console, workers, ignore_nonfinite, budget)
+    return _shares(quantization, rows, quantization.scales, runs)
+
+
+def _prepared(
+    quantization: Quantization,
+    samples: Samples,
+    console: Console,
+    workers: int | None,
+    ignore_nonfinite: bool,
+    budget: Budget,
+) -> tuple[Rows, _Runs]:
+    """The rows to compare on, and what runs them."""
     affordable = _affordable_rows(quantization.plan, len(samples))
     part = _spread(samples, _row_count(affordable, len(quantization.plan.tensors)))
     batch = min(max(len(part) // SHARE_OF_ROWS, 1), BATCH)
@@ -125,18 +181,8 @@ def refine_ranges(
         ignore_nonfinite=ignore_nonfinite,
         tensors=instead_of_outputs(quantization.graph),
     )
-    runs = _Runs(rows, 2 * affordable, console, budget, Workers(workers))
-    current = scales_from(statistics, start)
-    shares = _shares(quantization, rows, current, runs)
-    methods = [*methods, *(scaled(start, factor) for factor in FACTORS)]
-    ladders = {tensor: _ladder(statistics.histograms[tensor], start, methods) for tensor in shares}
-    wanted = [tensor for tensor in _worthwhile(shares) if len(ladders[tensor]) > 1]
-    found: dict[str, Method] = {}
-    if wanted and runs.whole:
-        found = _climb(
-            Trials(rows, quantization), {t: ladders[t] for t in wanted}, shares, current, start, runs
-        )
-    return Refinement(found, shares, len(part), runs.count, runs.rows / len(samples), runs.whole)
+    hasty = len(part) * RUNS_PER_TENSOR * len(quantization.plan.tensors) > affordable
+    return rows, _Runs(rows, 2 * affordable, console, budget, Workers(workers), hasty)
 
 
 class Alone:
@@ -186,10 +232,20 @@ class _Runs:
     Attributes:
         count, rows: runs, and rows in them, so far.
         most: rows after which the search ends.
+        hasty: ranges are looked at on few rows first, as the fewest rows for a run are too many.
         whole: False once the budget is spent and something was left.
     """
 
-    def __init__(self, rows: Rows, most: float, console: Console, budget: Budget, workers: Workers) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        most: float,
+        console: Console,
+        budget: Budget,
+        workers: Workers,
+        hasty: bool = False,
+    ) -> None:
+        self.hasty = hasty
         self._sizes, self.most = [batch.rows for batch in rows.batches()], most
         self._console, self._budget, self._workers = console, budget, workers
         self._seconds = 0.0
@@ -253,6 +309,7 @@ def _climb(
 ) -> dict[str, Method]:
     """Tensor -> the method of its own that it ends with; all other tensors are in INT8 meanwhile."""
     (before,) = runs.of(trials.noise, [(current,)])
+    (glance,) = runs.of(trials.noise, [(current,)], runs.few) if runs.hasty else (before,)
     best, looked_at = before, 0.0
     share = sum(shares[tensor] for tensor in ladders)
     text = f"{len(ladders)} of these, which add {share:.0%}, try ranges of their own"
@@ -271,12 +328,17 @@ def _climb(
             tried = [steps[i] for i in sorted(wanted) if 0 <= i < len(steps) and steps[i] not in seen]
             seen |= set(tried)
             ranges = [{**current, tensor: ladder[method]} for method in tried]
-            noises = list(runs.of(trials.noise, [(scales,) for scales in ranges]))
+            if runs.hasty:
+                glances = list(runs.of(trials.noise, [(scales,) for scales in ranges], runs.few))
+                order = [i for i in np.argsort(glances)[:MOST_PROMISING] if glances[i] < glance * DOUBT]
+            else:
+                glances, order = [glance] * len(ranges), list(range(len(ranges)))
+            noises = list(runs.of(trials.noise, [(ranges[i],) for i in order]))
             if not noises or noise_db(min(noises)) < noise_db(best) + LEAST_DB:
                 break
-            winner = int(np.argmin(noises))
-            best, current, found[tensor] = noises[winner], ranges[winner], tried[winner]
-            at = steps.index(tried[winner])
+            winner = order[int(np.argmin(noises))]
+            best, glance, current = min(noises), glances[winner], ranges[winner]
+            found[tensor], at = tried[winner], steps.index(tried[winner])
             wanted = {at - 1, at + 1}
     return found if noise_db(best) >= noise_db(before) + LEAST_SUM_DB else {}
 

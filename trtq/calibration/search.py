@@ -8,6 +8,7 @@ compared on the part held back; the evaluation data are never looked at.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -53,6 +54,7 @@ class Rows:
 
     Attributes:
         tensors: names of the tensors that are scored; None: the model's outputs.
+        seconds: that the float model took for a row.
 
     Args:
         model: the float model, a file or a graph. It runs once; its session, with all the weights, is closed
@@ -104,7 +106,9 @@ class Rows:
                 if advance is not None:
                     advance(part.rows)
 
+        started = time.perf_counter()
         found = Kept(run(), KEPT_BYTES if kept else TOGETHER_BYTES)
+        self.seconds = (time.perf_counter() - started) / len(samples)
         self._batch = batch if any(part is not None and part.rows > 1 for part in origins) else 1
         self._by_batch = kept or found.nbytes > TOGETHER_BYTES
         outputs = self._parts(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,11 +18,18 @@ from trtq.simulation.rows import Runner
 Vector = NDArray[np.float64]
 """Of each channel."""
 
-MOST_ROWS = 64
+MOST_ROWS = 32
 """Rows whose channels are looked at, evenly spread over the data."""
 
 MOST_POSITIONS = 1024
 """Positions of a tensor (pixels, tokens) that are kept, evenly spread over the rows."""
+
+
+class Changed(NamedTuple):
+    """A float graph whose function is as before, and the tensors whose values are not."""
+
+    graph: gs.Graph
+    tensors: frozenset[str]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ where none can be folded do (`rescale`): they are a step of the workflow, for wh
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
-
-import onnx_graphsurgeon as gs
 
 from trtq.cache import Key
 from trtq.calibration.calibrate import (
@@ -30,20 +29,20 @@ from trtq.calibration.calibrate import (
     held_back,
     is_calibrated,
     ranged,
-    rangeless,
-    statistics_of,
     with_float32_nodes,
     with_own_ranges,
-    without_ranges_of,
 )
-from trtq.calibration.methods import Method, parse_method, scales_from
+from trtq.calibration.methods import Method, parse_method
+from trtq.calibration.refine import noise_shares
 from trtq.calibration.search import Choice, Rows
 from trtq.console import SILENT
+from trtq.data.samples import Samples
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.channels import Changed
 from trtq.recovery.fixes.rescale import rescale
 from trtq.recovery.fixes.rounding import round_weights
 from trtq.recovery.fixes.shift import shift
@@ -61,7 +60,7 @@ class Pass(NamedTuple):
     """
 
     name: str
-    change: Callable[..., gs.Graph | None]
+    change: Callable[..., Changed | None]
 
 
 PASSES = (Pass("shift", shift), Pass("smooth", smooth))
@@ -70,10 +69,13 @@ PASSES = (Pass("shift", shift), Pass("smooth", smooth))
 RESCALE, ROUNDING, BIAS = "rescale", "rounding", "bias"
 """What inserted scales, the rounding of weights and the bias correction are called beside the passes."""
 
-LEAST_GAIN_DB = 0.05
+LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB = 0.05, 0.5
+"""What a fix must gain on the rows held back: the second over the square root of their number, since what few
+rows gain is in part their own, and at least the first."""
 
-JUDGED_ROWS = 32
-"""Rows that biases are corrected on to judge what is tried; what is kept is corrected on all."""
+JUDGED_MACS, JUDGED_ROWS = 1e10, (32, 256)
+"""Multiply-accumulates of the rows that biases are corrected and weights rounded on to judge what is tried,
+and the fewest and most of these rows; biases that are kept are corrected on all."""
 
 CLOSE_DB, MOST_METHODS = 1.0, 3
 """With `auto`, biases are corrected with so many methods that are so close to the best."""
@@ -103,10 +105,13 @@ def calibrated(job: Job, plan: Plan) -> Quantization:
         ranged(job, bare, made.notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{made.notes['method']}, from the cache; nothing was run")
     else:
+        started = time.perf_counter()
         ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
         rows = held_back(job)
         choice = best_method(job, ranges, rows)
-        made = _finished(job, ranges, _improved(job, ranges, choice, rows), rows)
+        made = _finished(job, _improved(job, ranges, choice, rows), rows)
+        seconds, plain = time.perf_counter() - started, rows.seconds * len(job.data)
+        job.console.say("calibration", f"{seconds:.1f} s, as long as {seconds / plain:.0f} plain passes")
         if CUT_SHORT not in made.notes and made.storable:
             job.cache.store(key, made.to_bytes())
     return with_float32_nodes(job, made)
@@ -133,14 +138,14 @@ def fix(job: Job, start: Quantization) -> Made:
     names = [name for name in before.split(" + ") if name not in (AS_CALIBRATED, ROUNDING, BIAS)]
     names.append(RESCALE)
     if start.codes:
-        scaled = round_weights(scaled, job.parts[0], workers=job.recipe.threads)
+        scaled = round_weights(scaled, _judged(job, scaled.plan), workers=job.recipe.threads)
         names.append(ROUNDING)
     corrected = correct_biases(scaled, job.data, SILENT, workers=job.recipe.threads)
     rows, after = held_back(job), " + ".join([*names, BIAS])
     tried = {name: rows.sqnr_db(q, job.console, name) for name, q in ((before, start), (after, corrected))}
     text = ", ".join(f"{name} {value:.1f} dB" for name, value in tried.items())
     job.console.say("fixes", text)
-    if tried[after] < tried[before] + LEAST_GAIN_DB:
+    if tried[after] < tried[before] + least_gain_db(len(rows.samples)):
         return Made(None, not job.budget.over, f"nothing helped: {text}")
     notes = {**corrected.notes, FIXES: after, FIXES_DB: {**start.notes.get(FIXES_DB, {}), **tried}}
     return Made(replace(corrected, notes=notes), not job.budget.over)
@@ -153,6 +158,19 @@ def changed_weights(notes: Mapping[str, Any]) -> list[str]:
     """
     passes = [name for name in str(notes.get(FIXES, "")).split(" + ") if name not in ("", BIAS, ROUNDING)]
     return [*passes, *(step for step in ("learned",) if step in notes)]
+
+
+def beside_the_table(notes: Mapping[str, Any]) -> list[str]:
+    """What a job made that its table, with these notes, cannot hold: it changes no range."""
+    names = str(notes.get(FIXES, "")).split(" + ")
+    return [
+        text for name, text in ((ROUNDING, "rounded weights"), (BIAS, "corrected biases")) if name in names
+    ]
+
+
+def least_gain_db(rows: int) -> float:
+    """What a fix must gain on so many rows held back to be kept."""
+    return max(LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB / math.sqrt(rows))
 
 
 def _key(job: Job, plan: Plan) -> Key:
@@ -172,16 +190,20 @@ class _Improved:
 
     Attributes:
         quantization: with those that help, and ranges from the rows to fit on.
+        ranges: of its graph.
         choice: the method of these ranges.
         names: what helps: passes in their order, then rounding and the bias correction.
         tried: SQNR in dB on the rows held back of everything that was tried.
+        shares: tensor -> its part of the noise; None where no pass asked for it.
         whole: False where the budget was spent before everything was.
     """
 
     quantization: Quantization
+    ranges: Ranges
     choice: Choice
     names: tuple[str, ...]
     tried: Mapping[str, float]
+    shares: Mapping[str, float] | None
     whole: bool
 
     def text(self) -> str:
@@ -197,27 +219,33 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved
     is another than what the methods were compared by.
     """
     started, tried, whole = time.perf_counter(), dict[str, float](), True
-    judged = job.parts[0].spread(JUDGED_ROWS)
+    judged = _judged(job, ranges.bare.plan)
     method, names, kept = choice.method, tuple[str, ...](), ranges.fitted(choice.method)
-    best = tried[AS_CALIBRATED] = rows.sqnr_db(kept, job.console, AS_CALIBRATED)
+    best = choice.sqnr_db.get(str(method), math.nan)
+    if math.isnan(best):
+        best = rows.sqnr_db(kept, job.console, AS_CALIBRATED)
+    tried[AS_CALIBRATED], least = best, least_gain_db(len(rows.samples))
     steps: list[Method | Pass | None] = [*_contenders(choice), *PASSES, None]
+    shares: Mapping[str, float] | None = None
     for what in steps:
         if job.budget.over:
             job.console.warn("the budget was spent before every fix was tried")
             whole = False
             break
-        wanted = tuple(name for name in names if name not in (BIAS, ROUNDING))
+        wanted, other = tuple(name for name in names if name not in (BIAS, ROUNDING)), None
         if isinstance(what, Method):
             changed, label = ranges.fitted(what), f"{what} + {BIAS}"
         elif isinstance(what, Pass):
-            start = replace(ranges.bare, graph=kept.graph)
-            if (made := _changed(job, start, what, method)) is None:
+            if shares is None:
+                shares = _shares(job, kept)
+            other = _changed(job, ranges, what, shares)
+            if other is None:
                 continue
-            changed, wanted = made, (*wanted, what.name)
+            changed, wanted = other.fitted(method), (*wanted, what.name)
             label = " + ".join((*wanted, BIAS))
         else:
             changed = replace(kept, corrections={})
-            rounded = round_weights(changed, job.parts[0], workers=job.recipe.threads)
+            rounded = round_weights(changed, judged, workers=job.recipe.threads)
             if rounded is changed:
                 continue
             changed, wanted = rounded, (*wanted, ROUNDING)
@@ -228,13 +256,21 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved
         elif not wanted:
             continue
         tried[label] = rows.sqnr_db(corrected, job.console, label)
-        if tried[label] >= best + LEAST_GAIN_DB:
+        if tried[label] >= best + least:
             kept, names, best = corrected, wanted, tried[label]
             method = what if isinstance(what, Method) else method
-    found = _Improved(kept, replace(choice, method=method), names, tried, whole)
+            ranges = ranges if other is None else other
+    found = _Improved(kept, ranges, replace(choice, method=method), names, tried, shares, whole)
     seconds = time.perf_counter() - started
     job.console.say("fixes", f"{found.text()}, on {len(rows.samples)} rows held back in {seconds:.1f} s")
     return found
+
+
+def _judged(job: Job, plan: Plan) -> Samples:
+    """Rows to fit on that are enough to judge by."""
+    fewest, most = JUDGED_ROWS
+    rows = int(min(max(JUDGED_MACS / max(plan.macs_per_row, 1), fewest), most))
+    return job.parts[0].spread(rows)
 
 
 def _contenders(choice: Choice) -> list[Method]:
@@ -245,26 +281,33 @@ def _contenders(choice: Choice) -> list[Method]:
     return [choice.method, *map(parse_method, others[: MOST_METHODS - 1])]
 
 
-def _changed(job: Job, start: Quantization, change: Pass, method: Method) -> Quantization | None:
-    """The start with its graph changed by a pass, and ranges by a method from the rows to fit on; None where
-    the pass has nothing to do or leaves no node in INT8."""
-    made = change.change(start.graph, start.plan, job.parts[0], workers=job.recipe.threads)
+def _shares(job: Job, start: Quantization) -> Mapping[str, float]:
+    """Tensor -> its part of the noise that all make alone."""
+    return noise_shares(
+        start,
+        job.parts[0],
+        job.console,
+        workers=job.recipe.threads,
+        ignore_nonfinite=job.recipe.ignore_nonfinite,
+        budget=job.budget,
+    )
+
+
+def _changed(job: Job, ranges: Ranges, change: Pass, shares: Mapping[str, float]) -> Ranges | None:
+    """Ranges of their graph changed by a pass; None where the pass has nothing to do, where what it changes
+    makes too little of the noise to matter, or where no node is left in INT8."""
+    plan, workers = ranges.bare.plan, job.recipe.threads
+    made = change.change(ranges.bare.graph, plan, job.parts[0], workers=workers, shares=shares)
     if made is None:
         return None
-    statistics = statistics_of(job, start.plan, job.parts[0], FloatGraph.of_graph(job.model, made))
-    changed = without_ranges_of(replace(start, graph=made), rangeless(statistics))
-    if not changed.plan.int8_nodes:
-        return None
-    return replace(changed, scales=scales_from(statistics, method))
+    changed = ranges.of_changed(job, FloatGraph.of_graph(job.model, made.graph), made.tensors)
+    return changed if changed.bare.plan.int8_nodes else None
 
 
-def _finished(job: Job, ranges: Ranges, found: _Improved, rows: Rows) -> Quantization:
+def _finished(job: Job, found: _Improved, rows: Rows) -> Quantization:
     """What helps, with its own ranges found and its biases corrected from all rows."""
-    start = found.quantization
-    if changed_weights({FIXES: " + ".join(found.names)}):  # the ranges are those of another graph
-        ranges = Ranges.of(job, ranges.bare.plan, FloatGraph.of_graph(job.model, start.graph))
-        start = replace(start, plan=ranges.bare.plan, notes=ranges.bare.notes)
-    made = with_own_ranges(job, ranges, start, found.choice, rows)
+    start = replace(found.quantization, notes=found.ranges.bare.notes)
+    made = with_own_ranges(job, found.ranges, start, found.choice, rows, found.shares)
     if BIAS in found.names:
         made = correct_biases(made, job.data, SILENT, workers=job.recipe.threads)
     notes = {**made.notes, "held_back": len(rows.samples), FIXES_DB: dict(found.tried)}

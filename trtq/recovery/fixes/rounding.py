@@ -27,9 +27,9 @@ from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import weight_scale
 from trtq.numerics import fake_quantize
 from trtq.recovery.fixes.channels import bias_of, is_linear, weight_matrix
-from trtq.simulation.rows import Runner
+from trtq.simulation.rows import Runner, Workers
 
-MOST_ROWS, POSITIONS = 32, 4096
+MOST_ROWS, POSITIONS = 256, 4096
 """Rows, evenly spread, that inputs are looked at on, and positions of them (pixels, tokens)."""
 
 MOST_INPUTS = 4096
@@ -84,10 +84,11 @@ def round_weights(
     codes = {}
     for part in _parts(layers):
         moments = _moments(quantization.graph, part, samples.spread(MOST_ROWS), workers)
-        for layer in part:
-            found = moments[layer.node.name]
-            if np.isfinite(found).all():
-                codes[layer.node.inputs[1].name, layer.axis] = _rounded(layer, found)
+        finite = [layer for layer in part if np.isfinite(moments[layer.node.name]).all()]
+        pairs = [(layer, moments[layer.node.name]) for layer in finite]
+        rounded = Workers(workers).map(lambda pair: _rounded(*pair), pairs)
+        for layer, found in zip(finite, rounded, strict=True):
+            codes[layer.node.inputs[1].name, layer.axis] = found
     return replace(quantization, codes=codes) if codes else quantization
 
 
@@ -219,7 +220,7 @@ def rounded_codes(
     sorted_moments = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None], 2)
     damping = DAMPING * diagonal.mean(axis=1) + np.finfo(np.float32).tiny
     sorted_moments = sorted_moments + damping[:, None, None] * np.eye(weights.shape[2])
-    upper = np.linalg.cholesky(np.linalg.inv(sorted_moments)).transpose(0, 2, 1)
+    upper = _root_of_inverse(sorted_moments)
     codes = np.zeros(weights.shape, np.int8)
     inputs = weights.shape[2]
     for start in range(0, inputs, BLOCK):
@@ -234,3 +235,24 @@ def rounded_codes(
         left[:, :, end:] -= errors @ upper[:, start:end, end:]
     back = np.argsort(order, axis=1)
     return np.take_along_axis(codes, back[:, None, :], 2)
+
+
+def _root_of_inverse(matrices: NDArray[np.float64]) -> NDArray[np.floating]:
+    """Upper triangular U with UT U = the inverse of each matrix, (groups, n, n), symmetric and positive.
+
+    With the order of rows and columns turned round, Cholesky's factor is R with R RT = the matrix, R upper
+    triangular: its inverse is U.
+    """
+    return _inverse(np.linalg.cholesky(matrices[:, ::-1, ::-1])[:, ::-1, ::-1])
+
+
+def _inverse(upper: NDArray[np.floating]) -> NDArray[np.floating]:
+    """The inverse of each upper triangular matrix, (groups, n, n), by halves."""
+    half = upper.shape[1] // 2
+    if half < BLOCK:
+        return np.linalg.inv(upper)
+    first, last = _inverse(upper[:, :half, :half]), _inverse(upper[:, half:, half:])
+    found = np.zeros_like(upper)
+    found[:, :half, :half], found[:, half:, half:] = first, last
+    found[:, :half, half:] = -first @ (upper[:, :half, half:] @ last)
+    return found

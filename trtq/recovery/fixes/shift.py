@@ -15,19 +15,21 @@ shifted with its bounds. Where a reader pads with zeros, the shift is not exact,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.calibration.refine import LEAST_SHARE
 from trtq.data.samples import Samples
 from trtq.graph.names import Names
 from trtq.graph.place import readers
 from trtq.graph.plan import Plan
 from trtq.recovery.fixes.channels import (
     Bias,
+    Changed,
     Vector,
     added_bias,
     bias_of,
@@ -42,10 +44,11 @@ from trtq.recovery.fixes.channels import (
 
 @dataclass(frozen=True)
 class _Change:
-    """What is added to a bias for a shift of the tensor by d."""
+    """What is added to a bias for a shift of the tensor by d, and the tensors that are other ones then."""
 
     bias: Bias
     amount: Callable[[Vector], Vector]
+    tensors: set[str]
 
 
 @dataclass(frozen=True)
@@ -60,22 +63,32 @@ class _Move:
         return self.changes[0].bias.axis
 
 
-def shift(graph: gs.Graph, plan: Plan, samples: Samples, *, workers: int | None = None) -> gs.Graph | None:
+def shift(
+    graph: gs.Graph,
+    plan: Plan,
+    samples: Samples,
+    *,
+    workers: int | None = None,
+    shares: Mapping[str, float] | None = None,
+) -> Changed | None:
     """A copy of the graph whose quantized activations are centred channel by channel, where that is free.
 
-    It computes the same outputs up to rounding, and names are unchanged; the ranges of the plan's tensors
-    must be measured again. None where nothing can be shifted.
+    It computes the same outputs up to rounding, and names are unchanged; the ranges of the tensors that
+    changed must be measured again. None where nothing can be shifted.
 
     Args:
         graph: folded, float32; is not changed.
         plan: of that graph.
         samples: the middle of each channel's range is measured on an evenly spread part of them.
         workers: rows run at once; default: one for each processor.
+        shares: tensor -> its part of the outputs' noise; where what can be shifted makes too little of it to
+            gain 0.1 dB, nothing is.
     """
     graph, names = graph.copy(), Names(graph)
     tensors = graph.tensors()
     moves = {name: move for name in plan.tensors if (move := _move(graph, tensors[name])) is not None}
-    if not moves:
+    changed = set[str]().union(*(change.tensors for move in moves.values() for change in move.changes))
+    if not moves or (shares is not None and sum(shares.get(t, 0.0) for t in changed) < LEAST_SHARE):
         return None
     channels = collect_channels(graph, {name: move.axis for name, move in moves.items()}, samples, workers)
     for name, move in moves.items():
@@ -87,7 +100,7 @@ def shift(graph: gs.Graph, plan: Plan, samples: Samples, *, workers: int | None 
                 set_constant(move.clip, index, move.clip.inputs[index].values - middle[0], names)
         for change in move.changes:
             change.bias.add(change.amount(middle), names)
-    return graph
+    return Changed(graph, frozenset(changed))
 
 
 def _move(graph: gs.Graph, tensor: gs.Tensor) -> _Move | None:
@@ -95,7 +108,7 @@ def _move(graph: gs.Graph, tensor: gs.Tensor) -> _Move | None:
     made = _maker(graph, tensor if clip is None else clip.inputs[0])
     if made is None or tensor in graph.outputs:
         return None
-    changes = [_Change(made, lambda d: -d)]
+    changes = [_Change(made, lambda d: -d, _between(made, tensor))]
     for node in readers(tensor):
         change = _given_back(graph, tensor, node, made)
         if change is None:
@@ -132,15 +145,28 @@ def _operand(graph: gs.Graph, tensor: gs.Tensor) -> Bias | None:
 def _given_back(graph: gs.Graph, tensor: gs.Tensor, node: gs.Node, made: Bias) -> _Change | None:
     """How a reader of the shifted tensor makes up for it; None where it cannot."""
     if node.op == "Add":
-        bias = _operand(graph, node.inputs[0] if node.inputs[1] is tensor else node.inputs[1])
-        fits = bias is not None and (bias.axis, bias.size) == (made.axis, made.size)
-        return _Change(bias, lambda d: d) if bias is not None and fits else None
+        other = node.inputs[0] if node.inputs[1] is tensor else node.inputs[1]
+        bias = _operand(graph, other)
+        if bias is None or (bias.axis, bias.size) != (made.axis, made.size):
+            return None
+        return _Change(bias, lambda d: d, _between(bias, other))
     if not is_linear(node) or node.inputs[0] is not tensor or _pads(node):
         return None
     bias, matrix = bias_of(graph, node), weight_matrix(node).sum(axis=3)
     if bias is None or (channel_axis(node), matrix.shape[0] * matrix.shape[2]) != (made.axis, made.size):
         return None
-    return _Change(bias, lambda d: _product(matrix, d))
+    own = {node.outputs[0].name} if bias.node is not node else set()
+    return _Change(bias, lambda d: _product(matrix, d), own)
+
+
+def _between(bias: Bias, tensor: gs.Tensor) -> set[str]:
+    """The tensor, and those that lead to it from where the bias is added."""
+    at = bias.node.outputs[0]
+    found = {at.name}
+    while at is not tensor:
+        at = at.outputs[0].outputs[0]
+        found.add(at.name)
+    return found
 
 
 def _product(matrix: NDArray[np.float64], vector: Vector) -> Vector:

@@ -23,17 +23,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from trtq.calibration.refine import LEAST_SHARE
 from trtq.data.samples import Samples
 from trtq.graph.names import Names
 from trtq.graph.place import readers
 from trtq.graph.plan import Plan
 from trtq.numerics import amax_per_channel, fake_quantize, scale_from_amax
 from trtq.recovery.fixes.channels import (
+    Changed,
     Channels,
     Vector,
     along,
@@ -83,33 +86,45 @@ class Stream:
     constants: list[tuple[gs.Node, int]] = field(default_factory=list)
 
 
-def smooth(graph: gs.Graph, plan: Plan, samples: Samples, *, workers: int | None = None) -> gs.Graph | None:
+def smooth(
+    graph: gs.Graph,
+    plan: Plan,
+    samples: Samples,
+    *,
+    workers: int | None = None,
+    shares: Mapping[str, float] | None = None,
+) -> Changed | None:
     """A copy of the graph whose streams are scaled, each as is best for its quantizers.
 
-    It computes the same outputs up to rounding, and names are unchanged; the ranges of the plan's tensors
-    must be measured again. None where nothing can be scaled to advantage.
+    It computes the same outputs up to rounding, and names are unchanged; the ranges of the tensors that
+    changed must be measured again. None where nothing can be scaled to advantage.
 
     Args:
         graph: folded, float32; is not changed.
         plan: of that graph.
         samples: channels are measured on an evenly spread part of them.
         workers: rows run at once; default: one for each processor.
+        shares: tensor -> its part of the outputs' noise; where the streams would not save 0.1 dB of it, by
+            what their own errors fall by, nothing is scaled.
     """
     graph = graph.copy()
     quantized = {edge.tensor for edge in plan.edges}
     int8 = set(plan.int8_nodes)
     streams = [s for s in find_streams(graph) if quantized & set(s.tensors)]
     axes = {name: stream.axis for stream in streams for name in stream.tensors if name in quantized}
-    if not axes:
+    least = 0.0 if shares is None else LEAST_SHARE
+    if not axes or (shares is not None and sum(shares.get(name, 0.0) for name in axes) < least):
         return None
     channels = collect_channels(graph, axes, samples, workers)
-    changed = False
+    changed, saved = set[str](), 0.0
     for stream in streams:
-        factors = best_factors(stream, channels, int8)
-        if factors is not None:
-            scale_stream(graph, stream, factors)
-            changed = True
-    return graph if changed else None
+        found = best_factors(stream, channels, int8)
+        if found is not None:
+            scale_stream(graph, stream, found.values)
+            changed |= set(stream.tensors)
+            share = 1.0 if shares is None else sum(shares.get(name, 0.0) for name in stream.tensors)
+            saved += found.saved * share
+    return Changed(graph, frozenset(changed)) if changed and saved >= least else None
 
 
 def find_streams(graph: gs.Graph) -> list[Stream]:
@@ -255,8 +270,15 @@ def scaled_weight(node: gs.Node, factors: Vector, *, output: bool) -> NDArray[np
 # --- choosing the factors -----------------------------------------------------------------------------------
 
 
-def best_factors(stream: Stream, channels: Mapping[str, Channels], int8: set[str]) -> Vector | None:
-    """The factors with the least error, shape (channels,); None where the stream is best left alone.
+class Factors(NamedTuple):
+    """Factors of a stream, shape (channels,), and the part of its error that they save."""
+
+    values: Vector
+    saved: float
+
+
+def best_factors(stream: Stream, channels: Mapping[str, Channels], int8: set[str]) -> Factors | None:
+    """The factors with the least error; None where the stream is best left alone.
 
     Args:
         channels: of those tensors of the stream that are quantized.
@@ -273,7 +295,7 @@ def best_factors(stream: Stream, channels: Mapping[str, Channels], int8: set[str
         for factors in tried
     ]
     best = int(np.argmin(errors))
-    return tried[best] if best else None
+    return Factors(tried[best], 1 - errors[best] / errors[0]) if best else None
 
 
 def balanced(amax: Vector, weights: Vector, exponent: float) -> Vector:
