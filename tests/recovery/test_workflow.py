@@ -248,7 +248,7 @@ def test_a_spent_budget_ends_the_workflow(hard: Case, tmp_path: Path) -> None:
     assert [attempt.step for attempt in done.attempts] == ["calibrate"]
     assert any("the budget is spent" in line for line in log.lines)
     record = json.loads((tmp_path / "out" / "workflow.json").read_text())
-    assert [step["step"] for step in record] == ["calibrate", "partial", "learn"]
+    assert [step["step"] for step in record] == ["calibrate", "fix", "partial", "learn"]
     assert {step["note"] for step in record[1:]} == {"not tried: the budget was spent"}
 
 
