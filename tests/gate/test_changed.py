@@ -166,6 +166,19 @@ def test_sums_give_what_least_squares_gives(seed: int, axis: int, parts: int) ->
     assert fit.twin_db == pytest.approx(10 * np.log10(np.sum(r**2) / np.sum((r - c) ** 2)), abs=1e-9)
 
 
+def test_a_dead_channel_hides_no_fix() -> None:
+    rng = np.random.default_rng(3)
+    live, noise = rng.normal(size=(64, 1)), rng.normal(size=(64, 3)) * 0.01
+    nearly_dead = np.where(np.arange(64) == 5, 1e-4, 0)[:, None]
+    r = np.concatenate([live, np.zeros((64, 1)), nearly_dead], axis=1)
+    c = r * [8, 1, 1] + [3, 0, 0] + noise
+    fit = ChannelFit(-1)
+    fit.add(r, c, c)
+    lost = (noise[:, 0] / 8) @ (noise[:, 0] / 8) + np.sum((noise[:, 1:] - noise[:, 1:].mean(axis=0)) ** 2)
+    expected = 10 * np.log10(np.sum(r**2) / lost)
+    assert fit.undone_db() == pytest.approx((expected, expected), abs=0.2)
+
+
 def test_channels_of_other_numbers_or_shapes_are_not_fitted() -> None:
     shapes = [((4, 3), (4, 3), (4, 5)), ((4,), (4,), (4,)), ((4, 3), (5, 3), (4, 3))]
     for r, c, k in shapes:

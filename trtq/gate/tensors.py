@@ -58,9 +58,8 @@ _PROBE = (
 )
 
 _CHANGED = (
-    "* A fix changed what this tensor holds, by a factor and an offset of each channel; what reads it makes up"
-    " for that.\n  They were found with the float model that has the fix, and taken off before comparing with"
-    " fp32."
+    "* A fix changed what it holds, by a factor and an offset of each channel; what reads it makes up for\n"
+    "  it. They were found with the float model that has the fix, and taken off before comparing."
 )
 
 SAMPLES = 16
