@@ -382,6 +382,7 @@ FILES: Mapping[str, Described] = {
             "node": "that makes it",
             "op": "that node's operator",
             "simulation_db": "SQNR of the simulation, against fp32",
+            "changed": "a fix changed what it holds, which was taken off for `simulation_db`",
             "engine_db": "SQNR of the engine, against the simulation; null without one",
             "parts_at": "the first tensor where simulation and engine part",
         },

@@ -85,6 +85,9 @@ def test_gate_compares_tensor_by_tensor(trtq_run: Command, demo: Deployed, tmp_p
     compared = json.loads((tmp_path / "tensors.json").read_text())["tensors"]
     assert len(compared) > 17
     assert all(row["simulation_db"] > 10 for row in compared)
+    assert any(row["changed"] for row in compared)
+    assert not compared[-1]["changed"]
+    assert "* A fix changed what it holds" in run.out
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU: engines run")

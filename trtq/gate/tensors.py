@@ -4,6 +4,9 @@ fp32 against simulation is what quantization costs; simulation against engine is
 from the Q/DQ model. Tensors are compared in the order in which the model computes them, so the first one that
 departs is where to look.
 
+A fix may have changed what a tensor holds, without changing what the model computes (`gate.changed`). That is
+taken off before such a tensor is compared with fp32. The model's outputs are always compared as they are.
+
 The engine is built from the same Q/DQ model with the compared tensors marked as outputs. That keeps TensorRT
 from fusing across them: it is a probe of the arithmetic, not the engine that is deployed.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,14 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
 from trtq.escapes import html_table
 from trtq.files import PathLike
+from trtq.gate.changed import Twin, channel_axis, difference
 from trtq.graph.fold import fold
 from trtq.graph.foreign import View
 from trtq.graph.inputs import fixed_batch
 from trtq.graph.model import QDQ_OPS, Model, load_model, save_model
 from trtq.graph.products import product
 from trtq.graph.surgery import copied, in_order
+from trtq.graph.twin import float_twin
 from trtq.job import profile_from_samples
 from trtq.scratch import scratch_folder
 from trtq.simulation.finite import compared
@@ -52,19 +57,36 @@ _PROBE = (
     " the arithmetic, not the engine that is deployed."
 )
 
+_CHANGED = (
+    "* A fix changed what it holds, by a factor and an offset of each channel; what reads it makes up for\n"
+    "  it. They were found with the float model that has the fix, and taken off before comparing."
+)
+
 SAMPLES = 16
 """Samples that are enough to compare on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One tensor, in dB over all rows; `engine_db` (simulation against engine) is None without a GPU."""
+    """One tensor, in dB over all rows.
+
+    Attributes:
+        simulation_db: SQNR of the simulation against fp32.
+        engine_db: SQNR of the engine against the simulation; None without a GPU.
+        changed: a fix changed what the tensor holds, which was taken off for `simulation_db`.
+    """
 
     tensor: str
     node: str
     op: str
     simulation_db: float
     engine_db: float | None
+    changed: bool = False
+
+    @property
+    def made_by(self) -> str:
+        """The operator, marked where a fix changed the tensor."""
+        return f"{self.op} *" if self.changed else self.op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +118,7 @@ class ThreeWay:
         lines += [
             f"{t.tensor:<{width}}  {t.simulation_db:>15.1f}  "
             + (missing.rjust(17) if t.engine_db is None else f"{t.engine_db:>17.1f}")
-            + f"   {t.op}"
+            + f"   {t.made_by}"
             for t in self.tensors
         ]
         return "\n".join([*lines, "", self._conclusion()])
@@ -108,7 +130,12 @@ class ThreeWay:
 
     def _repr_html_(self) -> str:
         rows = [
-            (t.tensor, t.op, f"{t.simulation_db:.1f}", "" if t.engine_db is None else f"{t.engine_db:.1f}")
+            (
+                t.tensor,
+                t.made_by,
+                f"{t.simulation_db:.1f}",
+                "" if t.engine_db is None else f"{t.engine_db:.1f}",
+            )
             for t in self.tensors
         ]
         head = ("tensor", "made by", "fp32/simulation, dB", "simulation/engine, dB")
@@ -120,6 +147,10 @@ class ThreeWay:
         return {**dataclasses.asdict(self), "parts_at": parts_at.tensor if parts_at else None}
 
     def _conclusion(self) -> str:
+        changed = f"{_CHANGED}\n" if any(t.changed for t in self.tensors) else ""
+        return changed + self._found()
+
+    def _found(self) -> str:
         if self.failure is not None:
             return f"Simulation only, the engine failed: {self.failure}"
         if self.engine is None:
@@ -163,10 +194,11 @@ def compare_three(
     threads: int | None = None,
     plugins: Sequence[str] = (),
 ) -> ThreeWay:
-    """Run fp32, the simulation and, if there is a GPU, the engine; compare tensor by tensor.
+    """Run fp32, the simulation, its float twin and, if there is a GPU, the engine; compare tensor by tensor.
 
     Compared are the outputs of weighted nodes and of the activations right behind them, and the model's
-    outputs, as far as both models have a tensor of that name. Memory holds one batch of them.
+    outputs or, in front of an operator without a reference, what goes into it; as far as both models have a
+    tensor of that name. Memory holds one batch of them.
 
     Args:
         reference: fp32 ONNX model; it is folded, as `trtq quantize` does.
@@ -181,7 +213,8 @@ def compare_three(
     """
     fp32, quantized = load_model(reference), load_model(int8)
     fold(fp32.graph)
-    compared = _tensors(quantized, fp32.graph.tensors().keys() - View.of(fp32.graph).hidden.keys())
+    view = View.of(fp32.graph)
+    compared = _tensors(quantized, fp32.graph.tensors().keys() - view.hidden.keys(), view.outputs)
     if not compared:
         raise InputError(
             "the two models have no tensor in common",
@@ -189,24 +222,37 @@ def compare_three(
             remedy="give the fp32 model and the Q/DQ model that was made from it",
         )
     names = [tensor for tensor, _ in compared]
-    simulations: list[Run] = [Runner(model.graph, names, threads=threads).run for model in (fp32, quantized)]
+    graphs = fp32.graph, quantized.graph, float_twin(quantized.graph)
+    *simulations, twin = [Runner(graph, names, threads=threads).run for graph in graphs]
+    axes = {tensor: channel_axis(node) for tensor, node in compared}
+
+    def beside() -> Twin:
+        return Twin(twin, axes, view.outputs)
+
     fixed = samples.fixed_batch or fixed_batch(quantized.inputs)
     rows = batches(samples.rows(), fixed or BATCH, fixed or 1, samples.axes)
     parts = list(taken(simulations[0], rows))
-    gpu, failure, sqnr = find_gpu(), None, None
+    gpu, failure, found = find_gpu(), None, None
     if gpu is not None:
         if profile is None:
             only_one = not runs_on_several(fp32.graph, samples)
             profile = profile_from_samples(quantized.inputs, [samples], BATCH, only_one=only_one)
         try:
             with _engine(quantized, names, profile, backend, plugins) as engine:
-                sqnr = _sqnr([*simulations, engine], names, samples, parts)
+                found = _sqnr([*simulations, engine], names, samples, parts, beside())
         except TrtqError as error:  # what the CPU has to say stands without it
             failure = str(error)
-    simulated, *on_engine = sqnr or _sqnr(simulations, names, samples, parts)
+    (simulated, *on_engine), changed = found or _sqnr(simulations, names, samples, parts, beside())
     return ThreeWay(
         tensors=tuple(
-            Compared(t, node.name, node.op, simulated[t], on_engine[0][t] if on_engine else None)
+            Compared(
+                t,
+                node.name,
+                node.op,
+                changed.get(t, simulated[t]),
+                on_engine[0][t] if on_engine else None,
+                t in changed,
+            )
             for t, node in compared
         ),
         rows=len(samples),
@@ -215,16 +261,19 @@ def compare_three(
     )
 
 
-def _tensors(model: Model, known: set[str]) -> list[tuple[str, gs.Node]]:
-    """Tensors to compare, in topological order, with the node that makes each."""
+def _tensors(model: Model, known: set[str], outputs: Container[str]) -> list[tuple[str, gs.Node]]:
+    """Tensors to compare, in topological order, with the node that makes each.
+
+    Args:
+        known: those of the fp32 model that can be computed.
+        outputs: are compared whatever makes them.
+    """
     found = []
     for node in in_order(copied(model.graph)).nodes:
-        if node.op in QDQ_OPS:
-            continue
-        behind = any(t.inputs and product(t.inputs[0]) for t in node.inputs)
+        near = product(node) or any(t.inputs and product(t.inputs[0]) for t in node.inputs)
         for tensor in node.outputs:
-            is_output = any(tensor.name == output.name for output in model.graph.outputs)
-            if (product(node) or behind or is_output) and tensor.name in known:
+            wanted = tensor.name in outputs or (near and node.op not in QDQ_OPS)
+            if wanted and tensor.name in known:
                 found.append((tensor.name, node))
     return found
 
@@ -247,9 +296,16 @@ def _engine(
 
 
 def _sqnr(
-    runs: list[Run], names: list[str], samples: Samples, parts: Iterable[Batch]
-) -> list[dict[str, float]]:
-    """SQNR in dB of each run against the one before it, per tensor, summed over all rows."""
+    runs: Sequence[Run], names: list[str], samples: Samples, parts: Iterable[Batch], twin: Twin
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """SQNR in dB of each run against the one before it, per tensor, summed over all rows.
+
+    Args:
+        runs: fp32, the simulation, and perhaps the engine.
+
+    Returns:
+        with it, that of the simulation for the tensors that a fix changed, once that is taken off.
+    """
     signal = [dict.fromkeys(names, 0.0) for _ in runs[1:]]
     noise = [dict.fromkeys(names, 0.0) for _ in runs[1:]]
 
@@ -264,12 +320,11 @@ def _sqnr(
             for name in names:
                 r, c = compared(np.asarray(before[name], np.float64), np.asarray(after[name], np.float64))
                 signal[index][name] += float(np.sum(r * r))
-                error = (
-                    r - c if r.shape == c.shape else r
-                )  # what selects gave another number: nothing is alike
-                noise[index][name] += float(np.sum(error**2))
+                noise[index][name] += difference(r, c)
+            if index == 0:
+                twin.add(before, on(twin.run, batch), after)
             before = {name: np.array(after[name]) for name in names}
     return [
         {name: float(decibels(np.float64(s[name]), np.float64(n[name]))) for name in names}
         for s, n in zip(signal, noise, strict=True)
-    ]
+    ], twin.changed()
