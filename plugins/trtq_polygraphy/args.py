@@ -78,11 +78,12 @@ class Int8ModelArgs(BaseArgs):
         if not model.model_type.is_onnx():
             G_LOGGER.critical(f"trtq quantizes ONNX models; {model.path} is of type {model.model_type}")
         script.add_import(["Int8OnnxFromPath"], frm="trtq_polygraphy.loaders")
-        loader = script.add_loader(
-            make_invocable("Int8OnnxFromPath", model.path, **self.options), "quantize_onnx"
-        )
         onnx = self.arg_groups[OnnxLoadArgs]
-        if allow_custom_outputs and onnx.must_use_onnx_loader():
+        layers = True if allow_custom_outputs and onnx.must_use_onnx_loader() else None
+        loader = script.add_loader(
+            make_invocable("Int8OnnxFromPath", model.path, **self.options, layers=layers), "quantize_onnx"
+        )
+        if layers:
             script.add_import(["MarkSharedOutputs"], frm="trtq_polygraphy.loaders")
             fp32 = onnx.add_to_script(script)
             loader = script.add_loader(make_invocable("MarkSharedOutputs", loader, fp32), "mark_int8_outputs")

@@ -35,6 +35,7 @@ class Int8OnnxFromPath(BaseLoader):
         method: str | None = None,
         exclude: Sequence[str] | None = None,
         rest: str | None = None,
+        layers: bool | None = None,
     ) -> None:
         """
         Args:
@@ -43,6 +44,8 @@ class Int8OnnxFromPath(BaseLoader):
             table: calibration table to take the scales from; takes precedence over the data of a recipe.
             recipe: recipe file of trtq with these and all other options. What is given here takes precedence.
             method, exclude, rest: see `trtq.recipe.Recipe`; here the rest is in fp32 by default.
+            layers: inner tensors are to be compared with the fp32 model's: the free fixes are left out, which
+                change what tensors hold though not what the model computes.
 
         Raises:
             PolygraphyException: neither data nor table, or both; or the recipe cannot be used.
@@ -54,6 +57,9 @@ class Int8OnnxFromPath(BaseLoader):
             self._recipe = (Recipe.load(recipe) if recipe else Recipe()).merged(given)
             if self._recipe.rest == "auto":  # tensors are compared with those of the fp32 model
                 self._recipe = self._recipe.merged({"rest": "fp32"})
+            if layers:
+                steps = [step for step in self._recipe.recover if step != "fix"]
+                self._recipe = self._recipe.changed({"recover": steps})
             if self._recipe.data is None and table is None:
                 raise InputError(
                     "nothing gives the scales of the INT8 model",

@@ -10,11 +10,14 @@ import onnx
 import onnx.helper as oh
 import onnx.numpy_helper as onh
 import pytest
+from polygraphy.backend.onnx import modify_outputs
 from polygraphy.exception import PolygraphyException
 from trtq_polygraphy.loaders import Int8OnnxFromPath, MarkSharedOutputs, SimulationFromOnnxBytes
 
+import trtq
 from trtq.calibration.table import Table
 from trtq.cli.main import main
+from trtq.simulation.similarity import sqnr_db
 
 AMAX = 3.0
 
@@ -94,6 +97,28 @@ def test_simulation_quantizes_exactly(net: str, data: str) -> None:
     (expected,) = session.run(None, {"x": on_codes * code})
     (found,) = session.run(None, {"x": (on_codes + 0.4) * code})
     np.testing.assert_array_equal(found, expected)
+
+
+def test_layers_are_compared_without_fixes() -> None:
+    """The fixes centre tensors of the demo: there, they would no longer be alike."""
+    demo = Path(trtq.__file__).parent / "demo"
+    fp32 = onnx.load(demo / "digits.onnx")
+    tensors = [node.output[0] for node in fp32.graph.node if node.op_type == "Clip"]
+    fp32 = modify_outputs(fp32, outputs=tensors)
+
+    def worst(layers: bool) -> float:
+        model, calibration = str(demo / "digits.onnx"), str(demo / "calib.npz")
+        int8 = Int8OnnxFromPath(model, calibration, method="max", layers=layers)
+        marked = MarkSharedOutputs(int8, fp32)()
+        rows = {"image": np.load(demo / "calib.npz")["image"][:8]}
+        found, expected = (
+            session.run(None, rows)
+            for session in (SimulationFromOnnxBytes(m.SerializeToString())() for m in (marked, fp32))
+        )
+        return min(float(sqnr_db(e, f)[0]) for e, f in zip(expected, found, strict=True))
+
+    assert worst(layers=False) < 0
+    assert worst(layers=True) > 10
 
 
 def test_shared_outputs_are_marked(net: str, data: str) -> None:
