@@ -98,7 +98,7 @@ def test_every_pass_keeps_the_function(first: int, tmp_path: Path) -> None:
         samples = samples_of(random, model, tmp_path)
         for change in RECOVERY:
             if (changed := change(model.graph, plan, samples, workers=1)) is not None:
-                check(changed, change.__name__)
+                check(changed.graph, change.__name__)
         values = np.random.default_rng(seed)
         factors = {site: values.uniform(0.2, 5, site.channels) for site in find_sites(model.graph, plan)}
         scaled, placed = inserted(model.graph, plan, factors)

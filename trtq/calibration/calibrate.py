@@ -343,17 +343,23 @@ def known_statistics(job: Job, plan: Plan, source: FloatGraph) -> Statistics | N
     Returns:
         None where they are not in the cache.
     """
-    both = job.recipe.method == AUTO and job.enough
-    found = [
-        job.cache.fetch(_statistics_key(plan.tensors, part, source))
-        for part in (job.parts if both else (job.data,))
-    ]
-    statistics = Statistics.empty(plan.tensors)
-    for content in found:
-        if content is None:
-            return None
-        statistics.merge(Statistics.from_bytes(content))
-    return statistics
+    for parts in ((job.data,), job.parts):
+        statistics = Statistics.empty(plan.tensors)
+        for part in parts:
+            content = job.cache.fetch(_statistics_key(plan.tensors, part, source))
+            if content is None:
+                break
+            statistics.merge(Statistics.from_bytes(content))
+        else:
+            return statistics
+    return None
+
+
+def keep_statistics(job: Job, ranges: Ranges) -> None:
+    """Put statistics over all rows that were collected for one graph after the other into the cache."""
+    source = FloatGraph.of_graph(job.model, ranges.bare.graph)
+    key = _statistics_key(tuple(ranges.whole.histograms), job.data, source)
+    job.cache.store(key, ranges.whole.to_bytes())
 
 
 def _statistics_key(tensors: Sequence[str], samples: Samples, source: FloatGraph) -> Key:

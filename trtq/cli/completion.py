@@ -6,6 +6,7 @@ import argparse
 
 from trtq.cli.command import Command, argument
 from trtq.errors import ExitCode, MissingBackendError
+from trtq.escapes import printable
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -19,7 +20,7 @@ def _completion(given: argparse.Namespace) -> int:
         raise MissingBackendError(
             "completion is made by shtab", cause=error, remedy="pip install 'trtq[completion]'"
         ) from error
-    print(shtab.complete(parser(completion=shtab.FILE), given.shell))
+    print(printable(shtab.complete(parser(completion=shtab.FILE), given.shell)))
     return ExitCode.PASS
 
 

@@ -28,15 +28,17 @@ from trtq.calibration.calibrate import (
     calibrate,
     held_back,
     is_calibrated,
+    keep_statistics,
     ranged,
     with_float32_nodes,
     with_own_ranges,
 )
-from trtq.calibration.methods import Method, parse_method
+from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.calibration.refine import noise_shares
 from trtq.calibration.search import Choice, Rows
 from trtq.console import SILENT
 from trtq.data.samples import Samples
+from trtq.errors import InputError
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.weights import graph_sha256
@@ -107,7 +109,13 @@ def calibrated(job: Job, plan: Plan) -> Quantization:
     else:
         started = time.perf_counter()
         ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
-        rows = held_back(job)
+        try:
+            rows = held_back(job)
+        except InputError as error:
+            if job.recipe.method == AUTO:
+                raise
+            job.console.warn(f"no fix is tried, since nothing tells what helps: {error.problem}")
+            return calibrate(job, plan)
         choice = best_method(job, ranges, rows)
         made = _finished(job, _improved(job, ranges, choice, rows), rows)
         seconds, plain = time.perf_counter() - started, rows.seconds * len(job.data)
@@ -306,6 +314,8 @@ def _changed(job: Job, ranges: Ranges, change: Pass, shares: Mapping[str, float]
 
 def _finished(job: Job, found: _Improved, rows: Rows) -> Quantization:
     """What helps, with its own ranges found and its biases corrected from all rows."""
+    if found.ranges.bare.graph is not job.model.graph:
+        keep_statistics(job, found.ranges)
     start = replace(found.quantization, notes=found.ranges.bare.notes)
     made = with_own_ranges(job, found.ranges, start, found.choice, rows, found.shares)
     if BIAS in found.names:
