@@ -111,13 +111,12 @@ def calibrated(job: Job, plan: Plan) -> Quantization:
         ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
         try:
             rows = held_back(job)
+            made = _finished(job, _improved(job, ranges, best_method(job, ranges, rows), rows), rows)
         except InputError as error:
             if job.recipe.method == AUTO:
                 raise
             job.console.warn(f"no fix is tried, since nothing tells what helps: {error.problem}")
             return calibrate(job, plan)
-        choice = best_method(job, ranges, rows)
-        made = _finished(job, _improved(job, ranges, choice, rows), rows)
         seconds, plain = time.perf_counter() - started, rows.seconds * len(job.data)
         job.console.say("calibration", f"{seconds:.1f} s, as long as {seconds / plain:.0f} plain passes")
         if CUT_SHORT not in made.notes and made.storable:
