@@ -417,7 +417,7 @@ def simulation(folder: Path) -> Json:
 def learning(folder: Path, device: str) -> Json:
     """A short `learn` on the GPU or the CPU: seconds, and decibels gained, which should be about the same."""
     torch = _torch()
-    learn.BLOCK_STEPS = learn.FEWEST_STEPS = learn.MOST_STEPS = STEPS_LEARNED
+    learn.FEWEST_STEPS = learn.MOST_STEPS = STEPS_LEARNED
     teacher = load_model(folder / "fp32.onnx").graph
     fold(teacher)
     samples = _rows(folder, "calib")

@@ -137,7 +137,7 @@ def can_leave_out(quantization: Quantization, least: float) -> bool:
 def learned(job: Job, start: Quantization) -> Made:
     """A quantization with ranges, biases and weights learned on the job's data; None if it is no better.
 
-    A run that was interrupted, or ended by the budget, goes on from where it last saved.
+    A run that was interrupted, or ended by the budget, goes on from its last epoch.
 
     Raises:
         InputError, MissingBackendError: as `learn`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -113,8 +114,7 @@ def test_the_codes_written_are_those_learned(start: tuple[Case, Quantization]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved", [1, 3], ids=["between blocks", "behind them"])
-def test_an_interrupted_run_ends_like_a_whole_one(start: tuple[Case, Quantization], saved: int) -> None:
+def test_an_interrupted_run_ends_like_a_whole_one(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
     states: list[bytes] = []
@@ -128,7 +128,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(start: tuple[Case, Quantizatio
         checkpoint=Checkpoint(save=states.append),
     )
     resumed = learn(
-        quantization, case.graph, fitting, held_back, SILENT, recipe=ONE, checkpoint=Checkpoint(states[saved])
+        quantization, case.graph, fitting, held_back, SILENT, recipe=ONE, checkpoint=Checkpoint(states[2])
     )
     assert resumed.quantization.to_bytes() == whole.quantization.to_bytes()
 
@@ -146,30 +146,29 @@ def test_the_teacher_is_the_model_and_not_the_corrected_graph(start: tuple[Case,
 
 
 @pytest.mark.slow
-def test_blocks_that_long_steps_only_harm_stay_as_they_were(
+def test_where_long_steps_only_harm_short_ones_learn(
     start: tuple[Case, Quantization], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bias is off; rates a thousand times too high find nothing better, the short steps behind them do."""
+    """A bias is off; rates a thousand times too high find nothing better than the start, the fine ones do."""
     case, _ = start
     quantization = case.quantized()
     graph = quantization.graph.copy()
     bias = graph.nodes[-1].inputs[2]
     bias.values = bias.values + np.float32(0.1) * np.abs(bias.values).mean()
     off = replace(quantization, graph=graph)
-    rates = learning.BLOCK_RATES
-    longer = learning.Rates(1000 * rates.scales, 1000 * rates.biases, 1000 * rates.codes)
-    monkeypatch.setattr(learning, "BLOCK_RATES", longer)
+    for name in ("RATE_SCALES", "RATE_BIASES", "RATE_CODES"):
+        monkeypatch.setattr(learning, name, 1000 * getattr(learning, name))
+    monkeypatch.setattr(learning, "FINE", learning.FINE / 1000)
+    monkeypatch.setattr(learning, "MOST_STEPS", learning.FEWEST_STEPS)
     fitting, held_back = case.samples.split()
     states: list[bytes] = []
     made = learn(
         off, case.graph, fitting, held_back, SILENT, recipe=ONE, checkpoint=Checkpoint(save=states.append)
     )
     known = [torch.load(io.BytesIO(state), weights_only=True) for state in states]
-    (behind,) = [state for state in known if state["block"] == 3 and state["round"] == 0]
-    assert noise_db(behind["noise"]) == pytest.approx(made.before_db)
-    for kind, values in known[0]["best"].items():
-        for first, now in zip(values, behind["now"][kind], strict=True):
-            np.testing.assert_array_equal(now.numpy(), first.numpy())
+    coarse = math.ceil(learning.FEWEST_STEPS / math.ceil(len(fitting) / learning.BATCH))
+    assert known[coarse - 1]["epoch"] == coarse
+    assert noise_db(known[coarse - 1]["noise"]) == pytest.approx(made.before_db)
     assert made.after_db == pytest.approx(sqnr(case, made.quantization, held_back), abs=0.02)
     assert made.after_db > made.before_db + 0.1
 
@@ -195,14 +194,11 @@ class Asked(Budget):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [160, 340], ids=["in a block", "behind all blocks"])
-def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(
-    start: tuple[Case, Quantization], times: int
-) -> None:
+def test_a_run_that_a_budget_cut_short_goes_on_when_there_is_time(start: tuple[Case, Quantization]) -> None:
     case, quantization = start
     fitting, held_back = case.samples.split()
     states: list[bytes] = []
-    budget = Asked(times=times)
+    budget = Asked(times=60)
     short = learn(
         quantization,
         case.graph,

@@ -8,13 +8,12 @@ all of them; what is kept is judged by the worst, as everywhere.
 
 A few hundred rows are enough because little has to change: all steps start from the best calibration, weights
 are learned in units of their scale, with a learning rate that moves them by less than one code in total,
-and half-cosine decay. What leaves the least noise on rows held back is kept.
+and half-cosine decay. Of all epochs the one with the least noise on rows held back is kept.
 
-First comes block after block (`blocks`), each on its own: from what the quantized blocks in front of it make,
-half of the values as they are in fp32 (Wei et al. 2022, QDrop), to what it makes in fp32. A block that
-does not do better on rows held back stays as it was. Then all goes on together, in short steps with the noise
-of the outputs as the loss, until nothing is gained any more. The INT8 codes that come out are those that were
-trained with: `Quantization.rewritten` writes exactly them.
+First come ranges, biases and norms alone, then weights with them. Then all goes on from the best so far with
+shorter steps, until nothing is gained any more: how long a step may be differs between networks by more than
+ten times, and where the first ones were too long, the best so far is the start. The INT8 codes that come out
+are those that were trained with: `Quantization.rewritten` writes exactly them.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -50,49 +49,29 @@ from trtq.simulation.similarity import Reference, noise_db
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trtq.recovery.learning.blocks import Block
     from trtq.recovery.learning.pupil import Pupil
 
 BATCH = 8
 MOST_ROWS = 512
 """Rows to learn from, evenly spread over the data."""
 
-BLOCK_STEPS = 100
-"""For each block, one batch each."""
+FEWEST_STEPS, MOST_STEPS = 160, 600
+MAC_BUDGET = 1.5e12
+"""Steps of a whole run, one batch each: as many as fit into this many multiply-accumulates within those
+bounds, where a step costs three times the forward pass."""
 
-FEWEST_STEPS, MOST_STEPS = 80, 300
-MAC_BUDGET = 7.5e11
-"""Steps of the whole that follow: as many as fit into this many multiply-accumulates within those bounds,
-where a step costs three times the forward pass."""
+FIRST = 0.2
+"""The part of the steps in which the weights stay as they are."""
 
-BLOCK_BYTES = 2**29
-"""What the values of all rows between two blocks may take; as many rows as do not exceed it teach blocks.
-They are held three times: in fp32, as quantized, and as the target."""
+RATE_SCALES, RATE_BIASES, RATE_CODES = 1e-3, 5e-4, 5e-3
+"""Adam's learning rates: of the logarithms of scales, of biases in units of their mean magnitude, and of
+weights in units of their scale."""
 
-KEPT_EXACT = 0.5
-"""The part of the values in front of a block that are as in fp32 while it learns."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Adam's learning rates: of the logarithms of scales, of biases in units of their mean magnitude, and of
-    weights in units of their scale."""
-
-    scales: float
-    biases: float
-    codes: float
-
-
-BLOCK_RATES = Rates(5e-3, 1e-2, 5e-2)
-FINE_RATES = Rates(2e-4, 1e-4, 1e-3)
-"""Of the whole: how long a step may be differs between networks by more than ten times, and longer ones harm
-some."""
-
-ROUND = 20
-"""Steps of the whole between looks at the rows held back: as many epochs as make at least these."""
+FINE, FINE_SHARE = 0.2, 0.5
+"""The fine steps that follow: their rates in units of the first ones', and how many there are for each."""
 
 PATIENCE = 2
-"""Rounds in a row without `LEAST_GAIN_DB`, after which learning ends."""
+"""Epochs of fine steps in a row without `LEAST_GAIN_DB`, after which learning ends."""
 
 LABEL_WEIGHT = 0.05
 """Of the cross-entropy with labels, added to the noise against the teacher."""
@@ -130,7 +109,7 @@ class Checkpoint:
 
     Attributes:
         state: what `save` was given before the interruption; None: learning begins.
-        save: called after each block and each round.
+        save: called after each epoch.
     """
 
     state: bytes | None = None
@@ -212,39 +191,19 @@ class _Lesson:
 
 
 @dataclass
-class _Stage:
-    """A lesson in front of a block.
-
-    Attributes:
-        exact, found: the block's source in fp32, and as the quantized blocks before make it; None in front of
-            the first.
-        target: what the block makes in fp32; for the last one what the teacher says.
-    """
-
-    lesson: _Lesson
-    exact: Tensor | None = None
-    found: Tensor | None = None
-    target: dict[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass
 class _Progress:
     """How far learning has come.
 
     Attributes:
         best: what did best on the rows held back; `noise`: how much it left.
-        block: how many blocks are learned.
-        round: how many rounds of the whole were taken.
-        idle: of these, the last ones that gained nothing.
-        steps: that were taken in all.
+        epoch: how many were taken.
+        idle: of these, the last ones that gained nothing with fine steps.
     """
 
     best: Answer
     noise: float
-    block: int = 0
-    round: int = 0
+    epoch: int = 0
     idle: int = 0
-    steps: int = 0
 
 
 class _Run:
@@ -261,7 +220,6 @@ class _Run:
     ) -> None:
         import torch
 
-        from trtq.recovery.learning.blocks import in_blocks
         from trtq.recovery.learning.pupil import Pupil
         from trtq.recovery.learning.torch_graph import TorchGraph
 
@@ -271,12 +229,6 @@ class _Run:
         self.pupil: Pupil = Pupil(replace(quantization, graph=part), device)
         self.biases = {name: self.pupil.make_trainable(name) for name in _biases(part)}
         self.codes = _own_weights(quantization)
-        plan = quantization.plan
-        self.blocks = in_blocks(
-            self.pupil, {node for node, _ in plan.inputs}, {weight.node for weight in plan.weights}
-        )
-        self.exact = TorchGraph(up_to_measured(self.given.graph)).to(device)
-        self.exact_nodes = {node.name: node for node in self.exact.nodes}
         self.teacher = TorchGraph(up_to_measured(teacher)).to(device)
         fitting, held_back = fitting.spread(MOST_ROWS), held_back.spread(MOST_ROWS)
         outputs = [tensor.name for tensor in quantization.graph.outputs]
@@ -305,171 +257,47 @@ class _Run:
     def learn(self, console: Console, budget: Budget, checkpoint: Checkpoint) -> Learned:
         before = self._exam()
         at = _Progress(self._answer(), before)
-        optimizer, rates = self._optimizer(FINE_RATES)
+        coarse = max(math.ceil(_steps(self.start.plan) / len(self.lessons)), 2)
+        epochs = coarse + max(round(FINE_SHARE * coarse), 1)
+        optimizer, rates = self._optimizer()
         if checkpoint.state is not None:
             at = self._resume(checkpoint.state, optimizer)
-        epochs = math.ceil(ROUND / len(self.lessons))
-        length = epochs * len(self.lessons)
-        rounds = math.ceil(_steps(self.start.plan) / length)
-
-        def save() -> None:
-            checkpoint.save(self._state(at, optimizer))
-
-        todo = len(self.blocks) * BLOCK_STEPS + rounds * length - at.steps
-        with console.progress("learn", todo, "step") as advance:
-            if at.block < len(self.blocks):
-                self._learn_blocks(at, console, budget, advance, save)
-            while at.round < rounds and at.idle < PATIENCE and not budget.over:
-                random = np.random.default_rng(at.round)
-                order = np.concatenate([random.permutation(len(self.lessons)) for _ in range(epochs)])
+        with console.progress("learn", (epochs - at.epoch) * len(self.lessons), "step") as advance:
+            while at.epoch < epochs and at.idle < PATIENCE and not budget.over:
+                fine = at.epoch >= coarse
+                if at.epoch == coarse:
+                    self._restore(at.best)
+                    optimizer.state.clear()
+                order = np.random.default_rng(at.epoch).permutation(len(self.lessons))
                 for position, index in enumerate(order):
-                    _set_rates(optimizer, rates, (at.round + position / length) / rounds)
-                    self._step(optimizer, self._loss(self.lessons[index]))
+                    done = at.epoch + position / len(order)
+                    pace = _decayed(done, 0, coarse) if not fine else FINE * _decayed(done, coarse, epochs)
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        held = group["weights"] and done < FIRST * coarse
+                        group["lr"] = 0.0 if held else rate * pace
+                    optimizer.zero_grad()
+                    self._loss(self.lessons[index]).backward()
+                    optimizer.step()
                     advance(1)
                     if budget.over:
                         break
-                gain = self._examine(at)
+                noise = self._exam()
+                gain = noise_db(noise) - noise_db(at.noise)
+                if gain > 0:
+                    at.best, at.noise = self._answer(), noise
                 if budget.over:
                     break
-                at.round, at.steps = at.round + 1, at.steps + length
-                at.idle = 0 if gain >= LEAST_GAIN_DB else at.idle + 1
-                console.say("learn", f"round {at.round} of {rounds}: {self._text(at)}")
-                save()
+                at.epoch += 1
+                at.idle = at.idle + 1 if fine and gain < LEAST_GAIN_DB else 0
+                text = f"{noise_db(noise):.2f} dB on rows held back"
+                console.say("learn", f"epoch {at.epoch} of {epochs}: {text}")
+                checkpoint.save(self._state(at, optimizer))
         gain = noise_db(at.noise) - noise_db(before)
         quantization = self._exported(at.best) if gain >= LEAST_GAIN_DB else self.given
-        whole = at.round == rounds or at.idle == PATIENCE
-        return Learned(quantization, noise_db(before), noise_db(at.noise), at.steps, whole)
-
-    def _learn_blocks(
-        self,
-        at: _Progress,
-        console: Console,
-        budget: Budget,
-        advance: Callable[[int], object],
-        save: Callable[[], object],
-    ) -> None:
-        """Learn block after block, and go on with the best so far."""
-        step = self._stride()
-        lessons, exams = ([_Stage(lesson) for lesson in part[::step]] for part in (self.lessons, self.exams))
-        for position, block in enumerate(self.blocks):
-            for stage in (*lessons, *exams):
-                stage.target = self._target(block, stage)
-            if position >= at.block:
-                self._learn_block(position, lessons, exams, budget, advance)
-                if budget.over:
-                    break
-                at.block, at.steps = position + 1, at.steps + BLOCK_STEPS
-            if position + 1 < len(self.blocks):
-                if at.block == position + 1:
-                    save()
-                for stage in (*lessons, *exams):
-                    self._pass(block, stage)
-        self._examine(at)
-        self._restore(at.best)
-        if at.block == len(self.blocks):
-            console.say("learn", f"{len(self.blocks)} blocks: {self._text(at)}")
-            save()
-
-    def _stride(self) -> int:
-        """Of how many lessons one teaches blocks, so that what lies between two fits into `BLOCK_BYTES`."""
-        import torch
-
-        first, count = self.lessons[0], len(self.lessons) + len(self.exams)
-        between = [block.source for block in self.blocks if block.source is not None]
-        with torch.no_grad():
-            values = self.exact.run(self.exact.nodes, first.feed, between).values()
-        return math.ceil(count * max((value.nbytes for value in values), default=0) / BLOCK_BYTES) or 1
-
-    def _learn_block(
-        self,
-        position: int,
-        lessons: Sequence[_Stage],
-        exams: Sequence[_Stage],
-        budget: Budget,
-        advance: Callable[[int], object],
-    ) -> None:
-        """Learn one block; it stays as it was where that leaves no less noise on the rows held back."""
-        import torch
-
-        block = self.blocks[position]
-        optimizer, rates = self._optimizer(BLOCK_RATES, block)
-        if not rates:
-            advance(BLOCK_STEPS)
-            return
-        before, start = self._block_exam(block, exams), self._answer()
-        random = np.random.default_rng(position)
-        mask = torch.Generator(self.device).manual_seed(position)
-        for step in range(BLOCK_STEPS):
-            if budget.over:
-                break
-            stage = lessons[int(random.integers(len(lessons)))]
-            source = stage.found
-            if source is not None and stage.exact is not None:
-                exact = torch.rand(source.shape, generator=mask, device=self.device) < KEPT_EXACT
-                source = torch.where(exact, stage.exact, source)
-            _set_rates(optimizer, rates, step / BLOCK_STEPS)
-            self._step(optimizer, self._block_noise(block, stage, source))
-            advance(1)
-        if not self._block_exam(block, exams) < before:
-            self._restore(start)
-
-    def _target(self, block: Block, stage: _Stage) -> dict[str, Tensor]:
-        """What a block makes in fp32 of its source in fp32; for the last one what the teacher says."""
-        import torch
-
-        if block is self.blocks[-1]:
-            return stage.lesson.expected
-        with torch.no_grad():
-            return self.exact.run(
-                [self.exact_nodes[node.name] for node in block.nodes],
-                _values(block, stage, stage.exact),
-                block.outputs,
-            )
-
-    def _pass(self, block: Block, stage: _Stage) -> None:
-        """Move a lesson behind a block that is not the last."""
-        import torch
-
-        (name,) = block.outputs
-        with torch.no_grad():
-            stage.found = self.pupil.run(block.nodes, _values(block, stage, stage.found), [name])[name]
-        stage.exact = stage.target[name]
-
-    def _block_noise(self, block: Block, stage: _Stage, source: Tensor | None) -> Tensor:
-        """Noise of what a block makes of its source, relative to the signal."""
-        found = self.pupil.run(block.nodes, _values(block, stage, source), block.outputs)
-        if block is self.blocks[-1]:
-            return self._noise(stage.lesson, found)
-        (name,) = block.outputs
-        expected = stage.target[name]
-        return (expected - found[name]).square().sum() / expected.square().sum().clamp_min(1e-30)
-
-    def _block_exam(self, block: Block, exams: Sequence[_Stage]) -> float:
-        """Mean noise on rows held back."""
-        import torch
-
-        with torch.no_grad():
-            return float(np.mean([float(self._block_noise(block, exam, exam.found)) for exam in exams]))
-
-    def _step(self, optimizer: Any, loss: Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    def _examine(self, at: _Progress) -> float:
-        """Keep what there is if it is the best so far.
-
-        Returns:
-            what is gained, dB.
-        """
-        noise = self._exam()
-        gain = noise_db(noise) - noise_db(at.noise)
-        if gain > 0:
-            at.best, at.noise = self._answer(), noise
-        return gain
-
-    def _text(self, at: _Progress) -> str:
-        return f"{noise_db(at.noise):.2f} dB at best on rows held back"
+        whole = at.epoch == epochs or at.idle == PATIENCE
+        return Learned(
+            quantization, noise_db(before), noise_db(at.noise), at.epoch * len(self.lessons), whole
+        )
 
     def _state(self, at: _Progress, optimizer: Any) -> bytes:
         """All that `_resume` needs to go on."""
@@ -551,27 +379,20 @@ class _Run:
         with torch.no_grad():
             return self.reference.noise(_arrays(self.pupil(exam.feed)) for exam in self.exams)
 
-    def _optimizer(self, rates: Rates, block: Block | None = None) -> tuple[Any, list[float]]:
-        """Adam for what a block reads, or the whole, and the learning rate of each of its groups."""
+    def _optimizer(self) -> tuple[Any, list[float]]:
+        """Adam, and the learning rate of each of its groups."""
         import torch
 
-        pupil, nodes = self.pupil, self.pupil.nodes if block is None else block.nodes
-        inputs = {(node.name, i) for node in nodes for i in range(len(node.inputs))}
-        plan, read = self.start.plan, {tensor.name for node in nodes for tensor in node.inputs}
-        ranges = {edge.range for edge in plan.edges if (edge.node, edge.index) in inputs}
-        weights = {(w.tensor, w.axis) for w in plan.weights if (w.node, w.index) in inputs}
-        groups: list[tuple[list[Tensor], float]] = [
-            ([scale for name, scale in pupil.log_scales.items() if name in ranges], rates.scales),
-            ([pupil.codes[key] for key in self.codes if key in weights], rates.codes),
+        pupil = self.pupil
+        groups: list[dict[str, Any]] = [{"params": list(pupil.log_scales.values()), "lr": RATE_SCALES}]
+        groups += [
+            {"params": [bias], "lr": RATE_BIASES * float(bias.detach().abs().mean().clamp_min(1e-8))}
+            for bias in self.biases.values()
         ]
-        for name, bias in self.biases.items():
-            if name in read:
-                groups.append(([bias], rates.biases * float(bias.detach().abs().mean().clamp_min(1e-8))))
-        groups = [(held, rate) for held, rate in groups if held]
-        if not groups:
-            return None, []
-        parameters = [{"params": held, "lr": rate} for held, rate in groups]
-        return torch.optim.Adam(parameters, betas=(0.9, 0.99)), [rate for _, rate in groups]
+        groups = [group | {"weights": False} for group in groups]
+        groups.append({"params": [pupil.codes[key] for key in self.codes], "lr": RATE_CODES, "weights": True})
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.Adam(groups, betas=(0.9, 0.99)), [group["lr"] for group in groups]
 
     def _answer(self) -> Answer:
         """A copy of everything that is learned."""
@@ -629,18 +450,9 @@ def _error(expected: Tensor, found: Tensor) -> Tensor:
     return (expected - found).where(expected.isfinite(), 0)
 
 
-def _values(block: Block, stage: _Stage, source: Tensor | None) -> dict[str, Tensor]:
-    """What a block reads."""
-    if block.source is None:
-        return stage.lesson.feed
-    assert source is not None
-    return {**stage.lesson.feed, block.source: source}
-
-
-def _set_rates(optimizer: Any, rates: Sequence[float], done: float) -> None:
-    """The rates after a part of all steps, on a half cosine."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * done))
+def _decayed(epoch: float, first: int, end: int) -> float:
+    """What is left of the rates on a half cosine from an epoch to an end."""
+    return 0.5 * (1 + math.cos(math.pi * (epoch - first) / (end - first)))
 
 
 def _steps(plan: Plan) -> int:

@@ -8,7 +8,7 @@ division and the multiplication (learned step size, Esser et al. 2020; paper sec
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -70,12 +70,10 @@ class Pupil(TorchGraph):
         scale = self.weight_scales[key]
         return fake_quantize(self.codes[key], torch.ones_like(scale), low=-127) * scale
 
-    def run(
-        self, nodes: Iterable[gs.Node], given: Mapping[str, Tensor], wanted: Collection[str]
-    ) -> dict[str, Tensor]:
-        """As `TorchGraph.run`, with the plan's quantizers."""
+    def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `TorchGraph.forward`, with the plan's quantizers."""
         try:
-            return super().run(nodes, given, wanted)
+            return super().forward(feeds)
         finally:
             self._twins = {}
 

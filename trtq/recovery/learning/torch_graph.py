@@ -7,7 +7,7 @@ ONNX specification for opsets from 13 on; a form of an operator that is not supp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class TorchGraph(torch.nn.Module):
         self._slots = {tensor.name: f"constant{i}" for i, tensor in enumerate(constants)}
         for tensor in constants:
             self.register_buffer(self._slots[tensor.name], _tensor(np.array(values_of(tensor))))
-        self._last = {t.name: node.name for node in self.nodes for t in node.inputs}
+        self._last = {t.name: i for i, node in enumerate(self.nodes) for t in node.inputs}
 
     def constant(self, name: str) -> Tensor:
         """A constant of the graph."""
@@ -87,25 +87,10 @@ class TorchGraph(torch.nn.Module):
             feeds: model input -> tensor of the input's dtype.
 
         Raises:
-            InputError: as `run`.
-        """
-        return self.run(self.nodes, feeds, self.outputs)
-
-    def run(
-        self, nodes: Iterable[gs.Node], given: Mapping[str, Tensor], wanted: Collection[str]
-    ) -> dict[str, Tensor]:
-        """What some nodes of the graph make.
-
-        Args:
-            nodes: in the order of the graph.
-            given: tensor -> value, of all that they read and do not make, constants apart.
-            wanted: names of what is returned.
-
-        Raises:
             InputError: a node cannot be run; the message names it.
         """
-        values = dict(given)
-        for node in nodes:
+        values = dict(feeds)
+        for position, node in enumerate(self.nodes):
             inputs = [
                 None
                 if tensor.name == ""
@@ -119,7 +104,7 @@ class TorchGraph(torch.nn.Module):
             try:
                 outputs = OPERATORS[node.op](node.attrs, *inputs)
                 made = [outputs] if isinstance(outputs, Tensor) else outputs
-                missing = [t for t in node.outputs[len(made) :] if t.outputs or t.name in wanted]
+                missing = [t for t in node.outputs[len(made) :] if t.outputs or t.name in self.outputs]
                 _require(not missing, f"output {len(made) + 1} of {node.op}")
             except Exception as error:  # whatever PyTorch raises for an unusual form of an operator
                 raise InputError(
@@ -127,9 +112,9 @@ class TorchGraph(torch.nn.Module):
                 ) from error
             values.update((tensor.name, value) for tensor, value in zip(node.outputs, made, strict=False))
             for tensor in node.inputs:
-                if self._last[tensor.name] == node.name and tensor.name not in wanted:
+                if self._last[tensor.name] == position and tensor.name not in self.outputs:
                     values.pop(tensor.name, None)
-        return {n: self.constant(n) if n in self._slots else values[n] for n in wanted}
+        return {n: self.constant(n) if n in self._slots else values[n] for n in self.outputs}
 
 
 def _register(*names: str) -> Callable[[Operator], Operator]:
