@@ -184,13 +184,21 @@ def npz(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
     return buffer.getvalue()
 
 
+WHOLE = {
+    *("no rows", "no shape", "complex", "dates", "texts", "wrong columns", "not a number", "infinity"),
+    *("no members", "other name", "fewer targets"),
+}
+"""Archives whose bytes are what they say, of arrays that no job can use: `inspect` describes them."""
+
+
 def archives(source: random.Random, damaged: int) -> Iterator[Hostile]:
     """Data files whose headers and bytes disagree, or that hold something else than arrays."""
     for name, content in {**_lies(), **_odd_archives()}.items():
         bad = writes("bad.npz", content)
         yield Hostile(f"npz: {name}", calibrate("--data", "bad.npz"), bad)
         yield Hostile(f"npz of eval: {name}", gate("--eval", "bad.npz"), bad)
-        yield Hostile(f"npz inspected: {name}", ("inspect", "bad.npz"), bad)
+        if name.partition(",")[0] not in WHOLE:
+            yield Hostile(f"npz inspected: {name}", ("inspect", "bad.npz"), bad)
         in_folder = writes("bad/a.npz", content)
         yield Hostile(f"npz in a folder: {name}", calibrate("--data", "bad"), in_folder)
     whole = npz({f"{X}.npy": npy("(24, 4)", _rows())})
