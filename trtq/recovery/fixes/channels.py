@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.graph.names import Names
+from trtq.graph.plan import Plan
 from trtq.simulation.rows import Runner
 
 Vector = NDArray[np.float64]
@@ -26,10 +27,11 @@ MOST_POSITIONS = 1024
 
 
 class Changed(NamedTuple):
-    """A float graph whose function is as before, and the tensors whose values are not."""
+    """A float graph whose function is as before, the tensors whose values are not, and its plan."""
 
     graph: gs.Graph
     tensors: frozenset[str]
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Channels:
     def amax(self) -> NDArray[np.float32]:
         """Largest magnitude of each channel."""
         return np.maximum(-self.low, self.high)
+
+    @property
+    def power(self) -> Vector:
+        """Mean square of each channel."""
+        return np.square(self.values, dtype=np.float64).mean(axis=0)
 
 
 def collect_channels(

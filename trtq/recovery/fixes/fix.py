@@ -307,7 +307,7 @@ def _changed(job: Job, ranges: Ranges, change: Pass, shares: Mapping[str, float]
     made = change.change(ranges.bare.graph, plan, job.parts[0], workers=workers, shares=shares)
     if made is None:
         return None
-    changed = ranges.of_changed(job, FloatGraph.of_graph(job.model, made.graph), made.tensors)
+    changed = ranges.of_changed(job, FloatGraph.of_graph(job.model, made.graph), made.plan, made.tensors)
     return changed if changed.bare.plan.int8_nodes else None
 
 
