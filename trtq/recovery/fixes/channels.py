@@ -59,7 +59,11 @@ class Channels:
 
 
 def collect_channels(
-    graph: gs.Graph, axes: Mapping[str, int], samples: Samples, workers: int | None = None
+    graph: gs.Graph,
+    axes: Mapping[str, int],
+    samples: Samples,
+    workers: int | None = None,
+    rows: int = MOST_ROWS,
 ) -> dict[str, Channels]:
     """Tensor -> its channels over an evenly spread part of the samples.
 
@@ -67,8 +71,9 @@ def collect_channels(
         graph: is not changed.
         axes: tensor -> axis of its channels; a tensor that the graph computes.
         workers: rows run at once; default: one for each processor.
+        rows: about how many are looked at.
     """
-    samples = samples.spread(MOST_ROWS)
+    samples = samples.spread(rows)
     part = list(samples.batches())
     each = max(MOST_POSITIONS // len(part), 1)
 

@@ -68,6 +68,10 @@ OUTLIERS, LEAST_OTHERS = (1, 2, 4, 8, 16, 32), 4
 """How many channels are taken for outliers, one number after the other, and how many others there are at
 least for each of them."""
 
+ROWS = 128
+"""Rows, evenly spread, that channels are looked at on: which are outliers may be seen in few of them. MiniLM
+with the streams scaled, every fifth row of the evaluation, ranges by mse: 19.8 dB; with 32 rows 16.0 on all."""
+
 MOST_FACTOR = 1e3
 """Factors are kept within this and its inverse, about their geometric mean."""
 
@@ -140,7 +144,7 @@ def smooth(
     least = 0.0 if shares is None else LEAST_SHARE
     if not axes or (shares is not None and sum(shares.get(name, 0.0) for name in axes) < least):
         return None
-    channels = collect_channels(graph, axes, samples, workers)
+    channels = collect_channels(graph, axes, samples, workers, ROWS)
     changed, saved, muls = set[str](), 0.0, dict[tuple[str, int], str]()
     for stream in streams:
         found = best_factors(stream, channels, plan)
