@@ -46,6 +46,19 @@ BRIEF = 2.5e-4
 MOST_TOGETHER = 64
 """Items that a thread is given at once."""
 
+HERE = 1e-4
+"""Seconds of a processor on an item below which threads mostly wait for each other's interpreter: such items
+are worked on by the caller itself."""
+
+_RECENT = 8
+"""Groups whose quickest says how long an item takes: on a busy machine the others say how long it waits."""
+
+_AGAIN = 256
+"""Groups after which the caller tries once more whether items are such."""
+
+_TRIED = 16
+"""Items by which it is told whether they are."""
+
 
 class Workers:
     """Threads that work on several things at once.
@@ -64,26 +77,52 @@ class Workers:
         """The function's result for every item, in order.
 
         Items are taken as they are needed: at most two for each worker are in memory at a time, or two groups
-        of as many as `BRIEF` is enough for. When the caller stops early, or something fails, nothing is left
-        running.
+        of as many as `BRIEF` is enough for; one item where each takes less than `HERE`. When the caller stops
+        early, or something fails, nothing is left running.
         """
         waiting: deque[Future[tuple[list[Result], float]]] = deque()
-        items, size = iter(items), 1
+        taking: deque[float] = deque(maxlen=_RECENT)  # seconds for each item of a group
+        working: deque[float] = deque(maxlen=_RECENT)
+        items, size, untried = iter(items), 1, 0
         try:
             while True:
                 started = time.perf_counter()
                 if not (group := list(itertools.islice(items, size))):
                     break
-                taken = time.perf_counter() - started
+                taking.append((time.perf_counter() - started) / len(group))
                 waiting.append(self._pool.submit(_all, function, group))
-                if len(waiting) == 2 * self.count:
-                    results, seconds = waiting.popleft().result()
-                    size = _fitting(size, max(taken, seconds))
-                    yield from results
+                if len(waiting) < 2 * self.count:
+                    continue
+                results, seconds = waiting.popleft().result()
+                yield from results
+                working.append(seconds / len(results))
+                each, untried = max(min(taking), min(working)), untried - 1
+                size = _fitting(size, size * each)
+                if each < BRIEF and untried < 0:
+                    while waiting:
+                        yield from waiting.popleft().result()[0]
+                    yield from _while_short(function, items)
+                    untried = _AGAIN
             while waiting:
                 yield from waiting.popleft().result()[0]
         finally:
             wait([future for future in waiting if not future.cancel()])
+
+
+def _while_short(function: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
+    """The results of items, worked on right here, until they take longer than `HERE`; the first ones may."""
+    slow = 0
+    while slow < 2:
+        used, count = 0.0, 0
+        for item in itertools.islice(items, _TRIED):
+            started = time.thread_time()
+            result = function(item)
+            used += time.thread_time() - started
+            count += 1
+            yield result
+        if not count:
+            return
+        slow = slow + 1 if used > HERE * count else 0
 
 
 def _all(function: Callable[[Item], Result], group: Sequence[Item]) -> tuple[list[Result], float]:
