@@ -235,6 +235,8 @@ class _Check:
         self._signature(node, versions)
         if node.op_type in _WINDOWED:
             self._window(node)
+        if node.op_type == "GatherND":
+            self._batch_dims(node)
         for body in bodies(node):
             self._graph(body, scopes, versions)
 
@@ -304,6 +306,12 @@ class _Check:
             lowest = -LARGEST_SIZE if name == "pads" else 1
             if any(not lowest <= number <= LARGEST_SIZE for number in numbers):
                 raise self.refuse(f"'{name}' of {named(node)} ({node.op_type}) is out of bounds", numbers)
+
+    def _batch_dims(self, node: NodeProto) -> None:
+        """Negative ones make ONNX Runtime read what is not the tensor's."""
+        for attribute in node.attribute:
+            if attribute.name == "batch_dims" and attribute.i < 0:
+                raise self.refuse(f"'batch_dims' of {named(node)} (GatherND) is below 0", attribute.i)
 
     def _no_cycle(self, graph: Graph) -> None:
         """Every node can run once what it reads is there; names from outside the graph are there."""

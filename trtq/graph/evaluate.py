@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 from numpy.typing import NDArray
 
+from trtq.graph.division import with_safe_division
 from trtq.graph.model import QDQ_OPS, export
 from trtq.graph.names import Names
 from trtq.graph.surgery import in_order
@@ -216,7 +217,7 @@ def _evaluate(
         model = export(part)
         del model.graph.value_info[:], model.graph.output[:]  # types follow from the constants
         model.graph.output.extend(onnx.ValueInfoProto(name=tensor.name) for tensor in wanted)
-        content = model.SerializeToString()
+        content = with_safe_division(model).SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         results: list[Any] = session.run(None, {})
         return results

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError, TrtqError
 from trtq.graph import references
+from trtq.graph.division import with_safe_division
 from trtq.graph.door import read_model
 from trtq.graph.foreign import View, import_domains, needs_reference
 from trtq.graph.functions import holds_attention, with_attention_defined
@@ -223,8 +224,8 @@ class _Foreign:
 def _simulable(
     model: str | Path | bytes | Light, outputs: Sequence[str] | None
 ) -> tuple[str | Path | bytes | Light | _Foreign, int]:
-    """The model in float32 where it holds narrow types, with Attention as ONNX defines it, and with other
-    outputs where some are named; and how many nodes it has.
+    """The model in float32 where it holds narrow types, with Attention as ONNX defines it, divisions that do
+    not end the process, and other outputs where some are named; and how many nodes it has.
 
     A model that needs none of these stays as it is.
     """
@@ -239,8 +240,9 @@ def _simulable(
         inlined = onnx.inliner.inline_local_functions(proto)
         foreign = any(map(needs_reference, inlined.graph.node))
         proto = inlined if foreign else proto
+    given, proto = proto, with_safe_division(proto)
     narrow, attention = holds_narrow(proto), holds_attention(proto)
-    if not narrow and not attention and outputs is None and not foreign:
+    if proto is given and not narrow and not attention and outputs is None and not foreign:
         return model, len(proto.graph.node)
     types: dict[str, onnx.TypeProto] = {}
     if foreign:
