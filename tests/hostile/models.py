@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -402,7 +403,74 @@ def _ir(version: int) -> Mutation:
     return change
 
 
+def _bad(operator: str, *given: Any, behind: bool, **attributes: Any) -> Mutation:
+    """A node that cannot run, in front of the product or behind it, where nothing is quantized.
+
+    Args:
+        given: what it reads behind its tensor; None: nothing there.
+    """
+
+    def change(model: ModelProto) -> None:
+        product = _node(model, "MatMul")
+        names = [f"bad{place}" if value is not None else "" for place, value in enumerate(given)]
+        for name, value in zip(names, given, strict=True):
+            if value is not None:
+                model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        read, made = ("h", product.output[0]) if behind else (product.input[0], "h")
+        bad = helper.make_node(operator, [read, *names], [made], "bad", **attributes)
+        if behind:
+            product.output[0] = "h"
+            model.graph.node.append(bad)
+        else:
+            product.input[0] = "h"
+            model.graph.node.insert(len(model.graph.node) - 1, bad)
+
+    return change
+
+
+_BAD_NODES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "a Transpose of too many axes": (("Transpose",), {"perm": [0, 1, 2, 3, 4, 5]}),
+    "a Transpose of one axis twice": (("Transpose",), {"perm": [1, 1]}),
+    "a Reshape to other sizes": (("Reshape", np.array([0, 7])), {}),
+    "a Reshape with two sizes left open": (("Reshape", np.array([-1, -1])), {}),
+    "a Reshape to 2^40 rows": (("Reshape", np.array([2**40, -1])), {}),
+    "a Reshape to a size that is a fraction": (("Reshape", np.array([0.0, 4.0], np.float32)), {}),
+    "a Slice with steps of 0": (("Slice", *map(np.array, ([0], [3], [1], [0]))), {}),
+    "a Slice with starts and no ends": (("Slice", *map(np.array, ([0, 1], [3], [1]))), {}),
+    "a Slice of an axis that is not there": (("Slice", *map(np.array, ([0], [3], [2**62]))), {}),
+    "a Concat of other ranks": (("Concat", np.ones((2, 2, 2), np.float32)), {"axis": 1}),
+    "a Concat of other dtypes": (("Concat", np.ones((8, 4), np.int64)), {"axis": 1}),
+    "a Concat along axis 2^40": (("Concat",), {"axis": 2**40}),
+    "a Squeeze of what is not 1": (("Squeeze", np.array([1])), {}),
+    "an Unsqueeze far outside": (("Unsqueeze", np.array([99])), {}),
+    "a Gather outside": (("Gather", np.array([99])), {"axis": 1}),
+    "a Gather outside of 2^62": (("Gather", np.array([2**62])), {"axis": 1}),
+    "a GatherND of batch_dims below 0": (("GatherND", np.array([[0]])), {"batch_dims": -1}),
+    "a Split into more than there is": (("Split", np.array([1, 99])), {"axis": 1}),
+    "a Pad of too few sides": (("Pad", np.array([1, 1, 1])), {}),
+    "a Pad of 2^62": (("Pad", np.array([2**62] * 4)), {}),
+    "an Add of other shapes": (("Add", np.ones((3, 3, 7), np.float32)), {}),
+    "an Add of other dtypes": (("Add", np.ones(1, np.int64)), {}),
+    "a Flatten at axis 17": (("Flatten",), {"axis": 17}),
+    "a Cast to dtype 99": (("Cast",), {"to": 99}),
+    "an Expand to other sizes": (("Expand", np.array([3, 3, 3])), {}),
+    "a Tile of too few axes": (("Tile", np.array([1])), {}),
+    "a Resize of too few axes": (("Resize", None, np.ones(7, np.float32)), {}),
+    "a Resize in no known way": (("Resize", None, np.ones(2, np.float32)), {"mode": "cubical"}),
+    "a Softmax at axis 17": (("Softmax",), {"axis": 17}),
+    "a Clip between doubles": (("Clip", np.float64(0), np.float64(1)), {}),
+    "a MatMul of other sizes": (("MatMul", np.ones((3, 3), np.float32)), {}),
+    "an Einsum of no equation": (("Einsum",), {"equation": "ijk->x"}),
+    "a DepthToSpace of blocks of 3": (("DepthToSpace",), {"blocksize": 3}),
+    "an integer Mod of floats": (("Mod", np.ones(1, np.float32)), {"fmod": 0}),
+}
+
 MUTATIONS: dict[str, Mutation] = {
+    **{
+        f"{name}{' behind' if behind else ''}": _bad(*given, behind=behind, **attributes)
+        for name, (given, attributes) in _BAD_NODES.items()
+        for behind in (False, True)
+    },
     "a weight shorter than its dims": _short,
     "a weight longer than its dims": _long,
     "a weight without values": _without_values,

@@ -154,6 +154,7 @@ class Runner:
         reuse: a thread's outputs lie in memory that its next run overwrites, which saves the time that the
             system takes to hand out new memory for every row.
         edit: of a graph: changes, in place, what ONNX Runtime gets of it.
+        optimized: see `simulation_session`.
 
     Raises:
         InputError: ONNX Runtime cannot load the model.
@@ -168,14 +169,15 @@ class Runner:
         weights: Mapping[str, onnxruntime.OrtValue] | None = None,
         reuse: bool = False,
         edit: Callable[[onnx.GraphProto], None] | None = None,
+        optimized: bool = True,
     ) -> None:
         self._name = str(model) if isinstance(model, str | Path) else "the model"
         if isinstance(model, gs.Graph):
             with serialized(model, edit) as source:
-                self._session = simulation_session(source, threads, outputs, weights)
+                self._session = simulation_session(source, threads, outputs, weights, optimized=optimized)
             _trim()
         else:
-            self._session = simulation_session(model, threads, outputs, weights)
+            self._session = simulation_session(model, threads, outputs, weights, optimized=optimized)
         self.inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
         every = [item.name for item in self._session.get_outputs()]
         self.outputs = tuple(outputs or [name for name in every if name not in self.inputs] or every)
@@ -299,6 +301,18 @@ def taken(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
             yield from single_rows(batch)
         else:
             yield batch
+
+
+def check_runs(model: str | Path, samples: Samples) -> None:
+    """Run all of a model once, on the first row.
+
+    What computes some of its tensors, as calibration does, tells nothing of what lies behind those.
+
+    Raises:
+        InputError: it does not run.
+    """
+    runner = Runner(model, optimized=False)
+    runner.on(next(runner.batches(samples, 1)), samples)
 
 
 def runs_on_several(model: gs.Graph, samples: Samples) -> bool:

@@ -68,6 +68,8 @@ def simulation_session(
     threads: int | None = None,
     outputs: Sequence[str] | None = None,
     weights: Mapping[str, onnxruntime.OrtValue] | None = None,
+    *,
+    optimized: bool = True,
 ) -> Session:
     """A session that runs Q/DQ faithfully: floating-point operators between exact quantizers.
 
@@ -82,6 +84,7 @@ def simulation_session(
         outputs: names of any tensors of the graph to make its outputs; None: the model's own. Tensors
             inside that are float16 or bfloat16 come as float32.
         weights: values of the initializers that the model says are external, shared and not copied.
+        optimized: False: for a few runs, of which making the session would be most.
 
     Raises:
         InputError: ONNX Runtime cannot load the model, or an output cannot be computed.
@@ -94,7 +97,10 @@ def simulation_session(
             start = partial(_started, large=_is_large(model), threads=threads, weights=shared, folder=folder)
             read = partial(_values, weights=shared, folder=folder)
             return Chain(source.model, source.outputs, source.types, start, read)
-        return _session(source, _options(_is_large(model), threads, weights), nodes)
+        options = _options(_is_large(model), threads, weights)
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return _session(source, options, nodes)
     except TrtqError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
