@@ -7,8 +7,10 @@ back row by row, here and by worker processes, and hashed by content, as the sam
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +44,15 @@ LABELS = "labels"
 MOST_ARRAYS = 256
 """Of one item, each of which is kept in a file of its own."""
 
+MOST_ITEMS = 1_000_000
+"""Of an iterable that does not say how long it is: one without an end is given up there."""
+
+LEAST_FREE = 1 << 30
+"""Bytes that are left of the disk on which items are kept."""
+
+_LOOKED_AFTER = 1 << 26
+"""Bytes after which the disk is asked how much is left."""
+
 Name = str | int
 """An array's name; of arrays without one the position in their tuple."""
 
@@ -66,6 +77,8 @@ class Data(InMemory):
               labels, a tuple of a dict and the labels, or an array. Its arrays have the inputs' ranks, and
               then are a batch, or one axis less, and then are one sample. What is no input is a target;
             - a function without arguments that returns one of these. It is called once.
+
+            An iterable without a length may give up to `MOST_ITEMS` items, and the disk keeps `LEAST_FREE`.
 
             Arrays are NumPy's, PyTorch's tensors (on any device; bfloat16 becomes float32), images of Pillow
             (as RGB), numbers, lists, and what NumPy makes an array of.
@@ -200,6 +213,22 @@ def _each(items: Any, data: Data) -> Iterator[dict[Name, NDArray]]:
                 return
         yield values_of(item, str(data), f"item {index}")
         index += 1
+        check_count(items, index, str(data))
+
+
+def check_count(items: Any, count: int, source: str) -> None:
+    """Refuse to read on where items may have no end.
+
+    Raises:
+        InputError: there are more than `MOST_ITEMS`, and no length was given.
+    """
+    if count > MOST_ITEMS and _length(items) is None:
+        raise InputError(
+            f"the data are more than {MOST_ITEMS:,} items, and may have no end",
+            file=source,
+            cause=f"a {type(items).__name__} does not say how many it gives",
+            remedy="end it, as with itertools.islice(data, 1000); or give what has a length",
+        )
 
 
 def values_of(item: Any, source: str, where: str) -> dict[Name, NDArray]:
@@ -315,6 +344,7 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         self._folder, self._files = folder, ExitStack()
         self._arrays: dict[Name, tuple[BinaryIO, list[tuple[int, str, tuple[int, ...]]]]] = {}
+        self._unlooked = 0  # bytes
         self.count = 0
 
     def __enter__(self) -> _Writer:
@@ -324,7 +354,16 @@ class _Writer:
         self._files.close()
 
     def add(self, values: Mapping[Name, NDArray]) -> None:
-        """One item more."""
+        """One item more.
+
+        Raises:
+            OSError: the disk is full but for `LEAST_FREE`.
+        """
+        self._unlooked += sum(array.nbytes for array in values.values())
+        if self._unlooked > _LOOKED_AFTER:
+            if shutil.disk_usage(self._folder).free < LEAST_FREE + self._unlooked:
+                raise OSError(errno.ENOSPC, f"the {self.count:,} items before have filled the disk")
+            self._unlooked = 0
         for name, array in values.items():
             if name not in self._arrays:
                 path = self._folder / f"{len(self._arrays)}.bin"
