@@ -168,7 +168,8 @@ def columns_of(given: Any, data: Data | str) -> dict[Name, Any] | None:
     where it is an iterable of items."""
     if isinstance(given, Mapping):
         return {str(name): _column(value, data, f"'{name}'") for name, value in given.items()}
-    if _is_array(given):
+    numbers = isinstance(given, list) and given and isinstance(given[0], int | float)
+    if numbers or _is_array(given):
         return {0: as_array(given, str(data), "it")}
     if isinstance(given, tuple) and given and all(_is_array(value) for value in given):
         return {place: as_array(value, str(data), f"array {place}") for place, value in enumerate(given)}
