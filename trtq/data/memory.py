@@ -34,6 +34,7 @@ from trtq.data.stored import IN_MEMORY, StoredRows
 from trtq.errors import InputError, shown
 from trtq.graph.inputs import InputSpec
 from trtq.memory import InMemory, folder_of
+from trtq.scripts import contained
 
 SUFFIX = ".kept"
 """Of the folder that holds what was read."""
@@ -115,7 +116,10 @@ class Data(InMemory):
             folder = folder_of(self) / f"data{SUFFIX}"
             folder.mkdir()
             try:
-                _keep(self._given, folder, self)
+                with contained():
+                    _keep(self._given, folder, self)
+            except (RuntimeError, ValueError) as error:  # of what is no `Exception`, or closes a stream
+                raise InputError("the data cannot be read", file=str(self), cause=error) from error
             except OSError as error:
                 raise InputError(
                     "what is in memory cannot be kept on disk",
@@ -205,7 +209,8 @@ def iterated(items: Any) -> Iterator[Any]:
 
 def _each(items: Any, data: Data) -> Iterator[dict[Name, NDArray]]:
     """The arrays of every item."""
-    iterator, index = iterated(items), 0
+    with _blaming(data, "the data cannot be iterated"):
+        iterator, index = iterated(items), 0
     while True:
         with _blaming(data, f"item {index} cannot be read"):
             try:
@@ -290,6 +295,8 @@ def as_array(value: Any, source: str, what: str) -> NDArray:
 
 def converted(value: Any) -> NDArray:
     """A value of a Python program as NumPy makes an array of it, whatever its type; see `as_array`."""
+    if np.ma.is_masked(value):
+        raise ValueError("some of its values are masked: fill them, or leave these rows out")
     torch = sys.modules.get("torch")  # who has a tensor has imported it
     if torch is not None and isinstance(value, torch.Tensor):
         value = value.detach()
@@ -320,7 +327,7 @@ def _is_iterable(value: Any) -> bool:
 def _length(given: Any) -> int | None:
     try:
         return len(given)
-    except (TypeError, NotImplementedError):  # generators, and loaders of iterable data sets
+    except Exception:  # generators, and loaders of iterable data sets; others have their own errors
         return None
 
 
