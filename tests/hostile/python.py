@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import gc
 import io
 import itertools
 import os
@@ -299,5 +300,6 @@ def _faults(attempt: Attempt, folder: Path) -> list[str]:
             found.append(f"{type(error).__name__}: {error}")
     if time.process_time() - started > MOST_SECONDS:
         found.append("it takes too long")
+    gc.collect()  # what an error's frames hold goes with them, and scratch files with it
     found += [f"{path.name} changed" for path, content in inputs.items() if path.read_bytes() != content]
     return found
