@@ -33,6 +33,7 @@ from trtq.graph.selecting import instead_of_outputs
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.numerics import has_scale, scale_from_amax
+from trtq.simulation.rows import check_runs
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.workers import Work
 
@@ -180,8 +181,9 @@ class Ranges:
         """Collected on the job's data, with a warning for every tensor that they give no range.
 
         Raises:
-            InputError: no node is left in INT8; or as collecting.
+            InputError: the model does not run, no node is left in INT8, or as collecting.
         """
+        check_runs(job.model.path, job.data)
         fitting, whole = _both_statistics(job, plan.tensors, source)
         method = job.recipe.method
         reasons = rangeless(whole, method if isinstance(method, Method) else None)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError, TrtqError
 from trtq.graph import references
+from trtq.graph.division import with_safe_division
 from trtq.graph.door import read_model
 from trtq.graph.foreign import View, import_domains, needs_reference
 from trtq.graph.functions import holds_attention, with_attention_defined
@@ -67,6 +68,8 @@ def simulation_session(
     threads: int | None = None,
     outputs: Sequence[str] | None = None,
     weights: Mapping[str, onnxruntime.OrtValue] | None = None,
+    *,
+    optimized: bool = True,
 ) -> Session:
     """A session that runs Q/DQ faithfully: floating-point operators between exact quantizers.
 
@@ -81,6 +84,7 @@ def simulation_session(
         outputs: names of any tensors of the graph to make its outputs; None: the model's own. Tensors
             inside that are float16 or bfloat16 come as float32.
         weights: values of the initializers that the model says are external, shared and not copied.
+        optimized: False: for a few runs, of which making the session would be most.
 
     Raises:
         InputError: ONNX Runtime cannot load the model, or an output cannot be computed.
@@ -93,7 +97,10 @@ def simulation_session(
             start = partial(_started, large=_is_large(model), threads=threads, weights=shared, folder=folder)
             read = partial(_values, weights=shared, folder=folder)
             return Chain(source.model, source.outputs, source.types, start, read)
-        return _session(source, _options(_is_large(model), threads, weights), nodes)
+        options = _options(_is_large(model), threads, weights)
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return _session(source, options, nodes)
     except TrtqError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
@@ -223,8 +230,8 @@ class _Foreign:
 def _simulable(
     model: str | Path | bytes | Light, outputs: Sequence[str] | None
 ) -> tuple[str | Path | bytes | Light | _Foreign, int]:
-    """The model in float32 where it holds narrow types, with Attention as ONNX defines it, and with other
-    outputs where some are named; and how many nodes it has.
+    """The model in float32 where it holds narrow types, with Attention as ONNX defines it, divisions that do
+    not end the process, and other outputs where some are named; and how many nodes it has.
 
     A model that needs none of these stays as it is.
     """
@@ -239,8 +246,9 @@ def _simulable(
         inlined = onnx.inliner.inline_local_functions(proto)
         foreign = any(map(needs_reference, inlined.graph.node))
         proto = inlined if foreign else proto
+    given, proto = proto, with_safe_division(proto)
     narrow, attention = holds_narrow(proto), holds_attention(proto)
-    if not narrow and not attention and outputs is None and not foreign:
+    if proto is given and not narrow and not attention and outputs is None and not foreign:
         return model, len(proto.graph.node)
     types: dict[str, onnx.TypeProto] = {}
     if foreign:
