@@ -51,7 +51,7 @@ _HOLDS_WEIGHTS = 1 << 25
 MANY_NODES = 4096
 """Models of more nodes are loaded without a search whose time grows with the square of them."""
 
-_SEARCHES = {"CommonSubexpressionElimination": MANY_NODES, "NchwcTransformer": 16 * MANY_NODES}
+_SEARCHES = {"CommonSubexpressionElimination": MANY_NODES, "NchwcTransformer": 2 * MANY_NODES}
 """ONNX Runtime's searches for nodes that compute the same, and for convolutions that another layout suits;
 both make runs faster. Up to how many nodes each is worth its time."""
 
