@@ -74,7 +74,8 @@ def round_weights(
     """The quantization with the weights of its layers rounded as is best for their outputs.
 
     Plan, ranges and the float graph are as before; codes that it has are replaced. Returns `quantization`
-    itself where there is no such layer. A layer whose inputs are not finite is rounded to the nearest.
+    itself where there is no such layer. A layer is rounded to the nearest if its inputs are not finite, or
+    hardly differ from position to position.
 
     Args:
         samples: the layers' inputs are looked at on an evenly spread part of them.
@@ -88,7 +89,8 @@ def round_weights(
         pairs = [(layer, moments[layer.node.name]) for layer in finite]
         rounded = Workers(workers).map(lambda pair: _rounded(*pair), pairs)
         for layer, found in zip(finite, rounded, strict=True):
-            codes[layer.node.inputs[1].name, layer.axis] = found
+            if found is not None:
+                codes[layer.node.inputs[1].name, layer.axis] = found
     return replace(quantization, codes=codes) if codes else quantization
 
 
@@ -186,8 +188,8 @@ def _spread(count: int, most: int) -> NDArray[np.int64]:
     return np.unique((np.arange(most) * 0.6180339887498949 % 1 * count).astype(np.int64))
 
 
-def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8]:
-    """The codes of a layer's weights, of their shape."""
+def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8] | None:
+    """The codes of a layer's weights, of their shape; None where its inputs vary less than moments tell."""
     node = layer.node
     matrix = weight_matrix(node)
     weights = matrix.reshape(*matrix.shape[:2], -1)
@@ -197,7 +199,10 @@ def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8]:
         second = second - sums[:, :, None] * sums[:, None, :] / count**2
     scales = weight_scale(node.inputs[1].values, layer.axis).astype(np.float64).reshape(weights.shape[:2])
     scales = np.maximum(scales, np.finfo(np.float32).tiny)  # of a channel of zeros
-    codes = rounded_codes(weights, second, scales)
+    try:
+        codes = rounded_codes(weights, second, scales)
+    except np.linalg.LinAlgError:
+        return None
     shape = node.inputs[1].shape
     if node.op == "Conv":
         return codes.reshape(shape)
