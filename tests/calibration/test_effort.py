@@ -103,10 +103,13 @@ def test_a_second_run_leaves_out_the_same(
 
 
 def test_a_budget_takes_the_place_of_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left out before is not taken from the cache for it; what it made serves all."""
     whole = calibrated((job := job_of(tmp_path, method="max")[0]), job.place())
-    monkeypatch.setattr(effort, "LEAST_SECONDS", 0.0)
-    for budget, cut in ((None, True), (3600.0, False)):
-        job, _ = job_of(tmp_path, method="max", budget=budget, cache=str(tmp_path / "other"))
+    cache = str(tmp_path / "other")
+    for limit, budget, cut in ((0.0, None, True), (0.0, 3600.0, False), (20.0, None, False)):
+        monkeypatch.setattr(effort, "LEAST_SECONDS", limit)
+        job, _ = job_of(tmp_path, method="max", budget=budget, cache=cache)
+        assert is_made(job, job.place()) == (limit > 0)
         made = calibrated(job, job.place())
         assert (LEFT_OUT in made.notes) == cut
         assert (made.notes.get(FIXES_DB) == whole.notes[FIXES_DB]) != cut

@@ -226,7 +226,7 @@ class Ranges:
 def _calibrated(job: Job, plan: Plan) -> Quantization:
     """`calibrate`, but for what stays float32."""
     bare, key = Quantization(job.model.graph, plan, {}), _table_key(job, plan)
-    if (found := job.cache.fetch_noted(key)) is not None:
+    if (found := job.cache.fetch_noted(key)) is not None and serves(job, found[1]):
         content, notes = found
         bare = ranged(job, bare, notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{notes['method']}, from the cache; nothing was run")
@@ -248,12 +248,13 @@ def effort_of(job: Job, plan: Plan) -> Effort:
 
 def is_calibrated(job: Job, plan: Plan) -> bool:
     """Whether the cache has the ranges of the plan's tensors, so that `calibrate` runs nothing."""
-    return job.cache.fetch(_table_key(job, plan)) is not None
+    found = job.cache.fetch_noted(_table_key(job, plan))
+    return found is not None and serves(job, found[1])
 
 
-def effort_key(job: Job) -> dict[str, bool]:
-    """What `effort_of` has to do with a result that depends on it, for its cache key."""
-    return {} if job.recipe.budget is None else {"unbounded": True}
+def serves(job: Job, notes: Mapping[str, Any]) -> bool:
+    """Whether a result with these notes is what the job would make: with a budget nothing is left out."""
+    return job.recipe.budget is None or LEFT_OUT not in notes
 
 
 def rangeless(statistics: Statistics, method: Method | None = None) -> dict[str, str]:
@@ -318,7 +319,6 @@ def _table_key(job: Job, plan: Plan) -> Key:
             "macs": [node.macs for node in plan.nodes],
             "batch": plan.batch,
             "ignore_nonfinite": job.recipe.ignore_nonfinite,
-            **effort_key(job),
         }
     return Key.of(
         "table",

@@ -27,12 +27,12 @@ from trtq.calibration.calibrate import (
     Ranges,
     best_method,
     calibrate,
-    effort_key,
     effort_of,
     held_back,
     is_calibrated,
     keep_statistics,
     ranged,
+    serves,
     with_float32_nodes,
     with_own_ranges,
 )
@@ -105,9 +105,9 @@ def calibrated(job: Job, plan: Plan) -> Quantization:
     """
     if "fix" not in job.recipe.recover:
         return calibrate(job, plan)
-    bare, key = Quantization(job.model.graph, plan, {}), _key(job, plan)
-    if (content := job.cache.fetch(key)) is not None:
-        made = _on_graph_of(job, Quantization.from_bytes(content))
+    bare = Quantization(job.model.graph, plan, {})
+    if (known := _known(job, plan)) is not None:
+        made = _on_graph_of(job, known)
         ranged(job, bare, made.notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{made.notes['method']}, from the cache; nothing was run")
     else:
@@ -132,7 +132,7 @@ def calibrated(job: Job, plan: Plan) -> Quantization:
         job.console.say("calibration", f"{seconds:.1f} s, as long as {seconds / plain:.0f} plain passes")
         work.effort.say(job.console)
         if CUT_SHORT not in made.notes and made.storable:
-            job.cache.store(key, made.to_bytes())
+            job.cache.store(_key(job, plan), made.to_bytes())
     return with_float32_nodes(job, made)
 
 
@@ -140,9 +140,8 @@ def is_made(job: Job, plan: Plan) -> bool:
     """Whether the cache has what `calibrated` returns, so that it runs nothing."""
     if "fix" not in job.recipe.recover:
         return is_calibrated(job, plan)
-    return job.cache.fetch(_key(job, plan)) is not None or (
-        not _Work.of(job, plan).fits_any() and is_calibrated(job, plan)
-    )
+    fixed = _Work.of(job, plan).fits_any()
+    return _known(job, plan) is not None if fixed else is_calibrated(job, plan)
 
 
 def fix(job: Job, start: Quantization) -> Made:
@@ -196,7 +195,15 @@ def least_gain_db(rows: int) -> float:
 
 def _key(job: Job, plan: Plan) -> Key:
     bare = Quantization(job.model.graph, plan, {})
-    return job.key("quantization", bare, step="calibrated", method=str(job.recipe.method), **effort_key(job))
+    return job.key("quantization", bare, step="calibrated", method=str(job.recipe.method))
+
+
+def _known(job: Job, plan: Plan) -> Quantization | None:
+    """What the cache has of `calibrated`."""
+    if (content := job.cache.fetch(_key(job, plan))) is None:
+        return None
+    made = Quantization.from_bytes(content)
+    return made if serves(job, made.notes) else None
 
 
 def _on_graph_of(job: Job, made: Quantization) -> Quantization:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays, Batch
@@ -168,17 +167,26 @@ def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
         matrix = values.reshape(-1, values.shape[-1])
         return matrix[_spread(len(matrix), each)][None]
     groups, attributes = node.attrs.get("group", 1), node.attrs
-    kernel = node.inputs[1].shape[2:]
+    rows, channels, *sizes = values.shape
     steps, gaps = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
-    top, left, bottom, right = attributes.get("pads", [0, 0, 0, 0])
-    padded = np.pad(values, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    window = tuple((size - 1) * gap + 1 for size, gap in zip(kernel, gaps, strict=True))
-    views = sliding_window_view(padded, window, axis=(2, 3))
-    views = views[:, :, :: steps[0], :: steps[1], :: gaps[0], :: gaps[1]]
-    rows, channels, height, width = views.shape[:4]
+    pads = attributes.get("pads", [0, 0, 0, 0])
+    along = zip(sizes, node.inputs[1].shape[2:], steps, gaps, pads[:2], pads[2:], strict=True)
+    reads = [_read_by(*axis) for axis in along]
+    height, width = (len(read) for read in reads)
     kept = _spread(height * width, max(each // rows, 1))
-    taken = views[:, :, kept // width, kept % width].reshape(rows, groups, channels // groups, len(kept), -1)
+    down, across = reads[0][kept // width][:, :, None], reads[1][kept % width][:, None, :]
+    inside = (down >= 0) & (across >= 0)
+    taken = np.where(inside, values[:, :, down, across], np.zeros((), values.dtype))
+    taken = taken.reshape(rows, groups, channels // groups, len(kept), -1)
     return taken.transpose(1, 0, 3, 2, 4).reshape(groups, rows * len(kept), -1)
+
+
+def _read_by(size: int, kernel: int, step: int, gap: int, before: int, behind: int) -> NDArray[np.int64]:
+    """Along one axis, what each output position of a convolution reads: (positions, kernel); -1: padding."""
+    window = (kernel - 1) * gap + 1
+    first = np.arange(0, size + before + behind - window + 1, step) - before
+    places = first[:, None] + gap * np.arange(kernel)
+    return np.where((places >= 0) & (places < size), places, -1)
 
 
 def _spread(count: int, most: int) -> NDArray[np.int64]:
