@@ -11,11 +11,12 @@ from small_graphs import Case, small_case
 
 from trtq.calibration import effort
 from trtq.calibration.calibrate import calibrate
-from trtq.calibration.effort import LEFT_OUT, MOST_PASSES, Effort
+from trtq.calibration.effort import LEFT_OUT, MOST_PASSES, TOO_LONG, Effort
 from trtq.console import Console
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.recovery.fixes.fix import FIXES_DB, calibrated, is_made
+from trtq.recovery.fixes.fix import FIXES_DB, calibrated, fix, is_made
+from trtq.recovery.partial import is_searchable
 
 
 class Log(Console):
@@ -113,3 +114,18 @@ def test_a_budget_takes_the_place_of_the_limit(tmp_path: Path, monkeypatch: pyte
         made = calibrated(job, job.place())
         assert (LEFT_OUT in made.notes) == cut
         assert (made.notes.get(FIXES_DB) == whole.notes[FIXES_DB]) != cut
+
+
+def test_steps_of_recovery_that_would_take_too_long_are_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trtq.calibration.calibrate.STEP_SECONDS", 0.0)
+    job, _ = job_of(tmp_path, method="max", recover=())
+    start = calibrate(job, job.place())
+    assert not is_searchable(job, start)
+    made = fix(job, start)
+    assert made.quantization is None
+    assert made.reason == TOO_LONG
+    free, _ = job_of(tmp_path, method="max", recover=(), budget=3600.0)
+    assert is_searchable(free, start)
+    assert fix(free, start).reason != TOO_LONG

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 import trtq
 from trtq.cache import Key
 from trtq.calibration.collect import collect_sharded
-from trtq.calibration.effort import LEFT_OUT, Effort
+from trtq.calibration.effort import LEFT_OUT, STEP_SECONDS, Effort
 from trtq.calibration.extents import MOST_ROWS, measure_extents
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.mixed import mixed_tensors
@@ -244,6 +244,12 @@ def _calibrated(job: Job, plan: Plan) -> Quantization:
 def effort_of(job: Job, plan: Plan) -> Effort:
     """What calibration may take; a budget takes the place of the limit."""
     return Effort(job.model.graph, plan, len(job.data), bounded=job.recipe.budget is None)
+
+
+def effort_of_step(job: Job, start: Quantization) -> Effort:
+    """What a step of recovery may take."""
+    bounded = job.recipe.budget is None
+    return Effort(start.graph, start.plan, len(job.data), bounded=bounded, least=STEP_SECONDS)
 
 
 def is_calibrated(job: Job, plan: Plan) -> bool:

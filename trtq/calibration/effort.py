@@ -17,6 +17,9 @@ LEAST_SECONDS, MOST_PASSES = 20.0, 100
 """The limit: about so many seconds, or the multiply-accumulates of so many passes over the data, whichever is
 more."""
 
+STEP_SECONDS = 900.0
+"""The same for a step of recovery, which is tried only where calibration alone does not pass."""
+
 NODE_BUILT, NODE_RUN, MAC = 2.5e-4, 3e-6, 1e-10
 """About how many seconds a node takes to be copied, written and loaded, and to run on a row, and how many a
 multiply-accumulate takes, on one core; measured on a 2.5 GHz server processor."""
@@ -36,12 +39,16 @@ class Effort:
         plan: of the graph.
         rows: of the data.
         bounded: False: there is no limit.
+        least: in place of `LEAST_SECONDS`.
     """
 
-    def __init__(self, graph: gs.Graph, plan: Plan, rows: int, *, bounded: bool) -> None:
+    def __init__(
+        self, graph: gs.Graph, plan: Plan, rows: int, *, bounded: bool, least: float | None = None
+    ) -> None:
         self._nodes, self._macs, self._bounded = len(graph.nodes), plan.macs_per_row, bounded
         self._tensors, self._weights = len(plan.tensors), len(plan.weights)
-        self._left = max(LEAST_SECONDS, MOST_PASSES * rows * self._macs * MAC)
+        least = LEAST_SECONDS if least is None else least
+        self._left = max(least, MOST_PASSES * rows * self._macs * MAC)
         self.left_out: list[str] = []
 
     def takes(self, what: str, *seconds: float) -> bool:
@@ -80,6 +87,12 @@ class Effort:
     def _of(self, nodes: int, rows: float) -> float:
         return nodes * (NODE_BUILT + rows * NODE_RUN) + rows * self._macs * MAC
 
+
+TOO_LONG = (
+    f"not tried: on so many nodes and tensors it takes more than about {STEP_SECONDS / 60:.0f} minutes;"
+    " --budget TIME lets it run"
+)
+"""What is said of a step of recovery that does not fit."""
 
 _WHY = (
     f"calibration takes no more than about {LEAST_SECONDS:.0f} s, or {MOST_PASSES} passes over the data;"

@@ -36,7 +36,7 @@ from trtq.calibration.calibrate import (
     with_float32_nodes,
     with_own_ranges,
 )
-from trtq.calibration.effort import LEFT_OUT, Effort
+from trtq.calibration.effort import LEFT_OUT, TOO_LONG, Effort
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.calibration.refine import noise_shares, rows_of_search
 from trtq.calibration.search import Choice, Rows
@@ -49,7 +49,7 @@ from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.recovery.fixes.bias import correct_biases
 from trtq.recovery.fixes.channels import Changed
-from trtq.recovery.fixes.rescale import rescale
+from trtq.recovery.fixes.rescale import is_affordable, rescale
 from trtq.recovery.fixes.rounding import round_weights
 from trtq.recovery.fixes.shift import shift
 from trtq.recovery.fixes.smooth import smooth
@@ -151,6 +151,8 @@ def fix(job: Job, start: Quantization) -> Made:
     Returns:
         nothing where that does not help on the rows held back, and what was tried.
     """
+    if not is_affordable(job, start):
+        return Made(None, False, TOO_LONG)
     before = str(start.notes.get(FIXES, AS_CALIBRATED))
     scaled = None if job.budget.over else rescale(job, replace(start, corrections={}, codes={}))
     if scaled is None:
