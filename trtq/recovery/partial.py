@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from trtq.cache import Key
+from trtq.calibration.calibrate import effort_of_step
 from trtq.cost.placement import Latencies, spared_input
 from trtq.data.samples import Samples
 from trtq.graph.groups import Group, groups
@@ -122,6 +123,12 @@ def rows_to_search(job: Job, start: Quantization) -> Samples:
     runs = RUNS_PER_GROUP * len(groups(start.graph, start.plan))
     affordable = MAC_BUDGET / max(runs * start.plan.macs_per_row, 1)
     return job.parts[0].spread(int(min(max(affordable, FEWEST_ROWS), MOST_ROWS)))
+
+
+def is_searchable(job: Job, start: Quantization) -> bool:
+    """Whether there is time to measure every group alone, each with a model of its own."""
+    effort, runs = effort_of_step(job, start), RUNS_PER_GROUP * len(groups(start.graph, start.plan))
+    return effort.takes("partial", runs * effort.quantized(0))
 
 
 class Search:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from trtq.cache import Key, remove
 from trtq.calibration.calibrate import calibrate, unquantized
+from trtq.calibration.effort import TOO_LONG
 from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_json
 from trtq.gate.drift import gap
@@ -38,7 +39,7 @@ from trtq.recovery.ends import ends_of
 from trtq.recovery.fixes.fix import calibrated, fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made, made_once
-from trtq.recovery.partial import Search, given_away
+from trtq.recovery.partial import Search, given_away, is_searchable
 from trtq.recovery.race import raced
 from trtq.recovery.speed import Point, Speed, is_for_this_gpu, pays, rest_of
 from trtq.recovery.trial import Refusal, asked, objection
@@ -451,6 +452,8 @@ class _Workflow:
         taken, if it is better than the start.
         """
         job, recipe = self.job, self.job.recipe
+        if not is_searchable(job, start.quantization):
+            return Made(None, False, TOO_LONG)
         key = job.key("sensitivity", start.quantization)
         search = Search(job, start.quantization, key, speed=self.speed)
         if not search.whole:

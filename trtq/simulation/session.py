@@ -52,9 +52,8 @@ _HOLDS_WEIGHTS = 1 << 25
 MANY_NODES = 4096
 """Models of more nodes are loaded without a search whose time grows with the square of them."""
 
-_SEARCHES = {"CommonSubexpressionElimination": MANY_NODES, "NchwcTransformer": 16 * MANY_NODES}
-"""ONNX Runtime's searches for nodes that compute the same, and for convolutions that another layout suits;
-both make runs faster. Up to how many nodes each is worth its time."""
+_SMALL_NODE = 1 << 10
+"""Bytes that a node takes in a file, with its weights, below which another layout does not make it faster."""
 
 _FATAL = 4
 """ONNX Runtime's log level: errors are raised, so they are not logged as well."""
@@ -129,6 +128,7 @@ def _session(
     source: str | Path | bytes | Light, options: onnxruntime.SessionOptions, nodes: int
 ) -> onnxruntime.InferenceSession:
     """A session of a model of so many nodes."""
+    left_out = _not_worth_it(source, nodes)
     if isinstance(source, Light):
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(source.folder))
         source = source.model
@@ -136,8 +136,21 @@ def _session(
         source if isinstance(source, bytes) else str(source),
         options,
         providers=execution_providers(),
-        disabled_optimizers=[name for name, most in _SEARCHES.items() if nodes > most],
+        disabled_optimizers=left_out,
     )
+
+
+def _not_worth_it(source: str | Path | bytes | Light, nodes: int) -> list[str]:
+    """ONNX Runtime's searches, for nodes that compute the same and for convolutions that another layout
+    suits, that would take more time for a model of so many nodes than they save."""
+    if nodes <= MANY_NODES:
+        return []
+    small = False
+    if nodes > 2 * MANY_NODES and not isinstance(source, Light):
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        small = size < _SMALL_NODE * nodes
+    layouts = ["NchwcTransformer"] if small or nodes > 16 * MANY_NODES else []
+    return ["CommonSubexpressionElimination", *layouts]
 
 
 def _started(
