@@ -46,7 +46,7 @@ def test_sums_of_the_simulation_are_those_of_the_integers(prepared: Path) -> Non
         for i in range(count):
             a, b = (stored[f"{part}{i}"].astype(np.int64) for part in "ab")
             np.testing.assert_array_equal(a @ b, stored[f"c{i}"])
-            assert stored[f"off{i}"] < 0.1
+            assert stored[f"off{i}"] < 32  # sums of hundreds of products, each rounded to float32
             assert np.abs(stored[f"c{i}"]).max() > 1000
 
 

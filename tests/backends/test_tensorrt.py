@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from contract.bindings import run_checks
+from nets import net
 from small_nets import Net
 
 from trtq.backends import builders, tensorrt, tensorrt_rtx
@@ -121,6 +122,16 @@ def test_rtx_refuses_options_it_ignores(tmp_path: Path) -> None:
         build(strip_weights=True)
     build(workspace=1 << 28)
     assert json.loads(sidecar(tmp_path / "m.plan").read_text())["options"] == {"workspace": str(1 << 28)}
+
+
+@pytest.mark.parametrize(("kind", "found"), [("float", set()), ("float16", {"fp16"}), ("bfloat16", {"bf16"})])
+def test_types_of_16_bits_are_seen_in_a_network(kind: str, found: set[str]) -> None:
+    """A weakly typed build of TensorRT 8.5 fails without FP16 for them."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    model = net(f"g ({kind}[2,8] x) => ({kind}[2,8] y) {{ h = Relu(x) y = Relu(h) }}")
+    network = trt.Builder(trt.Logger()).create_network()
+    assert trt.OnnxParser(network, trt.Logger()).parse(model.SerializeToString())
+    assert tensorrt.half_types(trt, network) == found
 
 
 def test_a_version_11_network_builds_with_the_real_parser_and_builder(tmp_path: Path) -> None:
