@@ -194,24 +194,25 @@ class Ranges:
         bare = ranged(job, Quantization(source.graph, plan, {}, notes=notes), reasons)
         return cls(bare, fitting, whole)
 
-    def of_changed(self, job: Job, source: FloatGraph, tensors: Collection[str]) -> Ranges:
-        """Those of another graph, whose tensors are the same but for the named ones; these are collected.
+    def of_changed(self, job: Job, source: FloatGraph, plan: Plan, tensors: Collection[str]) -> Ranges:
+        """Those of another graph with its plan, whose tensors are the same but for the named ones; these are
+        collected.
 
         A plan without INT8 nodes is possible.
 
         Raises:
             InputError: as collecting.
         """
-        changed = [tensor for tensor in self.bare.plan.tensors if tensor in tensors]
+        bare = replace(self.bare, graph=source.graph, plan=plan)
+        changed = [tensor for tensor in plan.tensors if tensor in tensors]
         if not changed:
-            return replace(self, bare=replace(self.bare, graph=source.graph))
+            return replace(self, bare=bare)
         parts = _both_statistics(job, changed, source)
         fitting, whole = (
             Statistics({**old.histograms, **new.histograms}, new.rows)
             for old, new in zip((self.fitting, self.whole), parts, strict=True)
         )
-        bare = without_ranges_of(replace(self.bare, graph=source.graph), rangeless(parts[1]))
-        return Ranges(bare, fitting, whole)
+        return Ranges(without_ranges_of(bare, rangeless(parts[1])), fitting, whole)
 
     def fitted(self, method: Method) -> Quantization:
         """With scales by one method from the rows to fit on."""

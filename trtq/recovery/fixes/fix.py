@@ -4,7 +4,8 @@ A pass changes the float graph without changing its function, so that its activa
 ranges of what it changed are then measured again. The bias correction makes up for the mean error that is
 left. It comes last, since it belongs to the ranges it was measured with, and every pass is judged with it:
 what a pass gains is often no more than a mean error that a bias takes away for nothing. So is the rounding of
-weights, which changes neither the float graph nor a scale.
+weights, which changes neither the float graph nor a scale. Both are judged without them, too: the mean error
+may be that of a few positions, such as tokens that are outliers, or of padding, and no error of the others.
 
 These put no operator into the engine: they are part of calibration (`calibrated`). Scales that are inserted
 where none can be folded do (`rescale`): they are a step of the workflow, for what does not pass without them.
@@ -285,7 +286,8 @@ class _Improved:
 
 
 def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work) -> _Improved:
-    """The passes that help on the rows held back, one on top of the other, each with biases corrected.
+    """The passes that help on the rows held back, one on top of the other, each with biases corrected and
+    without.
 
     Biases come first, with each method that they may make the best one: what is left of the noise behind them
     is another than what the methods were compared by. Steps that are too much work are left out.
@@ -309,7 +311,7 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
             continue
         wanted, other = tuple(name for name in names if name not in (BIAS, ROUNDING)), None
         if isinstance(what, Method):
-            changed, label = ranges.fitted(what), f"{what} + {BIAS}"
+            changed = ranges.fitted(what)
         elif isinstance(what, Pass):
             if not measured:
                 shares, measured = _shares(job, kept) if work.fits_shares() else None, True
@@ -317,24 +319,23 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
             if other is None:
                 continue
             changed, wanted = other.fitted(method), (*wanted, what.name)
-            label = " + ".join((*wanted, BIAS))
         else:
             changed = replace(kept, corrections={})
             rounded = round_weights(changed, judged, workers=job.recipe.threads)
             if rounded is changed:
                 continue
             changed, wanted = rounded, (*wanted, ROUNDING)
-            label = " + ".join((*wanted, BIAS))
         corrected = correct_biases(changed, judged, SILENT, workers=job.recipe.threads)
-        if corrected is not changed:
-            wanted = (*wanted, BIAS)
-        elif not wanted:
-            continue
-        tried[label] = rows.sqnr_db(corrected, job.console, label)
-        if tried[label] >= best + least:
-            kept, names, best = corrected, wanted, tried[label]
-            method = what if isinstance(what, Method) else method
-            ranges = ranges if other is None else other
+        variants = {} if corrected is changed else {(*wanted, BIAS): corrected}
+        if wanted:
+            variants[wanted] = changed
+        for own, variant in variants.items():
+            label = " + ".join((str(what), *own) if isinstance(what, Method) else own)
+            tried[label] = rows.sqnr_db(variant, job.console, label)
+            if tried[label] >= best + least:
+                kept, names, best = variant, own, tried[label]
+                method = what if isinstance(what, Method) else method
+                ranges = ranges if other is None else other
     found = _Improved(kept, ranges, replace(choice, method=method), names, tried, shares, whole)
     seconds = time.perf_counter() - started
     job.console.say("fixes", f"{found.text()}, on {len(rows.samples)} rows held back in {seconds:.1f} s")
@@ -386,7 +387,7 @@ def _changed(job: Job, ranges: Ranges, change: Pass, shares: Mapping[str, float]
     made = change.change(ranges.bare.graph, plan, job.parts[0], workers=workers, shares=shares)
     if made is None:
         return None
-    changed = ranges.of_changed(job, FloatGraph.of_graph(job.model, made.graph), made.tensors)
+    changed = ranges.of_changed(job, FloatGraph.of_graph(job.model, made.graph), made.plan, made.tensors)
     return changed if changed.bare.plan.int8_nodes else None
 
 
