@@ -257,7 +257,7 @@ def prepare_data(place: Workplace, rows: int | None) -> None:
     """Write `calib.npz` (at most `rows` rows, inputs only) and `eval.npz` (inputs and target)."""
     save_npz(place.eval, place.case.load(place.zoo, "eval"))
     calib = place.case.load(place.zoo, "calib")
-    del calib[place.case.target]
+    calib.pop(place.case.target, None)
     save_npz(place.calib, {name: array[:rows] for name, array in calib.items()})
 
 

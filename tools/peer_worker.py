@@ -43,6 +43,7 @@ from onnxruntime.quantization import CalibrationDataReader
 Arrays = dict[str, np.ndarray]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+MOVERS = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
 class BatchReader(CalibrationDataReader):
@@ -181,15 +182,19 @@ def quantize_aimet(model: Path, data: Arrays, method: str, batch: int, out: Path
         "model_output": {},
     }
     graph = onnx.load(model)
+    makers = {name: node for node in graph.graph.node for name in node.output}
     factors = {name for node in graph.graph.node if node.op_type in LAYERS for name in node.input[:2]}
+    for name in list(factors):  # AIMET has no quantizer behind an operator that only moves values
+        while name in makers and makers[name].op_type in MOVERS:
+            name = makers[name].input[0]
+            factors.add(name)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "tensorrt.json")
         file.write_text(json.dumps(configuration))
         scheme = {"max": "min_max", "sqnr": "tf_enhanced"}[method]
         simulator = QuantizationSimModel(graph, quant_scheme=scheme, config_file=str(file))
         for tensor, quantizer in simulator.qc_quantize_op_dict.items():
-            if tensor not in factors:
-                quantizer.enabled = False
+            quantizer.enabled = tensor in factors
         simulator.compute_encodings(list(BatchReader(data, batch).batches()))
         quantized = simulator.to_onnx_qdq(prequantize_constants=True, force_activation_as="signed")
     onnx.save(quantized, out)
