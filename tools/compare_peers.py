@@ -53,6 +53,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peer_worker import LAYERS, MOVERS
 
 from trtq import files
 from trtq.errors import InputError, TrtqError
@@ -83,7 +84,7 @@ RUNS = (
     "aimet sqnr",
     "quark max",
     "quark percentile",
-    "quark cle-bias",
+    "quark cle",
     "trtq max",
     "trtq mse",
     "trtq modelopts-layers",
@@ -91,10 +92,6 @@ RUNS = (
     "trtq fastest",
     "qdq everywhere",
 )
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-MOVERS = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-"""Operators between a DequantizeLinear and a layer that change no value."""
-
 HALF = ("trtq max", "trtq mse", "trtq deploy")
 """Runs that are repeated, untimed, with what is not quantized in float16."""
 
@@ -378,7 +375,7 @@ def measure(run: str, model: Path, place: Workplace) -> dict[str, Any]:
     from trtq.simulation import similarity
 
     metric = load_metric(place.metric)
-    identity = [files.sha256_file(path) for path in (place.fp32, model, place.eval, Path(__file__))]
+    identity = [files.sha256_file(path) for path in (place.fp32, model, place.eval)]
     builder = [importlib.metadata.version("tensorrt_rtx"), TARGET, ENGINE_BATCH]
     code = code_sha256("trtq.simulation.similarity", "trtq.gate.metrics", "trtq.backends.compiled")
     key = files.sha256_json([*identity, metric.fingerprint, fingerprint(model), *builder, code])
@@ -454,7 +451,8 @@ def simulate(model: Path, data: Path) -> Arrays:
 def describe_file(model: Path) -> dict[str, Any]:
     """What a Q/DQ file holds: `layers`, how many of them are `int8`, and what is `unlike` TensorRT's INT8.
 
-    A layer is a Conv, ConvTranspose, Gemm or MatMul; it is INT8 where both its factors are dequantized.
+    A layer is a Conv, ConvTranspose, Gemm or MatMul; it is INT8 where both its factors are dequantized, maybe
+    before an operator that only moves values.
     """
     import onnx
 

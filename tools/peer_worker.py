@@ -22,7 +22,8 @@ CALIB.npz holds one array per model input, first axis = rows. TOOL and METHOD:
                                      activations and float biases
     quark     max | percentile       AMD Quark: Int8Spec, MinMax or Percentile (its default), weights per
                                      channel, only Conv, ConvTranspose, Gemm and MatMul, float biases
-              cle-bias               Percentile, cross-layer equalization and bias correction
+              cle                    Percentile and cross-layer equalization. Its bias correction needs biases
+                                     that are quantized (0.13 fails with a KeyError without them)
 
 It knows nothing of trtq, so that its time and memory are the peer's alone.
 """
@@ -43,7 +44,8 @@ from onnxruntime.quantization import CalibrationDataReader
 Arrays = dict[str, np.ndarray]
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-MOVERS = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+MOVERS = ("Flatten", "Identity", "MaxPool", "Pad", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators whose output holds values of their first input, and zeros."""
 
 
 class BatchReader(CalibrationDataReader):
@@ -196,13 +198,13 @@ def quantize_aimet(model: Path, data: Arrays, method: str, batch: int, out: Path
         for tensor, quantizer in simulator.qc_quantize_op_dict.items():
             quantizer.enabled = tensor in factors
         simulator.compute_encodings(list(BatchReader(data, batch).batches()))
-        quantized = simulator.to_onnx_qdq(prequantize_constants=True, force_activation_as="signed")
+        quantized = simulator.to_onnx_qdq(force_activation_as="signed")
     onnx.save(quantized, out)
 
 
 def quantize_quark(model: Path, data: Arrays, method: str, batch: int, out: Path) -> None:
     """AMD Quark's post-training quantization for ONNX."""
-    from quark.onnx import BiasCorrectionConfig, CLEConfig, Int8Spec, ModelQuantizer, QConfig, QLayerConfig
+    from quark.onnx import CLEConfig, Int8Spec, ModelQuantizer, QConfig, QLayerConfig
     from quark.onnx.quantization.config.spec import CalibMethod, QuantGranularity
 
     calibration = CalibMethod.MinMax if method == "max" else CalibMethod.Percentile
@@ -213,7 +215,7 @@ def quantize_quark(model: Path, data: Arrays, method: str, batch: int, out: Path
                 calibration_method=CalibMethod.MinMax, quant_granularity=QuantGranularity.Channel
             ),
         ),
-        algo_config=[CLEConfig(), BiasCorrectionConfig()] if method == "cle-bias" else [],
+        algo_config=[CLEConfig()] if method == "cle" else [],
         OpTypesToQuantize=list(LAYERS),
         QuantizeBias=False,
     )
