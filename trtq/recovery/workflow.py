@@ -53,8 +53,8 @@ PARTED_DB = 6.0
 
 ABOUT = 1.35
 """Times the latency of the fastest plan: what is said to be within runs in the race on the GPU, too. What
-layers take one by one is not what an engine takes: on an H200 a plan said to take 98 µs took 129, and one with every
-layer in INT8, said to take 129, took 123."""
+layers take one by one is not what an engine takes: on an H200 a plan said to take 98 µs took 129, and one
+with every layer in INT8, said to take 129, took 123."""
 
 MOST_GATES, CLOSE = 8, 1.25
 """How often partial quantization asks the gate how much noise is little enough, and how close is enough."""
