@@ -63,6 +63,7 @@ def case(tmp_path: Path) -> Case:
 def deployed(case: Case, output: Path, *more: str) -> tuple[Run, Sequence[dict]]:
     options = ("--backend", "tensorrt", "--method", "max", "--objective", "int8", "--max-drop", "10%", *more)
     made = trtq_command(*deploy_arguments(case, output, *options))
+    assert made.code in (0, 1), made.err
     return made, json.loads((output / "workflow.json").read_text())
 
 
@@ -104,7 +105,10 @@ def test_no_accuracy_is_recovered_where_every_engine_is_wrong(
     ] * 3
 
 
-def test_what_quantization_costs_is_not_laid_to_the_engine(case: Case, tmp_path: Path) -> None:
+def test_what_quantization_costs_is_not_laid_to_the_engine(
+    case: Case, tmp_path: Path, wrong: Callable[[Damaged], None]
+) -> None:
+    wrong(lambda proto: False)
     made, _ = deployed(case, tmp_path / "out", "--min-sqnr", "60", "--recover", "none")
     assert made.code == 1
     assert "does not compute its model" not in made.err

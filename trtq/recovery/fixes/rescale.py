@@ -32,7 +32,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.backends.builders import NO_ENGINE
-from trtq.calibration.calibrate import with_float32_nodes
+from trtq.calibration.calibrate import effort_of_step, with_float32_nodes
 from trtq.calibration.refine import BATCH, LEAST_DB, Alone
 from trtq.calibration.search import Rows
 from trtq.data.batches import Arrays
@@ -322,6 +322,13 @@ def rescale(job: Job, start: Quantization) -> Quantization | None:
         return None
     made = _scaled(start, chosen)
     return with_float32_nodes(job, made)
+
+
+def is_affordable(job: Job, start: Quantization) -> bool:
+    """Whether there is time to try scales at every place, one after the other."""
+    sites, effort = len(find_sites(start.graph, start.plan)), effort_of_step(job, start)
+    runs = sites * MOST_TRIED * min(MOST_ROWS, len(job.parts[1]))
+    return effort.takes("rescale", effort.alone(sites * FEW_ROWS), effort.quantized(runs))
 
 
 def _learned(start: Quantization, site: Site) -> bool:
