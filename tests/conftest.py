@@ -13,6 +13,13 @@ SLOW_FIXTURES = {"zoo", "pool"}
 """Trained models, and processes that import everything anew."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """No test sees a GPU but those marked `gpu`, since what a job decides depends on the machine it runs on,
+    and those that have a stand-in for one (`standin.machine`)."""
+    if config.getoption("markexpr") != "gpu" and "TRTQ_STANDIN_GPU" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use a slow fixture; others are marked where they stand."""
@@ -30,6 +37,18 @@ def trtq_run() -> Callable[..., Run]:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
     monkeypatch.setenv("TRTQ_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def gpu_for_rtx() -> None:
+    """A GPU that engines of TensorRT for RTX run on."""
+    from trtq.backends.builders import runs_on
+    from trtq.backends.interface import find_gpu
+
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    gpu = find_gpu()
+    if gpu is None or not runs_on("tensorrt-rtx", gpu.compute_capability):
+        pytest.skip(f"TensorRT for RTX runs no engines on {gpu.name if gpu else 'this machine'}")
 
 
 @pytest.fixture(scope="session")

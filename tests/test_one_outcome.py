@@ -55,10 +55,6 @@ def answers(case: Case, folder: Path, *options: str) -> tuple[str, dict[str, str
 def test_every_place_says_the_same(
     gate: str, missed: tuple[str, ...], engine: tuple[str, ...], small: Case, tmp_path: Path
 ) -> None:
-    from trtq.backends.interface import find_gpu
-
-    if engine and find_gpu() is not None:
-        pytest.skip("there is a GPU")
     checks = [option for name, options in CHECKS.items() for option in options[name in missed]]
     found, said, last = answers(small, tmp_path / "out", "--recover", "none", *GATES[gate], *checks, *engine)
     if engine:  # only what is read from the engine counts, and a simulated fail is none

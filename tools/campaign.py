@@ -57,7 +57,7 @@ TURNS = [*["calibrate", "deploy", "sensitivity"] * 3, "study"]
 
 PARALLEL = "--parallel loky:2"
 
-_TIMES = re.compile(r"seconds|time|created|date|command|path|file")
+_TIMES = re.compile(r"seconds|time|created|date|^made$|command|path|file")
 """Keys of JSON values that say when, how long and where."""
 
 

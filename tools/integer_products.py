@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -18,11 +17,13 @@ MOST_PRODUCTS, MOST_ROWS = 6, 64
 def integer_products(model: Path, rows: Samples) -> dict[str, np.ndarray]:
     """Operands and sums of INT8 products of a Q/DQ model, as the simulation has them on a batch of rows.
 
-    For MatMul and Gemm, and for Conv as the product of patches and filters. The sums are those that the
-    simulation's floating-point results stand for: `y / (scale of x * scale of w)`, rounded.
+    For MatMul and Gemm, and for Conv as the product of patches and filters. The sums are exact; how far the
+    simulation's floating-point results are from them is told.
 
     Returns:
-        `a<i>` (rows, K) and `b<i>` (K, columns) int8, `c<i>` int32, `off<i>`: how far it was from integers.
+        `a<i>` (rows, K) and `b<i>` (K, columns) int8, `c<i>` = a @ b int32, `off<i>`: the largest difference
+        of the simulation's `y` from `c * scale of x * scale of w + bias`, in roundings of float32 (2^-24) of
+        the largest such value.
     """
     graph = load_model(model).graph
     nodes = [node for node in graph.nodes if _int8_product(node)]
@@ -36,14 +37,16 @@ def integer_products(model: Path, rows: Samples) -> dict[str, np.ndarray]:
     for node in nodes:
         x, w, x_scale, w_scale, y = (values[t.name] for t in (*_codes(node), *_scales(node), node.outputs[0]))
         bias = node.inputs[2].values if len(node.inputs) > 2 and node.op in ("Conv", "Gemm") else 0
-        a, b, c = _as_matrices(node, x, w, y, bias, x_scale, w_scale)
+        a, b, y = _as_matrices(node, x, w, y)
         if (key := b.shape) in shapes or len(shapes) == MOST_PRODUCTS:
             continue
         shapes.add(key)
         index = len(shapes) - 1
-        sums = np.rint(c)
-        found |= {f"a{index}": a[:MOST_ROWS], f"b{index}": b, f"c{index}": sums[:MOST_ROWS].astype(np.int32)}
-        found[f"off{index}"] = np.array(np.abs(c - sums).max())
+        a, y = a[:MOST_ROWS], y[:MOST_ROWS]
+        sums = a.astype(np.int64) @ b.astype(np.int64)
+        exact = sums * (np.float64(x_scale) * np.float64(w_scale).reshape(-1)) + bias
+        found |= {f"a{index}": a, f"b{index}": b, f"c{index}": sums.astype(np.int32)}
+        found[f"off{index}"] = np.array(np.abs(y - exact).max() / np.abs(exact).max() * 2.0**24)
         found[f"name{index}"] = np.array(f"{node.op} {node.name}")
     return found
 
@@ -70,17 +73,14 @@ def _scales(node: gs.Node) -> list[gs.Tensor]:
 
 
 def _as_matrices(
-    node: gs.Node, x: np.ndarray, w: np.ndarray, y: np.ndarray, bias: Any, x_scale: Any, w_scale: Any
+    node: gs.Node, x: np.ndarray, w: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A product as (rows, K), (K, columns), and the sums (rows, columns) in float64 that its result means."""
-    per_column = np.float64(x_scale) * np.float64(w_scale).reshape(-1)
+    """A product as (rows, K), (K, columns) and its result (rows, columns)."""
     if node.op == "Conv":
         a, b = _patches(node, x, w), w.reshape(len(w), -1).T
-        c = y.transpose(0, *range(2, y.ndim), 1).reshape(len(a), -1)
-    else:
-        b = w.T if node.attrs.get("transB", 0) else w
-        a, c = x.reshape(-1, len(b)), y.reshape(-1, b.shape[-1])
-    return a, b, (c.astype(np.float64) - bias) / per_column
+        return a, b, y.transpose(0, *range(2, y.ndim), 1).reshape(len(a), -1)
+    b = w.T if node.attrs.get("transB", 0) else w
+    return x.reshape(-1, len(b)), b, y.reshape(-1, b.shape[-1])
 
 
 def _patches(node: gs.Node, x: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -1,15 +1,23 @@
 """The command line: `trtq`, or `python -m trtq`."""
 
+import atexit
+import contextlib
 import gc
 import os
 import signal
 import sys
+import threading
+import time
 
 from trtq import stops
 
 GARBAGE = (50_000, 5, 2)
 """Thresholds of Python's search for garbage (`gc.set_threshold`). With its own, it looks at the objects of a
 large graph again and again while it is made; with these a third of the time, and copies still go early."""
+
+
+PATIENCE = 5.0
+"""Seconds that threads of the user's own code have to end when all else is done."""
 
 
 def main() -> int:
@@ -29,7 +37,28 @@ def main() -> int:
         except KeyboardInterrupt:
             code = stops.ended()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Python winds up
+    _leave_threads(code)
     return code
+
+
+def _leave_threads(code: int) -> None:
+    """End the process where threads that the user's code started do not end: Python would wait for them.
+
+    A metric may have left one, and whoever waits for the verdict would wait forever.
+    """
+    pools = sys.modules.get("concurrent.futures.thread")
+    ours = set(pools._threads_queues) if pools else set()  # they end when Python does
+    own = {threading.main_thread(), threading.current_thread(), *ours}
+    left = [thread for thread in threading.enumerate() if not thread.daemon and thread not in own]
+    end = time.monotonic() + PATIENCE
+    for thread in left:
+        thread.join(max(end - time.monotonic(), 0))
+    if any(thread.is_alive() for thread in left):
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ from typing import TYPE_CHECKING, Any
 from trtq.backends.interface import Build
 from trtq.console import Console, in_notebook
 from trtq.data.memory import Data
-from trtq.errors import InputError, TrtqError, TrtqWarning
+from trtq.errors import InputError, TrtqError, TrtqWarning, shown
 from trtq.escapes import html_table
 from trtq.graph.memory import ModelInMemory, model_in_memory
 from trtq.options import Options
+from trtq.paths import Output, check_recipe
 from trtq.recipe import KINDS, Recipe, flag
 from trtq.scratch import scratch_folder
 
@@ -140,6 +141,7 @@ def calibrate(
         from trtq.job import Job
 
         step.needs("model", "data")
+        check_recipe(step.recipe, Output.FILE, (".json",))
         job = Job.open(step.recipe, step.console)
         table = complete_table(job, calibrated(job, job.place()))
         if step.recipe.output is not None:
@@ -220,7 +222,9 @@ def quantize(
         from trtq import pipeline
 
         step.needs("model")
-        quantization, graph = pipeline.quantize(step.recipe, step.file_of(table), step.console)
+        scales = step.file_of(table)
+        check_recipe(step.recipe, Output.FILE, (".data",), table=scales)
+        quantization, graph = pipeline.quantize(step.recipe, scales, step.console)
         output = step.recipe.output
         made = Quantized(quantization, graph, None if output is None else Path(output))
         if output is not None:
@@ -256,6 +260,7 @@ def sensitivity(
         from trtq import pipeline
 
         step.needs("model", "data")
+        check_recipe(step.recipe, Output.FILE, ())
         found = pipeline.sensitivity(step.recipe, step.console, all_but_one=all_but_one, fast=fast)
         if step.recipe.output is not None:
             found.save(step.recipe.output)
@@ -349,6 +354,7 @@ def study(
         from trtq.study import write_study
 
         step.needs("model", "data", "eval", "metric")
+        check_recipe(step.recipe, Output.FOLDER, ("study.json", "study.txt", "study.svg"))
         found = studied(step.recipe, step.console)
         if step.recipe.output is not None:
             write_study(found, step.recipe.output, step.console)
@@ -544,6 +550,8 @@ class _Step:
             if options.get("model") is not None:
                 raise TypeError(f"{self.name}() got two models")
             options["model"] = model
+        if recipe is not None and not isinstance(recipe, Recipe | str | os.PathLike):
+            raise InputError(f"recipe is {shown(recipe)}", remedy="give a trtq.Recipe, or a recipe's file")
         if recipe is None or not isinstance(recipe, Recipe):
             recipe = Recipe() if recipe is None else Recipe.load(recipe)
         self.recipe = recipe.changed(options)

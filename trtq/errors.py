@@ -88,7 +88,7 @@ def shown(value: object) -> str:
     """A value that somebody gave, as a message has it: not of any length, and whatever it is."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # integers of thousands of digits, and lists of lists
+    except Exception:  # integers of thousands of digits, lists of lists, and whatever its own code raises
         text = f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 

@@ -420,7 +420,8 @@ class Recipe:
     )
     budget: float | None = _option(
         "time after which no further step is begun, and searching (for ranges, too) and learning stop, such"
-        " as 90s, 10m, 1h; collecting statistics, the build and the gate are not cut short",
+        " as 90s, 10m, 1h; collecting statistics, the build and the gate are not cut short; without it, work"
+        " that would take too long on a model of many thousand nodes is left out",
         DURATION,
         metavar="TIME",
     )

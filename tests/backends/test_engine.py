@@ -13,7 +13,7 @@ import pytest
 
 from trtq.backends import runner
 from trtq.backends.engine import fingerprint, run_engine
-from trtq.backends.interface import Gpu, find_gpu
+from trtq.backends.interface import Gpu
 from trtq.data.samples import InputSpec, Samples
 from trtq.errors import InputError, MissingBackendError
 
@@ -43,17 +43,20 @@ def build_engine(path: Path, model: Path) -> Path:
     return path
 
 
-def test_an_engine_runs_on_a_gpu_or_says_what_is_missing(tmp_path: Path) -> None:
-    model = negation(tmp_path / "m.onnx")
-    plan = build_engine(tmp_path / "m.plan", model)
+@pytest.mark.gpu
+def test_an_engine_runs_on_the_gpu(tmp_path: Path, gpu_for_rtx: None) -> None:
+    plan = build_engine(tmp_path / "m.plan", negation(tmp_path / "m.onnx"))
     x = np.random.default_rng(0).normal(size=(17, 3)).astype(np.float32)
-    if find_gpu():
-        found = run_engine(plan, samples_of(x))
-        assert found.executor == "engine"
-        np.testing.assert_array_equal(found.arrays["y"], -x)
-    else:
-        with pytest.raises(MissingBackendError, match="gate the quantized ONNX model"):
-            run_engine(plan, samples_of(x))
+    found = run_engine(plan, samples_of(x))
+    assert found.executor == "engine"
+    np.testing.assert_array_equal(found.arrays["y"], -x)
+
+
+def test_an_engine_says_what_is_missing(tmp_path: Path) -> None:
+    plan = build_engine(tmp_path / "m.plan", negation(tmp_path / "m.onnx"))
+    x = np.zeros((1, 3), np.float32)
+    with pytest.raises(MissingBackendError, match="gate the quantized ONNX model"):
+        run_engine(plan, samples_of(x))
     with pytest.raises(InputError, match="cannot read the file"):
         run_engine(tmp_path / "none.plan", samples_of(x))
 

@@ -30,6 +30,11 @@ def test_costs_of_layers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_engines_that_do_not_compute_their_models(tmp_path: Path) -> None:
+    run_checks("check_parted.py", tmp_path)
+
+
+@pytest.mark.slow
 def test_the_fastest_engine_is_found_by_timing(tmp_path: Path) -> None:
     run_checks("check_race.py", tmp_path)
 

@@ -16,13 +16,14 @@ import numpy as np
 import onnx
 import pytest
 from contract.bindings import run_checks
+from nets import net
 from small_nets import Net
 
 from trtq.backends import builders, tensorrt, tensorrt_rtx
 from trtq.backends.builders import builder, chosen, describe_engine, engine_package
 from trtq.backends.calibrators import DataCalibrator, TableCalibrator
 from trtq.backends.dialect import dialect_of
-from trtq.backends.interface import BuildOptions, Gpu, Range, find_gpu
+from trtq.backends.interface import BuildOptions, Gpu, Range
 from trtq.backends.network import compile_plan, logger, optimization_profile, use_timing_cache
 from trtq.backends.record import sidecar
 from trtq.calibration.table import Table
@@ -33,7 +34,6 @@ from trtq.graph.inputs import InputSpec
 from trtq.job import for_builder, with_timing_cache
 from trtq.recipe import Recipe
 
-NO_GPU = find_gpu() is None
 GPU = Gpu("A100", "8.0", "570.86")
 
 
@@ -118,11 +118,20 @@ def test_rtx_refuses_options_it_ignores(tmp_path: Path) -> None:
     for options in ({"optimization_level": 5}, {"hardware_compatible": True}, {"version_compatible": True}):
         with pytest.raises(InputError, match=f"TensorRT for RTX has no option {next(iter(options))}"):
             build(**options)
-    if NO_GPU:
-        with pytest.raises(MissingBackendError, match="refittable engines on a GPU only"):
-            build(strip_weights=True)
+    with pytest.raises(MissingBackendError, match="refittable engines on a GPU only"):
+        build(strip_weights=True)
     build(workspace=1 << 28)
     assert json.loads(sidecar(tmp_path / "m.plan").read_text())["options"] == {"workspace": str(1 << 28)}
+
+
+@pytest.mark.parametrize(("kind", "found"), [("float", set()), ("float16", {"fp16"}), ("bfloat16", {"bf16"})])
+def test_types_of_16_bits_are_seen_in_a_network(kind: str, found: set[str]) -> None:
+    """A weakly typed build of TensorRT 8.5 fails without FP16 for them."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    model = net(f"g ({kind}[2,8] x) => ({kind}[2,8] y) {{ h = Relu(x) y = Relu(h) }}")
+    network = trt.Builder(trt.Logger()).create_network()
+    assert trt.OnnxParser(network, trt.Logger()).parse(model.SerializeToString())
+    assert tensorrt.half_types(trt, network) == found
 
 
 def test_a_version_11_network_builds_with_the_real_parser_and_builder(tmp_path: Path) -> None:
@@ -254,7 +263,6 @@ def test_calibration_runs_at_the_shapes_of_the_batches(tmp_path: Path) -> None:
         optimization_profile(built, network, tensorrt.calibration_profile(fed, profile), {}, tmp_path)
 
 
-@pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")
 def test_without_gpu_or_package(tmp_path: Path) -> None:
     with pytest.raises(MissingBackendError, match=r"TensorRT is not installed|on a GPU only"):
         tensorrt.build(tmp_path / "m.onnx", tmp_path / "m.plan")

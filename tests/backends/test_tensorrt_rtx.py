@@ -15,7 +15,7 @@ import pytest
 from small_nets import Net
 
 from trtq.backends import tensorrt_rtx
-from trtq.backends.interface import Build, Range, ValuedProfile
+from trtq.backends.interface import Build, Gpu, Range, ValuedProfile
 from trtq.backends.record import sidecar
 from trtq.errors import InputError, MissingBackendError
 
@@ -95,12 +95,32 @@ def test_default_target_is_the_gpu_here_or_the_builders_set(
     assert named == list(result.targets) if result.targets else {"8.0", "8.6", "8.9", "12.0"} <= set(named)
 
 
-def test_the_gpu_here_is_no_target_without_one(
-    quantized: onnx.ModelProto, build_engine: Callable[..., Build], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gpu", "cause"),
+    [
+        (None, "no GPU or no NVIDIA driver"),
+        (Gpu("NVIDIA H200", "9.0"), "does not run on NVIDIA H200, compute capability 9.0"),
+    ],
+)
+def test_the_gpu_here_is_no_target_where_no_engine_runs(
+    gpu: Gpu | None,
+    cause: str,
+    quantized: onnx.ModelProto,
+    build_engine: Callable[..., Build],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tensorrt_rtx, "find_gpu", lambda: None)
-    with pytest.raises(MissingBackendError, match="is the GPU in this machine"):
+    """For an H200 the builder makes one without a word, and it loads nowhere."""
+    monkeypatch.setattr(tensorrt_rtx, "find_gpu", lambda: gpu)
+    with pytest.raises(MissingBackendError, match="is the GPU in this machine") as refused:
         build_engine(quantized, targets=["current"], profile=PROFILE)
+    assert cause in str(refused.value.cause)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"), [("7.5", True), ("8.7", False), ("8.9", True), ("9.0", False), ("12.3", True)]
+)
+def test_gpus_that_engines_run_on(capability: str, runs: bool) -> None:
+    assert tensorrt_rtx.runs_on(capability) == runs
 
 
 def test_unknown_target(quantized: onnx.ModelProto, build_engine: Callable[..., Build]) -> None:

@@ -65,6 +65,26 @@ def test_figures_are_those_of_the_tensors() -> None:
     assert found["m"].high == pytest.approx(truth["m"].max(), rel=1e-5)
 
 
+@pytest.mark.parametrize("opset", [17, 18])
+def test_many_small_tensors_of_one_shape(opset: int) -> None:
+    """They are looked at together, with others of other shapes and sizes between them."""
+    steps = [f"a{i} = MatMul(a{i - 1}, w)\n s{i} = ReduceMax<keepdims = 0>(a{i})" for i in range(1, 15)]
+    wide = [f"b{i} = MatMul({f'b{i - 1}' if i else 'a14'}, {'v' if i else 'u'})" for i in range(9)]
+    scalars = ", ".join(f"s{i}" for i in range(1, 15))
+    lines = "\n".join(["a0 = Relu(x)", *steps, *wide, f"y = Sum(b8, {scalars})"])
+    text = f"g (float[N,6] x) => (float[N,5] y) {{ {lines} }}"
+    model = net(text, opset=opset, w=normal(6, 6) / 2, u=normal(6, 5), v=normal(5, 5) / 2)
+    rows = normal(3, 6, seed=1)
+    found = measure_extents(folded(model), samples_of(x=rows))
+    assert list(found) == ["x", *(node.output[0] for node in model.graph.node)]
+    truths = [values_of(model, {"x": rows[i : i + 1]}) for i in range(3)]
+    for name, extent in found.items():
+        values = np.concatenate([np.ravel(truth[name]) for truth in truths]).astype(np.float64)
+        assert (extent.low, extent.high) == pytest.approx((values.min(), values.max()), rel=1e-5)
+        assert extent.count == values.size
+        assert extent.energy == pytest.approx((values**2).sum(), rel=1e-5)
+
+
 def test_an_empty_tensor_reaches_nowhere() -> None:
     graph = folded(
         net(

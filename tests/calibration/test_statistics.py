@@ -468,3 +468,18 @@ def test_memory_of_few_values_is_theirs() -> None:
         assert tracemalloc.get_traced_memory()[0] / 100 < BINS * 8 / 50
     finally:
         tracemalloc.stop()
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=4), min_size=1, max_size=60))
+def test_many_small_parts_are_the_whole(parts: list[list[float]]) -> None:
+    """Also once other histograms were added, and their values lie further out."""
+    arrays = [np.array(part, np.float32) for part in parts]
+    whole = np.concatenate([*arrays, np.array([5e3, -7e3], np.float32), *arrays])
+    made = histogram(*arrays)
+    made.merge(histogram(np.array([5e3, -7e3], np.float32)))
+    again = histogram(*arrays)
+    again.merge(made)
+    counts, exponent = reference(whole)
+    assert (again.exponent, again.low, again.high) == (exponent, whole.min(), whole.max())
+    np.testing.assert_array_equal(again.counts, counts)
+    assert again.total == whole.size

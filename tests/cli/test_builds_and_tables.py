@@ -13,7 +13,6 @@ import pytest
 from jobs import Deployed, Run
 
 import trtq
-from trtq.backends.interface import find_gpu
 from trtq.calibration.table import Table
 from trtq.errors import ExitCode
 from trtq.graph.plan import Plan
@@ -90,7 +89,6 @@ def test_gate_compares_tensor_by_tensor(trtq_run: Command, demo: Deployed, tmp_p
     assert "* A fix changed what it holds" in run.out
 
 
-@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU: engines run")
 def test_two_engines_need_a_gpu(trtq_run: Command, demo: Deployed) -> None:
     plan = demo.folder / "model.plan"
     run = trtq_run("gate", plan, plan, "--eval", EVAL, "--metric", "top1")
@@ -140,7 +138,6 @@ def test_migrate_gates_what_the_table_gives(trtq_run: Command, demo: Deployed, t
     }
 
 
-@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU: engines are timed")
 def test_bench_without_a_gpu_says_that_it_is_static(trtq_run: Command, demo: Deployed) -> None:
     run = trtq_run("bench", demo.folder / "model.plan")
     assert run.code == ExitCode.PASS

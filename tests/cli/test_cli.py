@@ -248,10 +248,6 @@ def passed(demo: Deployed, tmp_path: Path) -> Path:
 def test_no_pass_of_an_earlier_job_stays(
     more: tuple[str, ...], code: int, error: str | None, small: Case, passed: Path, trtq_run: Command
 ) -> None:
-    from trtq.backends.interface import find_gpu
-
-    if find_gpu() is not None and error is None:
-        pytest.skip("there is a GPU")
     run = trtq_run(*deploy_arguments(small, passed, "--method", "max", *more))
     assert run.code == code
     assert (passed / "mine.json").read_text() == "{}"
@@ -307,10 +303,6 @@ def test_gate_leaves_its_error_in_the_file_of_junit(small: Case, tmp_path: Path,
 
 
 def test_exit_4_for_an_engine_without_a_gpu(demo: Deployed, small: Case, trtq_run: Command) -> None:
-    from trtq.backends.interface import find_gpu
-
-    if find_gpu() is not None:
-        pytest.skip("there is a GPU")
     engine = demo.folder / "model.plan"
     run = trtq_run("gate", small.model, engine, "--eval", small.data, "--metric", "top1")
     assert_refused(run, "an engine runs only on an NVIDIA GPU", code=ExitCode.MISSING_BACKEND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -428,3 +429,37 @@ def test_however_rows_are_cut_they_are_the_same(
         single = load_samples(Data(list(zip(x, y, strict=True))), specs)
         assert single.hash == whole.hash or not native or labels == "U3"
         np.testing.assert_array_equal(single.targets["labels"], y)
+
+
+# --- what has no end ----------------------------------------------------------------------------------
+
+
+def test_an_iterable_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "MOST_ITEMS", 50)
+    with pytest.raises(InputError, match="more than 50 items, and may have no end"):
+        load_samples(Data({"x": X[0]} for _ in itertools.count()), IMAGE)
+    assert len(load_samples(Data({"x": X[0]} for _ in range(50)), IMAGE)) == 50
+    assert len(load_samples(Data([{"x": X[0]}] * 60), IMAGE)) == 60  # it says how long it is
+    (tmp_path / "feeds.py").write_text(
+        "import itertools, numpy as np\n"
+        "def feeds():\n"
+        "    return ({'x': np.zeros((1, 3, 4, 4), np.float32)} for _ in itertools.count())\n"
+    )
+    with pytest.raises(InputError, match="more than 50 items, and may have no end"):
+        load_samples(f"{tmp_path / 'feeds.py'}:feeds", IMAGE)
+
+
+def test_items_do_not_fill_disk_or_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "LEAST_FREE", 1 << 60)
+    monkeypatch.setattr(memory, "_LOOKED_AFTER", 10 * X[0].nbytes)
+    with pytest.raises(InputError, match=r"cannot be kept on disk") as caught:
+        load_samples(Data({"x": X[0]} for _ in itertools.count()), IMAGE)
+    assert "the 10 items before have filled the disk" in str(caught.value)
+    monkeypatch.setattr("trtq.data.load.MOST_WHOLE", 10 * X[0].nbytes)
+    (tmp_path / "feeds.py").write_text(
+        "import itertools, numpy as np\n"
+        "def feeds():\n"
+        "    return ({'x': np.zeros((1, 3, 4, 4), np.float32)} for _ in itertools.count())\n"
+    )
+    with pytest.raises(InputError, match=r"the first 11 items have 0\.0 GB"):
+        load_samples(f"{tmp_path / 'feeds.py'}:feeds", IMAGE)

@@ -14,6 +14,19 @@ from trtq.errors import InputError
 from trtq.graph.inputs import InputSpec, fixed_batch
 
 
+class Apart:
+    """A column whose rows are read one by one, unlike those of an array."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def __len__(self):
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        return self._rows[index]
+
+
 def samples_of(rows, dtype=np.float32, shape=("N", None), **targets):
     spec = InputSpec("x", np.dtype(dtype), shape)
     return Samples("here.npz", (spec,), {"x": rows}, targets, "0" * 64)
@@ -197,3 +210,29 @@ def test_a_part_has_a_hash_of_its_own() -> None:
         == samples.subset(range(1, 3)).hash
     )
     assert len({samples.subset(g).hash for g in ([], [0], [0, 1], [1, 0])}) == 4
+
+
+@given(
+    st.sampled_from([(), (3,), (2, 0), (5, 4000)]),
+    st.sampled_from([np.float32, np.float64]),
+    st.lists(st.integers(0, 29), min_size=1, max_size=30),
+)
+def test_rows_of_an_array_are_those_that_are_read_one_by_one(shape, dtype, picked) -> None:
+    array = np.random.default_rng(0).normal(size=(30, *shape)).astype(dtype)
+    dims = ("N", *[None] * len(shape))
+    found = samples_of(array, shape=dims).subset(picked).rows()
+    expected = samples_of(Apart(array), shape=dims).subset(picked).rows()
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine["x"], theirs["x"])
+        assert mine["x"].dtype == theirs["x"].dtype == np.float32
+        assert mine["x"].shape == theirs["x"].shape == (1, *shape)
+        assert mine["x"].flags.c_contiguous
+
+
+def test_rows_of_an_array_are_given_up_to_the_one_that_is_refused() -> None:
+    array = np.zeros((30, 3), np.float32)
+    array[17, 1] = np.nan
+    rows = samples_of(array).rows()
+    assert [next(rows)["x"].shape for _ in range(17)] == [(1, 3)] * 17
+    with pytest.raises(InputError, match="row 17 of input 'x' holds NaN"):
+        next(rows)

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from trtq.backends import runner
 from trtq.backends.engine import fingerprint, input_specs
-from trtq.backends.interface import Gpu, find_gpu
+from trtq.backends.interface import Gpu
 from trtq.cache import Cache, Key
 from trtq.console import SILENT, Console
 from trtq.data.load import load_samples
@@ -175,7 +175,6 @@ def test_without_its_gpu_nothing_is_taken_for_the_outputs_of_an_engine(
         outputs_of(engine, SAMPLES, PLAIN, cache, SILENT, label="engine")
 
 
-@pytest.mark.skipif(find_gpu() is not None, reason="there is a GPU: the engine runs")
 @pytest.mark.parametrize("options", [(), ("--require-engine",)])
 def test_a_planted_entry_is_no_measurement(
     engine: Path,

@@ -72,6 +72,8 @@ def all_cases(seed: int = 0, scale: int = 1) -> Iterator[Hostile]:
     yield from recipes(source, 60 * scale)
     yield from options()
     yield from files()
+    yield from tables()
+    yield from profiles()
 
 
 def calibrate(*more: str) -> tuple[str, ...]:
@@ -187,6 +189,7 @@ def npz(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
 WHOLE = {
     *("no rows", "no shape", "complex", "dates", "texts", "wrong columns", "not a number", "infinity"),
     *("no members", "other name", "fewer targets"),
+    *("a name from the root", "a name from above", "an empty name", "arrays of a half"),
 }
 """Archives whose bytes are what they say, of arrays that no job can use: `inspect` describes them."""
 
@@ -271,9 +274,35 @@ def _odd_archives() -> dict[str, bytes]:
         "the name twice": npz({f"{X}.npy": rows, X: rows}),
         "other name": npz({"other.npy": rows}),
         "fewer targets": npz({f"{X}.npy": rows, "labels.npy": npy("(7,)", _rows()[:28])}),
+        "encrypted": _changed(good, {6: b"\1"}, {8: b"\1"}),
+        "compressed by no known method": _changed(good, {8: b"\x63"}, {10: b"\x63"}),
+        "compressed by LZMA, it says": _changed(good, {8: b"\x0e"}, {10: b"\x0e"}),
+        "a member behind the end": _changed(good, {}, {42: struct.pack("<I", 1 << 31)}),
+        "a folder": npz({f"{X}/": b""}),
+        "a folder beside": npz({f"{X}.npy": rows, "labels/": b""}),
+        "a name from the root": npz({f"/{X}.npy": rows}),
+        "a name from above": npz({f"../../{X}.npy": rows}),
+        "an empty name": npz({".npy": rows}),
+        "70 kB of comment": good + bytes(70000),
+        "arrays of a half": npz({f"{X}.npy": npy("(48, 4)", _rows(), "'<f2'")}),
+        "a list as dtype": npz({f"{X}.npy": npy("(24, 4)", _rows(), "['<f4']")}),
+        "a dict as dtype": npz({f"{X}.npy": npy("(24, 4)", _rows(), "{'names': [], 'formats': []}")}),
+        "arrays as values": npz({f"{X}.npy": npy("(24,)", _rows(), "('<f4', (4,))")}),
+        "a tuple in the shape": npz({f"{X}.npy": npy("(24, (4,))", _rows())}),
+        "a fraction in the shape": npz({f"{X}.npy": npy("(24.0, 4)", _rows())}),
         "wrong checksum": good.replace(struct.pack("<I", zlib.crc32(rows)), b"\0\0\0\0"),
         "bomb": _bomb(),
     }
+
+
+def _changed(archive: bytes, member: dict[int, bytes], entry: dict[int, bytes]) -> bytes:
+    """An archive of one member with other bytes at offsets of its header, and of its entry in the
+    directory."""
+    changed = bytearray(archive)
+    for start, changes in ((0, member), (archive.rindex(b"PK\1\2"), entry)):
+        for offset, new in changes.items():
+            changed[start + offset : start + offset + len(new)] = new
+    return bytes(changed)
 
 
 def _bomb() -> bytes:
@@ -585,3 +614,71 @@ def _no_files(folder: Path) -> None:
         file.truncate(1 << 40)
     (folder / "text").write_text("plain text\n")
     (folder / "zeros").write_bytes(bytes(1000))
+
+
+# --- tables, and what trtexec measured ----------------------------------------------------------------
+
+
+def tables() -> Iterator[Hostile]:
+    """Calibration tables that give no scales."""
+    head, row = "TRT-101601-EntropyCalibration2\n", f"{X}: 3c010204\n"
+    texts: dict[str, bytes | str] = {
+        "no head": row,
+        "nothing": "",
+        "a head alone": head,
+        "no hexadecimal number": f"{head}{X}: zzzz\n",
+        "too few digits": f"{head}{X}: 3c\n",
+        "too many digits": f"{head}{X}: 3c0102043c010204\n",
+        "not a number": f"{head}{X}: 7fc00000\n",
+        "infinity": f"{head}{X}: 7f800000\n",
+        "below 0": f"{head}{X}: bf800000\n",
+        "0": f"{head}{X}: 00000000\n",
+        "no colon": f"{head}{X} 3c010204\n",
+        "a name with NUL": f"{head}{X}\0: 3c010204\n",
+        "a name that is not UTF-8": f"{head}".encode() + b"\xff\xfe: 3c010204\n",
+        "a name of 10 MB": f"{head}{'a' * 10**7}: 3c010204\n",
+        "another tensor": f"{head}other: 3c010204\n",
+    }
+    for name, text in texts.items():
+        arguments = ("quantize", "m.onnx", "--table", "bad.cache", "-o", "out.onnx")
+        yield Hostile(f"table: {name}", arguments, writes("bad.cache", text))
+
+
+_PROFILE = '[{"count": 2}, {"name": "y", "timeMs": 1.0, "averageMs": 0.5, "percentage": 100.0}]'
+_LAYERS = (
+    '{"Layers": [{"Name": "y", "LayerType": "MatrixMultiply", "Inputs": [], "Outputs": []}], "Bindings": []}'
+)
+
+
+def profiles() -> Iterator[Hostile]:
+    """Files of trtexec's that are none, or whose figures cannot be; and GPUs that nobody knows."""
+    job = ("deploy", "m.onnx", "--data", "d.npz", "--eval", "d.npz", "--metric", "cosine", "-o", "out")
+    job += ("--backend", "none", "--method", "max", "--recover", "none")
+    texts: dict[str, bytes | str] = {
+        "nothing": "",
+        "null": "null",
+        "a list": "[]",
+        "a number": "1",
+        "a dict": "{}",
+        "deep": "[" * 10**5,
+        "text": "hello",
+        "not UTF-8": b"\xff\xfe[",
+        "numbers": "[" + ",".join(["1"] * 10**5) + "]",
+        "a name that is a number": '[{"count": 5}, {"name": 5, "timeMs": 1}]',
+        "a time that is not a number": '[{"count": 5}, {"name": "y", "timeMs": NaN, "averageMs": NaN}]',
+        "a time without an end": '[{"count": 5}, {"name": "y", "timeMs": 1e999, "averageMs": 1e999}]',
+        "a time below 0": '[{"count": 5}, {"name": "y", "timeMs": -1.0, "averageMs": -1.0}]',
+        "a time that is text": '[{"count": 5}, {"name": "y", "timeMs": "a", "averageMs": "b"}]',
+        "layers that are a number": '{"Layers": 5}',
+        "layers that are none": '{"Layers": [5, null, "a", []], "Bindings": 3}',
+        "layers of numbers": '{"Layers": [{"Name": 5, "Inputs": 7, "Outputs": [null]}], "Bindings": ["a"]}',
+    }
+    for name, text in texts.items():
+        make = writes("bad.json", text, writes("p.json", _PROFILE), writes("l.json", _LAYERS))
+        for profile, layers in (("bad", "l"), ("p", "bad"), ("bad", "bad")):
+            files = ("--profile-json", f"{profile}.json", "--layer-info", f"{layers}.json")
+            yield Hostile(f"profile {profile}, layers {layers}: {name}", (*job, *files), make)
+    for name in ("", "x", "RTX 99", "a" * 10000, "\x1b[31m", "²"):
+        yield Hostile(f"--gpu {printable(name[:10])!r}", (*job, f"--gpu={name}"))
+    for name in ("", "int9", "int8,int8", "x" * 9999, "\x1b]0;a\x07"):
+        yield Hostile(f"--io {printable(name[:10])!r}", (*job, f"--io={name}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -383,6 +384,214 @@ def _deep_bodies(model: ModelProto) -> None:
     model.graph.node.append(helper.make_node("If", ["no such"], ["deep"], "deep", then_branch=body))
 
 
+def _info(name: str, kind: int) -> onnx.ValueInfoProto:
+    """Of a body's input or output: a float tensor of any shape, or one number of another type."""
+    return helper.make_tensor_value_info(name, kind, None if kind == TensorProto.FLOAT else [])
+
+
+def _body(nodes: list[NodeProto], inputs: dict[str, int], outputs: dict[str, int]) -> onnx.GraphProto:
+    """A body with inputs and outputs of element types."""
+    ends = ([_info(name, kind) for name, kind in each.items()] for each in (inputs, outputs))
+    return helper.make_graph(nodes, "body", *ends)
+
+
+def _inserted(*nodes: NodeProto, **weights: Any) -> Mutation:
+    """Nodes in front of the product, which reads `new` in place of its tensor; they read that as `old`."""
+
+    def change(model: ModelProto) -> None:
+        product = _node(model, "MatMul")
+        old, place = product.input[0], len(model.graph.node) - 1
+        product.input[0] = "new"
+        for node in reversed(nodes):
+            own = NodeProto()
+            own.CopyFrom(node)
+            for index, name in enumerate(own.input):
+                own.input[index] = old if name == "old" else name
+            own.name = f"{own.op_type} {place}"
+            model.graph.node.insert(place, own)
+        if any("old" in node.input for a in nodes for b in a.attribute for node in b.g.node) or not any(
+            "old" in node.input for node in nodes
+        ):
+            model.graph.node.insert(place, helper.make_node("Identity", [old], ["old"], "alias"))
+        for name, value in weights.items():
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+
+    return change
+
+
+_FLOAT, _INT, _BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+
+
+def _if(then: onnx.GraphProto, other: onnx.GraphProto | None = None, outputs: int = 1) -> NodeProto:
+    bodies = {"then_branch": then} | ({"else_branch": other} if other is not None else {})
+    return helper.make_node("If", ["yes"], ["new", "more"][:outputs], **bodies)
+
+
+def _loop(body: onnx.GraphProto, trips: str = "many") -> NodeProto:
+    return helper.make_node("Loop", [trips, "yes", "old"], ["new"], body=body)
+
+
+def _step(*more: NodeProto, out: str = "n", done: str = "c") -> onnx.GraphProto:
+    nodes = [helper.make_node("Neg", ["v"], ["n"], "neg"), *more]
+    return _body(nodes, {"i": _INT, "c": _BOOL, "v": _FLOAT}, {done: _BOOL, out: _FLOAT})
+
+
+_NEG = helper.make_node("Neg", ["old"], ["n"], "neg")
+
+_STRUCTURED: dict[str, Mutation] = {
+    "an If with one branch": _inserted(_if(_body([_NEG], {}, {"n": _FLOAT})), yes=True),
+    "an If whose branches give other numbers": _inserted(
+        _if(_body([_NEG], {}, {"n": _FLOAT}), _body([_NEG], {}, {"n": _FLOAT, "old": _FLOAT})), yes=True
+    ),
+    "an If with more outputs than its branches": _inserted(
+        _if(_body([_NEG], {}, {"n": _FLOAT}), _body([_NEG], {}, {"n": _FLOAT}), outputs=2), yes=True
+    ),
+    "an If whose branch has inputs": _inserted(
+        _if(_body([_NEG], {"old": _FLOAT}, {"n": _FLOAT}), _body([_NEG], {}, {"n": _FLOAT})), yes=True
+    ),
+    "an If on a number": _inserted(
+        _if(_body([_NEG], {}, {"n": _FLOAT}), _body([_NEG], {}, {"n": _FLOAT})), yes=1.5
+    ),
+    "an If on no value": _inserted(
+        _if(_body([_NEG], {}, {"n": _FLOAT}), _body([_NEG], {}, {"n": _FLOAT})), yes=np.zeros(0, bool)
+    ),
+    "an If on many values": _inserted(
+        _if(_body([_NEG], {}, {"n": _FLOAT}), _body([_NEG], {}, {"n": _FLOAT})), yes=np.ones(3, bool)
+    ),
+    "an If whose branches make nothing": _inserted(_if(_body([], {}, {}), _body([], {}, {})), yes=True),
+    "a branch that reads what follows from it": _inserted(
+        _if(
+            _body([helper.make_node("Neg", ["y"], ["n"])], {}, {"n": _FLOAT}),
+            _body([_NEG], {}, {"n": _FLOAT}),
+        ),
+        yes=True,
+    ),
+    "a branch that reads what another makes": _inserted(
+        _if(
+            _body([_NEG], {}, {"n": _FLOAT}),
+            _body([helper.make_node("Neg", ["n"], ["e"])], {}, {"e": _FLOAT}),
+        ),
+        yes=True,
+    ),
+    "a branch that makes a name of the model": _inserted(
+        _if(
+            _body([helper.make_node("Neg", ["old"], ["c"])], {}, {"c": _FLOAT}),
+            _body([_NEG], {}, {"n": _FLOAT}),
+        ),
+        yes=True,
+    ),
+    "a Loop without an end": _inserted(_loop(_step()), many=np.array(2**62), yes=True),
+    "a Loop without an end or a count": _inserted(_loop(_step(), trips=""), yes=True),
+    "a Loop of -1 turns": _inserted(_loop(_step()), many=np.array(-1), yes=True),
+    "a Loop of half a turn": _inserted(_loop(_step()), many=np.array(0.5), yes=True),
+    "a Loop whose body takes too little": _inserted(
+        _loop(_body([helper.make_node("Neg", ["i"], ["n"])], {"i": _INT}, {"n": _FLOAT})),
+        many=np.array(2),
+        yes=True,
+    ),
+    "a Loop whose body gives too little": _inserted(
+        _loop(_body([], {"i": _INT, "c": _BOOL, "v": _FLOAT}, {"c": _BOOL})), many=np.array(2), yes=True
+    ),
+    "a Loop whose body grows what it carries": _inserted(
+        _loop(_step(helper.make_node("Concat", ["v", "v"], ["g"], axis=0), out="g")),
+        many=np.array(2),
+        yes=True,
+    ),
+    "a Scan over nothing": _inserted(
+        helper.make_node(
+            "Scan",
+            ["old"],
+            ["new"],
+            body=_body([_NEG], {"v": _FLOAT}, {"n": _FLOAT}),
+            num_scan_inputs=0,
+        )
+    ),
+    "a Scan over more than it has": _inserted(
+        helper.make_node(
+            "Scan",
+            ["old"],
+            ["new"],
+            body=_body([helper.make_node("Neg", ["v"], ["n"])], {"v": _FLOAT}, {"n": _FLOAT}),
+            num_scan_inputs=2**40,
+        )
+    ),
+    "a sequence that nothing takes from": _inserted(helper.make_node("SequenceConstruct", ["old"], ["new"])),
+    "a sequence that is read behind its end": _inserted(
+        helper.make_node("SequenceConstruct", ["old"], ["s"]),
+        helper.make_node("SequenceAt", ["s", "far"], ["new"]),
+        far=np.array(2**62),
+    ),
+    "an optional of nothing": _inserted(
+        helper.make_node("Optional", [], ["o"], type=helper.make_tensor_type_proto(_FLOAT, None)),
+        helper.make_node("OptionalGetElement", ["o"], ["new"]),
+    ),
+    "text in the middle": _inserted(
+        helper.make_node("Cast", ["old"], ["t"], to=TensorProto.STRING),
+        helper.make_node("Cast", ["t"], ["new"], to=_FLOAT),
+    ),
+    "text that is no number": _inserted(
+        helper.make_node("Cast", ["text"], ["t"], to=_FLOAT),
+        helper.make_node("Add", ["old", "t"], ["new"]),
+        text=np.array(["a\0b\x1b[31m"], object),
+    ),
+    "a Constant without a value": _inserted(
+        helper.make_node("Constant", [], ["k"]), helper.make_node("Add", ["old", "k"], ["new"])
+    ),
+    "a Constant of two values": _inserted(
+        helper.make_node("Constant", [], ["k"], value_float=1.0, value_int=1),
+        helper.make_node("Add", ["old", "k"], ["new"]),
+    ),
+    "a Constant of text": _inserted(
+        helper.make_node("Constant", [], ["k"], value_strings=["a", "b"]),
+        helper.make_node("Add", ["old", "k"], ["new"]),
+    ),
+    "an integer divided by what gives no quotient": _inserted(
+        helper.make_node("Div", ["low", "minus"], ["q"]),
+        helper.make_node("Cast", ["q"], ["q2"], to=_FLOAT),
+        helper.make_node("Add", ["old", "q2"], ["new"]),
+        low=np.array([-(2**63)]),
+        minus=np.array([-1]),
+    ),
+    "an integer divided by 0": _inserted(
+        helper.make_node("Div", ["low", "none"], ["q"]),
+        helper.make_node("Cast", ["q"], ["q2"], to=_FLOAT),
+        helper.make_node("Add", ["old", "q2"], ["new"]),
+        low=np.array([5]),
+        none=np.array([0]),
+    ),
+    "a remainder of 0": _inserted(
+        helper.make_node("Mod", ["low", "none"], ["q"]),
+        helper.make_node("Cast", ["q"], ["q2"], to=_FLOAT),
+        helper.make_node("Add", ["old", "q2"], ["new"]),
+        low=np.array([-(2**63)]),
+        none=np.array([0]),
+    ),
+    "a Range of 2^62": _inserted(
+        helper.make_node("Range", ["a", "z", "one"], ["q1"]),
+        helper.make_node("ReduceSum", ["q1"], ["s"], keepdims=0),
+        helper.make_node("Cast", ["s"], ["q2"], to=_FLOAT),
+        helper.make_node("Add", ["old", "q2"], ["new"]),
+        a=np.array(0),
+        z=np.array(2**62),
+        one=np.array(1),
+    ),
+    "a ConstantOfShape of 2^62": _inserted(
+        helper.make_node("ConstantOfShape", ["sizes"], ["q1"]),
+        helper.make_node("ReduceSum", ["q1"], ["s"], keepdims=0),
+        helper.make_node("Add", ["old", "s"], ["new"]),
+        sizes=np.array([2**31, 2**31]),
+    ),
+    "a OneHot of 2^40": _inserted(
+        helper.make_node("OneHot", ["at", "depth", "values"], ["q1"]),
+        helper.make_node("ReduceSum", ["q1"], ["s"], keepdims=0),
+        helper.make_node("Add", ["old", "s"], ["new"]),
+        at=np.array([0]),
+        depth=np.array(2**40),
+        values=np.array([0, 1], np.float32),
+    ),
+}
+
+
 def _no_input(model: ModelProto) -> None:
     del model.graph.input[:]
 
@@ -402,7 +611,208 @@ def _ir(version: int) -> Mutation:
     return change
 
 
+def _bad(operator: str, *given: Any, behind: bool, **attributes: Any) -> Mutation:
+    """A node that cannot run, in front of the product or behind it, where nothing is quantized.
+
+    Args:
+        given: what it reads behind its tensor; None: nothing there.
+    """
+
+    def change(model: ModelProto) -> None:
+        product = _node(model, "MatMul")
+        names = [f"bad{place}" if value is not None else "" for place, value in enumerate(given)]
+        for name, value in zip(names, given, strict=True):
+            if value is not None:
+                model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        read, made = ("h", product.output[0]) if behind else (product.input[0], "h")
+        bad = helper.make_node(operator, [read, *names], [made], "bad", **attributes)
+        if behind:
+            product.output[0] = "h"
+            model.graph.node.append(bad)
+        else:
+            product.input[0] = "h"
+            model.graph.node.insert(len(model.graph.node) - 1, bad)
+
+    return change
+
+
+_BAD_NODES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "a Transpose of too many axes": (("Transpose",), {"perm": [0, 1, 2, 3, 4, 5]}),
+    "a Transpose of one axis twice": (("Transpose",), {"perm": [1, 1]}),
+    "a Reshape to other sizes": (("Reshape", np.array([0, 7])), {}),
+    "a Reshape with two sizes left open": (("Reshape", np.array([-1, -1])), {}),
+    "a Reshape to 2^40 rows": (("Reshape", np.array([2**40, -1])), {}),
+    "a Reshape to a size that is a fraction": (("Reshape", np.array([0.0, 4.0], np.float32)), {}),
+    "a Slice with steps of 0": (("Slice", *map(np.array, ([0], [3], [1], [0]))), {}),
+    "a Slice with starts and no ends": (("Slice", *map(np.array, ([0, 1], [3], [1]))), {}),
+    "a Slice of an axis that is not there": (("Slice", *map(np.array, ([0], [3], [2**62]))), {}),
+    "a Concat of other ranks": (("Concat", np.ones((2, 2, 2), np.float32)), {"axis": 1}),
+    "a Concat of other dtypes": (("Concat", np.ones((8, 4), np.int64)), {"axis": 1}),
+    "a Concat along axis 2^40": (("Concat",), {"axis": 2**40}),
+    "a Squeeze of what is not 1": (("Squeeze", np.array([1])), {}),
+    "an Unsqueeze far outside": (("Unsqueeze", np.array([99])), {}),
+    "a Gather outside": (("Gather", np.array([99])), {"axis": 1}),
+    "a Gather outside of 2^62": (("Gather", np.array([2**62])), {"axis": 1}),
+    "a GatherND of batch_dims below 0": (("GatherND", np.array([[0]])), {"batch_dims": -1}),
+    "a Split into more than there is": (("Split", np.array([1, 99])), {"axis": 1}),
+    "a Pad of too few sides": (("Pad", np.array([1, 1, 1])), {}),
+    "a Pad of 2^62": (("Pad", np.array([2**62] * 4)), {}),
+    "an Add of other shapes": (("Add", np.ones((3, 3, 7), np.float32)), {}),
+    "an Add of other dtypes": (("Add", np.ones(1, np.int64)), {}),
+    "a Flatten at axis 17": (("Flatten",), {"axis": 17}),
+    "a Cast to dtype 99": (("Cast",), {"to": 99}),
+    "an Expand to other sizes": (("Expand", np.array([3, 3, 3])), {}),
+    "a Tile of too few axes": (("Tile", np.array([1])), {}),
+    "a Resize of too few axes": (("Resize", None, np.ones(7, np.float32)), {}),
+    "a Resize in no known way": (("Resize", None, np.ones(2, np.float32)), {"mode": "cubical"}),
+    "a Softmax at axis 17": (("Softmax",), {"axis": 17}),
+    "a Clip between doubles": (("Clip", np.float64(0), np.float64(1)), {}),
+    "a MatMul of other sizes": (("MatMul", np.ones((3, 3), np.float32)), {}),
+    "an Einsum of no equation": (("Einsum",), {"equation": "ijk->x"}),
+    "a DepthToSpace of blocks of 3": (("DepthToSpace",), {"blocksize": 3}),
+    "an integer Mod of floats": (("Mod", np.ones(1, np.float32)), {"fmod": 0}),
+}
+
+
+def _input_dims(*dims: int) -> Mutation:
+    def change(model: ModelProto) -> None:
+        shape = model.graph.input[0].type.tensor_type.shape
+        for dim, size in zip(shape.dim[1:], dims, strict=False):
+            dim.dim_value = size
+
+    return change
+
+
+def _end(kind: str, make: Callable[..., onnx.TypeProto], *, output: bool = False) -> Mutation:
+    """An input or output more that is no tensor."""
+
+    def change(model: ModelProto) -> None:
+        ends = model.graph.output if output else model.graph.input
+        ends.add(name=kind).type.CopyFrom(make(helper.make_tensor_type_proto(TensorProto.FLOAT, [1])))
+        if output:
+            model.graph.node.append(helper.make_node("SequenceConstruct", ["p"], [kind], "made"))
+
+    return change
+
+
+def _claims(name: str, kind: int, shape: list[Any] | None) -> Mutation:
+    """What the model says of a tensor is not so."""
+    value = helper.make_tensor_value_info(name, kind, shape)
+    return lambda model: model.graph.value_info.append(value)
+
+
+def _domain(name: str, version: int) -> Mutation:
+    return lambda model: model.opset_import.append(helper.make_opsetid(name, version))
+
+
+def _scale(values: Any, axis: int | None = None, zero: Any = None) -> Mutation:
+    """A quantizer of the weight of `quantized` becomes another one."""
+
+    def change(model: ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.name == "ws":
+                tensor.CopyFrom(numpy_helper.from_array(np.asarray(values, np.float32), "ws"))
+            if tensor.name == "wz" and zero is not None:
+                tensor.CopyFrom(numpy_helper.from_array(np.asarray(zero), "wz"))
+        node = next((n for n in model.graph.node if n.name == "wdq"), None)
+        if axis is not None and node is not None:
+            node.attribute[0].i = axis
+
+    return change
+
+
+def _filled(value: float) -> Mutation:
+    """All of the largest weight is one value."""
+
+    def change(model: ModelProto) -> None:
+        weight = _weight(model)
+        array = numpy_helper.to_array(weight)
+        if array.dtype == np.float32:
+            weight.raw_data = np.full_like(array, value).tobytes()
+
+    return change
+
+
+def _function(*nodes: NodeProto, inputs: list[str], outputs: list[str], opset: bool = True) -> Mutation:
+    """A function of the model's own in place of its Relu."""
+
+    def change(model: ModelProto) -> None:
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)] if opset else []
+        del model.functions[:]
+        model.functions.append(helper.make_function("own", "Act", inputs, outputs, list(nodes), opsets))
+        model.graph.node[[n.name for n in model.graph.node].index("relu")].CopyFrom(
+            helper.make_node("Act", ["c"], ["r"], "relu", domain="own")
+        )
+        if not any(item.domain == "own" for item in model.opset_import):
+            model.opset_import.append(helper.make_opsetid("own", 1))
+
+    return change
+
+
+def _overriding(model: ModelProto) -> None:
+    body = [helper.make_node("Neg", ["a"], ["b"], "inner")]
+    opsets = [helper.make_opsetid("", 17)]
+    model.functions.append(helper.make_function("", "Relu", ["a"], ["b"], body, opsets))
+
+
+_RELU = helper.make_node("Relu", ["a"], ["b"], "inner")
+
+_UNLIKELY: dict[str, Mutation] = {
+    "an input of -5 channels": _input_dims(-5),
+    "an input of -1 x -1": _input_dims(3, -1, -1),
+    "an input of 2^31 - 1 rows and columns": _input_dims(3, 2**31 - 1, 2**31 - 1),
+    "an input that is a sequence": _end("sequence", helper.make_sequence_type_proto),
+    "an input that is optional": _end("optional", helper.make_optional_type_proto),
+    "an input that is a map": _end("map", lambda kind: helper.make_map_type_proto(TensorProto.INT64, kind)),
+    "an output that is a sequence": _end("sequence", helper.make_sequence_type_proto, output=True),
+    "a tensor said to be of text": _claims("c", TensorProto.STRING, None),
+    "a tensor said to be of integers": _claims("r", TensorProto.INT64, ["N", 8, 8, 8]),
+    "a tensor said to be of other sizes": _claims("c", TensorProto.FLOAT, ["N", 5, 3, 1]),
+    "a tensor said to be of 2^62 rows": _claims("p", TensorProto.FLOAT, [2**62, 8, 1, 1]),
+    "a tensor said to be of -3 rows": _claims("p", TensorProto.FLOAT, [-3, 8, 1, 1]),
+    "a tensor said to be of no dtype": _claims("p", 0, None),
+    "a tensor that is not there said to be": _claims("nothing", TensorProto.FLOAT, [1]),
+    "an opset of a domain that nobody knows": _domain("no.such.domain", 7),
+    "an opset of ai.onnx.ml that is not there": _domain("ai.onnx.ml", 2**31 - 1),
+    "a domain of 2 kB": _domain("d" * 2048, 1),
+    "weights that are not numbers": _filled(np.nan),
+    "weights that are infinite": _filled(np.inf),
+    "weights near the largest number": _filled(3e38),
+    "weights below the smallest normal number": _filled(1e-42),
+    "weights of 0": _filled(0.0),
+    "scales of 0": _scale(np.zeros(8)),
+    "scales below 0": _scale(np.full(8, -0.02)),
+    "scales that are not numbers": _scale(np.full(8, np.nan)),
+    "infinite scales": _scale(np.full(8, np.inf)),
+    "too few scales": _scale(np.full(3, 0.02)),
+    "no scales": _scale(np.zeros(0)),
+    "scales of two axes": _scale(np.full((8, 3), 0.02)),
+    "scales along axis 9": _scale(np.full(8, 0.02), axis=9),
+    "scales along axis -2^63": _scale(np.full(8, 0.02), axis=-(2**63)),
+    "zero points that are not 0": _scale(np.full(8, 0.02), zero=np.arange(8, dtype=np.int8)),
+    "zero points of another dtype": _scale(np.full(8, 0.02), zero=np.zeros(8, np.uint8)),
+    "too few zero points": _scale(np.full(8, 0.02), zero=np.zeros(3, np.int8)),
+    "a function without opsets": _function(_RELU, inputs=["a"], outputs=["b"], opset=False),
+    "a function that makes nothing": _function(_RELU, inputs=["a"], outputs=["x y z"]),
+    "a function with an input twice": _function(_RELU, inputs=["a", "a"], outputs=["b"]),
+    "a function of more than it is given": _function(
+        helper.make_node("Add", ["a", "z"], ["b"], "inner"), inputs=["a", "z"], outputs=["b"]
+    ),
+    "a function that reads the model": _function(
+        helper.make_node("Add", ["a", "m"], ["b"], "inner"), inputs=["a"], outputs=["b"]
+    ),
+    "a function that takes ONNX's name": _overriding,
+    **_STRUCTURED,
+}
+"""What TensorRT or ONNX Runtime may take or not: anything may come of it but a crash."""
+
 MUTATIONS: dict[str, Mutation] = {
+    **_UNLIKELY,
+    **{
+        f"{name}{' behind' if behind else ''}": _bad(*given, behind=behind, **attributes)
+        for name, (given, attributes) in _BAD_NODES.items()
+        for behind in (False, True)
+    },
     "a weight shorter than its dims": _short,
     "a weight longer than its dims": _long,
     "a weight without values": _without_values,
@@ -486,7 +896,7 @@ MUTATIONS: dict[str, Mutation] = {
 }
 """What can be wrong -> the change to a model that makes it so."""
 
-HARMLESS = frozenset({"a weight of doubles", "an input of other channels"})
+HARMLESS = frozenset({"a weight of doubles", "an input of other channels", *_UNLIKELY})
 
 
 def _text_bytes(old: bytes, new: bytes) -> Callable[[bytes], bytes]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,3 +87,23 @@ def test_a_folder_that_is_gone_is_not_needed(tmp_path: Path) -> None:
     gone.mkdir()
     code, _, err = started(tmp_path, ("calibrate", model, "--data", data, "-o", "out.cache"), leave)
     assert (code, err.count("trtq: ")) == (2, 1)
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("0.5", 0), ("1 / 0", 2)])
+def test_a_thread_that_a_metric_leaves_does_not_keep_the_verdict(
+    outcome: str, code: int, tmp_path: Path
+) -> None:
+    write_suitable(tmp_path)
+    (tmp_path / "slow.py").write_text(
+        "import threading, time\n"
+        "def good(outputs, targets):\n"
+        "    threading.Thread(target=time.sleep, args=(3600,)).start()\n"
+        f"    return {outcome}\n"
+    )
+    began = time.monotonic()
+    found, out, err = started(tmp_path, gate("--metric", "slow.py:good", "--json", "v.json"), lambda: None)
+    assert found == code, err
+    assert time.monotonic() - began < 300
+    assert ("PASS" in out) == (not code)
+    assert (tmp_path / "v.json").exists() == (not code)
+    assert not list(tmp_path.rglob("*.part"))

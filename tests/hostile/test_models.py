@@ -16,8 +16,29 @@ from hostile.whole import MODEL_COMMANDS
 from trtq.errors import ExitCode
 from trtq.graph.door import read_model
 
-SAMPLE = [hostile for hostile in hostile_models() if zlib.crc32(hostile.name.encode()) % 4 == 0]
-"""A quarter of them, the same in every run."""
+ONCE_CRASHED = (
+    "a function with an input twice",
+    "a function of more than it is given",
+    "an If with more outputs than its branches",
+    "an If on no value",
+    "an If whose branches make nothing",
+    "a sequence that is read behind its end",
+    "an optional of nothing",
+    "a Constant without a value",
+    "a Loop without an end",
+    "a Loop without an end or a count",
+    "a GatherND of batch_dims below 0",
+    "an integer divided by what gives no quotient",
+)
+
+
+def _in_sample(hostile: Hostile) -> bool:
+    """A fifth of them, the same in every run, and what crashed once."""
+    once = hostile.name in [f"{name}, plain" for name in ONCE_CRASHED]
+    return once or zlib.crc32(hostile.name.encode()) % 5 == 0
+
+
+SAMPLE = [hostile for hostile in hostile_models() if _in_sample(hostile)]
 
 
 @pytest.mark.parametrize("hostile", SAMPLE, ids=lambda hostile: hostile.name)
@@ -25,6 +46,7 @@ def test_a_model_that_is_not_what_it_claims_is_refused(hostile: Hostile, tmp_pat
     (tmp_path / "model").mkdir()
     model, data = hostile.write(tmp_path / "model"), write_data(tmp_path)
     arguments = ("quantize", model, "--data", data, "--method", "max", "-o", "made.onnx")
+    arguments += ("--rest", "fp32", "--recover", "none")
     run, found = tried(arguments, tmp_path, may_write=hostile.harmless)
     assert found == []
     assert hostile.harmless or (run.code, run.out) == (ExitCode.BAD_INPUT, "")

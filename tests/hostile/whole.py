@@ -20,6 +20,7 @@ from hostile.inputs import all_cases
 from hostile.models import Hostile as HostileModel
 from hostile.models import flipped, hostile_models, write_data
 from hostile.own_files import CACHE_READ_BY, DAMAGES, Command, copied, dumped, edited, read_by
+from hostile.python import attempts
 from hostile.trial import faults, tried
 
 from trtq.errors import ExitCode
@@ -29,7 +30,20 @@ Try = Callable[[Path], list[str]]
 
 MODEL_COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "{model}"),
-    "quantize": ("quantize", "{model}", "--data", "data.npz", "--method", "max", "-o", "made.onnx"),
+    "quantize": (
+        *("quantize", "{model}", "--data", "data.npz", "--method", "max", "-o", "made.onnx"),
+        *("--rest", "fp32", "--recover", "none"),  # nothing else runs all of the model
+    ),
+    "quantize with fixes": (
+        "quantize",
+        "{model}",
+        "--data",
+        "data.npz",
+        "--method",
+        "max",
+        "-o",
+        "made.onnx",
+    ),
     "calibrate": ("calibrate", "{model}", "--data", "data.npz", "--method", "max", "-o", "made.cache"),
     "gate": ("gate", "{model}", "{model}", "--eval", "data.npz", "--metric", "cosine", "--json", "v.json"),
     "build": ("build", "{model}", "-o", "made.plan"),
@@ -54,6 +68,8 @@ def all_tries(seed: int, scale: int, own: Path) -> Iterator[tuple[str, str, Try]
     """
     for case in all_cases(seed, scale):
         yield "inputs", case.name, partial(_input, case)
+    for name, attempt in attempts():
+        yield "Python", name, attempt
     for number, model in enumerate(hostile_models()):
         for turn, command in enumerate(MODEL_COMMANDS):
             if command == "quantize" or (number + turn + seed) % 5 == 0:

@@ -24,6 +24,7 @@ from trtq.job import Job
 from trtq.recipe import Recipe
 from trtq.recovery.partial import Search, cheapest_set, given_away
 from trtq.recovery.speed import speed_of
+from trtq.simulation.simulator import Score, Simulator
 
 GROUPS = "abcdefgh"
 AMOUNT = st.integers(1, 1000).map(float)
@@ -140,6 +141,19 @@ def test_inputs_that_cost_nothing_go_first(search: Search, ratio: float) -> None
     assert left <= search.free or search.free <= left
     assert (search.noise(search.free) <= ratio * everything) == (left <= search.free)
     assert len(search.free) == 4  # three residual inputs and the pooling's
+
+
+def test_no_set_is_run_again_for_another_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, seen, score = searched(tmp_path, Budget()), list[str](), Simulator.score
+
+    def counting(self: Simulator, plan: Plan) -> Score:
+        seen.append(" ".join(edge.node + str(edge.index) for edge in plan.edges))
+        return score(self, plan)
+
+    monkeypatch.setattr(Simulator, "score", counting)
+    for ratio in (0.2, 0.3, 0.2):
+        search.cheapest(ratio)
+    assert len(seen) == len(set(seen)) > 0
 
 
 @pytest.mark.parametrize("ratio", [0.8, 0.3, 0.05])

@@ -12,10 +12,12 @@ import pytest
 from jobs import Case, Run, deploy_arguments, save_case, trtq_command
 from nets import graph_of, loaded, net, normal, run
 
+from trtq.backends.interface import Gpu
 from trtq.cost.interface import Kind, Latency, Rest
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
-from trtq.recovery.speed import Speed
+from trtq.recipe import Recipe
+from trtq.recovery.speed import Speed, builder_of
 
 
 def wide(folder: Path, size: int, channels: int) -> Case:
@@ -184,6 +186,39 @@ def test_int8_is_the_objective_where_nothing_tells_a_latency(large: Case, tmp_pa
     assert kept(steps)["latency"] is None
     assert "front" not in kept(steps)
     assert len(Plan.load(tmp_path / "plan.json").int8_nodes) == 5
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU here that TensorRT for RTX does not run on."""
+    for module in ("recovery.speed", "backends.tensorrt_rtx", "backends.builders"):
+        monkeypatch.setattr(f"trtq.{module}.find_gpu", lambda: Gpu("NVIDIA H200", "9.0"))
+
+
+def test_int8_is_the_objective_on_a_gpu_that_the_builder_does_not_know(
+    large: Case, tmp_path: Path, h200: None
+) -> None:
+    """Else its data sheet would decide of an engine that it never runs."""
+    made, steps = deployed(large, tmp_path, "--backend", "tensorrt-rtx")
+    assert "int8: every layer that can; tensorrt-rtx does not run on NVIDIA H200" in made.err
+    assert kept(steps)["latency"] is None
+    refused, _ = deployed(large, tmp_path / "2", "--backend", "tensorrt-rtx", "--objective", "latency")
+    assert refused.code == 2
+    assert "tensorrt-rtx does not run on NVIDIA H200" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "builder"),
+    [
+        ({"gpu": "L4", "backend": "tensorrt-rtx"}, "tensorrt-rtx"),
+        ({"gpu": "H200", "backend": "tensorrt-rtx"}, "tensorrt"),
+        ({"gpu": "AGX Orin", "backend": "tensorrt-rtx"}, "tensorrt"),
+        ({"gpu": "L4", "backend": "none"}, "tensorrt"),
+        ({"backend": "tensorrt-rtx"}, "tensorrt-rtx"),
+    ],
+)
+def test_costs_are_of_the_builder_that_the_gpu_runs(recipe: dict[str, str], builder: str) -> None:
+    assert builder_of(Recipe().merged(recipe)) == builder
 
 
 @pytest.mark.parametrize(

@@ -170,3 +170,16 @@ def test_a_crash_of_the_builder_leaves_the_results(tmp_path: Path) -> None:
     assert done.returncode == ExitCode.FAIL, done.stderr
     assert "SIGABRT" in done.stdout.splitlines()[-1]
     assert {p.name for p in folder.iterdir()} == LEFT
+
+
+@pytest.mark.parametrize(("limit", "asked"), [("MOST_NODES", False), ("MOST_BYTES", False), (None, True)])
+def test_large_models_are_not_built_on_trial(
+    limit: str | None, asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, calls = conv_case(tmp_path, "N"), []
+    job = Job.open(Recipe(model=str(case.model), data=str(case.data), cache=str(tmp_path)), SILENT)
+    monkeypatch.setattr("trtq.recovery.trial.objection", lambda *given: calls.append(given))
+    if limit is not None:
+        monkeypatch.setattr(f"trtq.recovery.trial.{limit}", 0)
+    assert refusal(job, job.place()) is None
+    assert bool(calls) == asked

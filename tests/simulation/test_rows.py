@@ -104,6 +104,40 @@ def test_few_items_are_in_memory(seconds: float, expected: int) -> None:
     assert most <= expected
 
 
+def test_what_takes_next_to_nothing_is_worked_on_by_the_caller() -> None:
+    """Where each waits for the interpreter, threads only hinder; of the items then one is in memory."""
+    alive = most = 0
+    workers: list[int] = []
+
+    def items() -> Iterator[int]:
+        nonlocal alive, most
+        for index in range(20000):
+            alive += 1
+            most = max(most, alive) if index >= 10000 else 0
+            yield index
+
+    found = []
+    for index in Workers(2).map(lambda index: workers.append(threading.get_ident()) or index, items()):
+        found.append(index)
+        alive -= 1
+    assert found == list(range(20000))
+    assert set(workers[10000:]) == {threading.get_ident()}
+    assert most == 1
+
+
+def test_what_comes_to_take_long_goes_to_threads_again() -> None:
+    used: dict[int, int] = {}
+
+    def work(index: int) -> int:
+        busy(0.0 if index < 5000 else 0.003)
+        used[index] = threading.get_ident()
+        return index
+
+    assert list(Workers(2).map(work, range(5100))) == list(range(5100))
+    assert used[4999] == threading.get_ident()
+    assert threading.get_ident() not in [used[index] for index in range(5050, 5100)]
+
+
 def test_after_an_error_nothing_is_running() -> None:
     running, seen = threading.Semaphore(0), []
 

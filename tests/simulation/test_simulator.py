@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from trtq.graph.place import leave_out, place
 from trtq.graph.plan import Edge
 from trtq.graph.quantization import Quantization
 from trtq.numerics import fake_quantize, scale_from_amax
+from trtq.simulation.kept import Kept
 from trtq.simulation.simulator import Effect, Score, Simulator
 
 _ROWS = 6
@@ -124,13 +126,14 @@ def _partial_plans(quantization: Quantization):
 
 
 @pytest.mark.parametrize("name", ["residual", "fixed-batch", "attention", "body"])
-@pytest.mark.parametrize("kept", [1 << 29, 0])
+@pytest.mark.parametrize("kept", ["in memory", "in files", "no cuts"])
 def test_outputs_are_those_of_the_rewritten_model(
-    name: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        trtq.simulation.simulator, "KEPT_BYTES", kept
-    )  # 0: no cuts, every plan runs from the inputs
+    if kept == "in files":
+        monkeypatch.setattr(trtq.simulation.simulator, "Kept", lambda batches, _: Kept(batches, 0))
+    if kept == "no cuts":  # every plan runs from the inputs
+        monkeypatch.setattr(trtq.simulation.simulator, "KEPT_BYTES", 0)
     quantization, samples = _open(name, tmp_path)
     simulator = Simulator(quantization, samples, workers=2)
     fp32 = _expected(dataclasses.replace(quantization, plan=_nothing(quantization)), samples)
@@ -227,6 +230,33 @@ def test_rows_of_different_lengths_are_scored_together(tmp_path: Path) -> None:
     found = simulator.outputs(quantization.plan)["y"]
     for own, expected in zip(found, pairs[1], strict=True):
         np.testing.assert_allclose(own, expected[0], rtol=1e-3, atol=1e-3)
+
+
+class _Made:
+    """Rows of 1 MB that exist only once they are read."""
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> NDArray:
+        return np.random.default_rng(index).normal(size=(1, 512, 512)).astype(np.float32)
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trtq.simulation.simulator, "KEPT_BYTES", 4 << 20)
+    text = "g (float[N,1,512,512] x) => (float[N,1,512,512] y) { a = Conv(x, w) y = Conv(a, w) }"
+    model = net(text, w=normal(1, 1, 1, 1))
+    quantization = _quantization(model, {"x": np.stack([_Made()[0]])}, tmp_path)
+    samples = _samples({"x": _Made()}, model, tmp_path)
+    list(Simulator(quantization, samples.subset([0, 1]), workers=2).effects())  # all is imported
+    tracemalloc.start()
+    try:
+        effects = list(Simulator(quantization, samples, workers=2).effects("all-but"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert all(0 < effect.noise < 1 for effect in effects)
+    assert peak < 90 << 20  # rows, and outputs twice: 180 MB
 
 
 def test_a_plan_with_a_quantizer_more_is_refused(tmp_path: Path) -> None:

@@ -37,9 +37,18 @@ def chosen(name: str | None = None) -> str:
         return name
     installed = [n for n, package in BUILDERS.items() if importlib.util.find_spec(package)]
     gpu = find_gpu() if len(installed) > 1 else None
-    if gpu is not None and gpu.compute_capability not in tensorrt_rtx.supported_targets():
+    if gpu is not None and not tensorrt_rtx.runs_on(gpu.compute_capability):
         return "tensorrt"
     return installed[0] if installed else tensorrt_rtx.NAME
+
+
+def runs_on(name: str, capability: str) -> bool:
+    """Whether engines of a builder run on GPUs of a compute capability such as "8.6".
+
+    Where TensorRT for RTX is not installed, nothing tells, and the builder will say what is missing.
+    """
+    rtx = name == tensorrt_rtx.NAME and importlib.util.find_spec(BUILDERS[name]) is not None
+    return not rtx or tensorrt_rtx.runs_on(capability)
 
 
 def builder(name: str | None = None) -> Builder:

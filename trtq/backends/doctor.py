@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
 from trtq.backends.interface import Gpu, find_gpu
-from trtq.backends.tensorrt_rtx import supported_targets
+from trtq.backends.tensorrt_rtx import runs_on, supported_targets
 
 REQUIRED = ("numpy", "onnx", "onnx_graphsurgeon", "onnxruntime", "polygraphy", "numba")
 """Modules that trtq depends on."""
@@ -97,7 +97,7 @@ def _abilities(versions: dict[str, str | None], gpu: Gpu | None) -> list[Finding
     builders = [f"tensorrt_rtx, for {', '.join(targets)}"] if targets else []
     builders += [f"tensorrt {tensorrt}"] if tensorrt and gpu else []
     memory = next((module for module in ("pycuda", "cuda.bindings") if versions[module] is not None), None)
-    runners = ["tensorrt_rtx"] if gpu and memory and gpu.compute_capability in targets else []
+    runners = ["tensorrt_rtx"] if gpu and memory and targets and runs_on(gpu.compute_capability) else []
     runners += ["tensorrt"] if gpu and memory and tensorrt else []
 
     if gpu is None:

@@ -35,6 +35,11 @@ _REMEDIES = (
         "must have type FP8, FP4, Int4, Int8",
         "leave biases in floating point: only 8- and 4-bit types dequantize",
     ),
+    (
+        "Scale coefficients must all be positive",
+        "TensorRT 8 reads scales as float32: quantize with --rest fp32, and build with"
+        " --lower-precision fp16",
+    ),
     ("Plugin not found", _UNSUPPORTED),
     ("plugin creator", _UNSUPPORTED),
     ("no runners that implement it", _UNSUPPORTED),

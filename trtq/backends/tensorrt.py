@@ -287,11 +287,22 @@ def _has_qdq(trt: Any, network: Any) -> bool:
 
 
 def _allow_precisions(trt: Any, network: Any, config: Any, options: BuildOptions, implicit: bool) -> None:
-    """Set the flags of a weakly typed build. INT8 without Q/DQ or scales is an error of TensorRT's."""
+    """Set the flags of a weakly typed build. INT8 without Q/DQ or scales is an error of TensorRT's, and so is
+    a model's own float16 without FP16 (seen with 8.5.3)."""
     if implicit or _has_qdq(trt, network):
         config.set_flag(trt.BuilderFlag.INT8)
-    if options.lower_precision is not None:
-        config.set_flag(getattr(trt.BuilderFlag, options.lower_precision.upper()))
+    asked = {options.lower_precision} if options.lower_precision is not None else set()
+    for kind in sorted(asked | half_types(trt, network)):
+        config.set_flag(getattr(trt.BuilderFlag, kind.upper()))
+
+
+def half_types(trt: Any, network: Any) -> set[str]:
+    """The types of 16 bits that layers of a network write: "fp16", "bf16"."""
+    names = {"float16": "fp16", "bfloat16": "bf16"}
+    kinds = {getattr(trt, name): short for name, short in names.items() if hasattr(trt, name)}
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    written = {layer.get_output(i).dtype for layer in layers for i in range(layer.num_outputs)}
+    return {kinds[kind] for kind in written if kind in kinds}
 
 
 def _floating_point_type(trt: Any, options: BuildOptions) -> Any:

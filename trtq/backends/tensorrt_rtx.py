@@ -81,13 +81,8 @@ def build(
             remedy="build without refit and stripped weights, or on a machine with a GPU",
         )
 
-    if CURRENT in targets and find_gpu() is None:
-        raise MissingBackendError(
-            f"the target '{CURRENT}' is the GPU in this machine",
-            file=model,
-            cause="there is no GPU or no NVIDIA driver here",
-            remedy="name a compute capability, such as --target 8.6, or build on the machine with the GPU",
-        )
+    if CURRENT in targets:
+        _check_current(model)
 
     def choose_targets(builder: Any, network: Any, config: Any) -> None:
         codes = [getattr(trt.ComputeCapability, _code(target)) for target in targets]
@@ -125,6 +120,20 @@ def version() -> str:
 def typed_by_model() -> bool:
     """Yes: strong typing is all there is."""
     return True
+
+
+def runs_on(capability: str) -> bool:
+    """Whether engines run on GPUs of a compute capability such as "8.6".
+
+    Those are the builder's targets and all after the last of them: "Supported compute capabilities: 8.0 8.6
+    8.9 12.0 12.1 >12.0", says 1.7.1 on an H200, which it refuses. The builder itself refuses no GPU that is
+    `CURRENT`: it makes an engine that loads nowhere.
+
+    Raises:
+        MissingBackendError: tensorrt_rtx is not installed.
+    """
+    targets = supported_targets()
+    return capability in targets or _number(capability) > max(map(_number, targets))
 
 
 def supported_targets() -> tuple[str, ...]:
@@ -220,6 +229,27 @@ def check_targets(targets: Sequence[str]) -> tuple[str, ...]:
             " builds for other GPUs, each on a machine that has it: --backend tensorrt",
         )
     return tuple(dict.fromkeys(targets))
+
+
+def _check_current(model: Path) -> None:
+    """Raises MissingBackendError where there is no GPU here, or none that engines run on."""
+    gpu = find_gpu()
+    if gpu is not None and runs_on(gpu.compute_capability):
+        return
+    cause = "there is no GPU or no NVIDIA driver here"
+    if gpu is not None:
+        cause = f"TensorRT for RTX does not run on {gpu.name}, compute capability {gpu.compute_capability}"
+    raise MissingBackendError(
+        f"the target '{CURRENT}' is the GPU in this machine",
+        file=model,
+        cause=cause,
+        remedy="name a compute capability, such as --target 8.6, or build on the machine with the GPU",
+    )
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    """A compute capability in the order of GPUs: "12.0" -> (12, 0)."""
+    return tuple(map(int, capability.split(".")))
 
 
 def _code(target: str) -> str:

@@ -15,10 +15,11 @@ import onnx_graphsurgeon as gs
 import trtq
 from trtq.cache import Key
 from trtq.calibration.collect import collect_sharded
+from trtq.calibration.effort import LEFT_OUT, STEP_SECONDS, Effort
 from trtq.calibration.extents import MOST_ROWS, measure_extents
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.mixed import mixed_tensors
-from trtq.calibration.refine import refine_ranges
+from trtq.calibration.refine import refine_ranges, rows_of_search
 from trtq.calibration.search import CANDIDATES, Choice, Rows, Trials, choose_method
 from trtq.calibration.statistics import Statistics
 from trtq.calibration.table import Table
@@ -33,6 +34,7 @@ from trtq.graph.selecting import instead_of_outputs
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.numerics import has_scale, scale_from_amax
+from trtq.simulation.rows import check_runs
 from trtq.simulation.session import simulation_fingerprint
 from trtq.simulation.workers import Work
 
@@ -180,8 +182,9 @@ class Ranges:
         """Collected on the job's data, with a warning for every tensor that they give no range.
 
         Raises:
-            InputError: no node is left in INT8; or as collecting.
+            InputError: the model does not run, no node is left in INT8, or as collecting.
         """
+        check_runs(job.model.path, job.data)
         fitting, whole = _both_statistics(job, plan.tensors, source)
         method = job.recipe.method
         reasons = rangeless(whole, method if isinstance(method, Method) else None)
@@ -191,24 +194,25 @@ class Ranges:
         bare = ranged(job, Quantization(source.graph, plan, {}, notes=notes), reasons)
         return cls(bare, fitting, whole)
 
-    def of_changed(self, job: Job, source: FloatGraph, tensors: Collection[str]) -> Ranges:
-        """Those of another graph, whose tensors are the same but for the named ones; these are collected.
+    def of_changed(self, job: Job, source: FloatGraph, plan: Plan, tensors: Collection[str]) -> Ranges:
+        """Those of another graph with its plan, whose tensors are the same but for the named ones; these are
+        collected.
 
         A plan without INT8 nodes is possible.
 
         Raises:
             InputError: as collecting.
         """
-        changed = [tensor for tensor in self.bare.plan.tensors if tensor in tensors]
+        bare = replace(self.bare, graph=source.graph, plan=plan)
+        changed = [tensor for tensor in plan.tensors if tensor in tensors]
         if not changed:
-            return replace(self, bare=replace(self.bare, graph=source.graph))
+            return replace(self, bare=bare)
         parts = _both_statistics(job, changed, source)
         fitting, whole = (
             Statistics({**old.histograms, **new.histograms}, new.rows)
             for old, new in zip((self.fitting, self.whole), parts, strict=True)
         )
-        bare = without_ranges_of(replace(self.bare, graph=source.graph), rangeless(parts[1]))
-        return Ranges(bare, fitting, whole)
+        return Ranges(without_ranges_of(bare, rangeless(parts[1])), fitting, whole)
 
     def fitted(self, method: Method) -> Quantization:
         """With scales by one method from the rows to fit on."""
@@ -225,23 +229,41 @@ class Ranges:
 def _calibrated(job: Job, plan: Plan) -> Quantization:
     """`calibrate`, but for what stays float32."""
     bare, key = Quantization(job.model.graph, plan, {}), _table_key(job, plan)
-    if (found := job.cache.fetch_noted(key)) is not None:
+    if (found := job.cache.fetch_noted(key)) is not None and serves(job, found[1]):
         content, notes = found
         bare = ranged(job, bare, notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{notes['method']}, from the cache; nothing was run")
         return replace(bare, scales=Table.from_bytes(content).scales, notes=notes)
     ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
     rows = held_back(job) if job.recipe.method == AUTO else None
-    choice = best_method(job, ranges, rows)
-    made = with_own_ranges(job, ranges, ranges.fitted(choice.method), choice, rows)
+    choice, effort = best_method(job, ranges, rows), effort_of(job, plan)
+    made = with_own_ranges(job, ranges, ranges.fitted(choice.method), choice, rows, effort)
+    effort.say(job.console)
     if CUT_SHORT not in made.notes:
         job.cache.store(key, Table(made.scales).to_bytes(), made.notes)
     return made
 
 
+def effort_of(job: Job, plan: Plan) -> Effort:
+    """What calibration may take; a budget takes the place of the limit."""
+    return Effort(job.model.graph, plan, len(job.data), bounded=job.recipe.budget is None)
+
+
+def effort_of_step(job: Job, start: Quantization) -> Effort:
+    """What a step of recovery may take."""
+    bounded = job.recipe.budget is None
+    return Effort(start.graph, start.plan, len(job.data), bounded=bounded, least=STEP_SECONDS)
+
+
 def is_calibrated(job: Job, plan: Plan) -> bool:
     """Whether the cache has the ranges of the plan's tensors, so that `calibrate` runs nothing."""
-    return job.cache.fetch(_table_key(job, plan)) is not None
+    found = job.cache.fetch_noted(_table_key(job, plan))
+    return found is not None and serves(job, found[1])
+
+
+def serves(job: Job, notes: Mapping[str, Any]) -> bool:
+    """Whether a result with these notes is what the job would make: with a budget nothing is left out."""
+    return job.recipe.budget is None or LEFT_OUT not in notes
 
 
 def rangeless(statistics: Statistics, method: Method | None = None) -> dict[str, str]:
@@ -430,6 +452,7 @@ def with_own_ranges(
     start: Quantization,
     choice: Choice,
     rows: Rows | None,
+    effort: Effort,
     shares: Mapping[str, float] | None = None,
 ) -> Quantization:
     """A quantization with scales from all rows: by the method that was chosen, and with `auto` by another for
@@ -440,13 +463,17 @@ def with_own_ranges(
     Args:
         start: the search begins here; it keeps its corrections of biases.
         rows: held back; only `auto` needs them.
+        effort: what the search may still take.
         shares: as for `refine_ranges`.
 
     Returns:
-        with notes of the choice and the search; `CUT_SHORT` where the budget was spent meanwhile.
+        with notes of the choice and the search; `CUT_SHORT` where the budget was spent meanwhile, and
+        `LEFT_OUT`.
     """
     notes: dict[str, Any] = {**start.notes, "method": str(choice.method)}
-    if job.recipe.method != AUTO:
+    searched = job.recipe.method == AUTO and _fits_search(job, start.plan, effort, shares is None)
+    notes |= {LEFT_OUT: list(effort.left_out)} if effort.left_out else {}
+    if not searched:
         return replace(start, scales=ranges.made(choice.method).scales, notes=notes)
     assert rows is not None
     console, tensors = job.console, start.plan.tensors
@@ -485,6 +512,17 @@ def with_own_ranges(
         console.warn("the budget was spent before the search for ranges was complete")
         notes[CUT_SHORT] = True
     return replace(start, scales=ranges.made(choice.method, exceptions).scales, notes=notes)
+
+
+def _fits_search(job: Job, plan: Plan, effort: Effort, shares: bool) -> bool:
+    """Whether the search for ranges of their own fits into what calibration may take.
+
+    Args:
+        shares: it measures these, too.
+    """
+    for_shares, others = rows_of_search(plan, len(job.parts[0]))
+    parts = [effort.plain(0), effort.quantized(others), *([effort.alone(for_shares)] if shares else [])]
+    return effort.takes("ranges of their own", *parts)
 
 
 @dataclass(frozen=True)

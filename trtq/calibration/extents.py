@@ -6,7 +6,9 @@ nothing but scalars leaves it and memory stays that of a plain run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,6 +27,12 @@ MOST_ROWS = 32
 
 _JOINED = 512
 """Figures that are joined by one node."""
+
+_SMALL = 1 << 12
+"""Values of a tensor that is looked at together with others of its shape."""
+
+_FEWEST_ALIKE = 8
+"""Tensors of one shape that are worth a copy of their values to need fewer nodes."""
 
 _HIGHEST = float(np.finfo(np.float32).max)
 
@@ -55,7 +63,7 @@ def measure_extents(
     tensors, searched = _looked_at(graph)
     if not tensors:  # a model that is all in float16
         return {}
-    probe = _Probe(Names(graph), tensors, searched)
+    probe = _Probe(Names(graph), _alike(tensors), [tensor.name for tensor in searched], graph.opset)
 
     def look(_: Batch, found: Arrays) -> dict[str, NDArray[np.float64]]:
         return {kind: np.asarray(found[name], np.float64) for kind, name in probe.outputs.items()}
@@ -66,48 +74,97 @@ def measure_extents(
     for found in runner.over(part, part.batches(), look, workers=workers):
         total = {kind: _JOINS[kind](total[kind], new) if total else new for kind, new in found.items()}
     high, low, energy, count = (total[kind].tolist() for kind in ("highest", "lowest", "energy", "size"))
-    smallest = total["smallest"].tolist() if searched else []
-    least = dict(zip(searched, smallest, strict=True))
-    return {
+    least = dict(zip(probe.searched, total["smallest"].tolist() if searched else [], strict=True))
+    found_of = {
         name: Extent(low[i], high[i], least.get(name, _HIGHEST), energy[i], count[i])
-        for i, name in enumerate(tensors)
+        for i, name in enumerate(probe.tensors)
     }
+    return {tensor.name: found_of[tensor.name] for tensor in tensors}
 
 
-def _looked_at(graph: gs.Graph) -> tuple[list[str], list[str]]:
+def _looked_at(graph: gs.Graph) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
     """The graph's float32 tensors that can be computed, and those of them whose smallest magnitude counts."""
     made = [tensor for node in graph.nodes for tensor in node.outputs if tensor.name]
     hidden = View.of(graph).hidden
     tensors = [t for t in [*graph.inputs, *made] if t.dtype == np.float32 and t.name not in hidden]
     searched = [t for t in tensors if any(reads_singular(node, t) for node in t.outputs)]
-    return [tensor.name for tensor in tensors], [tensor.name for tensor in searched]
+    return tensors, searched
+
+
+def _alike(tensors: Sequence[gs.Tensor]) -> list[list[str]]:
+    """The tensors in groups: small ones of one shape, up to `_JOINED`, and all others alone.
+
+    Sizes that only a run tells are alike where they have the name of the rows.
+    """
+    groups: list[list[str]] = []
+    shapes: dict[tuple[int | str, ...], list[str]] = {}
+    for tensor in tensors:
+        shape = tuple(tensor.shape or ())
+        inner = shape[1:] if shape and isinstance(shape[0], str) else shape
+        if shape and all(isinstance(size, int) and size > 0 for size in inner) and math.prod(inner) <= _SMALL:
+            shapes.setdefault(shape, []).append(tensor.name)
+        else:
+            groups.append([tensor.name])
+    for names in shapes.values():
+        if len(names) < _FEWEST_ALIKE:
+            groups += [[name] for name in names]
+        else:
+            groups += [names[first : first + _JOINED] for first in range(0, len(names), _JOINED)]
+    return groups
 
 
 class _Probe:
-    """Nodes that compute figures of tensors, all scalars, and join them.
+    """Nodes that compute figures of tensors and join them.
 
     Attributes:
+        tensors, searched: in the order of the figures.
         outputs: figure -> name of the vector that has it of every tensor; the smallest magnitude that is not
             zero, it has of those that are searched.
+
+    Args:
+        groups: names of the tensors; of a group of several one node makes a figure.
     """
 
-    def __init__(self, names: Names, tensors: Sequence[str], searched: Sequence[str]) -> None:
-        self._names, self._tensors, self._searched = names, tensors, searched
+    def __init__(
+        self, names: Names, groups: Sequence[Sequence[str]], searched: Sequence[str], opset: int
+    ) -> None:
+        self._names, self.searched, self._opset = names, searched, opset
+        self._groups = groups = sorted(groups, key=lambda group: len(group) > 1)
+        self.tensors = [name for group in groups for name in group]
         kinds = [kind for kind in _JOINS if searched or kind != "smallest"]
         self.outputs = {kind: names.tensor(f"probe/{kind}") for kind in kinds}
 
     def add_to(self, graph: onnx.GraphProto) -> None:
         """Add the nodes to a graph, in place."""
         self._graph = graph
-        zero, highest = (self._names.tensor(f"probe/{kind}") for kind in ("zero", "most"))
-        for name, value in ((zero, 0.0), (highest, _HIGHEST)):
-            graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.float32), name))
+        alone = [group[0] for group in self._groups if len(group) == 1]
+        stacks = [self._stacked(group) for group in self._groups if len(group) > 1]
         reduced = {"highest": "ReduceMax", "lowest": "ReduceMin", "energy": "ReduceSumSquare"}
         for kind, op in reduced.items():
-            self._join(kind, [self._node(op, [tensor], keepdims=0) for tensor in self._tensors])
-        self._join("size", [self._node("Size", [tensor]) for tensor in self._tensors])
-        if self._searched:
-            self._join("smallest", [self._smallest(tensor, zero, highest) for tensor in self._searched])
+            scalars = [self._node(op, [tensor], keepdims=0) for tensor in alone]
+            self._join(kind, scalars, [self._by_row(op, stack) for stack in stacks])
+        alike = [[self._node("Size", [group[0]])] * len(group) for group in self._groups if len(group) > 1]
+        sizes = [self._node("Size", [tensor]) for tensor in alone]
+        self._join("size", sizes, [self._vector(part) for part in alike])
+        if self.searched:
+            zero, most = self._constant("zero", np.float32(0)), self._constant("most", np.float32(_HIGHEST))
+            self._join("smallest", [self._smallest(tensor, zero, most) for tensor in self.searched], [])
+
+    def _stacked(self, group: Sequence[str]) -> str:
+        """The values of tensors of one shape, a row of a matrix each."""
+        shape = self._constant("rows", np.array([len(group), -1]))
+        return self._node("Reshape", [self._vector(group), shape])
+
+    def _by_row(self, op: str, matrix: str) -> str:
+        """A figure of each row."""
+        if self._opset >= 18:
+            return self._node(op, [matrix, self._constant("axis", np.array([1]))], keepdims=0)
+        return self._node(op, [matrix], keepdims=0, axes=[1])
+
+    def _constant(self, name: str, value: np.ndarray | np.generic) -> str:
+        name = self._names.tensor(f"probe/{name}")
+        self._graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
+        return name
 
     def _smallest(self, tensor: str, zero: str, highest: str) -> str:
         """The smallest magnitude of a tensor that is not zero."""
@@ -115,21 +172,21 @@ class _Probe:
         is_zero = self._node("Equal", [magnitude, zero])
         return self._node("ReduceMin", [self._node("Where", [is_zero, highest, magnitude])], keepdims=0)
 
-    def _join(self, kind: str, scalars: Sequence[str]) -> None:
-        """One vector of scalars in place of an output for each.
+    def _join(self, kind: str, scalars: Sequence[str], vectors: Sequence[str]) -> None:
+        """One vector of scalars, and of what is in vectors already, in place of an output for each.
 
         They are joined in parts: ONNX Runtime's time for a node grows with the square of its inputs.
         """
         parts = [scalars[first : first + _JOINED] for first in range(0, len(scalars), _JOINED)]
-        self._node("Concat", [self._vector(part) for part in parts], self.outputs[kind], axis=0)
+        self._node("Concat", [*map(self._vector, parts), *vectors], self.outputs[kind], axis=0)
 
     def _vector(self, scalars: Sequence[str]) -> str:
         sequence = self._node("SequenceConstruct", scalars)
         return self._node("ConcatFromSequence", [sequence], axis=0, new_axis=1)
 
-    def _node(self, op: str, inputs: Sequence[str], output: str | None = None, **attributes: int) -> str:
+    def _node(self, op: str, inputs: Sequence[str], output: str | None = None, **attributes: Any) -> str:
         output = output or self._names.tensor(f"{inputs[0]}/{op}")
         node = self._graph.node.add(op_type=op, name=self._names.node(output), input=inputs, output=[output])
         for name, value in attributes.items():
-            node.attribute.add(name=name, type=onnx.AttributeProto.INT, i=value)
+            node.attribute.append(onnx.helper.make_attribute(name, value))
         return output

@@ -353,6 +353,17 @@ def _promised(saved: float, looked_at: float, share: float) -> float:
     return (share - looked_at) * (saved + LEAST_SHARE) / (looked_at + LEAST_SHARE)
 
 
+def rows_of_search(plan: Plan, available: int) -> tuple[float, float]:
+    """About how many rows `noise_shares` runs, and up to how many the rest of `refine_ranges`.
+
+    Args:
+        available: rows to measure on.
+    """
+    affordable, tensors = _affordable_rows(plan, available), len(plan.tensors)
+    rows = min(_row_count(affordable, tensors), available)
+    return tensors * max(rows // SHARE_OF_ROWS, 1), max(2 * affordable, FEWEST_TENSORS * rows)
+
+
 def _affordable_rows(plan: Plan, available: int) -> float:
     """How many rows the search should run in all."""
     return min(MAC_BUDGET / max(plan.macs_per_row, 1), MOST_PASSES * available)

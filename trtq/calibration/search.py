@@ -27,7 +27,7 @@ from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import scales_as_inputs
 from trtq.simulation.finite import check_reference
 from trtq.simulation.kept import Kept
-from trtq.simulation.rows import Runner
+from trtq.simulation.rows import Runner, rows_at_once
 from trtq.simulation.similarity import Reference, noise_db
 
 KEPT_BYTES = 1 << 28
@@ -92,6 +92,7 @@ class Rows:
         origins: list[Batch | None] = []
         row = sum(array.nbytes for array in samples.row(0).values())
         batch = max(min(batch, BATCH_BYTES // max(row, 1)), 1)
+        batch = batch if kept else rows_at_once(samples, batch)
 
         def run() -> Iterator[Arrays]:
             nonlocal left

@@ -83,6 +83,8 @@ class Histogram:
     _bins: NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))
     _numbers: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     _few: list[NDArray[np.float32]] = field(default_factory=list)
+    _waiting: int = 0  # values among the few
+    _seen: tuple[float, float] = (math.inf, -math.inf)  # what the few lie between; not wider than the extrema
     _slots: NDArray[np.int64] | None = None  # (LANES - 1 + BINS,): the counts behind the kernel's zeros
 
     @classmethod
@@ -156,7 +158,8 @@ class Histogram:
             return
         if self._slots is None:
             self._slots = self._all_slots()
-            self._few, self._bins, self._numbers = [], self._bins[:0], self._numbers[:0]
+            self._bins, self._numbers = self._bins[:0], self._numbers[:0]
+            self._few, self._waiting = [], 0
         self._count(flat)
 
     def merge(self, other: Histogram) -> None:
@@ -171,13 +174,8 @@ class Histogram:
             counts = counts + _widened(other.counts, exponent - other.exponent)
             bins = np.flatnonzero(counts)
             self._bins, self._numbers = bins.astype(np.uint16), counts[bins]
-        self._few, self._slots, self.exponent = [], None, exponent
+        self._few, self._waiting, self._slots, self.exponent = [], 0, None, exponent
         self._extrema = _extrema_of(min(self.low, other.low), max(self.high, other.high))
-
-    @property
-    def _waiting(self) -> int:
-        """How many values are not counted yet."""
-        return sum(part.size for part in self._few)
 
     def _keep(self, flat: NDArray[np.float32]) -> None:
         """Add values to the few."""
@@ -186,18 +184,21 @@ class Histogram:
         low, high = float(flat.min()), float(flat.max())  # NaN where one is
         if not (math.isfinite(low) and math.isfinite(high)):
             raise _not_finite(flat)
-        self._extrema = _extrema_of(min(self.low, low), max(self.high, high))
-        if self.amax >= math.ldexp(1.0, self.exponent):
-            self.exponent = _exponent_above(self.amax)
+        if low < self._seen[0] or high > self._seen[1]:
+            self._seen = min(self.low, low), max(self.high, high)
+            self._extrema = _extrema_of(*self._seen)
+            if self.amax >= math.ldexp(1.0, self.exponent):
+                self.exponent = _exponent_above(self.amax)
         self._few.append(flat.copy())
+        self._waiting += flat.size
 
     def _all_slots(self) -> NDArray[np.int64]:
         """The slots of what is held."""
         made = Histogram(self.exponent, self._extrema.copy(), _slots=np.zeros(LANES - 1 + BINS, np.int64))
         assert made._slots is not None
         made._slots[LANES - 1 + self._bins.astype(np.intp)] = self._numbers
-        for part in self._few:
-            made._count(part)
+        if self._few:
+            made._count(np.concatenate(self._few))
         return made._slots
 
     def _count(self, flat: NDArray[np.float32]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trtq.arrays import MOST_WHOLE
 from trtq.data import memory
 from trtq.data.axes import (
     Array,
@@ -438,7 +439,7 @@ def _from_script(
             given = function()
             columns = memory.columns_of(given, spec)
             if columns is None:
-                items = [_item(item, spec, index) for index, item in enumerate(memory.iterated(given))]
+                items = _items(given, spec, path)
     except InputError:
         raise
     except (Exception, SystemExit) as error:
@@ -455,6 +456,27 @@ def _from_script(
     if not recipes and all(isinstance(key, str) for item in items for key in item):
         return [{str(key): array for key, array in item.items()} for item in items], True  # as they stand
     return memory.named_parts(items, specs, recipes, feeding, items=True), True
+
+
+def _items(given: Any, spec: str, path: Path) -> list[dict[memory.Name, NDArray]]:
+    """All items that a script gives, which may have no end.
+
+    Raises:
+        InputError: they are too many, or too large.
+    """
+    items, size = [], 0
+    for index, item in enumerate(memory.iterated(given)):
+        memory.check_count(given, index, str(path))
+        items.append(_item(item, spec, index))
+        size += sum(array.nbytes for array in items[-1].values())
+        if size > MOST_WHOLE:
+            raise InputError(
+                f"the first {len(items):,} items have {size / 1e9:.1f} GB, and may have no end",
+                file=path,
+                remedy="let the function give fewer; or write them with numpy.savez, and they are read row by"
+                " row",
+            )
+    return items
 
 
 def _item(item: Any, spec: str, index: int) -> dict[memory.Name, NDArray]:

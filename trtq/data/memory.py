@@ -7,8 +7,10 @@ back row by row, here and by worker processes, and hashed by content, as the sam
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +34,7 @@ from trtq.data.stored import IN_MEMORY, StoredRows
 from trtq.errors import InputError, shown
 from trtq.graph.inputs import InputSpec
 from trtq.memory import InMemory, folder_of
+from trtq.scripts import contained
 
 SUFFIX = ".kept"
 """Of the folder that holds what was read."""
@@ -41,6 +44,15 @@ LABELS = "labels"
 
 MOST_ARRAYS = 256
 """Of one item, each of which is kept in a file of its own."""
+
+MOST_ITEMS = 1_000_000
+"""Of an iterable that does not say how long it is: one without an end is given up there."""
+
+LEAST_FREE = 1 << 30
+"""Bytes that are left of the disk on which items are kept."""
+
+_LOOKED_AFTER = 1 << 26
+"""Bytes after which the disk is asked how much is left."""
 
 Name = str | int
 """An array's name; of arrays without one the position in their tuple."""
@@ -66,6 +78,8 @@ class Data(InMemory):
               labels, a tuple of a dict and the labels, or an array. Its arrays have the inputs' ranks, and
               then are a batch, or one axis less, and then are one sample. What is no input is a target;
             - a function without arguments that returns one of these. It is called once.
+
+            An iterable without a length may give up to `MOST_ITEMS` items, and the disk keeps `LEAST_FREE`.
 
             Arrays are NumPy's, PyTorch's tensors (on any device; bfloat16 becomes float32), images of Pillow
             (as RGB), numbers, lists, and what NumPy makes an array of.
@@ -102,7 +116,10 @@ class Data(InMemory):
             folder = folder_of(self) / f"data{SUFFIX}"
             folder.mkdir()
             try:
-                _keep(self._given, folder, self)
+                with contained():
+                    _keep(self._given, folder, self)
+            except (RuntimeError, ValueError) as error:  # of what is no `Exception`, or closes a stream
+                raise InputError("the data cannot be read", file=str(self), cause=error) from error
             except OSError as error:
                 raise InputError(
                     "what is in memory cannot be kept on disk",
@@ -155,7 +172,8 @@ def columns_of(given: Any, data: Data | str) -> dict[Name, Any] | None:
     where it is an iterable of items."""
     if isinstance(given, Mapping):
         return {str(name): _column(value, data, f"'{name}'") for name, value in given.items()}
-    if _is_array(given):
+    numbers = isinstance(given, list) and given and isinstance(given[0], int | float)
+    if numbers or _is_array(given):
         return {0: as_array(given, str(data), "it")}
     if isinstance(given, tuple) and given and all(_is_array(value) for value in given):
         return {place: as_array(value, str(data), f"array {place}") for place, value in enumerate(given)}
@@ -191,7 +209,8 @@ def iterated(items: Any) -> Iterator[Any]:
 
 def _each(items: Any, data: Data) -> Iterator[dict[Name, NDArray]]:
     """The arrays of every item."""
-    iterator, index = iterated(items), 0
+    with _blaming(data, "the data cannot be iterated"):
+        iterator, index = iterated(items), 0
     while True:
         with _blaming(data, f"item {index} cannot be read"):
             try:
@@ -200,6 +219,22 @@ def _each(items: Any, data: Data) -> Iterator[dict[Name, NDArray]]:
                 return
         yield values_of(item, str(data), f"item {index}")
         index += 1
+        check_count(items, index, str(data))
+
+
+def check_count(items: Any, count: int, source: str) -> None:
+    """Refuse to read on where items may have no end.
+
+    Raises:
+        InputError: there are more than `MOST_ITEMS`, and no length was given.
+    """
+    if count > MOST_ITEMS and _length(items) is None:
+        raise InputError(
+            f"the data are more than {MOST_ITEMS:,} items, and may have no end",
+            file=source,
+            cause=f"a {type(items).__name__} does not say how many it gives",
+            remedy="end it, as with itertools.islice(data, 1000); or give what has a length",
+        )
 
 
 def values_of(item: Any, source: str, where: str) -> dict[Name, NDArray]:
@@ -260,6 +295,8 @@ def as_array(value: Any, source: str, what: str) -> NDArray:
 
 def converted(value: Any) -> NDArray:
     """A value of a Python program as NumPy makes an array of it, whatever its type; see `as_array`."""
+    if np.ma.is_masked(value):
+        raise ValueError("some of its values are masked: fill them, or leave these rows out")
     torch = sys.modules.get("torch")  # who has a tensor has imported it
     if torch is not None and isinstance(value, torch.Tensor):
         value = value.detach()
@@ -290,7 +327,7 @@ def _is_iterable(value: Any) -> bool:
 def _length(given: Any) -> int | None:
     try:
         return len(given)
-    except (TypeError, NotImplementedError):  # generators, and loaders of iterable data sets
+    except Exception:  # generators, and loaders of iterable data sets; others have their own errors
         return None
 
 
@@ -315,6 +352,7 @@ class _Writer:
     def __init__(self, folder: Path) -> None:
         self._folder, self._files = folder, ExitStack()
         self._arrays: dict[Name, tuple[BinaryIO, list[tuple[int, str, tuple[int, ...]]]]] = {}
+        self._unlooked = 0  # bytes
         self.count = 0
 
     def __enter__(self) -> _Writer:
@@ -324,7 +362,16 @@ class _Writer:
         self._files.close()
 
     def add(self, values: Mapping[Name, NDArray]) -> None:
-        """One item more."""
+        """One item more.
+
+        Raises:
+            OSError: the disk is full but for `LEAST_FREE`.
+        """
+        self._unlooked += sum(array.nbytes for array in values.values())
+        if self._unlooked > _LOOKED_AFTER:
+            if shutil.disk_usage(self._folder).free < LEAST_FREE + self._unlooked:
+                raise OSError(errno.ENOSPC, f"the {self.count:,} items before have filled the disk")
+            self._unlooked = 0
         for name, array in values.items():
             if name not in self._arrays:
                 path = self._folder / f"{len(self._arrays)}.bin"

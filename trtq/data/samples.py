@@ -6,6 +6,7 @@ import functools
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from trtq.data.batches import Arrays, Axes, Batch, batches
 from trtq.data.feeding import Feeding
 from trtq.data.preprocess import Preprocess
 from trtq.data.sequences import Sequences, number_of
+from trtq.data.stored import StoredRows
 from trtq.errors import InputError, about
 from trtq.files import sha256_bytes, sha256_json
 from trtq.graph.inputs import InputSpec, fits, fixed_batch
@@ -31,6 +33,31 @@ class Column(Protocol):
 def rows_of(column: Column) -> list[Any]:
     """All rows of a column, read."""
     return [column[index] for index in range(len(column))]
+
+
+BLOCK_BYTES = 1 << 16
+"""Of the rows of an input that are looked at together."""
+
+
+def at_once(column: Column) -> int:
+    """How many rows of a column are looked at together; 1 where they are not stored as one array."""
+    while isinstance(column, Picked):
+        column = column.rows
+    if not isinstance(column, np.ndarray | StoredRows):
+        return 1
+    return max(BLOCK_BYTES // max(prod(column.shape[1:]) * column.dtype.itemsize, 1), 1)
+
+
+def block_of(column: Column, first: int, end: int) -> NDArray | None:
+    """Rows from `first` to before `end` as one array; None where they are not stored as one."""
+    if isinstance(column, Picked):
+        start, places = int(column.indices[first]), column.indices[first:end]
+        if np.array_equal(places, np.arange(start, start + end - first)):
+            return block_of(column.rows, start, start + end - first)
+        return None
+    if isinstance(column, StoredRows):
+        return column.block(first, end)
+    return column[first:end] if isinstance(column, np.ndarray) else None
 
 
 class Mapped:
@@ -50,13 +77,13 @@ class Picked:
     """Some rows of a column, in the given order."""
 
     def __init__(self, rows: Column, indices: NDArray[np.int64]) -> None:
-        self._rows, self._indices = rows, indices
+        self.rows, self.indices = rows, indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Any:
-        return self._rows[int(self._indices[index])]
+        return self.rows[int(self.indices[index])]
 
 
 @dataclass(frozen=True)
@@ -122,8 +149,15 @@ class Samples:
         Raises:
             InputError: a row's shape or dtype is not what the model takes, or it is not finite.
         """
-        for index in range(len(self)):
-            yield self.row(index)
+        size = min(at_once(self.columns[spec.name]) for spec in self.specs)
+        for first in range(0, len(self), size):
+            end = min(first + size, len(self))
+            blocks = {spec.name: self._block(spec, first, end) for spec in self.specs} if size > 1 else {}
+            known = {name: block for name, block in blocks.items() if block is not None}
+            others = [spec for spec in self.specs if spec.name not in known]
+            for index in range(first, end):
+                fed = {name: block[index - first] for name, block in known.items()}
+                yield fed | {spec.name: self._fed(spec, index) for spec in others} if others else fed
 
     def row(self, index: int, names: Collection[str] | None = None) -> Arrays:
         """One feed; of the named inputs only, where some are named.
@@ -275,6 +309,19 @@ class Samples:
     def _fed(self, spec: InputSpec, index: int) -> NDArray:
         row = self._row(spec, index)
         return row if spec.batch_axis is None else row[(slice(None),) * spec.batch_axis + (None,)]
+
+    def _block(self, spec: InputSpec, first: int, end: int) -> NDArray | None:
+        """Rows as they are fed, one after another; None where one may have to be converted, or refused."""
+        block = block_of(self.columns[spec.name], first, end)
+        if (
+            block is None
+            or block.dtype != spec.dtype
+            or not block.flags.c_contiguous
+            or not fits(spec.row_dims, block.shape[1:])
+            or (block.dtype.kind == "f" and not np.isfinite(block).all())
+        ):
+            return None
+        return block.reshape(len(block), *spec.fed_shape(block.shape[1:]))
 
     def file_of(self, index: int) -> str:
         """The file that row `index` comes from, or the source where it is one."""

@@ -50,7 +50,8 @@ class StoredRows:
         number, place = divmod(index, self._rows_at_once)
         last, rows = self._last  # taken once: other threads may read other blocks meanwhile
         if last != number:
-            rows = self._read(number * self._rows_at_once)
+            start = number * self._rows_at_once
+            rows = self.block(start, min(start + self._rows_at_once, len(self)))
             if self._rows_at_once > 1:
                 self._last = number, rows
         return rows[place : place + 1].reshape(self.shape[1:])
@@ -58,13 +59,17 @@ class StoredRows:
     def blocks(self) -> Iterator[NDArray]:
         """All rows, some at a time."""
         for first in range(0, len(self), self._rows_at_once):
-            yield self._read(first)
+            yield self.block(first, min(first + self._rows_at_once, len(self)))
 
-    def _read(self, first: int) -> NDArray:
-        """The rows of the block that starts with row `first`."""
+    def block(self, first: int, end: int) -> NDArray:
+        """Rows from `first` to before `end`, read as one array.
+
+        Raises:
+            InputError: the file is another one by now.
+        """
         if _state(self._path) != self._state:
             raise InputError("the data changed while they were read", file=self._path, remedy="run it again")
-        rows, each = min(self._rows_at_once, len(self) - first), prod(self.shape[1:])
+        rows, each = end - first, prod(self.shape[1:])
         offset = self._offset + first * each * self.dtype.itemsize
         values = np.fromfile(self._path, self.dtype, rows * each, offset=offset)
         return values.reshape(rows, *self.shape[1:])

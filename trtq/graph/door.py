@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, defs
 from onnx.external_data_helper import uses_external_data
 
@@ -40,6 +41,8 @@ _TEXTS = ("doc_string", "value")
 """Fields of text of any length; `value` is that of metadata and of external data."""
 
 _TWO_NUMBERS = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
+
+_WHOLE_NUMBERS = (TensorProto.BOOL, TensorProto.INT32, TensorProto.INT64)
 
 _FIELDS = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 
@@ -113,8 +116,10 @@ class _Check:
         self._once("function", (f"{f.domain}::{f.name}" for f in self.proto.functions))
         self._graph(self.proto.graph, (), _versions_of(self.proto))
         for function in self.proto.functions:
+            self._once(f"in function '{function.name}', input", function.input)
             self._graph(function, (), _versions_of(function) or _versions_of(self.proto))
         self._calls()
+        self._written_out()
 
     def refuse(self, problem: str, cause: object, remedy: str = "export the model again") -> InputError:
         """The error; every message of the door has the same form."""
@@ -206,8 +211,11 @@ class _Check:
         empty = {
             tensor.name for tensor in weights if not isinstance(graph, FunctionProto) and 0 in tensor.dims
         }
+        values = _scalars(graph)
         for node in graph.node:
             self._node(node, scopes, versions, empty)
+            if node.op_type == "Loop":
+                self._loop(node, values)
         self._no_cycle(graph)
 
     def _node(
@@ -235,11 +243,17 @@ class _Check:
         self._signature(node, versions)
         if node.op_type in _WINDOWED:
             self._window(node)
+        if node.domain in ("", "ai.onnx") and node.op_type in self._own_checks:
+            self._own_checks[node.op_type](self, node)
         for body in bodies(node):
             self._graph(body, scopes, versions)
 
     def _attribute(self, node: NodeProto, attribute: AttributeProto) -> None:
         """A value of the kind that it names; tensors among the values are checked as weights are."""
+        if attribute.type in (AttributeProto.TYPE_PROTO, AttributeProto.TYPE_PROTOS):
+            raise self.refuse(
+                f"{named(node)} ({node.op_type}) makes what is no tensor", "TensorRT has tensors only"
+            )
         single = _SINGLE.get(attribute.type)
         missing = single is not None and not attribute.HasField(single) and not attribute.ref_attr_name
         if attribute.type == AttributeProto.UNDEFINED or missing:
@@ -305,6 +319,46 @@ class _Check:
             if any(not lowest <= number <= LARGEST_SIZE for number in numbers):
                 raise self.refuse(f"'{name}' of {named(node)} ({node.op_type}) is out of bounds", numbers)
 
+    def _loop(self, node: NodeProto, values: Mapping[str, float]) -> None:
+        """Something may end it: a number of turns, or a condition that is not always true."""
+        turns, begins = (values.get(name, None) if name else math.inf for name in node.input[:2])
+        if turns is None or turns <= LARGEST_SIZE or not begins:
+            return
+        for body in bodies(node):
+            if len(body.input) < 2 or not body.output:
+                continue
+            inner = {**values, **_scalars(body), body.input[1].name: 1.0}
+            if inner.get(body.output[0].name):
+                raise self.refuse(f"{named(node)} (Loop) never ends", "its condition is always true")
+
+    def _gather_nd(self, node: NodeProto) -> None:
+        """Batch dimensions below 0 make ONNX Runtime read what is not the tensor's."""
+        for attribute in node.attribute:
+            if attribute.name == "batch_dims" and attribute.i < 0:
+                raise self.refuse(f"'batch_dims' of {named(node)} (GatherND) is below 0", attribute.i)
+
+    def _constant(self, node: NodeProto) -> None:
+        if len(node.attribute) != 1:
+            values = ", ".join(attribute.name for attribute in node.attribute) or "none"
+            raise self.refuse(f"{named(node)} (Constant) does not have one value", f"it has {values}")
+
+    def _if(self, node: NodeProto) -> None:
+        """Its branches take nothing, and give what it gives."""
+        for body in bodies(node):
+            if body.input or len(body.output) != len(node.output):
+                raise self.refuse(
+                    f"a branch of {named(node)} (If) does not suit it",
+                    f"{len(body.input)} inputs and {len(body.output)} outputs, for the {len(node.output)}"
+                    " outputs of the node",
+                )
+
+    _own_checks: ClassVar[dict[str, Callable[[_Check, NodeProto], None]]] = {
+        "GatherND": _gather_nd,
+        "Constant": _constant,
+        "If": _if,
+    }
+    """Operator -> what has to hold beside ONNX's definition."""
+
     def _no_cycle(self, graph: Graph) -> None:
         """Every node can run once what it reads is there; names from outside the graph are there."""
         maker = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
@@ -352,6 +406,17 @@ class _Check:
             raise self.refuse(
                 "the model's functions are too many nodes", f"{largest:,} when they are written out"
             )
+
+    def _written_out(self) -> None:
+        """Calls give functions what the nodes in them need."""
+        if not self.proto.functions:
+            return
+        try:
+            inlined = onnx.inliner.inline_local_functions(self.proto)
+        except Exception:  # `trtq.graph.local` says why
+            return
+        for node in _every(inlined.graph.node):
+            self._signature(node, _versions_of(inlined))
 
     # --- weights ------------------------------------------------------------------------------------------
 
@@ -459,6 +524,25 @@ def _texts(message: Any) -> Iterator[tuple[str, str | bytes]]:
         elif field.type == field.TYPE_MESSAGE:
             for item in [value] if hasattr(value, "ListFields") else value:
                 yield from _texts(item)
+
+
+def _scalars(graph: Graph) -> dict[str, float]:
+    """Tensor -> value, of the weights and Constants that are one number, and of what is the same as one."""
+    found = {} if isinstance(graph, FunctionProto) else {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.output and node.attribute and node.attribute[0].HasField("t"):
+            found[node.output[0]] = node.attribute[0].t
+    values = {
+        name: float(onnx.numpy_helper.to_array(tensor).item())
+        for name, tensor in found.items()
+        if tensor.data_type in _WHOLE_NUMBERS
+        and math.prod(tensor.dims) == 1
+        and not uses_external_data(tensor)
+    }
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input and node.output and node.input[0] in values:
+            values[node.output[0]] = values[node.input[0]]
+    return values
 
 
 def _every(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 import onnxruntime
 from numpy.typing import NDArray
 
+from trtq.graph.division import with_safe_division
 from trtq.graph.model import QDQ_OPS, export
 from trtq.graph.names import Names
 from trtq.graph.surgery import in_order
@@ -48,6 +49,8 @@ _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 
 _FATAL = 4
 """ONNX Runtime's log level: silent, since errors are raised."""
+
+onnxruntime.set_default_logger_severity(_FATAL)  # it would print some into the terminal all the same
 
 
 def fold_constants(graph: gs.Graph, size_threshold: int | None = None) -> None:
@@ -216,7 +219,7 @@ def _evaluate(
         model = export(part)
         del model.graph.value_info[:], model.graph.output[:]  # types follow from the constants
         model.graph.output.extend(onnx.ValueInfoProto(name=tensor.name) for tensor in wanted)
-        content = model.SerializeToString()
+        content = with_safe_division(model).SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         results: list[Any] = session.run(None, {})
         return results
@@ -284,12 +287,16 @@ def _taken(node: gs.Node, dimensions: NDArray) -> NDArray | None:
     return dimensions[operands[0].values.item() : operands[1].values.item() : steps[0]]
 
 
-_EXPANDING = frozenset({"ConstantOfShape", "Expand", "Range", "Tile"})
-"""Operators whose outputs may be much larger than their inputs."""
+_EXPANDING = frozenset({"ConstantOfShape", "Expand", "Loop", "Range", "Tile"})
+"""Operators whose outputs, or whose work, may be much larger than their inputs."""
+
+MOST_TURNS = 1 << 16
+"""Of a Loop that is folded."""
 
 
 def _expanded_bytes(node: gs.Node) -> int | None:
-    """Bytes of the output of such an operator; None for others, and where an operand is no constant yet."""
+    """Bytes of the output of such an operator, as far as its operands tell; None for others, and where an
+    operand is no constant yet."""
     if node.op not in _EXPANDING or not all(isinstance(t, gs.Constant) for t in node.inputs):
         return None
     values = [tensor.values for tensor in node.inputs]
@@ -300,6 +307,8 @@ def _expanded_bytes(node: gs.Node) -> int | None:
         if node.op == "Range":
             start, limit, delta = (value.item() for value in values)
             return max(ceil((limit - start) / delta), 0) * values[0].itemsize
+        if node.op == "Loop":
+            return 0 if values[0].item() <= MOST_TURNS else np.iinfo(np.int64).max
         if node.op == "Tile":
             return prod(values[0].shape) * prod(values[1].tolist()) * values[0].itemsize
         rank = max(values[0].ndim, len(values[1]))
@@ -322,7 +331,7 @@ def _is_foldable(node: gs.Node) -> bool:
         return False
     if not all(_is_numpy(node.attrs[name]) for name in ("to", "dtype") if name in node.attrs):
         return False
-    return all(_is_foldable(inner) for body in bodies(node) for inner in body.nodes)
+    return all(inner.op != "Loop" and _is_foldable(inner) for body in bodies(node) for inner in body.nodes)
 
 
 def _is_numpy(kind: Any) -> bool:
@@ -360,9 +369,9 @@ def reads(node: gs.Node) -> Iterator[gs.Tensor]:
 
 def _inline_branches(graph: gs.Graph, root: gs.Graph) -> bool:
     """Replace each If whose condition is a constant by the nodes of the branch it takes, in place."""
-    chosen = [n for n in graph.nodes if n.op == "If" and isinstance(n.inputs[0], gs.Constant)]
+    chosen = [n for n in graph.nodes if n.op == "If" and _is_one_value(n.inputs[0])]
     for node in chosen:
-        condition = bool(node.inputs[0].values.reshape(-1)[0])
+        condition = bool(node.inputs[0].values.item())
         branch = node.attrs["then_branch" if condition else "else_branch"]
         position = next(i for i, other in enumerate(graph.nodes) if other is node)
         outputs = list(node.outputs)
@@ -377,6 +386,10 @@ def _inline_branches(graph: gs.Graph, root: gs.Graph) -> bool:
         ]
         graph.nodes[position:position] = [*branch.nodes, *filter(None, ends)]
     return bool(chosen)
+
+
+def _is_one_value(tensor: gs.Tensor) -> bool:
+    return isinstance(tensor, gs.Constant) and prod(tensor.shape) == 1
 
 
 def _rename(branch: gs.Graph, graph: gs.Graph, names: Names) -> None:

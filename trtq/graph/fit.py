@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
 from trtq.graph.place import FLOATS, output_axis, unquantizable
-from trtq.graph.plan import RESCALED, Edge, NodePlan, Plan, Weight
+from trtq.graph.plan import RESCALED, RESTORED, Edge, NodePlan, Plan, Weight
 from trtq.graph.products import product
 
 _TAKE_OUT = "take that line out of the plan, or take the plan as it was written"
@@ -23,6 +23,11 @@ def of_model(plan: Plan, graph: gs.Graph) -> Plan:
     nodes = {node.name: node for node in graph.nodes}
 
     def own(edge: Edge) -> Edge:
+        add = nodes.get(edge.node.removesuffix(RESTORED))
+        if edge.node not in nodes and add is not None:
+            names = [tensor.name for tensor in add.inputs]
+            index = names.index(edge.tensor) if edge.tensor in names else edge.index
+            return replace(edge, node=add.name, index=index)
         inputs = nodes[edge.node].inputs if edge.node in nodes else []
         name = inputs[edge.index].name if 0 <= edge.index < len(inputs) else edge.tensor
         inserted = edge.tensor == edge.range and edge.tensor.startswith(f"{name}{RESCALED}")

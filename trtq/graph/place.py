@@ -23,7 +23,7 @@ import onnx_graphsurgeon as gs
 from trtq.errors import InputError
 from trtq.graph.foreign import View, is_foreign_node
 from trtq.graph.model import Model
-from trtq.graph.plan import Edge, NodePlan, Plan, Weight
+from trtq.graph.plan import RESTORED, Edge, NodePlan, Plan, Weight
 from trtq.graph.products import macs, product
 from trtq.graph.shapes import concrete_shapes
 
@@ -416,8 +416,13 @@ def _residual_add(node: gs.Node, placement: Placement) -> Iterator[Edge | Weight
 
     That is the other input of an Add that fuses with the quantized Conv in front of it, or else an input that
     all its other readers take in INT8 anyway: what writes it then writes no second copy in floating point.
+    Where a fix scaled that input, the Mul in front of the Add that restores it reads INT8.
     """
-    if node.op != "Add" or len(node.inputs) != 2 or node.name in placement.spared:
+    if node.name in placement.spared:
+        return
+    if node.name.endswith(RESTORED) and _read_in_int8(node.inputs[0], node, placement):
+        yield Edge(node.inputs[0].name, node.name, 0, RESIDUAL, node.inputs[0].name)
+    if node.op != "Add" or len(node.inputs) != 2:
         return
     fused = _fused_input(node, placement)
     for index, residual in enumerate(node.inputs):

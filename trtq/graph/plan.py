@@ -16,6 +16,9 @@ BY_COST = "cost"
 RESCALED = "/rescaled"
 """What stands behind the name of a tensor in the name of the one that a fix inserted behind it."""
 
+RESTORED = "/restored"
+"""What stands behind the name of an Add in the name of the Mul that a fix inserted in front of it."""
+
 MOST_LISTED = 3
 """So many nodes are named in a line of text; the files have all."""
 

@@ -27,7 +27,7 @@ def _join(node: gs.Node, maker: gs.Node) -> None:
 
 def _take(node: gs.Node, maker: gs.Node, position: int, names: Names) -> None:
     """Make a SequenceAt what gives that part of the sequence."""
-    if maker.op == "SequenceConstruct":
+    if maker.op == "SequenceConstruct" and -len(maker.inputs) <= position < len(maker.inputs):
         node.op, node.inputs = "Identity", [maker.inputs[position]]
     if maker.op != "SplitToSequence":
         return
@@ -49,6 +49,8 @@ def _bounds(sizes: gs.Tensor, position: int) -> tuple[int, int] | None:
     if not isinstance(sizes, gs.Constant):
         return None
     if sizes.values.ndim:
+        if not -len(sizes.values) <= position < len(sizes.values):
+            return None
         ends = np.cumsum(sizes.values).tolist()
         return ends[position] - int(sizes.values[position]), ends[position]
     size = int(sizes.values)

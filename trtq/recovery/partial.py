@@ -11,12 +11,14 @@ in floating point for what stands in the way, not for components that are good a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from trtq.cache import Key
+from trtq.calibration.calibrate import effort_of_step
 from trtq.cost.placement import Latencies, spared_input
 from trtq.data.samples import Samples
 from trtq.graph.groups import Group, groups
@@ -64,7 +66,7 @@ def cheapest_set(
         for group in costs:
             if over():
                 return best
-            now[group] = sets.noise_of(best - {group}) - sets.noise_of(best | {group})
+            now[group] = sets.noise(best - {group}) - sets.noise(best | {group})
         found.append(sets.search({group: now[group] / costs[group] for group in costs}))
     return min([best, *found], key=sets.price)
 
@@ -75,16 +77,11 @@ class _Sets:
     def __init__(
         self, costs: Mapping[str, float], noise: Noise, target: float, over: Callable[[], bool]
     ) -> None:
-        self._costs, self._noise, self._target, self._over = costs, noise, target, over
-        self._known: dict[frozenset[str], float] = {}
-
-    def noise_of(self, left_out: frozenset[str]) -> float:
-        if left_out not in self._known:
-            self._known[left_out] = self._noise(left_out)
-        return self._known[left_out]
+        self._costs, self._target, self._over = costs, target, over
+        self.noise: Noise = functools.cache(noise)
 
     def holds(self, left_out: frozenset[str]) -> bool:
-        return len(left_out) == len(self._costs) or self.noise_of(left_out) <= self._target
+        return len(left_out) == len(self._costs) or self.noise(left_out) <= self._target
 
     def price(self, left_out: frozenset[str]) -> tuple[float, int]:
         return sum(self._costs[group] for group in left_out), len(left_out)
@@ -112,9 +109,10 @@ class _Sets:
 
 
 FEWEST_ROWS, MOST_ROWS = 8, 64
-MAC_BUDGET, RUNS_PER_GROUP = 1e13, 1.5
+MAC_BUDGET, RUNS_PER_GROUP = 2e12, 3
 """The noise is measured on as many rows, evenly spread over those to fit on, as let this many runs for each
-group fit into this many multiply-accumulates, within those bounds."""
+group fit into this many multiply-accumulates, within those bounds: one for the noise that it makes alone, and
+in `cheapest_set` one for what it changes and about one to try it in and out."""
 
 
 def rows_to_search(job: Job, start: Quantization) -> Samples:
@@ -122,6 +120,12 @@ def rows_to_search(job: Job, start: Quantization) -> Samples:
     runs = RUNS_PER_GROUP * len(groups(start.graph, start.plan))
     affordable = MAC_BUDGET / max(runs * start.plan.macs_per_row, 1)
     return job.parts[0].spread(int(min(max(affordable, FEWEST_ROWS), MOST_ROWS)))
+
+
+def is_searchable(job: Job, start: Quantization) -> bool:
+    """Whether there is time to measure every group alone, each with a model of its own."""
+    effort, runs = effort_of_step(job, start), RUNS_PER_GROUP * len(groups(start.graph, start.plan))
+    return effort.takes("partial", runs * effort.quantized(0))
 
 
 class Search:
@@ -134,6 +138,7 @@ class Search:
         groups: name -> group, in the order of the plan, those inputs last.
         alone: name -> noise of the outputs with this group alone in INT8.
         free: the names of those inputs.
+        noise: set of groups left in floating point -> noise of the outputs; each is run once.
         whole: whether all groups were measured before the budget was spent.
 
     Args:
@@ -144,6 +149,7 @@ class Search:
 
     def __init__(self, job: Job, start: Quantization, key: Key, *, speed: Speed | None = None) -> None:
         self._start, self._budget = start, job.budget
+        self.noise: Noise = functools.cache(self._measured)
         self._simulator = Simulator(
             start,
             rows_to_search(job, start),
@@ -205,8 +211,7 @@ class Search:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def noise(self, left_out: frozenset[str]) -> float:
-        """Noise of the outputs with some groups in floating point."""
+    def _measured(self, left_out: frozenset[str]) -> float:
         plan = self._plan(left_out, lambda name: "left out to measure")
         return self._simulator.score(plan).noise
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 
-from trtq.backends.builders import NO_ENGINE, chosen
-from trtq.backends.interface import find_gpu
+from trtq.backends.builders import NO_ENGINE, chosen, runs_on
+from trtq.backends.interface import Gpu, find_gpu
 from trtq.cost.gpus import gpu_named
 from trtq.cost.interface import Builder, CostSource, Latency, Rest
 from trtq.cost.placement import Fastest, Latencies
@@ -198,15 +198,18 @@ def speed_of(job: Job, plan: Plan, timed: Callable[[], Sequence[TimedEngine]] = 
     if recipe.objective == "int8" or (recipe.objective is None and recipe.min_int8 is not None):
         return None
     card = None if named else find_gpu()
-    if not named and card is None:
+    other = None if card is None or _runs_on(recipe, card.compute_capability) else card
+    if not named and (card is None or other is not None):
         if recipe.objective == "latency":
             raise InputError(
                 "nothing tells what layers cost: --objective latency needs a GPU here, or another source",
+                cause=None if other is None else _refused(recipe, other),
                 remedy="name the GPU that the engine is for (--gpu L4), or give --profile-json and"
                 " --layer-info of trtexec",
             )
+        why = "" if other is None else f"; {_refused(recipe, other)}"
         console.say(
-            "objective", "int8: every layer that can; --gpu NAME would let the fastest plan be chosen"
+            "objective", f"int8: every layer that can{why}; --gpu NAME would let the fastest plan be chosen"
         )
         return None
     try:
@@ -249,16 +252,31 @@ def known(card: str) -> bool:
 def is_for_this_gpu(recipe: Recipe) -> bool:
     """Whether the engine is to be fast on the GPU here, and not on another one that the recipe names."""
     card = find_gpu()
-    if card is None or recipe.profile_json:
+    if card is None or recipe.profile_json or not _runs_on(recipe, card.compute_capability):
         return False
     return recipe.gpu is None or (known(card.name) and gpu_named(recipe.gpu) == gpu_named(card.name))
 
 
 def builder_of(recipe: Recipe) -> Builder:
-    """Whose kernels the engine has; where none is built here, TensorRT's."""
+    """Whose kernels the engine has that is to be fast: TensorRT's where none is built here, or where TensorRT
+    for RTX, which is here, does not run on the GPU that the recipe names."""
+    if recipe.gpu is not None:
+        major, minor = divmod(gpu_named(recipe.gpu).capability, 10)
+        if not _runs_on(recipe, f"{major}.{minor}"):
+            return "tensorrt"
     if recipe.backend == NO_ENGINE:
         return "tensorrt"
     return "tensorrt-rtx" if chosen(recipe.backend) == "tensorrt-rtx" else "tensorrt"
+
+
+def _runs_on(recipe: Recipe, capability: str) -> bool:
+    """Whether the recipe's engine runs on GPUs of a compute capability; true where it builds none."""
+    return recipe.backend == NO_ENGINE or runs_on(chosen(recipe.backend), capability)
+
+
+def _refused(recipe: Recipe, gpu: Gpu) -> str:
+    """That the recipe's engine does not run on the GPU here."""
+    return f"{chosen(recipe.backend)} does not run on {gpu.name}, compute capability {gpu.compute_capability}"
 
 
 def reasons_of(latencies: Latencies, left_out: frozenset[str]) -> dict[str, str]:

@@ -19,6 +19,9 @@ from trtq.job import Job
 from trtq.recovery.attempt import of_model, one_line
 from trtq.scratch import scratch_folder
 
+MOST_NODES = 2500
+"""Models of more nodes take the builder longer than the searches that a refusal would spare."""
+
 MOST_BYTES = 1 << 28
 """Models with more weights are not built on trial: that takes as long as the search for their ranges."""
 
@@ -57,7 +60,8 @@ def refusal(job: Job, plan: Plan) -> Refusal | None:
     """
     if job.recipe.backend == NO_ENGINE:
         return None
-    large = weight_bytes(job.model.graph) > MOST_BYTES
+    graph = job.model.graph
+    large = weight_bytes(graph) > MOST_BYTES or len(graph.nodes) > MOST_NODES
     if job.recipe.method != AUTO or large:
         return None
     ones = Quantization(job.model.graph, plan, dict.fromkeys(plan.tensors, np.float32(1)))

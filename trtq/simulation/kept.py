@@ -20,6 +20,19 @@ class _Place(NamedTuple):
     dtype: np.dtype
 
 
+Shape = tuple[int | None, ...] | None
+"""None for a size that differs between batches, or for all where their number does."""
+
+Specs = dict[str, tuple[np.dtype, Shape]]
+"""Array name -> dtype and shape."""
+
+
+def _joined(known: Shape, shape: tuple[int, ...]) -> Shape:
+    if known is None or len(known) != len(shape):
+        return None
+    return tuple(old if old == new else None for old, new in zip(known, shape, strict=True))
+
+
 class Kept(Sequence[Arrays]):
     """The arrays of batches, in the order in which they came: the first ones in memory, the others in a
     scratch file, from which each is read when it is asked for. The file goes with the process.
@@ -28,6 +41,7 @@ class Kept(Sequence[Arrays]):
 
     Attributes:
         nbytes: of all arrays.
+        specs: theirs.
 
     Args:
         batches: the arrays of each.
@@ -39,7 +53,12 @@ class Kept(Sequence[Arrays]):
         self._file: Any = None
         self._lock = threading.Lock()
         self.nbytes = 0
+        self.specs: Specs = {}
         for arrays in batches:
+            for name, array in arrays.items():
+                known = self.specs.get(name)
+                shape = array.shape if known is None else _joined(known[1], array.shape)
+                self.specs[name] = array.dtype, shape
             self.nbytes += sum(array.nbytes for array in arrays.values())
             fits = self.nbytes <= in_memory
             self._batches.append(arrays if fits else {n: self._written(a) for n, a in arrays.items()})
@@ -56,8 +75,13 @@ class Kept(Sequence[Arrays]):
     def __getitem__(self, index: int | slice) -> Arrays | list[Arrays]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
+        return self.take(index, self._batches[index])
+
+    def take(self, index: int, names: Iterable[str]) -> Arrays:
+        """Some of a batch's arrays."""
         arrays = self._batches[index]
-        return {n: self._read(a) if isinstance(a, _Place) else a for n, a in arrays.items()}
+        found = {name: arrays[name] for name in names}
+        return {n: self._read(a) if isinstance(a, _Place) else a for n, a in found.items()}
 
     def _written(self, array: np.ndarray) -> _Place | np.ndarray:
         if array.dtype.hasobject:

@@ -24,7 +24,7 @@ from trtq.data.samples import Samples
 from trtq.errors import InputError, TrtqError
 from trtq.graph.door import read_model
 from trtq.graph.selecting import sized_by_values
-from trtq.simulation.rows import Runner
+from trtq.simulation.rows import Runner, rows_at_once
 from trtq.simulation.states import following, step_by_step
 from trtq.simulation.values import Values, joined, nbytes, packed, unpacked
 from trtq.simulation.workers import KEPT_BYTES, Shipped, Work, cut
@@ -128,8 +128,8 @@ def run_model(
     with the states that the model left at the one before.
 
     Args:
-        batch_size: rows at once; None: the model's fixed batch, else `DEFAULT_BATCH_SIZE`, or 1 where the
-            model does not run on more.
+        batch_size: rows at once; None: the model's fixed batch, else up to `DEFAULT_BATCH_SIZE` (see
+            `rows_at_once`), or 1 where the model does not run on more.
         threads: CPU threads; None: all processors.
         progress: called with the number of rows just done, such as a progress bar's `update`.
         runner: of the model; None: one for this call.
@@ -143,7 +143,9 @@ def run_model(
         raise InputError("the data has no rows")
     runner = runner or Runner(model, threads=threads)
     limits = _limits(runner.inputs, samples)
-    parts = batches_for(list(runner.inputs), samples, limits, batch_size, model)
+    free = batch_size is None and limits.highest is None
+    wanted = rows_at_once(samples, DEFAULT_BATCH_SIZE) if free else batch_size
+    parts = batches_for(list(runner.inputs), samples, limits, wanted, model)
     if batch_size is None:
         parts = runner.taken(parts)
     run = following(functools.partial(runner.on, samples=samples), samples)

@@ -43,8 +43,25 @@ Run = Callable[[Arrays], Mapping[str, Any]]
 BRIEF = 2.5e-4
 """Seconds of work that are worth handing to a thread at once: that alone takes about 20 microseconds."""
 
+CACHE_BYTES = 1 << 20
+"""Rows of a batch take up to so many bytes: what a model makes of them then stays in the processor's cache.
+EfficientNet-Lite0 with Q/DQ takes 61 ms for each of 16 rows at once, 45 for each of 4."""
+
 MOST_TOGETHER = 64
 """Items that a thread is given at once."""
+
+HERE = 1e-4
+"""Seconds of a processor on an item below which threads mostly wait for each other's interpreter: such items
+are worked on by the caller itself."""
+
+_RECENT = 8
+"""Groups whose quickest says how long an item takes: on a busy machine the others say how long it waits."""
+
+_AGAIN = 256
+"""Groups after which the caller tries once more whether items are such."""
+
+_TRIED = 16
+"""Items by which it is told whether they are."""
 
 
 class Workers:
@@ -64,26 +81,52 @@ class Workers:
         """The function's result for every item, in order.
 
         Items are taken as they are needed: at most two for each worker are in memory at a time, or two groups
-        of as many as `BRIEF` is enough for. When the caller stops early, or something fails, nothing is left
-        running.
+        of as many as `BRIEF` is enough for; one item where each takes less than `HERE`. When the caller stops
+        early, or something fails, nothing is left running.
         """
         waiting: deque[Future[tuple[list[Result], float]]] = deque()
-        items, size = iter(items), 1
+        taking: deque[float] = deque(maxlen=_RECENT)  # seconds for each item of a group
+        working: deque[float] = deque(maxlen=_RECENT)
+        items, size, untried = iter(items), 1, 0
         try:
             while True:
                 started = time.perf_counter()
                 if not (group := list(itertools.islice(items, size))):
                     break
-                taken = time.perf_counter() - started
+                taking.append((time.perf_counter() - started) / len(group))
                 waiting.append(self._pool.submit(_all, function, group))
-                if len(waiting) == 2 * self.count:
-                    results, seconds = waiting.popleft().result()
-                    size = _fitting(size, max(taken, seconds))
-                    yield from results
+                if len(waiting) < 2 * self.count:
+                    continue
+                results, seconds = waiting.popleft().result()
+                yield from results
+                working.append(seconds / len(results))
+                each, untried = max(min(taking), min(working)), untried - 1
+                size = _fitting(size, size * each)
+                if each < BRIEF and untried < 0:
+                    while waiting:
+                        yield from waiting.popleft().result()[0]
+                    yield from _while_short(function, items)
+                    untried = _AGAIN
             while waiting:
                 yield from waiting.popleft().result()[0]
         finally:
             wait([future for future in waiting if not future.cancel()])
+
+
+def _while_short(function: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
+    """The results of items, worked on right here, until they take longer than `HERE`; the first ones may."""
+    slow = 0
+    while slow < 2:
+        used, count = 0.0, 0
+        for item in itertools.islice(items, _TRIED):
+            started = time.thread_time()
+            result = function(item)
+            used += time.thread_time() - started
+            count += 1
+            yield result
+        if not count:
+            return
+        slow = slow + 1 if used > HERE * count else 0
 
 
 def _all(function: Callable[[Item], Result], group: Sequence[Item]) -> tuple[list[Result], float]:
@@ -115,6 +158,7 @@ class Runner:
         reuse: a thread's outputs lie in memory that its next run overwrites, which saves the time that the
             system takes to hand out new memory for every row.
         edit: of a graph: changes, in place, what ONNX Runtime gets of it.
+        optimized: see `simulation_session`.
 
     Raises:
         InputError: ONNX Runtime cannot load the model.
@@ -129,14 +173,15 @@ class Runner:
         weights: Mapping[str, onnxruntime.OrtValue] | None = None,
         reuse: bool = False,
         edit: Callable[[onnx.GraphProto], None] | None = None,
+        optimized: bool = True,
     ) -> None:
         self._name = str(model) if isinstance(model, str | Path) else "the model"
         if isinstance(model, gs.Graph):
             with serialized(model, edit) as source:
-                self._session = simulation_session(source, threads, outputs, weights)
+                self._session = simulation_session(source, threads, outputs, weights, optimized=optimized)
             _trim()
         else:
-            self._session = simulation_session(model, threads, outputs, weights)
+            self._session = simulation_session(model, threads, outputs, weights, optimized=optimized)
         self.inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
         every = [item.name for item in self._session.get_outputs()]
         self.outputs = tuple(outputs or [name for name in every if name not in self.inputs] or every)
@@ -237,6 +282,12 @@ class Runner:
         return taken(run, batches)
 
 
+def rows_at_once(samples: Samples, highest: int) -> int:
+    """Rows of a batch that is fast to run: `highest`, or fewer where they are large, but several."""
+    row = sum(array.nbytes for array in next(samples.rows()).values())
+    return min(highest, max(CACHE_BYTES // max(row, 1), 2))
+
+
 def _codes_of(model: gs.Graph | str | Path | bytes) -> dict[str, Code]:
     """What the 8-bit inputs and outputs of a model stand for."""
     if isinstance(model, gs.Graph):
@@ -260,6 +311,18 @@ def taken(run: Run, batches: Iterable[Batch]) -> Iterator[Batch]:
             yield from single_rows(batch)
         else:
             yield batch
+
+
+def check_runs(model: str | Path, samples: Samples) -> None:
+    """Run all of a model once, on the first row.
+
+    What computes some of its tensors, as calibration does, tells nothing of what lies behind those.
+
+    Raises:
+        InputError: it does not run.
+    """
+    runner = Runner(model, optimized=False)
+    runner.on(next(runner.batches(samples, 1)), samples)
 
 
 def runs_on_several(model: gs.Graph, samples: Samples) -> bool:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trtq.errors import InputError, TrtqError
 from trtq.graph import references
+from trtq.graph.division import with_safe_division
 from trtq.graph.door import read_model
 from trtq.graph.foreign import View, import_domains, needs_reference
 from trtq.graph.functions import holds_attention, with_attention_defined
@@ -51,9 +52,8 @@ _HOLDS_WEIGHTS = 1 << 25
 MANY_NODES = 4096
 """Models of more nodes are loaded without a search whose time grows with the square of them."""
 
-_SEARCHES = {"CommonSubexpressionElimination": MANY_NODES, "NchwcTransformer": 16 * MANY_NODES}
-"""ONNX Runtime's searches for nodes that compute the same, and for convolutions that another layout suits;
-both make runs faster. Up to how many nodes each is worth its time."""
+_SMALL_NODE = 1 << 10
+"""Bytes that a node takes in a file, with its weights, below which another layout does not make it faster."""
 
 _FATAL = 4
 """ONNX Runtime's log level: errors are raised, so they are not logged as well."""
@@ -67,6 +67,8 @@ def simulation_session(
     threads: int | None = None,
     outputs: Sequence[str] | None = None,
     weights: Mapping[str, onnxruntime.OrtValue] | None = None,
+    *,
+    optimized: bool = True,
 ) -> Session:
     """A session that runs Q/DQ faithfully: floating-point operators between exact quantizers.
 
@@ -81,6 +83,7 @@ def simulation_session(
         outputs: names of any tensors of the graph to make its outputs; None: the model's own. Tensors
             inside that are float16 or bfloat16 come as float32.
         weights: values of the initializers that the model says are external, shared and not copied.
+        optimized: False: for a few runs, of which making the session would be most.
 
     Raises:
         InputError: ONNX Runtime cannot load the model, or an output cannot be computed.
@@ -93,7 +96,10 @@ def simulation_session(
             start = partial(_started, large=_is_large(model), threads=threads, weights=shared, folder=folder)
             read = partial(_values, weights=shared, folder=folder)
             return Chain(source.model, source.outputs, source.types, start, read)
-        return _session(source, _options(_is_large(model), threads, weights), nodes)
+        options = _options(_is_large(model), threads, weights)
+        if not optimized:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return _session(source, options, nodes)
     except TrtqError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
@@ -122,6 +128,7 @@ def _session(
     source: str | Path | bytes | Light, options: onnxruntime.SessionOptions, nodes: int
 ) -> onnxruntime.InferenceSession:
     """A session of a model of so many nodes."""
+    left_out = _not_worth_it(source, nodes)
     if isinstance(source, Light):
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(source.folder))
         source = source.model
@@ -129,8 +136,21 @@ def _session(
         source if isinstance(source, bytes) else str(source),
         options,
         providers=execution_providers(),
-        disabled_optimizers=[name for name, most in _SEARCHES.items() if nodes > most],
+        disabled_optimizers=left_out,
     )
+
+
+def _not_worth_it(source: str | Path | bytes | Light, nodes: int) -> list[str]:
+    """ONNX Runtime's searches, for nodes that compute the same and for convolutions that another layout
+    suits, that would take more time for a model of so many nodes than they save."""
+    if nodes <= MANY_NODES:
+        return []
+    small = False
+    if nodes > 2 * MANY_NODES and not isinstance(source, Light):
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        small = size < _SMALL_NODE * nodes
+    layouts = ["NchwcTransformer"] if small or nodes > 16 * MANY_NODES else []
+    return ["CommonSubexpressionElimination", *layouts]
 
 
 def _started(
@@ -223,8 +243,8 @@ class _Foreign:
 def _simulable(
     model: str | Path | bytes | Light, outputs: Sequence[str] | None
 ) -> tuple[str | Path | bytes | Light | _Foreign, int]:
-    """The model in float32 where it holds narrow types, with Attention as ONNX defines it, and with other
-    outputs where some are named; and how many nodes it has.
+    """The model in float32 where it holds narrow types, with Attention as ONNX defines it, divisions that do
+    not end the process, and other outputs where some are named; and how many nodes it has.
 
     A model that needs none of these stays as it is.
     """
@@ -239,8 +259,9 @@ def _simulable(
         inlined = onnx.inliner.inline_local_functions(proto)
         foreign = any(map(needs_reference, inlined.graph.node))
         proto = inlined if foreign else proto
+    given, proto = proto, with_safe_division(proto)
     narrow, attention = holds_narrow(proto), holds_attention(proto)
-    if not narrow and not attention and outputs is None and not foreign:
+    if proto is given and not narrow and not attention and outputs is None and not foreign:
         return model, len(proto.graph.node)
     types: dict[str, onnx.TypeProto] = {}
     if foreign:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -37,6 +37,7 @@ from trtq.graph.selecting import measured_tensors
 from trtq.graph.surgery import copied, in_order
 from trtq.numerics import dequantize
 from trtq.simulation.finite import check_reference, first_not_finite, with_references
+from trtq.simulation.kept import Kept, Shape, Specs
 from trtq.simulation.outputs import Columns
 from trtq.simulation.rows import Runner, Workers, taken
 from trtq.simulation.similarity import Reference, noise_db, scored
@@ -46,7 +47,8 @@ BATCH = 4
 """Rows at once; larger batches leave the processor's cache and are slower."""
 
 KEPT_BYTES = 1 << 29
-"""Most memory for the activations at the cuts, for each of the two passes."""
+"""Most memory for the activations at the cuts, for each of the two passes; and so much for the rows. What is
+above it, and outputs may be, goes into scratch files."""
 
 SHARED_BYTES = 1 << 10
 """Weights above this size are handed to ONNX Runtime by address."""
@@ -106,7 +108,7 @@ class Simulator:
 
     Args:
         quantization: parts of its plan come from `place.leave_out`.
-        samples: the rows; they are kept in memory.
+        samples: the rows; what is read of them is kept (see `KEPT_BYTES`).
         metric: scores the outputs, too.
         teacher: the model whose outputs are the reference, where that is not the quantization's graph.
         workers: batches run at once; default: one for each processor.
@@ -131,15 +133,15 @@ class Simulator:
         self.workers = Workers(workers)
         self._lock = threading.Lock()
         self._program = _Program(quantization)
-        self._batches = list(taken(self._plain, samples.batches(BATCH)))
+        self._batches = _Rows.of(taken(self._plain, samples.batches(BATCH)))
         self._cuts = self._affordable_cuts()
         self._float = self._pass(frozenset())
-        self._expected = self._float.outputs if teacher is None else self._taught(teacher)
-        for batch, arrays in zip(self._batches, self._expected, strict=True):
-            outputs = {name: arrays[name] for name in self._program.final}
+        self._expected = self._float.kept if teacher is None else self._taught(teacher)
+        for index, batch in enumerate(self._batches.heads):
+            outputs = self._expected.take(index, self._program.final)
             check_reference(outputs, ignore_nonfinite=ignore_nonfinite, samples=samples, batch=batch)
-        self._scored = scored({name: self._expected[0][name] for name in self._program.measured})
-        self._measured_against = Reference(list(self._own_rows(self._expected)))
+        self._scored = scored(self._expected.take(0, self._program.measured))
+        self._measured_against = Reference(_OwnRows(self._expected, self._batches.heads, self._scored))
         self._whole: _Pass | None = None
 
     @cached_property
@@ -149,7 +151,8 @@ class Simulator:
         Raises:
             InputError: as `outputs`.
         """
-        return self._joined(self._expected)
+        every = range(len(self._expected))
+        return self._joined(self._expected.take(index, self._program.final) for index in every)
 
     def outputs(self, plan: Plan) -> dict[str, Values]:
         """The outputs with a plan, all rows of each.
@@ -166,11 +169,17 @@ class Simulator:
         Raises:
             InputError: the plan is not part of the quantization's, or the metric does not suit the outputs.
         """
-        found = self._run(plan)
-        noise = self._measured_against.noise(self._own_rows(found))
-        value = None
+        columns, value = Columns(len(self.samples), self.samples.source), None
+
+        def own_rows() -> Iterator[Arrays]:
+            for batch, arrays in zip(self._batches.heads, self._run(plan), strict=True):
+                if self.metric is not None:
+                    columns.add(batch, {name: arrays[name] for name in self._program.final})
+                yield {name: batch.own(arrays[name]) for name in self._scored}
+
+        noise = self._measured_against.noise(own_rows())
         if self.metric is not None:
-            outputs = self._joined(found)
+            outputs = columns.values
             if first_not_finite(outputs, self.reference) is None:
                 outputs = with_references(self.reference, outputs)
                 value = self.metric.value(outputs, dict(self.samples.targets), self.reference)
@@ -196,7 +205,7 @@ class Simulator:
 
         yield from Workers(self.workers.count).map(effect, every if among is None else among)
 
-    def _run(self, plan: Plan) -> list[Arrays]:
+    def _run(self, plan: Plan) -> Iterator[Arrays]:
         """The outputs of every batch."""
         switches = self._program.switches(plan)
         known = [self._float]
@@ -206,47 +215,36 @@ class Simulator:
             known.append(self._whole)
         base = max(known, key=lambda known: self._program.first_change(switches ^ known.switches))
         if switches == base.switches:
-            return base.outputs
+            return (base.kept.take(index, self._program.outputs) for index in range(len(base.kept)))
         change = self._program.first_change(switches ^ base.switches)
         start = max(cut for cut in self._cuts if cut <= change)
-        names = self._batches[0].feed.keys() | self._program.alive(start)
-        batches = [
-            replace(batch, feed={name: arrays[name] for name in names})
-            for batch, arrays in zip(self._batches, base.kept, strict=True)
-        ]
+        batches = self._batches.beside(base.kept, self._program.alive(start))
         return self._simulate(switches, start, batches, self._program.outputs)
 
-    def _taught(self, teacher: gs.Graph) -> list[Arrays]:
+    def _taught(self, teacher: gs.Graph) -> Kept:
         """Another model's outputs of every batch."""
-        names = self._program.outputs
-        return list(Runner(teacher, names).over(self.samples, self._batches, workers=self.workers))
+        runner = Runner(teacher, self._program.outputs)
+        return Kept(runner.over(self.samples, self._batches, workers=self.workers), KEPT_BYTES)
 
     def _plain(self, feed: Arrays) -> Arrays:
         """The fp32 model's outputs for a feed."""
-        return self._simulate(frozenset(), 0, [Batch(feed, 0, 1, 0)], self._program.outputs)[0]
+        (found,) = self._simulate(frozenset(), 0, _Rows.of([Batch(feed, 0, 1, 0)]), self._program.outputs)
+        return found
 
     def _pass(self, switches: Switches) -> _Pass:
-        """A pass over all rows that keeps the model's inputs and the activations at the cuts."""
-        kept = sorted(set().union(*(self._program.alive(cut) for cut in self._cuts)))
-        outputs = self._program.outputs
-        found = self._simulate(switches, 0, self._batches, list(dict.fromkeys([*outputs, *kept])))
-        return _Pass(
-            switches,
-            [{name: arrays[name] for name in outputs} for arrays in found],
-            [
-                batch.feed | {name: arrays[name] for name in kept}
-                for batch, arrays in zip(self._batches, found, strict=True)
-            ],
-        )
+        """A pass over all rows that keeps the outputs and the activations at the cuts."""
+        alive = sorted(set().union(*(self._program.alive(cut) for cut in self._cuts)))
+        names = list(dict.fromkeys([*self._program.outputs, *alive]))
+        return _Pass(switches, Kept(self._simulate(switches, 0, self._batches, names), KEPT_BYTES))
 
     def _affordable_cuts(self) -> list[int]:
         """Positions in front of quantized nodes where few bytes are alive, and the start."""
-        program, first = self._program, self._batches[0]
+        program, first = self._program, _Rows.of([self._batches[0]])
         positions = [position for position in program.changing if program.alive(position)]
         names = sorted(set().union(*(program.alive(position) for position in positions)))
-        found = self._simulate(frozenset(), 0, [first], names)[0] if names else {}
+        found = next(self._simulate(frozenset(), 0, first, names)) if names else {}
         batch_bytes = {name: array.nbytes for name, array in found.items()}
-        count = len(self.samples) / (first.rows + first.padding)
+        count = len(self.samples) / (first.heads[0].rows + first.heads[0].padding)
 
         def size(tensors: Iterable[str]) -> float:
             return count * sum(batch_bytes[name] for name in tensors)
@@ -261,43 +259,97 @@ class Simulator:
         return cuts
 
     def _simulate(
-        self, switches: Switches, start: int, batches: Sequence[Batch], names: Sequence[str]
-    ) -> list[Arrays]:
+        self, switches: Switches, start: int, batches: _Rows, names: Sequence[str]
+    ) -> Iterator[Arrays]:
         """Named tensors of every batch, computed from the activations at the cut `start`.
 
         Args:
             batches: they feed the model's inputs, and the activations at that cut.
         """
-        computed = [name for name in names if name not in batches[0].feed]
-        model, weights = self._program.part(switches, start, [batch.feed for batch in batches], computed)
+        specs = batches.specs
+        computed = [name for name in names if name not in specs]
+        model, weights = self._program.part(switches, start, specs, computed)
 
         def named(batch: Batch, outputs: Arrays) -> Arrays:
             arrays = batch.feed | outputs
             return {name: arrays[name] for name in names}
 
-        runner = Runner(model, weights=weights)
-        return list(runner.over(self.samples, batches, named, workers=self.workers))
+        return Runner(model, weights=weights).over(self.samples, batches, named, workers=self.workers)
 
-    def _own_rows(self, found: Sequence[Arrays]) -> Iterator[Arrays]:
-        """The scored outputs of every batch, without the rows that only fill up a fixed batch."""
-        for batch, arrays in zip(self._batches, found, strict=True):
-            yield {name: batch.own(arrays[name]) for name in self._scored}
-
-    def _joined(self, found: Sequence[Arrays]) -> dict[str, Values]:
+    def _joined(self, found: Iterable[Arrays]) -> dict[str, Values]:
         """All rows of every output."""
         columns = Columns(len(self.samples), self.samples.source)
-        for batch, arrays in zip(self._batches, found, strict=True):
+        for batch, arrays in zip(self._batches.heads, found, strict=True):
             columns.add(batch, {name: arrays[name] for name in self._program.final})
         return columns.values
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """Outputs of every batch; inputs and the activations at the cuts of every batch."""
+    """Outputs of every batch, and the activations at the cuts."""
 
     switches: Switches
-    outputs: list[Arrays]
-    kept: list[Arrays]
+    kept: Kept
+
+
+@dataclass(frozen=True)
+class _Rows(Sequence[Batch]):
+    """Batches whose feeds are kept.
+
+    Attributes:
+        heads: the batches without their feeds.
+        parts: arrays of every batch, with the names of those that are fed.
+    """
+
+    heads: Sequence[Batch]
+    parts: tuple[tuple[Kept, frozenset[str]], ...]
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> _Rows:
+        """Batches, read."""
+        heads: list[Batch] = []
+
+        def feeds() -> Iterator[Arrays]:
+            for batch in batches:
+                heads.append(replace(batch, feed={}))
+                yield batch.feed
+
+        kept = Kept(feeds(), KEPT_BYTES)
+        return cls(heads, ((kept, frozenset(kept.specs)),))
+
+    def beside(self, kept: Kept, names: frozenset[str]) -> _Rows:
+        """With other arrays fed, too."""
+        return _Rows(self.heads, (*self.parts, (kept, names)))
+
+    @property
+    def specs(self) -> Specs:
+        """Of what is fed."""
+        return {name: kept.specs[name] for kept, names in self.parts for name in names}
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __getitem__(self, index: Any) -> Any:
+        feed: Arrays = {}
+        for kept, names in self.parts:
+            feed |= kept.take(index, names)
+        return replace(self.heads[index], feed=feed)
+
+
+@dataclass(frozen=True)
+class _OwnRows(Sequence[Arrays]):
+    """Some outputs of every batch, without the rows that only fill up a fixed batch."""
+
+    kept: Kept
+    heads: Sequence[Batch]
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.kept.take(index, self.names)
+        return {name: self.heads[index].own(array) for name, array in found.items()}
 
 
 class _Program:
@@ -371,12 +423,12 @@ class _Program:
         return self._alive.get(position, frozenset())
 
     def part(
-        self, switches: Switches, start: int, feeds: Sequence[Arrays], names: Iterable[str]
+        self, switches: Switches, start: int, specs: Specs, names: Iterable[str]
     ) -> tuple[bytes, dict[str, onnxruntime.OrtValue]]:
         """The model that computes named tensors from the cut `start`, and the weights that it shares.
 
         Args:
-            feeds: what may be its inputs: their dtypes and shapes are those of these arrays.
+            specs: of what may be its inputs.
         """
         needed = set(names)
         nodes: list[onnx.NodeProto] = []
@@ -389,7 +441,7 @@ class _Program:
         graph = onnx.helper.make_graph(
             list(unique.values()),
             "part",
-            [_value_info(name, feeds) for name in sorted(needed & feeds[0].keys())],
+            [_value_info(name, *specs[name]) for name in sorted(needed & specs.keys())],
             [onnx.ValueInfoProto(name=name) for name in names],
             [self._initializer(name) for name in sorted(needed & self._values.keys())],
         )
@@ -444,12 +496,7 @@ def _codes(tensor: gs.Constant) -> bool:
     return tensor.dtype == np.int8 and tensor.outputs[0].op == "DequantizeLinear"
 
 
-def _value_info(name: str, feeds: Sequence[Arrays]) -> onnx.ValueInfoProto:
+def _value_info(name: str, dtype: np.dtype, shape: Shape) -> onnx.ValueInfoProto:
     """Dtype and shape of an input; dimensions that differ between batches are dynamic."""
-    arrays = [feed[name] for feed in feeds]
-    shape = [
-        sizes[0] if len(set(sizes)) == 1 else None
-        for sizes in zip(*(array.shape for array in arrays), strict=True)
-    ]
-    dtype = onnx.helper.np_dtype_to_tensor_dtype(arrays[0].dtype)
-    return onnx.helper.make_tensor_value_info(name, dtype, shape)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, shape)

@@ -7,6 +7,7 @@ model, compiled to one layer of all nodes.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from trtq.backends.record import write_record
 from trtq.backends.timing import Measuring
 from trtq.recovery import race
 
+TAKES_MS = {"Int8": 1, "Half": 3}
+
 
 def build(model: Path, engine: Path, *, profile: Profile, options: BuildOptions, **_: Any) -> Build:
     proto = onnx.load(model)
     shapes = {name: [list(shape) for shape in sizes] for name, sizes in profile.items()}
-    engine.write_bytes(make_plan(proto, profiles=[shapes]))
     kinds = {node.op_type for node in proto.graph.node}
     kind = "Int8" if "DequantizeLinear" in kinds else "Half"
+    engine.write_bytes(make_plan(proto, profiles=[shapes], takes_ms=TAKES_MS[kind]))
     x, y = (CompiledTensor(name, (8, 8), kind, "Row major linear") for name in "xy")
     nodes = tuple(node.name for node in proto.graph.node)
     layer = CompiledLayer("layer", "CaskConvolution", (x,), (x,), (y,), nodes)
@@ -76,9 +79,19 @@ def test_layers_are_timed_engines_race_and_the_fastest_is_delivered(case: Case, 
     assert kept["latency"]["microseconds"] == min(each["microseconds"] for each in raced.values())
     (chosen,) = (point for point in kept["front"] if point["chosen"])
     assert chosen["microseconds"] == kept["latency"]["microseconds"]
+    assert kept["step"] != "fp16 alone"
     assert json.loads((tmp_path / "out" / "verdict.json").read_text())["executor"] == "engine"
-    if kept["step"] == "fp16 alone":
-        assert "INT8 does not pay on this model and card" in made.err
+
+
+def test_float16_alone_is_delivered_where_int8_is_slower(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "TAKES_MS", {"Int8": 3, "Half": 1})
+    made, steps = deployed(case, tmp_path / "out")
+    assert made.code == 0, made.err
+    (kept,) = (step for step in steps if step["kept"])
+    assert kept["step"] == "fp16 alone"
+    assert "INT8 does not pay on this model and card" in made.err
 
 
 def test_for_another_gpu_nothing_is_timed_here(case: Case, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def run_checks(checks: str, folder: Path, *, tensorrt: bool = True, **environmen
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*modules, str(HERE), *sys.path]),
         "LD_LIBRARY_PATH": str(driver(folder)),
+        "TRTQ_STANDIN_GPU": "1",
         "CUDA_VISIBLE_DEVICES": "0",
         **environment,
     }

@@ -12,6 +12,7 @@ Keys of what a plan says of itself, all optional:
     fails: where it fails: "deserialize", "context", "execute" or "stream" (when the stream gets there).
     needs: what must have been done before: "host code", "plugins".
     stripped: the plan has no weights: refit first.
+    takes_ms: how long a run takes, at least.
     invalid: bits of EngineInvalidityDiagnostics (RTX).
 """
 
@@ -22,6 +23,7 @@ import enum
 import json
 import os
 import struct
+import time
 import weakref
 from typing import Any
 
@@ -344,6 +346,7 @@ class IExecutionContext:
         if self.engine.says.get("fails") == "stream":
             DRIVER.standin_fail(700)
             return
+        time.sleep(self.engine.says.get("takes_ms", 0) / 1e3)
         results = self._compute({name: self._array(name) for name in self.engine.inputs})
         for name, result in results.items():
             stored = _stored(result, self.engine.get_tensor_dtype(name).name)

@@ -40,6 +40,18 @@ def test_no_code_leaves_its_range() -> None:
     assert rounded_codes(weights, moments, np.ones((1, 1))).max() == 127
 
 
+def test_a_layer_whose_inputs_do_not_vary_is_rounded_to_the_nearest(tmp_path: Path) -> None:
+    """Second moments about a mean of 1000 that are smaller than their rounding errors are not positive."""
+
+    def constant_inputs(case: Case) -> None:
+        case.output(case.linear(case.input("x", 40), 40, 8), 8)
+
+    x = (1000 + 1e-3 * np.random.default_rng(0).normal(size=(64, 40))).astype(np.float32)
+    case = small_case(tmp_path, constant_inputs, x)
+    rounded = round_weights(case.quantized(), case.samples)
+    assert rounded.codes == {} or np.isfinite(outputs(rounded.rewritten(), case.samples)[0]).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_outputs_are_nearly_as_good_as_the_best_of_all_roundings(seed: int) -> None:
     """Six weights: all 64 ways to round up or down are tried."""

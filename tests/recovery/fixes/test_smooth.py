@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,11 @@ from small_graphs import Case, outputs, range_of, relative_error, small_case
 
 from trtq.data.load import load_samples
 from trtq.data.preprocess import Preprocess
+from trtq.graph.fit import of_model
 from trtq.graph.fold import fold
 from trtq.graph.model import load_model
-from trtq.graph.place import place
-from trtq.recovery.fixes.smooth import find_streams, scale_stream, smooth
+from trtq.graph.place import RESIDUAL, leave_out, place
+from trtq.recovery.fixes.smooth import find_streams, scale_stream, smooth, tamed
 from trtq.simulation.similarity import sqnr_db
 
 
@@ -52,7 +54,18 @@ def depthwise(case: Case) -> None:
     case.output(c, 4, None, None)
 
 
-@pytest.mark.parametrize("build", [pre_norm, decomposed, depthwise])
+def post_norm(case: Case) -> None:
+    """A normalization that a layer and the residual Add around it read."""
+    x = case.input("x", 8)
+    gamma = np.array([50, 1, 1, 1, 1, 1, 1, 1], np.float32)
+    y = case.node("LayerNormalization", x, gamma, case.ones(8), axis=-1)
+    weight = case.weight(8, 8)
+    weight[0] /= 50
+    z = case.node("Add", case.node("MatMul", y, weight), y)
+    case.output(case.node("LayerNormalization", z, case.ones(8), case.ones(8), axis=-1), 8)
+
+
+@pytest.mark.parametrize("build", [pre_norm, decomposed, gelu, depthwise, post_norm])
 def test_any_factors_keep_the_function(tmp_path: Path, build: Callable[[Case], None]) -> None:
     case = small_case(tmp_path, build)
     streams = find_streams(case.graph)
@@ -78,10 +91,11 @@ def silu(case: Case) -> None:
     case.output(case.linear(case.node("Mul", h, case.node("Sigmoid", h)), 6, 2), 2)
 
 
-def normalized_residual(case: Case) -> None:
-    y = case.node("LayerNormalization", case.input("x", 4), case.ones(4), case.ones(4), axis=-1)
-    z = case.node("Add", case.linear(y, 4, 4), y)
-    case.output(case.node("LayerNormalization", z, case.ones(4), case.ones(4), axis=-1), 4)
+def normalized_conv(case: Case) -> None:
+    """A residual Add that fuses with the Conv in front of it."""
+    y = case.node("Mul", case.node("Sigmoid", case.input("x", 3, 6, 6)), np.ones((3, 1, 1), np.float32))
+    z = case.node("Add", case.conv(y, 3, 3), y)
+    case.output(case.node("Softmax", z, axis=1), 3, None, None)
 
 
 def shared_weights(case: Case) -> None:
@@ -90,7 +104,7 @@ def shared_weights(case: Case) -> None:
     case.output(case.node("MatMul", case.node("Relu", y), weight), 4)
 
 
-@pytest.mark.parametrize("build", [clipped, silu, gelu, normalized_residual, shared_weights])
+@pytest.mark.parametrize("build", [clipped, silu, normalized_conv, shared_weights])
 def test_what_does_not_commute_is_left_alone(tmp_path: Path, build: Callable[[Case], None]) -> None:
     case = small_case(tmp_path, build)
     assert find_streams(case.graph) == []
@@ -133,7 +147,38 @@ def test_resnet_keeps_its_function(zoo: Path) -> None:
     assert relative_error(outputs(model.graph, samples), outputs(changed, samples)) < 1e-4
 
 
-def test_the_normalized_streams_of_minilm_are_residual(zoo: Path) -> None:
+def test_a_residual_add_gets_back_what_was_scaled_behind_the_quantizer(tmp_path: Path) -> None:
+    case = small_case(tmp_path, post_norm)
+    found = smooth(case.graph, case.plan, case.samples)
+    assert found is not None
+    expected = outputs(case.graph, case.samples)
+    assert relative_error(expected, outputs(found.graph, case.samples)) < 1e-5
+    (residual,) = [edge for edge in found.plan.edges if edge.rule == RESIDUAL]
+    mul = next(node for node in found.graph.nodes if node.name == residual.node)
+    (product,) = [edge for edge in found.plan.edges if edge.rule != RESIDUAL]
+    assert (mul.op, mul.outputs[0].outputs[0].op) == ("Mul", "Add")
+    assert mul.inputs[residual.index].name == residual.tensor == product.tensor  # one quantizer for both
+    plain, better = (
+        sqnr_db(expected[0], outputs(q.rewritten(), case.samples)[0])[0]
+        for q in (case.quantized(case.graph), replace(case.quantized(found.graph), plan=found.plan))
+    )
+    assert better > plain + 10
+    assert of_model(found.plan, case.graph) == case.plan
+    left = leave_out(found.graph, found.plan, {product.node: "test"})
+    assert not left.edges  # INT8 in front of the Add spares nothing any more
+
+
+def test_outliers_alone_are_tamed() -> None:
+    amax = np.array([2, 40, 3, 1, 8, 2, 0, 1, 2], np.float32)
+    np.testing.assert_allclose(
+        list(tamed(amax)), [[1, 5, 1, 1, 1, 1, 1, 1, 1], [1, 40 / 3, 1, 1, 8 / 3, 1, 1, 1, 1]]
+    )
+
+
+def test_the_streams_of_minilm_are_its_normalizations_and_gelus(zoo: Path) -> None:
     model = load_model(zoo / "models" / "minilm_l6.onnx")
     fold(model.graph)
-    assert find_streams(model.graph) == []
+    streams = find_streams(model.graph)
+    made = [node.op for stream in streams for node in stream.makers]
+    assert sorted(made) == ["LayerNormalization"] * 12 + ["Mul"] * 6
+    assert all(len(s.restored or ()) == (s.makers[0].op == "LayerNormalization") for s in streams)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.graph.names import Names
+from trtq.graph.plan import Plan
 from trtq.simulation.rows import Runner
 
 Vector = NDArray[np.float64]
@@ -26,10 +27,11 @@ MOST_POSITIONS = 1024
 
 
 class Changed(NamedTuple):
-    """A float graph whose function is as before, and the tensors whose values are not."""
+    """A float graph whose function is as before, the tensors whose values are not, and its plan."""
 
     graph: gs.Graph
     tensors: frozenset[str]
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,18 @@ class Channels:
         """Largest magnitude of each channel."""
         return np.maximum(-self.low, self.high)
 
+    @property
+    def power(self) -> Vector:
+        """Mean square of each channel."""
+        return np.square(self.values, dtype=np.float64).mean(axis=0)
+
 
 def collect_channels(
-    graph: gs.Graph, axes: Mapping[str, int], samples: Samples, workers: int | None = None
+    graph: gs.Graph,
+    axes: Mapping[str, int],
+    samples: Samples,
+    workers: int | None = None,
+    rows: int = MOST_ROWS,
 ) -> dict[str, Channels]:
     """Tensor -> its channels over an evenly spread part of the samples.
 
@@ -60,8 +71,9 @@ def collect_channels(
         graph: is not changed.
         axes: tensor -> axis of its channels; a tensor that the graph computes.
         workers: rows run at once; default: one for each processor.
+        rows: about how many are looked at.
     """
-    samples = samples.spread(MOST_ROWS)
+    samples = samples.spread(rows)
     part = list(samples.batches())
     each = max(MOST_POSITIONS // len(part), 1)
 

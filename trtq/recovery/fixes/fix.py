@@ -4,7 +4,8 @@ A pass changes the float graph without changing its function, so that its activa
 ranges of what it changed are then measured again. The bias correction makes up for the mean error that is
 left. It comes last, since it belongs to the ranges it was measured with, and every pass is judged with it:
 what a pass gains is often no more than a mean error that a bias takes away for nothing. So is the rounding of
-weights, which changes neither the float graph nor a scale.
+weights, which changes neither the float graph nor a scale. Both are judged without them, too: the mean error
+may be that of a few positions, such as tokens that are outliers, or of padding, and no error of the others.
 
 These put no operator into the engine: they are part of calibration (`calibrated`). Scales that are inserted
 where none can be folded do (`rescale`): they are a step of the workflow, for what does not pass without them.
@@ -21,20 +22,24 @@ from typing import Any, NamedTuple
 from trtq.cache import Key
 from trtq.calibration.calibrate import (
     CUT_SHORT,
+    MOST_HELD_BACK,
     NEVER_SEEN,
     FloatGraph,
     Ranges,
     best_method,
     calibrate,
+    effort_of,
     held_back,
     is_calibrated,
     keep_statistics,
     ranged,
+    serves,
     with_float32_nodes,
     with_own_ranges,
 )
+from trtq.calibration.effort import LEFT_OUT, TOO_LONG, Effort
 from trtq.calibration.methods import AUTO, Method, parse_method
-from trtq.calibration.refine import noise_shares
+from trtq.calibration.refine import noise_shares, rows_of_search
 from trtq.calibration.search import Choice, Rows
 from trtq.console import SILENT
 from trtq.data.samples import Samples
@@ -45,7 +50,7 @@ from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.recovery.fixes.bias import correct_biases
 from trtq.recovery.fixes.channels import Changed
-from trtq.recovery.fixes.rescale import rescale
+from trtq.recovery.fixes.rescale import is_affordable, rescale
 from trtq.recovery.fixes.rounding import round_weights
 from trtq.recovery.fixes.shift import shift
 from trtq.recovery.fixes.smooth import smooth
@@ -101,17 +106,24 @@ def calibrated(job: Job, plan: Plan) -> Quantization:
     """
     if "fix" not in job.recipe.recover:
         return calibrate(job, plan)
-    bare, key = Quantization(job.model.graph, plan, {}), _key(job, plan)
-    if (content := job.cache.fetch(key)) is not None:
-        made = _on_graph_of(job, Quantization.from_bytes(content))
+    bare = Quantization(job.model.graph, plan, {})
+    if (known := _known(job, plan)) is not None:
+        made = _on_graph_of(job, known)
         ranged(job, bare, made.notes.get(NEVER_SEEN, {}))
         job.console.say("calibration", f"{made.notes['method']}, from the cache; nothing was run")
     else:
+        work = _Work.of(job, plan)
+        if not work.fits_any():
+            work.effort.say(job.console)
+            made = calibrate(job, plan)
+            left_out = [*work.effort.left_out, *made.notes.get(LEFT_OUT, [])]
+            return replace(made, notes={**made.notes, LEFT_OUT: left_out})
         started = time.perf_counter()
         ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
         try:
             rows = held_back(job)
-            made = _finished(job, _improved(job, ranges, best_method(job, ranges, rows), rows), rows)
+            found = _improved(job, ranges, best_method(job, ranges, rows), rows, work)
+            made = _finished(job, found, rows, work.effort)
         except InputError as error:
             if job.recipe.method == AUTO:
                 raise
@@ -119,8 +131,9 @@ def calibrated(job: Job, plan: Plan) -> Quantization:
             return calibrate(job, plan)
         seconds, plain = time.perf_counter() - started, rows.seconds * len(job.data)
         job.console.say("calibration", f"{seconds:.1f} s, as long as {seconds / plain:.0f} plain passes")
+        work.effort.say(job.console)
         if CUT_SHORT not in made.notes and made.storable:
-            job.cache.store(key, made.to_bytes())
+            job.cache.store(_key(job, plan), made.to_bytes())
     return with_float32_nodes(job, made)
 
 
@@ -128,7 +141,8 @@ def is_made(job: Job, plan: Plan) -> bool:
     """Whether the cache has what `calibrated` returns, so that it runs nothing."""
     if "fix" not in job.recipe.recover:
         return is_calibrated(job, plan)
-    return job.cache.fetch(_key(job, plan)) is not None
+    fixed = _Work.of(job, plan).fits_any()
+    return _known(job, plan) is not None if fixed else is_calibrated(job, plan)
 
 
 def fix(job: Job, start: Quantization) -> Made:
@@ -138,6 +152,8 @@ def fix(job: Job, start: Quantization) -> Made:
     Returns:
         nothing where that does not help on the rows held back, and what was tried.
     """
+    if not is_affordable(job, start):
+        return Made(None, False, TOO_LONG)
     before = str(start.notes.get(FIXES, AS_CALIBRATED))
     scaled = None if job.budget.over else rescale(job, replace(start, corrections={}, codes={}))
     if scaled is None:
@@ -185,10 +201,60 @@ def _key(job: Job, plan: Plan) -> Key:
     return job.key("quantization", bare, step="calibrated", method=str(job.recipe.method))
 
 
+def _known(job: Job, plan: Plan) -> Quantization | None:
+    """What the cache has of `calibrated`."""
+    if (content := job.cache.fetch(_key(job, plan))) is None:
+        return None
+    made = Quantization.from_bytes(content)
+    return made if serves(job, made.notes) else None
+
+
 def _on_graph_of(job: Job, made: Quantization) -> Quantization:
     """The same on the model's own graph, if its graph is equal to that."""
     same = graph_sha256(made.graph) == graph_sha256(job.model.graph)
     return replace(made, graph=job.model.graph) if same else made
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the fixes take of what calibration may take.
+
+    Attributes:
+        fitting, held: rows to fit on, and rows held back to score on.
+        judged: rows that biases are corrected on to judge.
+    """
+
+    effort: Effort
+    plan: Plan
+    fitting: int
+    held: int
+    judged: int
+
+    @classmethod
+    def of(cls, job: Job, plan: Plan) -> _Work:
+        fitting, held = (len(part) for part in job.parts)
+        return cls(effort_of(job, plan), plan, fitting, min(held, MOST_HELD_BACK), _rows_to_judge(job, plan))
+
+    def fits_any(self) -> bool:
+        """Whether one fix fits, with what it is compared with, and with the biases corrected at the end."""
+        e = self.effort
+        parts = [e.plain(self.held), e.quantized(self.held), e.corrected(self.judged), e.quantized(self.held)]
+        return e.takes("fixes", *parts, e.corrected(self.fitting))
+
+    def fits(self, what: Method | Pass | None, label: str, *, first: bool) -> bool:
+        """Whether a step fits; the first one, which `fits_any` counted, does."""
+        e = self.effort
+        parts = [e.corrected(self.judged), e.quantized(self.held)]
+        if isinstance(what, Pass):  # channels, statistics of both parts
+            parts += [e.plain(0), e.plain(self.fitting), e.plain(self.held)]
+        elif what is None:  # moments, and codes for each layer
+            parts += [e.plain(self.judged)]
+        return first or e.takes(label, *parts)
+
+    def fits_shares(self) -> bool:
+        """Whether passes can be told what each tensor alone adds to the noise."""
+        rows, _ = rows_of_search(self.plan, self.fitting)
+        return self.effort.takes("the noise of each tensor alone", self.effort.alone(rows))
 
 
 @dataclass(frozen=True)
@@ -219,11 +285,12 @@ class _Improved:
         return ", ".join(f"{label} {value:.1f} dB" for label, value in ranked)
 
 
-def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved:
-    """The passes that help on the rows held back, one on top of the other, each with biases corrected.
+def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work) -> _Improved:
+    """The passes that help on the rows held back, one on top of the other, each with biases corrected and
+    without.
 
     Biases come first, with each method that they may make the best one: what is left of the noise behind them
-    is another than what the methods were compared by.
+    is another than what the methods were compared by. Steps that are too much work are left out.
     """
     started, tried, whole = time.perf_counter(), dict[str, float](), True
     judged = _judged(job, ranges.bare.plan)
@@ -234,39 +301,41 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved
     tried[AS_CALIBRATED], least = best, least_gain_db(len(rows.samples))
     steps: list[Method | Pass | None] = [*_contenders(choice), *PASSES, None]
     shares: Mapping[str, float] | None = None
+    measured = False
     for what in steps:
         if job.budget.over:
             job.console.warn("the budget was spent before every fix was tried")
             whole = False
             break
+        if not work.fits(what, _named(what), first=what is steps[0]):
+            continue
         wanted, other = tuple(name for name in names if name not in (BIAS, ROUNDING)), None
         if isinstance(what, Method):
-            changed, label = ranges.fitted(what), f"{what} + {BIAS}"
+            changed = ranges.fitted(what)
         elif isinstance(what, Pass):
-            if shares is None:
-                shares = _shares(job, kept)
+            if not measured:
+                shares, measured = _shares(job, kept) if work.fits_shares() else None, True
             other = _changed(job, ranges, what, shares)
             if other is None:
                 continue
             changed, wanted = other.fitted(method), (*wanted, what.name)
-            label = " + ".join((*wanted, BIAS))
         else:
             changed = replace(kept, corrections={})
             rounded = round_weights(changed, judged, workers=job.recipe.threads)
             if rounded is changed:
                 continue
             changed, wanted = rounded, (*wanted, ROUNDING)
-            label = " + ".join((*wanted, BIAS))
         corrected = correct_biases(changed, judged, SILENT, workers=job.recipe.threads)
-        if corrected is not changed:
-            wanted = (*wanted, BIAS)
-        elif not wanted:
-            continue
-        tried[label] = rows.sqnr_db(corrected, job.console, label)
-        if tried[label] >= best + least:
-            kept, names, best = corrected, wanted, tried[label]
-            method = what if isinstance(what, Method) else method
-            ranges = ranges if other is None else other
+        variants = {} if corrected is changed else {(*wanted, BIAS): corrected}
+        if wanted:
+            variants[wanted] = changed
+        for own, variant in variants.items():
+            label = " + ".join((str(what), *own) if isinstance(what, Method) else own)
+            tried[label] = rows.sqnr_db(variant, job.console, label)
+            if tried[label] >= best + least:
+                kept, names, best = variant, own, tried[label]
+                method = what if isinstance(what, Method) else method
+                ranges = ranges if other is None else other
     found = _Improved(kept, ranges, replace(choice, method=method), names, tried, shares, whole)
     seconds = time.perf_counter() - started
     job.console.say("fixes", f"{found.text()}, on {len(rows.samples)} rows held back in {seconds:.1f} s")
@@ -275,9 +344,20 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows) -> _Improved
 
 def _judged(job: Job, plan: Plan) -> Samples:
     """Rows to fit on that are enough to judge by."""
+    return job.parts[0].spread(_rows_to_judge(job, plan))
+
+
+def _rows_to_judge(job: Job, plan: Plan) -> int:
     fewest, most = JUDGED_ROWS
     rows = int(min(max(JUDGED_MACS / max(plan.macs_per_row, 1), fewest), most))
-    return job.parts[0].spread(rows)
+    return min(rows, len(job.parts[0]))
+
+
+def _named(what: Method | Pass | None) -> str:
+    """A step of `_improved`, for messages."""
+    if isinstance(what, Pass):
+        return what.name
+    return ROUNDING if what is None else f"{what} + {BIAS}"
 
 
 def _contenders(choice: Choice) -> list[Method]:
@@ -300,23 +380,23 @@ def _shares(job: Job, start: Quantization) -> Mapping[str, float]:
     )
 
 
-def _changed(job: Job, ranges: Ranges, change: Pass, shares: Mapping[str, float]) -> Ranges | None:
+def _changed(job: Job, ranges: Ranges, change: Pass, shares: Mapping[str, float] | None) -> Ranges | None:
     """Ranges of their graph changed by a pass; None where the pass has nothing to do, where what it changes
     makes too little of the noise to matter, or where no node is left in INT8."""
     plan, workers = ranges.bare.plan, job.recipe.threads
     made = change.change(ranges.bare.graph, plan, job.parts[0], workers=workers, shares=shares)
     if made is None:
         return None
-    changed = ranges.of_changed(job, FloatGraph.of_graph(job.model, made.graph), made.tensors)
+    changed = ranges.of_changed(job, FloatGraph.of_graph(job.model, made.graph), made.plan, made.tensors)
     return changed if changed.bare.plan.int8_nodes else None
 
 
-def _finished(job: Job, found: _Improved, rows: Rows) -> Quantization:
+def _finished(job: Job, found: _Improved, rows: Rows, effort: Effort) -> Quantization:
     """What helps, with its own ranges found and its biases corrected from all rows."""
     if found.ranges.bare.graph is not job.model.graph:
         keep_statistics(job, found.ranges)
     start = replace(found.quantization, notes=found.ranges.bare.notes)
-    made = with_own_ranges(job, found.ranges, start, found.choice, rows, found.shares)
+    made = with_own_ranges(job, found.ranges, start, found.choice, rows, effort, found.shares)
     if BIAS in found.names:
         made = correct_biases(made, job.data, SILENT, workers=job.recipe.threads)
     notes = {**made.notes, "held_back": len(rows.samples), FIXES_DB: dict(found.tried)}

@@ -32,7 +32,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from trtq.backends.builders import NO_ENGINE
-from trtq.calibration.calibrate import with_float32_nodes
+from trtq.calibration.calibrate import effort_of_step, with_float32_nodes
 from trtq.calibration.refine import BATCH, LEAST_DB, Alone
 from trtq.calibration.search import Rows
 from trtq.data.batches import Arrays
@@ -58,6 +58,7 @@ from trtq.recovery.fixes.smooth import (
     balanced,
     by_input,
     error_behind,
+    quantization_noise,
     scale_linear,
     scaled_weight,
 )
@@ -196,10 +197,15 @@ def options(site: Site, readers: Sequence[gs.Node], channels: Channels) -> list[
     amax = channels.amax.astype(np.float64)
     weights = np.max([np.abs(by_input(node)).max(axis=0) for node in readers], axis=0)
     tried = [amax, *(balanced(amax, weights, exponent) for exponent in EXPONENTS)]
-    plain = sum(error_behind(node, channels.values, np.ones(site.channels)) for node in readers)
-    found: list[Option] = []
+    power = channels.power
+
+    def error(factors: Vector) -> float:
+        noise = quantization_noise(channels.values, factors)
+        return sum(error_behind(node, power, noise, factors) for node in readers)
+
+    plain, found = error(np.ones(site.channels)), list[Option]()
     for factors in map(_held, tried):
-        share = sum(error_behind(node, channels.values, factors) for node in readers) / plain if plain else 1
+        share = error(factors) / plain if plain else 1
         if share < 1 and all(abs(share - other.share) > 0.02 * other.share for other in found):
             found.append(Option(factors, float((amax / factors).max()), share))
     return sorted(found, key=lambda option: option.share)
@@ -316,6 +322,13 @@ def rescale(job: Job, start: Quantization) -> Quantization | None:
         return None
     made = _scaled(start, chosen)
     return with_float32_nodes(job, made)
+
+
+def is_affordable(job: Job, start: Quantization) -> bool:
+    """Whether there is time to try scales at every place, one after the other."""
+    sites, effort = len(find_sites(start.graph, start.plan)), effort_of_step(job, start)
+    runs = sites * MOST_TRIED * min(MOST_ROWS, len(job.parts[1]))
+    return effort.takes("rescale", effort.alone(sites * FEW_ROWS), effort.quantized(runs))
 
 
 def _learned(start: Quantization, site: Site) -> bool:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from trtq.data.batches import Arrays, Batch
@@ -74,7 +73,8 @@ def round_weights(
     """The quantization with the weights of its layers rounded as is best for their outputs.
 
     Plan, ranges and the float graph are as before; codes that it has are replaced. Returns `quantization`
-    itself where there is no such layer. A layer whose inputs are not finite is rounded to the nearest.
+    itself where there is no such layer. A layer is rounded to the nearest if its inputs are not finite, or
+    hardly differ from position to position.
 
     Args:
         samples: the layers' inputs are looked at on an evenly spread part of them.
@@ -88,7 +88,8 @@ def round_weights(
         pairs = [(layer, moments[layer.node.name]) for layer in finite]
         rounded = Workers(workers).map(lambda pair: _rounded(*pair), pairs)
         for layer, found in zip(finite, rounded, strict=True):
-            codes[layer.node.inputs[1].name, layer.axis] = found
+            if found is not None:
+                codes[layer.node.inputs[1].name, layer.axis] = found
     return replace(quantization, codes=codes) if codes else quantization
 
 
@@ -166,17 +167,26 @@ def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
         matrix = values.reshape(-1, values.shape[-1])
         return matrix[_spread(len(matrix), each)][None]
     groups, attributes = node.attrs.get("group", 1), node.attrs
-    kernel = node.inputs[1].shape[2:]
+    rows, channels, *sizes = values.shape
     steps, gaps = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
-    top, left, bottom, right = attributes.get("pads", [0, 0, 0, 0])
-    padded = np.pad(values, ((0, 0), (0, 0), (top, bottom), (left, right)))
-    window = tuple((size - 1) * gap + 1 for size, gap in zip(kernel, gaps, strict=True))
-    views = sliding_window_view(padded, window, axis=(2, 3))
-    views = views[:, :, :: steps[0], :: steps[1], :: gaps[0], :: gaps[1]]
-    rows, channels, height, width = views.shape[:4]
+    pads = attributes.get("pads", [0, 0, 0, 0])
+    along = zip(sizes, node.inputs[1].shape[2:], steps, gaps, pads[:2], pads[2:], strict=True)
+    reads = [_read_by(*axis) for axis in along]
+    height, width = (len(read) for read in reads)
     kept = _spread(height * width, max(each // rows, 1))
-    taken = views[:, :, kept // width, kept % width].reshape(rows, groups, channels // groups, len(kept), -1)
+    down, across = reads[0][kept // width][:, :, None], reads[1][kept % width][:, None, :]
+    inside = (down >= 0) & (across >= 0)
+    taken = np.where(inside, values[:, :, down, across], np.zeros((), values.dtype))
+    taken = taken.reshape(rows, groups, channels // groups, len(kept), -1)
     return taken.transpose(1, 0, 3, 2, 4).reshape(groups, rows * len(kept), -1)
+
+
+def _read_by(size: int, kernel: int, step: int, gap: int, before: int, behind: int) -> NDArray[np.int64]:
+    """Along one axis, what each output position of a convolution reads: (positions, kernel); -1: padding."""
+    window = (kernel - 1) * gap + 1
+    first = np.arange(0, size + before + behind - window + 1, step) - before
+    places = first[:, None] + gap * np.arange(kernel)
+    return np.where((places >= 0) & (places < size), places, -1)
 
 
 def _spread(count: int, most: int) -> NDArray[np.int64]:
@@ -186,8 +196,8 @@ def _spread(count: int, most: int) -> NDArray[np.int64]:
     return np.unique((np.arange(most) * 0.6180339887498949 % 1 * count).astype(np.int64))
 
 
-def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8]:
-    """The codes of a layer's weights, of their shape."""
+def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8] | None:
+    """The codes of a layer's weights, of their shape; None where its inputs vary less than moments tell."""
     node = layer.node
     matrix = weight_matrix(node)
     weights = matrix.reshape(*matrix.shape[:2], -1)
@@ -197,7 +207,10 @@ def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8]:
         second = second - sums[:, :, None] * sums[:, None, :] / count**2
     scales = weight_scale(node.inputs[1].values, layer.axis).astype(np.float64).reshape(weights.shape[:2])
     scales = np.maximum(scales, np.finfo(np.float32).tiny)  # of a channel of zeros
-    codes = rounded_codes(weights, second, scales)
+    try:
+        codes = rounded_codes(weights, second, scales)
+    except np.linalg.LinAlgError:
+        return None
     shape = node.inputs[1].shape
     if node.op == "Conv":
         return codes.reshape(shape)

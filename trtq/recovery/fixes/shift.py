@@ -100,7 +100,7 @@ def shift(
                 set_constant(move.clip, index, move.clip.inputs[index].values - middle[0], names)
         for change in move.changes:
             change.bias.add(change.amount(middle), names)
-    return Changed(graph, frozenset(changed))
+    return Changed(graph, frozenset(changed), plan)
 
 
 def _move(graph: gs.Graph, tensor: gs.Tensor) -> _Move | None:
