@@ -31,6 +31,7 @@ It knows nothing of trtq, so that its time and memory are the peer's alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -219,7 +220,8 @@ def quantize_quark(model: Path, data: Arrays, method: str, batch: int, out: Path
         OpTypesToQuantize=list(LAYERS),
         QuantizeBias=False,
     )
-    ModelQuantizer(configuration).quantize_model(str(model), str(out), BatchReader(data, batch))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # for its quantized_info.csv
+        ModelQuantizer(configuration).quantize_model(str(model), str(out), BatchReader(data, batch))
 
 
 TOOLS = {
@@ -244,7 +246,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with np.load(arguments.calib) as archive:
         data = dict(archive)
-    TOOLS[arguments.tool](arguments.model, data, arguments.method, arguments.batch, arguments.out)
+    TOOLS[arguments.tool](
+        arguments.model.absolute(), data, arguments.method, arguments.batch, arguments.out.absolute()
+    )
 
 
 if __name__ == "__main__":
