@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trtq.backends import bench, calibrators, tensorrt
-from trtq.backends.builders import builder, chosen
+from trtq.backends.apart import build_apart
+from trtq.backends.builders import chosen
 from trtq.backends.coverage import Coverage, coverage
 from trtq.backends.interface import Build
 from trtq.calibration.extents import measure_extents
@@ -115,9 +116,10 @@ def build_explicit(recipe: Recipe, console: Console) -> tuple[Build, Plan]:
     plan = placed(model, opt_shapes(model, profile))
     float32 = _float32(model, data) if recipe.lower_precision == "fp16" else []
     with in_precision(model, recipe.precision, data) as source:
-        built = builder(recipe.backend).build(
-            source,
-            required.output,
+        built = build_apart(
+            recipe.backend,
+            Path(source),
+            Path(required.output),
             profile=profile,
             further=recipe.profiles[1:],
             targets=recipe.target,

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
-from jobs import conv_case, refused_case
+from jobs import Run, conv_case, refused_case
+from nets import net
 
-from trtq.backends.apart import try_build
-from trtq.backends.interface import Range
+from trtq.backends import tensorrt_rtx
+from trtq.backends.apart import build_apart, try_build
+from trtq.backends.interface import BuildOptions, Range
+from trtq.backends.record import sidecar
 from trtq.errors import BuildError, InputError
 
 BATCHES = {"x": Range((1, 3, 8, 8), (8, 3, 8, 8), (32, 3, 8, 8))}
@@ -55,6 +62,34 @@ def test_a_crash_of_the_library_is_an_error(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(BuildError, match="crashed") as raised:
         try_build("tensorrt-rtx", case.model, profile=BATCHES)
     assert "SIGABRT" in str(raised.value.cause)
+
+
+def test_a_model_that_ends_the_builders_process_is_refused(
+    tmp_path: Path, trtq_run: Callable[..., Run]
+) -> None:
+    """TensorRT for RTX 1.7 divides constants itself, and INT_MIN by -1 is a signal of the processor's."""
+    text = "g (float[2,3] x) => (float[2,3] y) { q = Div(a, b) f = Cast<to = 1>(q) y = Add(x, f) }"
+    lowest = np.array([[1, np.iinfo(np.int32).min, 3]], np.int32)
+    model = tmp_path / "m.onnx"
+    onnx.save(net(text, a=lowest, b=np.array([[1, -1, 1]], np.int32)), model)
+    run = trtq_run("build", model, "--backend", "tensorrt-rtx", "-o", tmp_path / "m.plan")
+    assert run.code == 2
+    assert "crashed while it built an engine" in run.err
+    assert "SIGFPE" in run.err
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_an_engine_that_is_built_apart_is_the_same(tmp_path: Path) -> None:
+    case = conv_case(tmp_path, "N")
+    asked = {"profile": BATCHES, "targets": ["8.6"], "options": BuildOptions(workspace=1 << 28)}
+    apart = build_apart("tensorrt-rtx", case.model, tmp_path / "apart.plan", **asked)
+    here = tensorrt_rtx.build(case.model, tmp_path / "here.plan", **asked)
+    assert (apart.targets, apart.notes) == (here.targets, here.notes)
+    assert apart.compiled.kernels == here.compiled.kernels
+    records = [json.loads(sidecar(made.engine).read_text()) for made in (apart, here)]
+    assert records[0].keys() == records[1].keys()
+    assert records[0]["options"] == records[1]["options"] == {"workspace": str(1 << 28)}
+    assert tensorrt_rtx.describe_plan(apart.engine)["targets"] == ["8.6"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")

@@ -8,12 +8,13 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from trtq.backends.builders import builder, chosen
 from trtq.backends.compiled import Compiled
-from trtq.backends.interface import DEFAULT_OPTIONS, BuildOptions, Profile
+from trtq.backends.interface import DEFAULT_OPTIONS, Build, BuildOptions, Profile
 from trtq.errors import BuildError, InputError, MissingBackendError, TrtqError
 from trtq.scratch import scratch_folder
 from trtq.stops import end_with
@@ -29,7 +30,30 @@ def try_build(
     targets: Sequence[str] = (),
     options: BuildOptions = DEFAULT_OPTIONS,
 ) -> Compiled:
-    """Build an engine as `builder(name).build` does, and throw it away; what it would run.
+    """Build an engine and throw it away; what it would run.
+
+    Raises:
+        BuildError, InputError, MissingBackendError: as `build_apart`.
+    """
+    with scratch_folder() as folder:
+        made = build_apart(
+            name, model, folder / "model.plan", profile=profile, targets=targets, options=options
+        )
+    return made.compiled
+
+
+def build_apart(
+    name: str | None,
+    model: Path,
+    engine: Path,
+    *,
+    profile: Profile | None = None,
+    further: Sequence[Profile] = (),
+    targets: Sequence[str] = (),
+    options: BuildOptions = DEFAULT_OPTIONS,
+    float32: Collection[str] = (),
+) -> Build:
+    """Build an engine as `builder(name).build` does.
 
     Raises:
         BuildError: the builder cannot build the model, or crashes on it.
@@ -37,8 +61,14 @@ def try_build(
     """
     with scratch_folder() as folder:
         request, answer = folder / "request", folder / "answer"
-        engine = folder / "model.plan"
-        request.write_bytes(pickle.dumps((name, model, engine, profile, tuple(targets), options)))
+        asked = {
+            "profile": profile,
+            "further": tuple(further),
+            "targets": tuple(targets),
+            "options": options,
+            "float32": tuple(float32),
+        }
+        request.write_bytes(pickle.dumps((name, model, engine, asked)))
         code = f"import sys; sys.path[:] = {sys.path!r}; from trtq.backends.apart import serve; serve()"
         command = [sys.executable, "-c", code, str(request), str(answer), str(os.getpid())]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -54,27 +84,29 @@ def try_build(
         if (error := said["error"]) is not None:
             kind = _KINDS[error.pop("kind")]
             raise kind(error.pop("problem"), **error)
-        return Compiled.from_json(said["compiled"])
+        compiled, warnings = Compiled.from_json(said["compiled"]), tuple(said["warnings"])
+        return Build(engine, tuple(said["targets"]), compiled, warnings, tuple(said["notes"]))
 
 
 def serve() -> None:
     """In the process of its own: build what the request file says, and answer with what came of it."""
     end_with(int(sys.argv[3]))
     request, answer = map(Path, sys.argv[1:3])
-    name, model, engine, profile, targets, options = pickle.loads(request.read_bytes())
-    compiled = error = None
+    name, model, engine, asked = pickle.loads(request.read_bytes())
+    said: dict[str, Any] = {"error": None}
     try:
-        build = builder(name).build(model, engine, profile=profile, targets=targets, options=options)
-        compiled = build.compiled.to_json()
+        build = builder(name).build(model, engine, **asked)
+        said["compiled"] = build.compiled.to_json()
+        said |= {"targets": build.targets, "warnings": build.warnings, "notes": build.notes}
     except TrtqError as raised:
-        error = {
+        said["error"] = {
             "kind": next(kind for kind in _KINDS if isinstance(raised, _KINDS[kind])),
             "problem": raised.problem,
             "file": raised.file,
             "cause": raised.cause,
             "remedy": raised.remedy,
         }
-    answer.write_text(json.dumps({"compiled": compiled, "error": error}))
+    answer.write_text(json.dumps(said))
 
 
 def _ending(code: int) -> str:
