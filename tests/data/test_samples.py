@@ -236,3 +236,9 @@ def test_rows_of_an_array_are_given_up_to_the_one_that_is_refused() -> None:
     assert [next(rows)["x"].shape for _ in range(17)] == [(1, 3)] * 17
     with pytest.raises(InputError, match="row 17 of input 'x' holds NaN"):
         next(rows)
+
+
+def test_a_scalar_of_each_row_is_an_array() -> None:
+    """ONNX Runtime takes no NumPy scalars."""
+    rows = samples_of(np.full(20, 16), np.int64, shape=()).rows()
+    assert all(type(row["x"]) is np.ndarray and row["x"].shape == () and row["x"] == 16 for row in rows)

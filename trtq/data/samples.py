@@ -156,7 +156,7 @@ class Samples:
             known = {name: block for name, block in blocks.items() if block is not None}
             others = [spec for spec in self.specs if spec.name not in known]
             for index in range(first, end):
-                fed = {name: block[index - first] for name, block in known.items()}
+                fed = {name: block[index - first, ...] for name, block in known.items()}
                 yield fed | {spec.name: self._fed(spec, index) for spec in others} if others else fed
 
     def row(self, index: int, names: Collection[str] | None = None) -> Arrays:
