@@ -240,5 +240,7 @@ def test_rows_of_an_array_are_given_up_to_the_one_that_is_refused() -> None:
 
 def test_a_scalar_of_each_row_is_an_array() -> None:
     """ONNX Runtime takes no NumPy scalars."""
-    rows = samples_of(np.full(20, 16), np.int64, shape=()).rows()
-    assert all(type(row["x"]) is np.ndarray and row["x"].shape == () and row["x"] == 16 for row in rows)
+    spec = InputSpec("x", np.dtype(np.int64), (), batch_axis=None)
+    rows = list(Samples("here.npz", (spec,), {"x": np.full(20, 16)}, {}, "0" * 64).rows())
+    assert [row["x"].tolist() for row in rows] == [16] * 20
+    assert {type(row["x"]) for row in rows} == {np.ndarray}
