@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trtq.calibration.collect import collect
 from trtq.calibration.methods import parse_method, scales_from
+from trtq.console import Console
 from trtq.data.load import load_samples
 from trtq.data.samples import Samples
 from trtq.graph.fold import fold
@@ -21,6 +22,8 @@ from trtq.graph.model import load_model, serialized
 from trtq.graph.place import place
 from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
+from trtq.job import Job
+from trtq.recipe import Recipe
 from trtq.simulation.session import simulation_session
 
 
@@ -112,3 +115,30 @@ def range_of(graph: gs.Graph, tensor: str, samples: Samples) -> tuple[NDArray, N
     values = np.moveaxis(values, 1 if values.ndim == 4 else -1, -1)
     values = values.reshape(-1, values.shape[-1])
     return values.min(axis=0), values.max(axis=0)
+
+
+class Log(Console):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, label: str, text: str) -> None:
+        self.lines.append(f"{label}: {text}")
+
+
+def one_sided(case: Case) -> None:
+    """Two layers whose inputs are mixtures of a few, far from zero: rounding errors have a mean."""
+    h = case.node("Relu", case.linear(case.input("x", 12), 12, 16))
+    case.output(case.linear(h, 16, 4), 4)
+
+
+def job_of(folder: Path, console: Console | None = None, **options: object) -> tuple[Case, Job]:
+    random = np.random.default_rng(2)
+    x = (random.normal(size=(96, 3)) @ random.normal(size=(3, 12)) + 4).astype(np.float32)
+    case = small_case(folder, one_sided, x)
+    recipe = Recipe(
+        model=str(folder / "m.onnx"), data=str(folder / "x.npz"), cache=str(folder / "cache"), rest="fp32"
+    )
+    return case, Job.open(replace(recipe, **options), console or Log())  # type: ignore[arg-type]

@@ -5,48 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from small_graphs import Case, small_case
+from small_graphs import Log, job_of
 
 from trtq.calibration import effort
 from trtq.calibration.calibrate import calibrate
 from trtq.calibration.effort import LEFT_OUT, MOST_PASSES, TOO_LONG, Effort
-from trtq.console import Console
 from trtq.job import Job
-from trtq.recipe import Recipe
 from trtq.recovery.fixes.fix import FIXES_DB, calibrated, fix, is_made
 from trtq.recovery.partial import is_searchable
 
 
-class Log(Console):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, label: str, text: str) -> None:
-        self.lines.append(f"{label}: {text}")
-
-
-def layers(case: Case) -> None:
-    h = case.node("Relu", case.linear(case.input("x", 12), 12, 16))
-    case.output(case.linear(h, 16, 4), 4)
-
-
-def job_of(folder: Path, **options: object) -> tuple[Job, Log]:
-    random = np.random.default_rng(2)
-    x = (random.normal(size=(96, 3)) @ random.normal(size=(3, 12)) + 4).astype(np.float32)
-    small_case(folder, layers, x)
-    recipe = Recipe(
-        model=str(folder / "m.onnx"), data=str(folder / "x.npz"), cache=str(folder / "cache"), rest="fp32"
-    )
-    return Job.open(replace(recipe, **options), log := Log()), log  # type: ignore[arg-type]
+def logged_job(folder: Path, **options: object) -> tuple[Job, Log]:
+    log = Log()
+    _, job = job_of(folder, log, **options)
+    return job, log
 
 
 def test_what_does_not_fit_is_left_out_and_what_follows_may_fit(tmp_path: Path) -> None:
-    job, _ = job_of(tmp_path)
+    job, _ = logged_job(tmp_path)
     plan = job.place()
     work = Effort(job.model.graph, plan, 96, bounded=True)
     assert not work.takes("much", effort.LEAST_SECONDS, 1)
@@ -62,7 +39,7 @@ def test_what_does_not_fit_is_left_out_and_what_follows_may_fit(tmp_path: Path) 
 
 
 def test_many_multiply_accumulates_raise_the_limit_as_passes_over_the_data(tmp_path: Path) -> None:
-    job, _ = job_of(tmp_path)
+    job, _ = logged_job(tmp_path)
     plan = job.place()
     heavy = replace(plan, nodes=[replace(node, macs=10**9) for node in plan.nodes])
     rows, work = 96, Effort(job.model.graph, heavy, 96, bounded=True)
@@ -76,7 +53,7 @@ def test_a_limit_of_nothing_leaves_plain_ranges(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(effort, "LEAST_SECONDS", 0.0)
-    job, log = job_of(tmp_path, method=method)
+    job, log = logged_job(tmp_path, method=method)
     plan = job.place()
     assert not is_made(job, plan)
     made = calibrated(job, plan)
@@ -95,7 +72,7 @@ def test_a_second_run_leaves_out_the_same(
     monkeypatch.setattr(effort, "LEAST_SECONDS", limit)
     found = []
     for run in ("first", "second"):
-        job, log = job_of(tmp_path, cache=str(tmp_path / run))
+        job, log = logged_job(tmp_path, cache=str(tmp_path / run))
         made = calibrated(job, job.place())
         said = [line for line in log.lines if line.startswith("left out")]
         assert bool(said) == (LEFT_OUT in made.notes)
@@ -105,11 +82,11 @@ def test_a_second_run_leaves_out_the_same(
 
 def test_a_budget_takes_the_place_of_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was left out before is not taken from the cache for it; what it made serves all."""
-    whole = calibrated((job := job_of(tmp_path, method="max")[0]), job.place())
+    whole = calibrated((job := logged_job(tmp_path, method="max")[0]), job.place())
     cache = str(tmp_path / "other")
     for limit, budget, cut in ((0.0, None, True), (0.0, 3600.0, False), (20.0, None, False)):
         monkeypatch.setattr(effort, "LEAST_SECONDS", limit)
-        job, _ = job_of(tmp_path, method="max", budget=budget, cache=cache)
+        job, _ = logged_job(tmp_path, method="max", budget=budget, cache=cache)
         assert is_made(job, job.place()) == (limit > 0)
         made = calibrated(job, job.place())
         assert (LEFT_OUT in made.notes) == cut
@@ -120,12 +97,12 @@ def test_steps_of_recovery_that_would_take_too_long_are_not_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trtq.calibration.calibrate.STEP_SECONDS", 0.0)
-    job, _ = job_of(tmp_path, method="max", recover=())
+    job, _ = logged_job(tmp_path, method="max", recover=())
     start = calibrate(job, job.place())
     assert not is_searchable(job, start)
     made = fix(job, start)
     assert made.quantization is None
     assert made.reason == TOO_LONG
-    free, _ = job_of(tmp_path, method="max", recover=(), budget=3600.0)
+    free, _ = logged_job(tmp_path, method="max", recover=(), budget=3600.0)
     assert is_searchable(free, start)
     assert fix(free, start).reason != TOO_LONG

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_graphs import Case, outputs, small_case
+from small_graphs import Case, Log, job_of, outputs
 
 from trtq.calibration.calibrate import CUT_SHORT, calibrate
-from trtq.console import Console
 from trtq.graph.quantization import Quantization
-from trtq.job import Job
-from trtq.recipe import Recipe
 from trtq.recovery.fixes.fix import FIXES, FIXES_DB, calibrated, changed_weights, is_made
-
-
-class Log(Console):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        super().__init__(quiet=True)
-        self.lines: list[str] = []
-
-    def say(self, label: str, text: str) -> None:
-        self.lines.append(f"{label}: {text}")
-
-
-def one_sided(case: Case) -> None:
-    """Two layers whose inputs are mixtures of a few, far from zero: rounding errors have a mean."""
-    h = case.node("Relu", case.linear(case.input("x", 12), 12, 16))
-    case.output(case.linear(h, 16, 4), 4)
-
-
-def job_of(folder: Path, console: Console | None = None, **options: object) -> tuple[Case, Job]:
-    random = np.random.default_rng(2)
-    x = (random.normal(size=(96, 3)) @ random.normal(size=(3, 12)) + 4).astype(np.float32)
-    case = small_case(folder, one_sided, x)
-    recipe = Recipe(
-        model=str(folder / "m.onnx"), data=str(folder / "x.npz"), cache=str(folder / "cache"), rest="fp32"
-    )
-    return case, Job.open(replace(recipe, **options), console or Log())  # type: ignore[arg-type]
 
 
 def noise(case: Case, quantization: Quantization) -> float:
