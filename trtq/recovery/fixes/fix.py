@@ -40,7 +40,7 @@ from trtq.calibration.calibrate import (
 from trtq.calibration.effort import LEFT_OUT, TOO_LONG, Effort
 from trtq.calibration.methods import AUTO, Method, parse_method
 from trtq.calibration.refine import noise_shares, rows_of_search
-from trtq.calibration.search import Choice, Rows
+from trtq.calibration.search import CANDIDATES, Choice, Rows, choose_method
 from trtq.console import SILENT
 from trtq.data.samples import Samples
 from trtq.errors import InputError
@@ -241,6 +241,10 @@ class _Work:
         parts = [e.plain(self.held), e.quantized(self.held), e.corrected(self.judged), e.quantized(self.held)]
         return e.takes("fixes", *parts, e.corrected(self.fitting))
 
+    def fits_choice(self) -> bool:
+        """Whether all methods can be compared again."""
+        return self.effort.takes("methods again", len(CANDIDATES) * self.effort.quantized(self.held))
+
     def fits(self, what: Method | Pass | None, label: str, *, first: bool) -> bool:
         """Whether a step fits; the first one, which `fits_any` counted, does."""
         e = self.effort
@@ -290,7 +294,10 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
     without.
 
     Biases come first, with each method that they may make the best one: what is left of the noise behind them
-    is another than what the methods were compared by. Steps that are too much work are left out.
+    is another than what the methods were compared by. Where they do not help but a pass does, the methods are
+    compared again on the graph that it made: on MiniLM, where few channels are far larger than all others, a
+    percentile is better once these are scaled down, and before that by far the worse. Steps that are too much
+    work are left out.
     """
     started, tried, whole = time.perf_counter(), dict[str, float](), True
     judged = _judged(job, ranges.bare.plan)
@@ -309,6 +316,13 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
             break
         if not work.fits(what, _named(what), first=what is steps[0]):
             continue
+        passes = tuple(name for name in names if name != BIAS)
+        unbiased = tried.get(" + ".join(passes), -math.inf) >= best - least
+        if what is None and passes and unbiased and job.recipe.method == AUTO and work.fits_choice():
+            again = choose_method(rows, ranges.bare, ranges.fitting, job.console, job.budget)
+            tried |= {" + ".join((name, *passes)): db for name, db in again.sqnr_db.items()}
+            if (reached := again.sqnr_db[str(again.method)]) >= best + least:
+                kept, names, best, method = ranges.fitted(again.method), passes, reached, again.method
         wanted, other = tuple(name for name in names if name not in (BIAS, ROUNDING)), None
         if isinstance(what, Method):
             changed = ranges.fitted(what)
