@@ -26,6 +26,7 @@ from trtq.errors import ExitCode, InputError
 from trtq.escapes import html_table
 from trtq.files import PathLike, staged_folder, write_json, write_text
 from trtq.gate.evaluation import Evaluation, metric_of, warn_of_walls
+from trtq.gate.looks import judging
 from trtq.gate.metrics import load_metric
 from trtq.gate.verdict import Check, Verdict
 from trtq.graph import references
@@ -213,8 +214,9 @@ def _deployed(recipe: Recipe, command: str, console: Console, *, save_data: bool
         )
         attempts = [step for step in tried if isinstance(step, Attempt)]
         kept = best_of(attempts)
-        in_the_way = diagnose(job, evaluation, attempts, kept, time.perf_counter() - started)
-        best = with_interval(kept, evaluation)
+        first = judging(evaluation, recipe.confidence, first=True)
+        in_the_way = diagnose(job, first, attempts, kept, time.perf_counter() - started)
+        best = with_interval(kept, judging(evaluation, recipe.confidence, first=kept is attempts[0]))
         verdict = dataclasses.replace(best.verdict, in_the_way=in_the_way, warnings=tuple(console.warnings))
         best = dataclasses.replace(best, verdict=verdict)
         tried = [best if step is kept else step for step in tried]

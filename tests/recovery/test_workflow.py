@@ -15,6 +15,7 @@ from jobs import Case, save_case
 from trtq import Deployment, Recipe, deploy
 from trtq.console import Console
 from trtq.errors import ExitCode
+from trtq.gate.looks import MOST_LATER
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Plan
 from trtq.recovery.workflow import LEAST_RATIO, noise_ratio
@@ -140,6 +141,28 @@ def test_nothing_follows_where_nothing_may(hard: Case, tmp_path: Path) -> None:
     done = run(hard, tmp_path / "out", min_sqnr=60.0, recover="none")
     assert [attempt.step for attempt in done.attempts] == ["calibrate"]
     assert done.exit_code is ExitCode.FAIL
+
+
+def test_a_confidence_is_shared_by_all_that_may_be_tried(hard: Case, tmp_path: Path) -> None:
+    asked = {"max_drop": "50%", "confidence": 0.95}
+    alone = run(hard, tmp_path / "alone", recover="none", **asked).verdict
+    assert (alone.confidence, [note for note in alone.notes if "share" in note]) == (0.95, [])
+    first = run(hard, tmp_path / "first", **asked).verdict
+    assert first.confidence == pytest.approx(0.96)
+    assert first.notes[-1].startswith("judged at 96 %: all candidates that this job may try")
+    assert first.outcome is alone.outcome is Outcome.PASS
+
+
+@pytest.mark.slow
+def test_what_is_tried_later_is_judged_by_more_and_says_so(hard: Case, tmp_path: Path) -> None:
+    plain = run(hard, tmp_path / "plain", min_sqnr=60.0, recover="none")
+    options = {"min_sqnr": sqnr_db(plain) + 10, "recover": "partial"}
+    proved = run(hard, tmp_path / "proved", confidence=0.95, **options).verdict
+    assert proved.confidence == pytest.approx(1 - 0.01 / MOST_LATER)
+    assert "judged at 99.97 %" in proved.notes[-1]
+    estimated = run(hard, tmp_path / "estimated", **options).verdict
+    assert any("others were judged on these samples before it" in note for note in estimated.notes)
+    assert estimated.outcome is Outcome.PASS
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ class Evaluation:
 
     Attributes:
         scored: the reference's value of the metric.
+        remarks: notes of every verdict.
     """
 
     recipe: Recipe
@@ -120,6 +121,7 @@ class Evaluation:
     scored: Scored
     cache: Cache
     console: Console
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -209,6 +211,7 @@ class Evaluation:
                 resampling=Resampling(self.console) if final or self.recipe.confidence is not None else None,
                 sequences=self.samples.sequences.starts if self.samples.sequences else (),
             )
+        verdict = replace(verdict, notes=(*verdict.notes, *self.remarks))
         least = self.recipe.min_sqnr
         if least is None or against:
             return verdict

@@ -28,6 +28,7 @@ from trtq.errors import InputError, MissingBackendError
 from trtq.files import sha256_json
 from trtq.gate.drift import gap
 from trtq.gate.evaluation import Evaluation
+from trtq.gate.looks import judging
 from trtq.gate.verdict import Verdict
 from trtq.graph.groups import groups
 from trtq.graph.place import SPARING, leave_out
@@ -232,6 +233,14 @@ class _Workflow:
         """Whether an attempt with INT8 passes the gate and the checks."""
         return any(tried.measured.passed and tried.has_int8 for tried in self.attempts)
 
+    @property
+    def judge(self) -> Evaluation:
+        """The evaluation as it judges the next candidate."""
+        first = not self.attempts
+        if first and not self.steps and self.speed is None and self.job.recipe.rest != "auto":
+            return self.evaluation  # no other can follow
+        return judging(self.evaluation, self.job.recipe.confidence, first=first)
+
     def quantize(self, plan: Plan) -> None:
         """Calibrate a plan, and recover accuracy until the gate passes."""
         job, ends = self.job, ends_of(self.job)
@@ -314,7 +323,7 @@ class _Workflow:
         self.warn_of_share(step, quantization.plan)
         folder = self.folder / f"attempt{len(self.done)}"
         refused = None if self.refusal is None else self.refusal.of(self.job, quantization)
-        tried = attempt(step, quantization, self.job, self.evaluation, folder, started, refused)
+        tried = attempt(step, quantization, self.job, self.judge, folder, started, refused)
         if self.speed is not None:
             tried = replace(tried, latency=self.speed.latency(quantization.plan, rest_of(self.job.recipe)))
             self.points.append(self.seen(step, quantization.plan, tried.measured))
@@ -332,7 +341,7 @@ class _Workflow:
         """
         if tried.accuracy.passed or tried.accuracy.executor != "engine":
             return False
-        expected = self.evaluation.simulated(tried.quantization)
+        expected = self.judge.simulated(tried.quantization)
         found, simulated = tried.accuracy.lowest_sqnr_db, expected.lowest_sqnr_db
         if not expected.passed or (tried.accuracy.outputs and found > simulated - PARTED_DB):
             return False
@@ -366,6 +375,7 @@ class _Workflow:
         if tried.accuracy.passed and not tried.refused:
             return False
         job, evaluation = in_float32(self.job, self.evaluation)
+        judge = judging(evaluation, job.recipe.confidence, first=False)
         quantization, plan = tried.quantization, tried.quantization.plan
         bare = leave_out(quantization.graph, plan, dict.fromkeys(plan.int8_nodes, "left out to measure"))
         if tried.refused and objection(job, _without_half(quantization)) is None:
@@ -374,9 +384,9 @@ class _Workflow:
             return False
         elif tried.has_int8 and self.parts(tried):
             found = "with float16 beside INT8 the engine does not compute its model"
-        elif self.speed is None and evaluation.simulated(_without_half(quantization)).passed:
+        elif self.speed is None and judge.simulated(_without_half(quantization)).passed:
             found = "in float16 the gate fails and in float32 it passes"
-        elif not self.evaluation.simulated(replace(quantization, plan=bare)).passed:
+        elif not self.judge.simulated(replace(quantization, plan=bare)).passed:
             found = "float16 fails the gate without any INT8"
         else:
             return False
@@ -527,7 +537,7 @@ class _Workflow:
 
     def simulated(self, candidate: Quantization) -> Verdict:
         """What the gate says of a candidate on the CPU."""
-        verdict = self.evaluation.simulated(candidate)
+        verdict = self.judge.simulated(candidate)
         noise = ", ".join(f"{output.sqnr_db:.1f} dB" for output in verdict.outputs.values())
         left = len(candidate.notes["left_out"])
         self.job.console.say("gate", f"{left} left out: {verdict.headline()}, {noise}")
