@@ -346,8 +346,9 @@ def _choose(job: Job, start: Quantization, found: Mapping[Site, Sequence[Option]
     """The sites at which scales save noise on the rows held back.
 
     A site promises the noise that its tensor alone makes in the outputs, times the share of the error behind
-    its readers that its factors save. All that promise something are scaled at once; then each, the most
-    promising first, tries to go without, and other factors and ranges.
+    its readers that its factors save. The search starts from the first few that promise most, as many as are
+    best at once (all are where their noises add up, none where they do not); then each, the most promising
+    first, tries to go without or in, and other factors and ranges.
     """
     rows = Rows(
         start.graph,
@@ -368,28 +369,29 @@ def _choose(job: Job, start: Quantization, found: Mapping[Site, Sequence[Option]
     order = sorted(found, key=lambda site: -promises[site])
     rest = np.cumsum([promises[site] for site in reversed(order)])[::-1]
     trials = _Trials(rows, start, order)
-    chosen = {site: Choice(found[site][0]) for site in order}
-    plain, best = workers.map(trials.noise, [{}, chosen])
-    bound = min(plain, best) * (1 - 10 ** (-LEAST_SUM_DB / 10))
-    runs = len(found) + 2
+    firsts = [{site: Choice(found[site][0]) for site in order[:count]} for count in _counts(len(order))]
+    noises = list(workers.map(trials.noise, firsts))
+    plain, best, chosen = noises[0], min(noises), firsts[int(np.argmin(noises))]
+    runs = len(found) + len(noises)
     for site, left in zip(order, rest, strict=True):
-        if left < bound or job.budget.over:
-            del chosen[site]
+        if left < best * (1 - 10 ** (-LEAST_SUM_DB / 10)) or job.budget.over:
+            chosen = _with(chosen, site, None)
             continue
         large = promises[site] > best / len(order)
-        others: list[Choice | None] = [None]
+        others: list[Choice | None] = [None if site in chosen else Choice(found[site][0])]
         if large:
             others += [Choice(option) for option in found[site][1:MOST_TRIED]]
+        narrowed = False
         while others:
             tried = [_with(chosen, site, choice) for choice in others]
             noises = list(workers.map(trials.noise, tried))
             runs, winner = runs + len(tried), int(np.argmin(noises))
-            first = others[0] is None
             if noises[winner] < best:
                 best, chosen = noises[winner], tried[winner]
             kept = chosen.get(site)
-            narrow = first and large and kept is not None
+            narrow = large and kept is not None and not narrowed
             others = [replace(kept, part=part) for part in NARROWED] if narrow and kept is not None else []
+            narrowed = True
     best = trials.noise(chosen)
     job.console.say(
         "rescale",
@@ -397,6 +399,11 @@ def _choose(job: Job, start: Quantization, found: Mapping[Site, Sequence[Option]
         f" on {len(rows.samples)} rows held back, {runs} runs",
     )
     return chosen if noise_db(best) > noise_db(plain) + LEAST_DB else {}
+
+
+def _counts(most: int) -> list[int]:
+    """0, the powers of two below `most`, and `most`."""
+    return [0, *(1 << power for power in range((most - 1).bit_length())), most]
 
 
 def _with(chosen: Choices, site: Site, choice: Choice | None) -> dict[Site, Choice]:
