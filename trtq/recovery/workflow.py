@@ -133,6 +133,14 @@ def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | No
     return max(ratio, LEAST_RATIO)
 
 
+def is_worse(verdict: Verdict, other: Verdict) -> bool:
+    """Whether the metric is worse than in another verdict by more than the gate allows, or unlike there
+    cannot be computed: outputs that are nearer to fp32's on the whole may decide worse."""
+    if other.relative_drop is None or verdict.relative_drop is None:
+        return other.relative_drop is not None and verdict.relative_drop is None
+    return verdict.relative_drop > other.relative_drop + verdict.max_drop
+
+
 def can_leave_out(quantization: Quantization, least: float) -> bool:
     """Whether something can go into floating point with a share `least` left in INT8."""
     plan = quantization.plan
@@ -247,6 +255,11 @@ class _Workflow:
         self.warn_of_gap(whole)
         if self.wants("fix"):
             start = self.attempt("fix", lambda: self.fix(whole)) or whole
+            if is_worse(start.measured, whole.measured):
+                job.console.say(
+                    "fix", f"clearly worse by the metric: what follows starts from '{whole.step}'"
+                )
+                start = whole
         if self.wants("partial"):
             self.attempt("partial", lambda: self.frugal(self.partial("partial", start)))
         if self.wants("learn"):
