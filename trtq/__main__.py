@@ -44,13 +44,14 @@ def main() -> int:
 def _leave_threads(code: int) -> None:
     """End the process where threads that the user's code started do not end: Python would wait for them.
 
-    A metric may have left one, and whoever waits for the verdict would wait forever.
+    A metric may have left one, and whoever waits for the verdict would wait forever. Pools of threads and of
+    processes end first, as they do when Python ends.
     """
-    pools = sys.modules.get("concurrent.futures.thread")
-    ours = set(pools._threads_queues) if pools else set()  # they end when Python does
-    own = {threading.main_thread(), threading.current_thread(), *ours}
-    left = [thread for thread in threading.enumerate() if not thread.daemon and thread not in own]
     end = time.monotonic() + PATIENCE
+    pools = threading.Thread(target=_end_pools, daemon=True)
+    pools.start()
+    pools.join(PATIENCE)
+    left = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
     for thread in left:
         thread.join(max(end - time.monotonic(), 0))
     if any(thread.is_alive() for thread in left):
@@ -59,6 +60,12 @@ def _leave_threads(code: int) -> None:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(code)
+
+
+def _end_pools() -> None:
+    """Call what Python calls before it waits for threads; it does no harm twice."""
+    for function in reversed(getattr(threading, "_threading_atexits", [])):
+        function()
 
 
 if __name__ == "__main__":

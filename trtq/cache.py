@@ -82,6 +82,7 @@ KINDS: Mapping[str, Kind] = {
     "statistics": Kind("npz", 2, ("trtq.calibration.collect", *_READING), (*_PACKAGES, "numba")),
     "table": Kind("cache", 2, ("trtq.calibration.calibrate", *_READING), (*_PACKAGES, "numba")),
     "extents": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
+    "reach": Kind("bin", 1, ("trtq.calibration.extents", *_READING), _PACKAGES),
     "outputs": Kind("npz", 3, (*_RUNNING, "trtq.data.load"), _PACKAGES),
     "quantization": Kind("npz", 2, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),
     "front": Kind("bin", 1, ("trtq.recovery.workflow", *_READING), (*_PACKAGES, "numba", "torch")),

@@ -17,12 +17,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from trtq import stops
+
 if sys.platform != "win32":
     import fcntl
 
 _LITTER = "*trtq-????????.part"
 _LONGEST_NAME = 40
 """Characters of a file's name in its folder's: a name may have 255 bytes."""
+
+_held: set[Path] = set()
+"""The folders of this process."""
 
 
 @contextlib.contextmanager
@@ -46,10 +51,12 @@ def folder_in(home: str | os.PathLike[str], name: str | None = None) -> Iterator
     _sweep_once(home.absolute())
     prefix = "trtq-" if name is None else f".{name[:_LONGEST_NAME]}.trtq-"
     folder, lock = _locked_folder(home, prefix)
+    _held.add(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _held.discard(folder)
         if lock is not None:
             os.close(lock)
 
@@ -88,3 +95,12 @@ def _locked_folder(home: Path, prefix: str) -> tuple[Path, int | None]:
             if folder.exists():
                 return folder, descriptor
             os.close(descriptor)
+
+
+def _remove_held() -> None:
+    """Remove the folders of this process, which ends."""
+    for folder in list(_held):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+stops.clean_at_last(_remove_held)

@@ -11,6 +11,7 @@ import numba
 import numpy
 import onnx
 import onnxruntime
+import PIL
 import pytest
 
 from trtq.backends import doctor
@@ -43,6 +44,10 @@ def test_versions_are_those_of_the_modules() -> None:
         top = name.split(".")[0]
         there = importlib.util.find_spec(top) is not None and importlib.util.find_spec(name) is not None
         assert found[name].ok == there
+
+
+def test_a_package_may_be_called_otherwise() -> None:
+    assert doctor.installed_version("PIL") == PIL.__version__
 
 
 def test_a_module_without_metadata_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from nets import graph_of, net, normal
 from numpy.typing import NDArray
 
-from trtq.calibration.extents import measure_extents
+from trtq.calibration.extents import measure_extents, measure_reach
 from trtq.data.samples import Samples
 from trtq.errors import InputError
 from trtq.graph.fold import fold
@@ -83,6 +83,13 @@ def test_many_small_tensors_of_one_shape(opset: int) -> None:
         assert (extent.low, extent.high) == pytest.approx((values.min(), values.max()), rel=1e-5)
         assert extent.count == values.size
         assert extent.energy == pytest.approx((values**2).sum(), rel=1e-5)
+    assert measure_reach(folded(model), samples_of(x=rows)) == {n: e.amax for n, e in found.items()}
+
+
+def test_the_reach_is_that_of_all_rows() -> None:
+    model = net("g (float[N,4] x) => (float[N,4] y) { y = MatMul(x, w) }", w=-np.eye(4, dtype=np.float32))
+    rows = normal(200, 4)
+    assert measure_reach(folded(model), samples_of(x=rows)) == dict.fromkeys("xy", np.abs(rows).max())
 
 
 def test_an_empty_tensor_reaches_nowhere() -> None:
@@ -95,6 +102,7 @@ def test_an_empty_tensor_reaches_nowhere() -> None:
         )
     )
     found = measure_extents(graph, samples_of(x=normal(3, 4)))
+    assert measure_reach(graph, samples_of(x=normal(3, 4)))["y"] == 0
     assert (found["y"].amax, found["y"].rms, found["y"].count) == (0, 0, 0)
 
 
@@ -119,4 +127,5 @@ def test_a_model_in_half_has_none() -> None:
     model = net("g (float16[N,4] x) => (float16[N,4] y) { y = Relu(x) }")
     specs = (InputSpec("x", np.dtype(np.float16), ("N", 4)),)
     x = {"x": normal(3, 4, dtype=np.float16)}
-    assert measure_extents(folded(model), Samples("random", specs, x, {}, "random")) == {}
+    samples = Samples("random", specs, x, {}, "random")
+    assert measure_extents(folded(model), samples) == measure_reach(folded(model), samples) == {}

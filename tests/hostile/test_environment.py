@@ -107,3 +107,11 @@ def test_a_thread_that_a_metric_leaves_does_not_keep_the_verdict(
     assert ("PASS" in out) == (not code)
     assert (tmp_path / "v.json").exists() == (not code)
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_workers_do_not_keep_a_job_that_is_done(tmp_path: Path) -> None:
+    write_suitable(tmp_path)
+    began = time.monotonic()
+    code, _, err = started(tmp_path, (*calibrate(), "--parallel", "loky:2"), lambda: None)
+    assert code == 0, err
+    assert time.monotonic() - began < 200  # idle, they end by themselves after 300 s

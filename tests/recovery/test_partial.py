@@ -22,7 +22,7 @@ from trtq.graph.place import leave_out
 from trtq.graph.plan import NodePlan, Plan
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.recovery.partial import Search, cheapest_set, given_away
+from trtq.recovery.partial import Search, cheapest_set, given_away, rough_set
 from trtq.recovery.speed import speed_of
 from trtq.simulation.simulator import Score, Simulator
 
@@ -103,6 +103,24 @@ def test_each_set_is_measured_once() -> None:
     assert len(seen) == len(set(seen))
 
 
+def test_a_rough_set_holds_and_takes_few_runs_for_many_targets() -> None:
+    random = np.random.default_rng(0)
+    names = [f"g{number}" for number in range(64)]
+    costs, alone = ({name: float(random.lognormal()) for name in names} for _ in range(2))
+    seen: set[frozenset[str]] = set()
+
+    def noise(left_out: frozenset[str]) -> float:
+        seen.add(left_out)
+        return sum(alone[group] for group in alone if group not in left_out)
+
+    targets = [share * noise(frozenset()) for share in (0.5, 0.2, 0.3, 0.25, 0.27)]
+    rough = [rough_set(costs, alone, noise, target) for target in targets]
+    assert all(noise(found) <= target for found, target in zip(rough, targets, strict=True))
+    assert len(seen) < 40
+    for found, target in zip(rough, targets, strict=True):
+        assert price(costs, cheapest_set(costs, alone, noise, target)) <= price(costs, found)
+
+
 @pytest.mark.parametrize("allowed", range(12))
 def test_what_holds_is_returned_when_the_time_is_over(allowed: int) -> None:
     calls = 0
@@ -154,6 +172,15 @@ def test_no_set_is_run_again_for_another_ratio(tmp_path: Path, monkeypatch: pyte
     for ratio in (0.2, 0.3, 0.2):
         search.cheapest(ratio)
     assert len(seen) == len(set(seen)) > 0
+
+
+@pytest.mark.parametrize("ratio", [0.8, 0.2, 0.02])
+def test_what_is_found_roughly_holds_too(search: Search, ratio: float) -> None:
+    rough, cheapest = search.cheapest(ratio, roughly=True), search.cheapest(ratio)
+    assert search.left(cheapest) <= ratio
+    assert search.left(rough) <= ratio
+    assert search.price(cheapest) <= search.price(rough)
+    assert search.left(search.leaving_out(frozenset())) == 1
 
 
 @pytest.mark.parametrize("ratio", [0.8, 0.3, 0.05])

@@ -18,7 +18,7 @@ from trtq.errors import ExitCode
 from trtq.gate.looks import MOST_LATER
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Plan
-from trtq.recovery.workflow import LEAST_RATIO, noise_ratio
+from trtq.recovery.workflow import LEAST_RATIO, is_worse, noise_ratio
 from trtq.simulation.similarity import Similarity
 
 
@@ -68,6 +68,14 @@ def test_the_noise_to_keep_reaches_the_sqnr_asked_for() -> None:
 def test_what_cannot_be_measured_asks_for_much_less_noise() -> None:
     assert noise_ratio(verdict(None), None, None) == 1 / 16
     assert noise_ratio(verdict(1.0, 1.0), 300.0, None) == LEAST_RATIO
+
+
+@pytest.mark.parametrize(
+    ("drop", "other", "worse"),
+    [(0.29, 0.1, True), (0.105, 0.1, False), (0.1, 0.29, False), (None, 0.1, True), (0.1, None, False)],
+)
+def test_fixed_outputs_may_decide_worse(drop: float | None, other: float | None, worse: bool) -> None:
+    assert is_worse(verdict(drop, sqnr_db=17.0), verdict(other, sqnr_db=12.0)) is worse
 
 
 class Log(Console):

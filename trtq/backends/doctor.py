@@ -74,12 +74,21 @@ def installed_version(module: str) -> str | None:
 
     A package may be called otherwise (`onnxruntime-gpu`), or have no metadata, as some in containers.
     """
-    for package in (module.replace(".", "-"), *packages_distributions().get(module, ())):
+    with contextlib.suppress(PackageNotFoundError):
+        return version(module.replace(".", "-"))
+    with contextlib.suppress(ImportError):  # of the package that it is in
+        if importlib.util.find_spec(module) is not None:
+            return _version_by_files(module)
+    return None
+
+
+def _version_by_files(module: str) -> str:
+    """The version of the package whose files a module is among; every package's are read, which takes a
+    second."""
+    for package in packages_distributions().get(module, ()):
         with contextlib.suppress(PackageNotFoundError):
             return version(package)
-    with contextlib.suppress(ImportError):  # of the package that it is in
-        return "version unknown" if importlib.util.find_spec(module) is not None else None
-    return None
+    return "version unknown"
 
 
 def _package(module: str, installed: str | None) -> Finding:

@@ -16,7 +16,7 @@ import trtq
 from trtq.cache import Key
 from trtq.calibration.collect import collect_sharded
 from trtq.calibration.effort import LEFT_OUT, STEP_SECONDS, Effort
-from trtq.calibration.extents import MOST_ROWS, measure_extents
+from trtq.calibration.extents import MOST_ROWS, measure_extents, measure_reach
 from trtq.calibration.methods import AUTO, Method, parse_method, scales_from
 from trtq.calibration.mixed import mixed_tensors
 from trtq.calibration.refine import refine_ranges, rows_of_search
@@ -131,8 +131,7 @@ def complete_table(job: Job, quantization: Quantization) -> Table:
         InputError: the model does not run on the data.
     """
     source = FloatGraph.of_graph(job.model, quantization.graph)
-    extents = extents_of(job, source, rows=len(job.data))
-    reached = {name: extent.amax for name, extent in extents.items()}
+    reached = reach_of(job, source)
     mixed = mixed_tensors(quantization.graph, reached)
     others = {
         name: float(scale_from_amax(amax))
@@ -142,24 +141,41 @@ def complete_table(job: Job, quantization: Quantization) -> Table:
     return Table.of(quantization, others)
 
 
-def extents_of(job: Job, source: FloatGraph, rows: int = MOST_ROWS) -> dict[str, Extent]:
-    """The extents of a graph's tensors over the job's data, from the cache where they are there.
-
-    Args:
-        rows: about how many rows are looked at.
+def extents_of(job: Job, source: FloatGraph) -> dict[str, Extent]:
+    """The extents of a graph's tensors over some of the job's data, from the cache where they are there.
 
     Raises:
         InputError: the model does not run on the data.
     """
-    key = Key.of(
-        "extents", model=source.sha256, data=job.data.hash, opset=source.graph.opset, rows=rows,
-        executor=simulation_fingerprint(),
-    )  # fmt: skip
+    key = _figures_key(job, source, "extents", rows=MOST_ROWS)
     if (content := job.cache.fetch(key)) is not None:
         return {name: Extent(*figures) for name, figures in json.loads(content).items()}
-    extents = measure_extents(source.graph, job.data, rows=rows, workers=job.recipe.threads)
+    extents = measure_extents(source.graph, job.data, workers=job.recipe.threads)
     job.cache.store(key, json.dumps({name: astuple(extent) for name, extent in extents.items()}).encode())
     return extents
+
+
+def reach_of(job: Job, source: FloatGraph) -> dict[str, float]:
+    """Tensor -> its largest magnitude over all of the job's data, from the cache where it is there.
+
+    Raises:
+        InputError: the model does not run on the data.
+    """
+    key = _figures_key(job, source, "reach")
+    if (content := job.cache.fetch(key)) is not None:
+        found: dict[str, float] = json.loads(content)
+        return found
+    reach = measure_reach(source.graph, job.data, workers=job.recipe.threads)
+    job.cache.store(key, json.dumps(reach).encode())
+    return reach
+
+
+def _figures_key(job: Job, source: FloatGraph, kind: str, **parts: object) -> Key:
+    """Where figures of a graph's tensors over the job's data are kept."""
+    return Key.of(
+        kind, model=source.sha256, data=job.data.hash, opset=source.graph.opset,
+        executor=simulation_fingerprint(), **parts,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""How far the values of every tensor of a model reach: what float16 can hold of them.
+"""How far the values of every tensor of a model reach: what float16 can hold of them, and what a scale needs.
 
-One pass over a few rows. The figures are computed inside the model, next to the tensors themselves, so
-nothing but scalars leaves it and memory stays that of a plain run.
+One pass over a few rows, or over all where the largest magnitudes are enough. The figures are computed inside
+the model, next to the tensors themselves, so nothing but scalars leaves it and memory stays that of a plain
+run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.graph.foreign import View
-from trtq.graph.half_rules import Extent, reads_singular
+from trtq.graph.half_rules import Extent, amax_of, reads_singular
 from trtq.graph.names import Names
 from trtq.simulation.rows import Runner
 
@@ -61,18 +62,11 @@ def measure_extents(
         InputError: the model does not run on the data.
     """
     tensors, searched = _looked_at(graph)
-    if not tensors:  # a model that is all in float16
+    kinds = [kind for kind in _JOINS if searched or kind != "smallest"]
+    probe = _Probe(graph, tensors, searched, kinds)
+    total = probe.measured(samples.spread(rows), workers)
+    if not total:
         return {}
-    probe = _Probe(Names(graph), _alike(tensors), [tensor.name for tensor in searched], graph.opset)
-
-    def look(_: Batch, found: Arrays) -> dict[str, NDArray[np.float64]]:
-        return {kind: np.asarray(found[name], np.float64) for kind, name in probe.outputs.items()}
-
-    part = samples.spread(rows)
-    runner = Runner(graph, list(probe.outputs.values()), edit=probe.add_to)
-    total: dict[str, NDArray[np.float64]] = {}
-    for found in runner.over(part, part.batches(), look, workers=workers):
-        total = {kind: _JOINS[kind](total[kind], new) if total else new for kind, new in found.items()}
     high, low, energy, count = (total[kind].tolist() for kind in ("highest", "lowest", "energy", "size"))
     least = dict(zip(probe.searched, total["smallest"].tolist() if searched else [], strict=True))
     found_of = {
@@ -80,6 +74,22 @@ def measure_extents(
         for i, name in enumerate(probe.tensors)
     }
     return {tensor.name: found_of[tensor.name] for tensor in tensors}
+
+
+def measure_reach(graph: gs.Graph, samples: Samples, *, workers: int | None = None) -> dict[str, float]:
+    """`Extent.amax` over all of the samples, of each tensor of `measure_extents`: less to compute of each.
+
+    Raises:
+        InputError: the model does not run on the data.
+    """
+    tensors, _ = _looked_at(graph)
+    probe = _Probe(graph, tensors, [], ("highest", "lowest"))
+    total = probe.measured(samples, workers)
+    if not total:
+        return {}
+    ends = zip(total["lowest"].tolist(), total["highest"].tolist(), strict=True)
+    found = dict(zip(probe.tensors, (amax_of(low, high) for low, high in ends), strict=True))
+    return {tensor.name: found[tensor.name] for tensor in tensors}
 
 
 def _looked_at(graph: gs.Graph) -> tuple[list[gs.Tensor], list[gs.Tensor]]:
@@ -122,31 +132,57 @@ class _Probe:
             zero, it has of those that are searched.
 
     Args:
-        groups: names of the tensors; of a group of several one node makes a figure.
+        graph: folded; is not changed.
+        searched: the tensors whose smallest magnitude counts.
+        kinds: the figures, of `_JOINS`.
     """
 
     def __init__(
-        self, names: Names, groups: Sequence[Sequence[str]], searched: Sequence[str], opset: int
+        self,
+        graph: gs.Graph,
+        tensors: Sequence[gs.Tensor],
+        searched: Sequence[gs.Tensor],
+        kinds: Sequence[str],
     ) -> None:
-        self._names, self.searched, self._opset = names, searched, opset
-        self._groups = groups = sorted(groups, key=lambda group: len(group) > 1)
-        self.tensors = [name for group in groups for name in group]
-        kinds = [kind for kind in _JOINS if searched or kind != "smallest"]
-        self.outputs = {kind: names.tensor(f"probe/{kind}") for kind in kinds}
+        self._source, self._names = graph, Names(graph)
+        self.searched = [tensor.name for tensor in searched]
+        self._groups = sorted(_alike(tensors), key=lambda group: len(group) > 1)
+        self.tensors = [name for group in self._groups for name in group]
+        self.outputs = {kind: self._names.tensor(f"probe/{kind}") for kind in kinds}
 
-    def add_to(self, graph: onnx.GraphProto) -> None:
+    def measured(self, samples: Samples, workers: int | None) -> dict[str, NDArray[np.float64]]:
+        """Each figure of every tensor, over all of the samples; empty where there is no tensor, as in a model
+        that is all in float16."""
+
+        def look(_: Batch, found: Arrays) -> dict[str, NDArray[np.float64]]:
+            return {kind: np.asarray(found[name], np.float64) for kind, name in self.outputs.items()}
+
+        total: dict[str, NDArray[np.float64]] = {}
+        if not self.tensors:
+            return total
+        runner = Runner(self._source, list(self.outputs.values()), edit=self._add_to)
+        for found in runner.over(samples, samples.batches(), look, workers=workers):
+            total = {kind: _JOINS[kind](total[kind], new) if total else new for kind, new in found.items()}
+        return total
+
+    def _add_to(self, graph: onnx.GraphProto) -> None:
         """Add the nodes to a graph, in place."""
         self._graph = graph
         alone = [group[0] for group in self._groups if len(group) == 1]
         stacks = [self._stacked(group) for group in self._groups if len(group) > 1]
         reduced = {"highest": "ReduceMax", "lowest": "ReduceMin", "energy": "ReduceSumSquare"}
         for kind, op in reduced.items():
+            if kind not in self.outputs:
+                continue
             scalars = [self._node(op, [tensor], keepdims=0) for tensor in alone]
             self._join(kind, scalars, [self._by_row(op, stack) for stack in stacks])
-        alike = [[self._node("Size", [group[0]])] * len(group) for group in self._groups if len(group) > 1]
-        sizes = [self._node("Size", [tensor]) for tensor in alone]
-        self._join("size", sizes, [self._vector(part) for part in alike])
-        if self.searched:
+        if "size" in self.outputs:
+            alike = [
+                [self._node("Size", [group[0]])] * len(group) for group in self._groups if len(group) > 1
+            ]
+            sizes = [self._node("Size", [tensor]) for tensor in alone]
+            self._join("size", sizes, [self._vector(part) for part in alike])
+        if "smallest" in self.outputs:
             zero, most = self._constant("zero", np.float32(0)), self._constant("most", np.float32(_HIGHEST))
             self._join("smallest", [self._smallest(tensor, zero, most) for tensor in self.searched], [])
 
@@ -157,7 +193,7 @@ class _Probe:
 
     def _by_row(self, op: str, matrix: str) -> str:
         """A figure of each row."""
-        if self._opset >= 18:
+        if self._source.opset >= 18:
             return self._node(op, [matrix, self._constant("axis", np.array([1]))], keepdims=0)
         return self._node(op, [matrix], keepdims=0, axes=[1])
 

@@ -23,6 +23,7 @@ from trtq.graph.model import QDQ_OPS, export
 from trtq.graph.names import Names
 from trtq.graph.surgery import in_order
 from trtq.graph.weights import is_number, is_plain
+from trtq.stops import run_options
 
 GROWTH = 1 << 24
 """Bytes up to which a result is always folded. What is larger must be made of weights, not of a small
@@ -221,7 +222,7 @@ def _evaluate(
         model.graph.output.extend(onnx.ValueInfoProto(name=tensor.name) for tensor in wanted)
         content = with_safe_division(model).SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        results: list[Any] = session.run(None, {})
+        results: list[Any] = session.run(None, {}, run_options())
         return results
     except Exception:  # of ONNX Runtime, or protobuf's where the constants are above 2 GB
         if not alone:

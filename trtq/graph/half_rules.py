@@ -68,7 +68,7 @@ class Extent:
     @property
     def amax(self) -> float:
         """Largest magnitude; 0.0 of an empty tensor."""
-        return max(-self.low, self.high, 0.0)
+        return amax_of(self.low, self.high)
 
     @property
     def rms(self) -> float:
@@ -79,6 +79,11 @@ class Extent:
     def loss(self) -> float:
         """What rounding to multiples of the smallest float16 takes at most, relative to the energy."""
         return _loss(self.rms)
+
+
+def amax_of(low: float, high: float) -> float:
+    """The largest magnitude of values that lie between these; 0.0 of none, whose ends are +inf and -inf."""
+    return max(-low, high, 0.0)
 
 
 @dataclass(frozen=True)

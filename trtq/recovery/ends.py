@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from trtq.calibration.calibrate import FloatGraph, extents_of
+from trtq.calibration.calibrate import FloatGraph, reach_of
 from trtq.errors import InputError
 from trtq.graph.codes import Code, Image
 from trtq.graph.ends import Ends, why_float
@@ -27,9 +27,8 @@ def ends_of(job: Job) -> Ends:
     """
     reached = {}
     if job.recipe.io == "int8-in-out":
-        extents = extents_of(job, FloatGraph.of(job.model), rows=len(job.data))
-        names = [tensor.name for tensor in job.model.graph.outputs if tensor.name in extents]
-        reached = {name: extents[name].amax for name in names}
+        found = reach_of(job, FloatGraph.of(job.model))
+        reached = {t.name: found[t.name] for t in job.model.graph.outputs if t.name in found}
     scales = {
         name: float(scale_from_amax(amax))
         for name, amax in reached.items()

@@ -59,7 +59,7 @@ def cheapest_set(
         over: no further set is tried once this is true; what holds so far is returned.
     """
     sets = _Sets(costs, noise, target, over)
-    found = [sets.search(alone), sets.search({group: alone[group] / costs[group] for group in costs})]
+    found = [sets.put_back(first) for first in sets.firsts(alone)]
     best = min(found, key=sets.price)
     if best and len(best) < len(costs) and not over():
         now: dict[str, float] = {}
@@ -67,8 +67,20 @@ def cheapest_set(
             if over():
                 return best
             now[group] = sets.noise(best - {group}) - sets.noise(best | {group})
-        found.append(sets.search({group: now[group] / costs[group] for group in costs}))
+        found.append(sets.put_back(sets.fewest({group: now[group] / costs[group] for group in costs})))
     return min([best, *found], key=sets.price)
+
+
+def rough_set(
+    costs: Mapping[str, float],
+    alone: Mapping[str, float],
+    noise: Noise,
+    target: float,
+    over: Callable[[], bool] = lambda: False,
+) -> frozenset[str]:
+    """What `cheapest_set` begins with, which takes few sets, and mostly the same for another target."""
+    sets = _Sets(costs, noise, target, over)
+    return min(sets.firsts(alone), key=sets.price)
 
 
 class _Sets:
@@ -86,8 +98,12 @@ class _Sets:
     def price(self, left_out: frozenset[str]) -> tuple[float, int]:
         return sum(self._costs[group] for group in left_out), len(left_out)
 
-    def search(self, worth: Mapping[str, float]) -> frozenset[str]:
-        """The fewest groups that hold, of those most worth leaving out, less what can be put back."""
+    def firsts(self, alone: Mapping[str, float]) -> list[frozenset[str]]:
+        """The first groups that hold, ranked by the noise that they make alone, and by that per cost."""
+        return [self.fewest(alone), self.fewest({name: alone[name] / self._costs[name] for name in alone})]
+
+    def fewest(self, worth: Mapping[str, float]) -> frozenset[str]:
+        """The fewest groups that hold, of those most worth leaving out."""
         ranking = sorted(worth, key=lambda group: (-worth[group], group))
         few, many = 0, len(ranking)
         while few < many and not self._over():
@@ -96,9 +112,9 @@ class _Sets:
                 many = middle
             else:
                 few = middle + 1
-        return self._put_back(frozenset(ranking[:many]))
+        return frozenset(ranking[:many])
 
-    def _put_back(self, left_out: frozenset[str]) -> frozenset[str]:
+    def put_back(self, left_out: frozenset[str]) -> frozenset[str]:
         """The set less the groups, the dearest first, without which it still holds."""
         for group in sorted(left_out, key=lambda g: (-self._costs[g], g)):
             if self._over():
@@ -182,10 +198,13 @@ class Search:
     def _over(self) -> bool:
         return self._budget.over
 
-    def cheapest(self, ratio: float) -> Quantization:
+    def cheapest(self, ratio: float, *, roughly: bool = False) -> Quantization:
         """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less.
 
         Needs a `whole` search.
+
+        Args:
+            roughly: with a few groups too many, found in a fraction of the runs.
         """
         target = ratio * self._everything
         if self._front is not None:
@@ -195,8 +214,18 @@ class Search:
         else:
             among, always = frozenset(self.groups) - self.free, self.free
         costs, alone = ({name: by[name] for name in by if name in among} for by in (self._costs, self.alone))
-        found = cheapest_set(costs, alone, lambda s: self.noise(s | always), target, self._over)
+        search = rough_set if roughly else cheapest_set
+        found = search(costs, alone, lambda s: self.noise(s | always), target, self._over)
         return self.leaving_out(found | always)
+
+    def left(self, found: Quantization) -> float:
+        """The share of the start's noise that a set of groups leaves."""
+        return self.noise(frozenset(found.notes["left_out"])) / self._everything
+
+    def price(self, found: Quantization) -> tuple[float, int]:
+        """What a set of groups costs, the less, the better."""
+        names = found.notes["left_out"]
+        return sum(self._costs[name] for name in names), len(names)
 
     def front(self) -> list[tuple[Corner, Quantization]]:
         """The corners of the front of latency and noise, the fastest first; none without costs."""

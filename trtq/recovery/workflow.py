@@ -60,6 +60,9 @@ with every layer in INT8, said to take 129, took 123."""
 MOST_GATES, CLOSE = 8, 1.25
 """How often partial quantization asks the gate how much noise is little enough, and how close is enough."""
 
+MOST_REFINED = 3
+"""How often a set that passes is searched a cheaper one for, with less noise each time."""
+
 
 def recover(
     job: Job,
@@ -129,6 +132,14 @@ def noise_ratio(verdict: Verdict, min_sqnr: float | None, confidence: float | No
     if min_sqnr is not None and verdict.outputs:
         ratio = min(ratio, 10 ** ((verdict.lowest_sqnr_db - min_sqnr) / 10))
     return max(ratio, LEAST_RATIO)
+
+
+def is_worse(verdict: Verdict, other: Verdict) -> bool:
+    """Whether the metric is worse than in another verdict by more than the gate allows, or unlike there
+    cannot be computed: outputs that are nearer to fp32's on the whole may decide worse."""
+    if other.relative_drop is None or verdict.relative_drop is None:
+        return other.relative_drop is not None and verdict.relative_drop is None
+    return verdict.relative_drop > other.relative_drop + verdict.max_drop
 
 
 def can_leave_out(quantization: Quantization, least: float) -> bool:
@@ -253,6 +264,11 @@ class _Workflow:
         self.warn_of_gap(whole)
         if self.wants("fix"):
             start = self.attempt("fix", lambda: self.fix(whole)) or whole
+            if is_worse(start.measured, whole.measured):
+                job.console.say(
+                    "fix", f"clearly worse by the metric: what follows starts from '{whole.step}'"
+                )
+                start = whole
         if self.wants("partial"):
             self.attempt("partial", lambda: self.frugal(self.partial("partial", start)))
         if self.wants("learn"):
@@ -456,10 +472,11 @@ class _Workflow:
     def _searched(self, start: Attempt, least: float) -> Made:
         """`partial`, with a share `least` in INT8.
 
-        How little noise is little enough is bisected with the (simulated) gate; which groups to leave out for
-        it, the calibration data say alone. Where none of those sets passes, the inputs that cost no
-        multiply-accumulates are all left out; and where that does not pass either, the best of all tried is
-        taken, if it is better than the start.
+        How little noise is little enough is bisected with the (simulated) gate, by sets that are found
+        quickly; which groups to leave out for it, the calibration data say alone. For what is enough the
+        cheapest set is searched. Where no set passes, the inputs that cost no multiply-accumulates are all
+        left out; and where that does not pass either, the best of all tried is taken, if it is better than
+        the start.
         """
         job, recipe = self.job, self.job.recipe
         if not is_searchable(job, start.quantization):
@@ -474,10 +491,10 @@ class _Workflow:
         ratio, failing, enough, best = needed(start.measured), 1.0, 0.0, None
         tried: list[tuple[Verdict, Quantization]] = []
         for _ in range(MOST_GATES):
-            candidate = search.cheapest(ratio)
-            share = candidate.plan.mac_share()
-            too_little = not candidate.plan.int8_nodes or (share is not None and share < least)
-            verdict = None if too_little else self.simulated(candidate)
+            candidate = search.cheapest(ratio, roughly=True)
+            if _too_little(candidate.plan, least):
+                candidate = search.cheapest(ratio)
+            verdict = None if _too_little(candidate.plan, least) else self.simulated(candidate)
             if verdict is not None and not verdict.passed:
                 failing = ratio
                 tried.append((verdict, candidate))
@@ -494,8 +511,27 @@ class _Workflow:
             verdict = self.simulated(candidate)
             best = candidate if verdict.passed else None
             tried.append((verdict, candidate))
+        elif best is not None and self.speed is None:
+            best = self._refined(search, enough, best)
         whole = not self.job.budget.over
         return Made(best, whole) if best is not None else _nearest(tried, start, least, whole)
+
+    def _refined(self, search: Search, ratio: float, rough: Quantization) -> Quantization:
+        """A cheaper set than a rough one that passes: with `ratio` of the noise if it passes, too, else with
+        less, down to what the rough one leaves."""
+        least = search.left(rough)
+        for _ in range(MOST_REFINED):
+            if self.job.budget.over:
+                break
+            candidate = search.cheapest(ratio)
+            if search.price(candidate) >= search.price(rough):
+                break
+            if self.simulated(candidate).passed:
+                return candidate
+            if ratio <= least:
+                break
+            ratio = max(ratio / CLOSE, least)
+        return rough
 
     def corners(self, search: Search, speed: Speed) -> list[Point]:
         """The front with INT8 that a search has walked, by what groups do alone; nothing of it was gated."""
@@ -587,6 +623,12 @@ class _Workflow:
 def _without_half(quantization: Quantization) -> Quantization:
     """The same for a rest in float32, of which no node has to be kept."""
     return replace(quantization, plan=replace(quantization.plan, float32=[]))
+
+
+def _too_little(plan: Plan, least: float) -> bool:
+    """Whether nothing, or less than the share `least`, is left in INT8."""
+    share = plan.mac_share()
+    return not plan.int8_nodes or (share is not None and share < least)
 
 
 def _nearest(tried: list[tuple[Verdict, Quantization]], start: Attempt, least: float, whole: bool) -> Made:

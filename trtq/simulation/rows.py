@@ -32,6 +32,7 @@ from trtq.graph.ends import codes_of
 from trtq.graph.model import export, serialized
 from trtq.simulation.processors import processors
 from trtq.simulation.session import simulation_session
+from trtq.stops import run_options
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -97,20 +98,27 @@ class Workers:
                 waiting.append(self._pool.submit(_all, function, group))
                 if len(waiting) < 2 * self.count:
                     continue
-                results, seconds = waiting.popleft().result()
+                results, seconds = _first(waiting)
                 yield from results
                 working.append(seconds / len(results))
                 each, untried = max(min(taking), min(working)), untried - 1
                 size = _fitting(size, size * each)
                 if each < BRIEF and untried < 0:
                     while waiting:
-                        yield from waiting.popleft().result()[0]
+                        yield from _first(waiting)[0]
                     yield from _while_short(function, items)
                     untried = _AGAIN
             while waiting:
-                yield from waiting.popleft().result()[0]
+                yield from _first(waiting)[0]
         finally:
             wait([future for future in waiting if not future.cancel()])
+
+
+def _first(waiting: deque[Future[Result]]) -> Result:
+    """The first result, taken away when it is there: an exception leaves it among those still to wait for."""
+    result = waiting[0].result()
+    waiting.popleft()
+    return result
 
 
 def _while_short(function: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
@@ -210,7 +218,9 @@ class Runner:
         if self._codes:
             feed = {n: self._codes[n].encoded(a) if n in self._codes else a for n, a in feed.items()}
         if self._buffers is None:
-            outputs = dict(zip(self.outputs, self._session.run(self.outputs, feed), strict=True))
+            outputs = dict(
+                zip(self.outputs, self._session.run(self.outputs, feed, run_options()), strict=True)
+            )
             return {n: self._codes[n].decoded(a) if n in self._codes else a for n, a in outputs.items()}
         if not hasattr(self._buffers, "run"):
             self._buffers.run = _Buffered(self._session, self.outputs)
@@ -430,14 +440,14 @@ class _Buffered:
         for name, array in feed.items():
             self._binding.bind_cpu_input(name, array)
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, run_options())
         except Exception:  # a shape that depends on the values; other errors come again without buffers
             self._binding = None
             return self._fresh(feed)
         return self._values
 
     def _fresh(self, feed: Arrays) -> Arrays:
-        return dict(zip(self._names, self._session.run(self._names, feed), strict=True))
+        return dict(zip(self._names, self._session.run(self._names, feed, run_options()), strict=True))
 
     def _bound(self) -> Any:
         """A binding of the outputs to the values' memory; None where they are not all plain arrays, or the

@@ -3,7 +3,7 @@ dead channels are bounded, and what is tried is what is made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +39,10 @@ from trtq.recovery.fixes.rescale import (
     most_that_fit,
     options,
     rescale,
+    searched,
 )
 from trtq.recovery.trial import kernels
+from trtq.simulation.rows import Workers
 from trtq.simulation.similarity import compare, noise_db, sqnr_db
 
 
@@ -211,6 +213,44 @@ def test_most_that_fit_asks_only_so_often() -> None:
 
 
 # --- the search ---------------------------------------------------------------------------------------------
+
+
+def choices_of(count: int) -> tuple[dict[Site, list[Option]], dict[Site, float]]:
+    """Sites with one option each, and what they promise, the first most."""
+    sites = [Site(f"t{number}", 1, 2, ("conv",)) for number in range(count)]
+    return {s: [Option(np.ones(2), 1.0, 0.1)] for s in sites}, {s: 0.5**i for i, s in enumerate(sites, 1)}
+
+
+def test_scales_that_add_up_are_all_taken() -> None:
+    options, promises = choices_of(9)
+
+    def noise(chosen: Mapping[Site, Choice]) -> float:
+        return 1 - sum(promises[site] for site in chosen)
+
+    found = searched(options, promises, noise, Workers(1))
+    assert list(found.choices) == list(options)
+    assert found.plain == 1
+
+
+def test_the_best_scales_are_not_lost_where_all_at_once_gain_nothing() -> None:
+    """All others together undo what the first saves; and with all others it is better without the first."""
+    options, promises = choices_of(9)
+    best, good, *_ = options
+
+    def noise(chosen: Mapping[Site, Choice]) -> float:
+        saved = sum(0.5 if site == best else 0.2 if site == good else -0.1 for site in chosen)
+        return 1 - saved + (0.6 if best in chosen and len(chosen) == len(options) else 0)
+
+    assert noise(dict.fromkeys(options, Choice(options[best][0]))) > 1
+    assert set(searched(options, promises, noise, Workers(1)).choices) == {best, good}
+
+
+def test_nothing_more_is_tried_when_the_time_is_over() -> None:
+    options, promises = choices_of(9)
+    found = searched(options, promises, lambda chosen: 1.0, Workers(1), over=lambda: True)
+    assert found.choices == {}
+    assert found.runs == 6  # none, 1, 2, 4, 8 and all
+
 
 GAINS = np.exp(np.linspace(-3, 3, 12)).astype(np.float32)
 """Of the channels of `spread`."""

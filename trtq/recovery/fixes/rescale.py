@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -346,8 +346,7 @@ def _choose(job: Job, start: Quantization, found: Mapping[Site, Sequence[Option]
     """The sites at which scales save noise on the rows held back.
 
     A site promises the noise that its tensor alone makes in the outputs, times the share of the error behind
-    its readers that its factors save. All that promise something are scaled at once; then each, the most
-    promising first, tries to go without, and other factors and ranges.
+    its readers that its factors save.
     """
     rows = Rows(
         start.graph,
@@ -366,37 +365,81 @@ def _choose(job: Job, start: Quantization, found: Mapping[Site, Sequence[Option]
 
     promises = dict(zip(found, workers.map(promised, found), strict=True))
     order = sorted(found, key=lambda site: -promises[site])
-    rest = np.cumsum([promises[site] for site in reversed(order)])[::-1]
     trials = _Trials(rows, start, order)
-    chosen = {site: Choice(found[site][0]) for site in order}
-    plain, best = workers.map(trials.noise, [{}, chosen])
-    bound = min(plain, best) * (1 - 10 ** (-LEAST_SUM_DB / 10))
-    runs = len(found) + 2
+    ranked = {site: found[site] for site in order}
+    made = searched(ranked, promises, trials.noise, workers, lambda: job.budget.over)
+    before, after = noise_db(made.plain), noise_db(trials.noise(made.choices))
+    job.console.say(
+        "rescale",
+        f"{len(made.choices)} of {len(found)} tensors: {before:.1f} -> {after:.1f} dB"
+        f" on {len(rows.samples)} rows held back, {len(found) + made.runs} runs",
+    )
+    return made.choices if after > before + LEAST_DB else {}
+
+
+class Searched(NamedTuple):
+    """What a search for choices found.
+
+    Attributes:
+        plain: noise without any.
+        runs: how many choices were run.
+    """
+
+    choices: dict[Site, Choice]
+    plain: float
+    runs: int
+
+
+def searched(
+    options: Mapping[Site, Sequence[Option]],
+    promises: Mapping[Site, float],
+    noise: Callable[[Choices], float],
+    workers: Workers,
+    over: Callable[[], bool] = lambda: False,
+) -> Searched:
+    """The choices with the least noise.
+
+    The search starts from the first few sites, as many as are best at once: all of them where what they save
+    adds up, and few where they get into each other's way. Then each site, the most promising first, goes in
+    or out, and tries other factors and ranges. Sites at the end that promise next to nothing are left out.
+
+    Args:
+        options: site -> its factors, the best first; the most promising site first.
+        promises: site -> noise that it may save.
+        noise: of the outputs with some choices.
+        over: nothing more is tried once this is true.
+    """
+    order = list(options)
+    rest = np.cumsum([promises[site] for site in reversed(order)])[::-1]
+    firsts = [{site: Choice(options[site][0]) for site in order[:count]} for count in _counts(len(order))]
+    noises = list(workers.map(noise, firsts))
+    plain, best, chosen = noises[0], min(noises), firsts[int(np.argmin(noises))]
+    runs = len(noises)
     for site, left in zip(order, rest, strict=True):
-        if left < bound or job.budget.over:
-            del chosen[site]
+        if left < best * (1 - 10 ** (-LEAST_SUM_DB / 10)) or over():
+            chosen = _with(chosen, site, None)
             continue
         large = promises[site] > best / len(order)
-        others: list[Choice | None] = [None]
+        others: list[Choice | None] = [None if site in chosen else Choice(options[site][0])]
         if large:
-            others += [Choice(option) for option in found[site][1:MOST_TRIED]]
+            others += [Choice(option) for option in options[site][1:MOST_TRIED]]
+        narrowed = False
         while others:
             tried = [_with(chosen, site, choice) for choice in others]
-            noises = list(workers.map(trials.noise, tried))
+            noises = list(workers.map(noise, tried))
             runs, winner = runs + len(tried), int(np.argmin(noises))
-            first = others[0] is None
             if noises[winner] < best:
                 best, chosen = noises[winner], tried[winner]
             kept = chosen.get(site)
-            narrow = first and large and kept is not None
+            narrow = large and kept is not None and not narrowed
             others = [replace(kept, part=part) for part in NARROWED] if narrow and kept is not None else []
-    best = trials.noise(chosen)
-    job.console.say(
-        "rescale",
-        f"{len(chosen)} of {len(found)} tensors: {noise_db(plain):.1f} -> {noise_db(best):.1f} dB"
-        f" on {len(rows.samples)} rows held back, {runs} runs",
-    )
-    return chosen if noise_db(best) > noise_db(plain) + LEAST_DB else {}
+            narrowed = True
+    return Searched(chosen, plain, runs)
+
+
+def _counts(most: int) -> list[int]:
+    """0, the powers of two below `most`, and `most`."""
+    return [0, *(1 << power for power in range((most - 1).bit_length())), most]
 
 
 def _with(chosen: Choices, site: Site, choice: Choice | None) -> dict[Site, Choice]:
