@@ -20,9 +20,9 @@ from trtq.gate.verdict import percent
 OF_FIRST = 0.8
 """The part of the error that is the first candidate's."""
 
-MOST_LATER = 32
-"""About the most candidates that follow: two searches with nine each, their results and those of other steps,
-and each of these with the rest in float32."""
+MOST_LATER = 40
+"""The most candidates that follow, rounded up: two searches with twelve each, what they and the other steps
+of the workflow give, and that with the rest in float32."""
 
 
 def level_of(confidence: float, *, first: bool) -> float:
