@@ -154,7 +154,6 @@ class Search:
         groups: name -> group, in the order of the plan, those inputs last.
         alone: name -> noise of the outputs with this group alone in INT8.
         free: the names of those inputs.
-        noise: set of groups left in floating point -> noise of the outputs; each is run once.
         whole: whether all groups were measured before the budget was spent.
 
     Args:
@@ -165,7 +164,7 @@ class Search:
 
     def __init__(self, job: Job, start: Quantization, key: Key, *, speed: Speed | None = None) -> None:
         self._start, self._budget = start, job.budget
-        self.noise: Noise = functools.cache(self._measured)
+        self._known: dict[frozenset[str], float] = {}
         self._simulator = Simulator(
             start,
             rows_to_search(job, start),
@@ -199,7 +198,8 @@ class Search:
         return self._budget.over
 
     def cheapest(self, ratio: float, *, roughly: bool = False) -> Quantization:
-        """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less.
+        """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less; of
+        all sets measured so far, for whatever ratio.
 
         Needs a `whole` search.
 
@@ -215,8 +215,9 @@ class Search:
             among, always = frozenset(self.groups) - self.free, self.free
         costs, alone = ({name: by[name] for name in by if name in among} for by in (self._costs, self.alone))
         search = rough_set if roughly else cheapest_set
-        found = search(costs, alone, lambda s: self.noise(s | always), target, self._over)
-        return self.leaving_out(found | always)
+        found = search(costs, alone, lambda s: self.noise(s | always), target, self._over) | always
+        holding = [left_out for left_out, noise in self._known.items() if noise <= target]
+        return self.leaving_out(min([found, *holding], key=self._price))
 
     def left(self, found: Quantization) -> float:
         """The share of the start's noise that a set of groups leaves."""
@@ -224,8 +225,10 @@ class Search:
 
     def price(self, found: Quantization) -> tuple[float, int]:
         """What a set of groups costs, the less, the better."""
-        names = found.notes["left_out"]
-        return sum(self._costs[name] for name in names), len(names)
+        return self._price(frozenset(found.notes["left_out"]))
+
+    def _price(self, left_out: frozenset[str]) -> tuple[float, int]:
+        return sum(self._costs[name] for name in left_out), len(left_out)
 
     def front(self) -> list[tuple[Corner, Quantization]]:
         """The corners of the front of latency and noise, the fastest first; none without costs."""
@@ -240,9 +243,12 @@ class Search:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def _measured(self, left_out: frozenset[str]) -> float:
-        plan = self._plan(left_out, lambda name: "left out to measure")
-        return self._simulator.score(plan).noise
+    def noise(self, left_out: frozenset[str]) -> float:
+        """Noise of the outputs with a set of groups left in floating point; each is run once."""
+        if left_out not in self._known:
+            plan = self._plan(left_out, lambda name: "left out to measure")
+            self._known[left_out] = self._simulator.score(plan).noise
+        return self._known[left_out]
 
     def leaving_out(self, left_out: frozenset[str]) -> Quantization:
         """The start with some groups in floating point; its notes say which and why."""
