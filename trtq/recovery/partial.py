@@ -45,8 +45,9 @@ def cheapest_set(
 ) -> frozenset[str]:
     """Groups to leave in floating point so that the noise is at most `target`, at little cost.
 
-    1. Rank the groups by the noise they make alone, and by that per cost; bisect how many of the first to
-       leave out. More left out is not always less noise, so
+    1. Rank the groups by the noise they make alone, and bisect how many of the first to leave out; and by
+       that per cost, and take one after the other, without those that only add noise, as they make up for
+       what others do. More left out is not always less noise, so
     2. put groups back, the dearest first, while the target still holds.
     3. Rank all groups again by what they change now, with the others as they are (interactions show only
        there), and bisect and put back again; of all sets found the cheapest is taken.
@@ -80,7 +81,7 @@ def rough_set(
 ) -> frozenset[str]:
     """What `cheapest_set` begins with, which takes few sets, and mostly the same for another target."""
     sets = _Sets(costs, noise, target, over)
-    return min(sets.firsts(alone), key=sets.price)
+    return sets.one_by_one(alone)
 
 
 class _Sets:
@@ -99,8 +100,25 @@ class _Sets:
         return sum(self._costs[group] for group in left_out), len(left_out)
 
     def firsts(self, alone: Mapping[str, float]) -> list[frozenset[str]]:
-        """The first groups that hold, ranked by the noise that they make alone, and by that per cost."""
-        return [self.fewest(alone), self.fewest({name: alone[name] / self._costs[name] for name in alone})]
+        """Sets that hold: by the noise that groups make alone, and by that per cost."""
+        return [self.fewest(alone), self.one_by_one(alone)]
+
+    def one_by_one(self, alone: Mapping[str, float]) -> frozenset[str]:
+        """Groups that hold, those first that make most noise alone per cost, as far as each lowers the noise,
+        and again until none does; the fewest of the first where that does not lead to the target."""
+        worth = {name: alone[name] / self._costs[name] for name in alone}
+        ranking = sorted(worth, key=lambda name: (-worth[name], name))
+        left_out, least, before = frozenset[str](), self.noise(frozenset()), -1
+        while before < len(left_out):
+            before = len(left_out)
+            for group in ranking:
+                if least <= self._target:
+                    return left_out
+                if self._over():
+                    return self.fewest(worth)
+                if group not in left_out and (noise := self.noise(left_out | {group})) < least:
+                    left_out, least = left_out | {group}, noise
+        return self.fewest(worth)
 
     def fewest(self, worth: Mapping[str, float]) -> frozenset[str]:
         """The fewest groups that hold, of those most worth leaving out."""
