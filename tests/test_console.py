@@ -32,6 +32,14 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.out + captured.err == ""
 
 
+def test_a_warning_about_a_long_name_is_short() -> None:
+    stream = io.StringIO()
+    quoting = Console(stream)
+    quoting.warn("x" * 70_000)
+    assert len(stream.getvalue()) < 5_000
+    assert quoting.warnings[0] in stream.getvalue()
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])

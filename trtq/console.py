@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+from trtq.errors import to_an_end
 from trtq.escapes import printable
 
 Advance = Callable[[int], object]
@@ -56,6 +57,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Something that did not stop the job but should be known; it is kept in `warnings`."""
+        text = to_an_end(text)
         if text not in self.warnings:
             self.warnings.append(text)
         self.say("warning", text)

@@ -44,9 +44,9 @@ class TrtqError(Exception):
         cause: object = None,
         remedy: str | None = None,
     ) -> None:
-        self.problem = _to_an_end(problem)
+        self.problem = to_an_end(problem)
         self.file = None if file is None else os.fspath(file)
-        self.cause = None if cause is None else _to_an_end(str(cause).strip())
+        self.cause = None if cause is None else to_an_end(str(cause).strip())
         self.remedy = remedy
         lines = [self.problem]
         lines += [f"  file:   {self.file}"] if self.file else []
@@ -61,7 +61,7 @@ class TrtqError(Exception):
         TrtqError.__init__(self, words(self.problem), file=file, cause=cause, remedy=remedy)
 
 
-def _to_an_end(text: str) -> str:
+def to_an_end(text: str) -> str:
     """Text that may hold names and values of any length, as a message can show it."""
     return text if len(text) <= LONGEST_CAUSE else f"{text[:LONGEST_CAUSE]}…"
 

@@ -174,6 +174,13 @@ def test_shapes_that_depend_on_values_are_left_out() -> None:
     assert "y" not in shapes
 
 
+def test_a_dtype_that_inference_leaves_open() -> None:
+    """Before IR version 4, initializers that are no inputs count for nothing there."""
+    text = "g (float[N,4] x) => (float[N,4] y) { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }"
+    graph = graph_of(net(text, ir_version=3, s=np.float32(1), z=np.int8(0)))
+    assert concrete_shapes(graph, {"x": (2, 4)}) == {"x": (2, 4), "q": (2, 4), "y": (2, 4), "s": (), "z": ()}
+
+
 def test_large_weights_keep_their_shapes() -> None:
     graph = graph_of(
         net("g (float[N,64] x) => (float[?,?] y) { y = MatMul(x, w) }", w=np.zeros((64, 100), np.float32))

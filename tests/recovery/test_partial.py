@@ -91,6 +91,20 @@ def test_interactions_are_seen() -> None:
     assert found < {"a", "b"}
 
 
+def test_groups_that_make_up_for_others_are_not_left_out() -> None:
+    """Without `c` there is more noise, since it takes some of `a`'s and `d`'s away: behind it in the ranking
+    nothing would hold."""
+    costs = {"a": 1.0, "b": 2.0, "c": 1.5, "d": 9.0}
+    alone = {"a": 4.0, "b": 2.0, "c": 3.0, "d": 1.0}
+
+    def noise(left_out: frozenset[str]) -> float:
+        kept = alone.keys() - left_out
+        return 3.0 * ("a" in kept) + 2.0 * ("b" in kept) + ("d" in kept) + 5.0 * ("c" not in kept)
+
+    for found in (rough_set(costs, alone, noise, 1.5), cheapest_set(costs, alone, noise, 1.5)):
+        assert found == {"a", "b"}
+
+
 def test_each_set_is_measured_once() -> None:
     seen: list[frozenset[str]] = []
     costs = {group: float(i + 1) for i, group in enumerate(GROUPS)}

@@ -49,7 +49,8 @@ def _infer(graph: gs.Graph) -> None:
         tensor = tensors.get(info.name)
         if isinstance(tensor, gs.Variable) and info.type.HasField("tensor_type"):
             kind = info.type.tensor_type
-            tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            if kind.elem_type:
+                tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
             if kind.HasField("shape"):
                 dims = kind.shape.dim
                 tensor.shape = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims]

@@ -45,8 +45,9 @@ def cheapest_set(
 ) -> frozenset[str]:
     """Groups to leave in floating point so that the noise is at most `target`, at little cost.
 
-    1. Rank the groups by the noise they make alone, and by that per cost; bisect how many of the first to
-       leave out. More left out is not always less noise, so
+    1. Rank the groups by the noise they make alone, and bisect how many of the first to leave out; and by
+       that per cost, and take one after the other, without those that only add noise, as they make up for
+       what others do. More left out is not always less noise, so
     2. put groups back, the dearest first, while the target still holds.
     3. Rank all groups again by what they change now, with the others as they are (interactions show only
        there), and bisect and put back again; of all sets found the cheapest is taken.
@@ -80,7 +81,7 @@ def rough_set(
 ) -> frozenset[str]:
     """What `cheapest_set` begins with, which takes few sets, and mostly the same for another target."""
     sets = _Sets(costs, noise, target, over)
-    return min(sets.firsts(alone), key=sets.price)
+    return sets.one_by_one(alone)
 
 
 class _Sets:
@@ -99,8 +100,25 @@ class _Sets:
         return sum(self._costs[group] for group in left_out), len(left_out)
 
     def firsts(self, alone: Mapping[str, float]) -> list[frozenset[str]]:
-        """The first groups that hold, ranked by the noise that they make alone, and by that per cost."""
-        return [self.fewest(alone), self.fewest({name: alone[name] / self._costs[name] for name in alone})]
+        """Sets that hold: by the noise that groups make alone, and by that per cost."""
+        return [self.fewest(alone), self.one_by_one(alone)]
+
+    def one_by_one(self, alone: Mapping[str, float]) -> frozenset[str]:
+        """Groups that hold, those first that make most noise alone per cost, as far as each lowers the noise,
+        and again until none does; the fewest of the first where that does not lead to the target."""
+        worth = {name: alone[name] / self._costs[name] for name in alone}
+        ranking = sorted(worth, key=lambda name: (-worth[name], name))
+        left_out, least, before = frozenset[str](), self.noise(frozenset()), -1
+        while before < len(left_out):
+            before = len(left_out)
+            for group in ranking:
+                if least <= self._target:
+                    return left_out
+                if self._over():
+                    return self.fewest(worth)
+                if group not in left_out and (noise := self.noise(left_out | {group})) < least:
+                    left_out, least = left_out | {group}, noise
+        return self.fewest(worth)
 
     def fewest(self, worth: Mapping[str, float]) -> frozenset[str]:
         """The fewest groups that hold, of those most worth leaving out."""
@@ -154,7 +172,6 @@ class Search:
         groups: name -> group, in the order of the plan, those inputs last.
         alone: name -> noise of the outputs with this group alone in INT8.
         free: the names of those inputs.
-        noise: set of groups left in floating point -> noise of the outputs; each is run once.
         whole: whether all groups were measured before the budget was spent.
 
     Args:
@@ -165,7 +182,7 @@ class Search:
 
     def __init__(self, job: Job, start: Quantization, key: Key, *, speed: Speed | None = None) -> None:
         self._start, self._budget = start, job.budget
-        self.noise: Noise = functools.cache(self._measured)
+        self._known: dict[frozenset[str], float] = {}
         self._simulator = Simulator(
             start,
             rows_to_search(job, start),
@@ -199,7 +216,8 @@ class Search:
         return self._budget.over
 
     def cheapest(self, ratio: float, *, roughly: bool = False) -> Quantization:
-        """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less.
+        """The start with the cheapest groups in floating point that leave `ratio` of its noise, or less; of
+        all sets measured so far, for whatever ratio.
 
         Needs a `whole` search.
 
@@ -215,8 +233,9 @@ class Search:
             among, always = frozenset(self.groups) - self.free, self.free
         costs, alone = ({name: by[name] for name in by if name in among} for by in (self._costs, self.alone))
         search = rough_set if roughly else cheapest_set
-        found = search(costs, alone, lambda s: self.noise(s | always), target, self._over)
-        return self.leaving_out(found | always)
+        found = search(costs, alone, lambda s: self.noise(s | always), target, self._over) | always
+        holding = [left_out for left_out, noise in self._known.items() if noise <= target]
+        return self.leaving_out(min([found, *holding], key=self._price))
 
     def left(self, found: Quantization) -> float:
         """The share of the start's noise that a set of groups leaves."""
@@ -224,8 +243,10 @@ class Search:
 
     def price(self, found: Quantization) -> tuple[float, int]:
         """What a set of groups costs, the less, the better."""
-        names = found.notes["left_out"]
-        return sum(self._costs[name] for name in names), len(names)
+        return self._price(frozenset(found.notes["left_out"]))
+
+    def _price(self, left_out: frozenset[str]) -> tuple[float, int]:
+        return sum(self._costs[name] for name in left_out), len(left_out)
 
     def front(self) -> list[tuple[Corner, Quantization]]:
         """The corners of the front of latency and noise, the fastest first; none without costs."""
@@ -240,9 +261,12 @@ class Search:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def _measured(self, left_out: frozenset[str]) -> float:
-        plan = self._plan(left_out, lambda name: "left out to measure")
-        return self._simulator.score(plan).noise
+    def noise(self, left_out: frozenset[str]) -> float:
+        """Noise of the outputs with a set of groups left in floating point; each is run once."""
+        if left_out not in self._known:
+            plan = self._plan(left_out, lambda name: "left out to measure")
+            self._known[left_out] = self._simulator.score(plan).noise
+        return self._known[left_out]
 
     def leaving_out(self, left_out: frozenset[str]) -> Quantization:
         """The start with some groups in floating point; its notes say which and why."""

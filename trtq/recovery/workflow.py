@@ -496,7 +496,7 @@ class _Workflow:
                 candidate = search.cheapest(ratio)
             verdict = None if _too_little(candidate.plan, least) else self.simulated(candidate)
             if verdict is not None and not verdict.passed:
-                failing = ratio
+                failing = min(ratio, max(search.left(candidate), LEAST_RATIO))
                 tried.append((verdict, candidate))
             else:
                 enough, best = ratio, candidate if verdict is not None else best
@@ -505,7 +505,7 @@ class _Workflow:
             if enough:
                 ratio = math.sqrt(failing * enough)
             elif verdict is not None:
-                ratio = max(ratio * min(needed(verdict), 0.5), LEAST_RATIO)
+                ratio = max(failing * min(needed(verdict), 0.5), LEAST_RATIO)
         if best is None and search.free and not self.job.budget.over:
             candidate = search.leaving_out(search.free)
             verdict = self.simulated(candidate)
