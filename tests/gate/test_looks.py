@@ -46,3 +46,4 @@ def test_the_levels_share_the_error() -> None:
     first, later = (level_of(0.95, first=first) for first in (True, False))
     assert first == pytest.approx(0.96)
     assert (1 - first) + MOST_LATER * (1 - later) == pytest.approx(0.05)
+    assert level_of(1 - 2**-53, first=False) < 1

@@ -12,6 +12,7 @@ before says that its drop is the better of several.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from trtq.gate.evaluation import Evaluation
@@ -28,7 +29,8 @@ of the workflow give, and that with the rest in float32."""
 def level_of(confidence: float, *, first: bool) -> float:
     """The one-sided level at which one of several candidates has to clear the margin."""
     error = 1 - confidence
-    return 1 - (OF_FIRST * error if first else (1 - OF_FIRST) * error / MOST_LATER)
+    level = 1 - (OF_FIRST * error if first else (1 - OF_FIRST) * error / MOST_LATER)
+    return min(level, math.nextafter(1, 0))
 
 
 def judging(evaluation: Evaluation, confidence: float | None, *, first: bool) -> Evaluation:
