@@ -14,8 +14,9 @@ SLOW_FIXTURES = {"zoo", "pool"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Each of several workers takes one processor. No test sees a GPU but those marked `gpu`, since what a job
-    decides depends on the machine it runs on, and those that have a stand-in for one (`standin.machine`)."""
+    """Each of several workers takes one processor. No test sees a GPU but those marked `gpu`, since what a
+    job decides depends on the machine it runs on, and those that have a stand-in for one (`standin.machine`).
+    """
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the workers, which are yet to start
     if config.getoption("markexpr") != "gpu" and "TRTQ_STANDIN_GPU" not in os.environ:
