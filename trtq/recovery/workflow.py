@@ -7,7 +7,8 @@ fp32 model as the teacher (`learn`), and try 3 again from there.
 
 Each step is built and gated like the first, and its result is kept in the cache: a job that was interrupted
 goes on from its last finished step. Only the calibration data decide what a step does. Of the evaluation data
-a step learns one thing: how far the gate was from passing.
+it learns how far the gate was from passing, and whether the metric is clearly worse behind a fix: what that
+takes from a proof is counted (`trtq.gate.looks`).
 """
 
 from __future__ import annotations
