@@ -247,7 +247,7 @@ class _Workflow:
 
     @property
     def judge(self) -> Evaluation:
-        """The evaluation as it judges the next candidate."""
+        """The evaluation as it judges the next candidate that may be delivered."""
         first = not self.attempts
         if first and not self.steps and self.speed is None and self.job.recipe.rest != "auto":
             return self.evaluation  # no other can follow
@@ -358,7 +358,7 @@ class _Workflow:
         """
         if tried.accuracy.passed or tried.accuracy.executor != "engine":
             return False
-        expected = self.judge.simulated(tried.quantization)
+        expected = self.evaluation.simulated(tried.quantization)
         found, simulated = tried.accuracy.lowest_sqnr_db, expected.lowest_sqnr_db
         if not expected.passed or (tried.accuracy.outputs and found > simulated - PARTED_DB):
             return False
@@ -403,7 +403,7 @@ class _Workflow:
             found = "with float16 beside INT8 the engine does not compute its model"
         elif self.speed is None and judge.simulated(_without_half(quantization)).passed:
             found = "in float16 the gate fails and in float32 it passes"
-        elif not self.judge.simulated(replace(quantization, plan=bare)).passed:
+        elif not self.evaluation.simulated(replace(quantization, plan=bare)).passed:
             found = "float16 fails the gate without any INT8"
         else:
             return False
