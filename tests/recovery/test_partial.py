@@ -22,7 +22,7 @@ from trtq.graph.place import leave_out
 from trtq.graph.plan import NodePlan, Plan
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.recovery.partial import Search, cheapest_set, given_away, rough_set
+from trtq.recovery.partial import Search, cheapest_set, given_away
 from trtq.recovery.speed import speed_of
 from trtq.simulation.simulator import Score, Simulator
 
@@ -101,8 +101,8 @@ def test_groups_that_make_up_for_others_are_not_left_out() -> None:
         kept = alone.keys() - left_out
         return 3.0 * ("a" in kept) + 2.0 * ("b" in kept) + ("d" in kept) + 5.0 * ("c" not in kept)
 
-    for found in (rough_set(costs, alone, noise, 1.5), cheapest_set(costs, alone, noise, 1.5)):
-        assert found == {"a", "b"}
+    for roughly in (True, False):
+        assert cheapest_set(costs, alone, noise, 1.5, roughly=roughly) == {"a", "b"}
 
 
 def test_each_set_is_measured_once() -> None:
@@ -128,7 +128,7 @@ def test_a_rough_set_holds_and_takes_few_runs_for_many_targets() -> None:
         return sum(alone[group] for group in alone if group not in left_out)
 
     targets = [share * noise(frozenset()) for share in (0.5, 0.2, 0.3, 0.25, 0.27)]
-    rough = [rough_set(costs, alone, noise, target) for target in targets]
+    rough = [cheapest_set(costs, alone, noise, target, roughly=True) for target in targets]
     assert all(noise(found) <= target for found, target in zip(rough, targets, strict=True))
     assert len(seen) < 40
     for found, target in zip(rough, targets, strict=True):

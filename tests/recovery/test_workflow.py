@@ -18,7 +18,7 @@ from trtq.errors import ExitCode
 from trtq.gate.looks import MOST_LATER
 from trtq.gate.verdict import Outcome, Verdict
 from trtq.graph.plan import Plan
-from trtq.recovery.workflow import LEAST_RATIO, is_worse, noise_ratio
+from trtq.recovery.workflow import LEAST_RATIO, MOST_GATES, MOST_REFINED, is_worse, noise_ratio
 from trtq.simulation.similarity import Similarity
 
 
@@ -149,6 +149,13 @@ def test_nothing_follows_where_nothing_may(hard: Case, tmp_path: Path) -> None:
     done = run(hard, tmp_path / "out", min_sqnr=60.0, recover="none")
     assert [attempt.step for attempt in done.attempts] == ["calibrate"]
     assert done.exit_code is ExitCode.FAIL
+
+
+def test_no_more_candidates_follow_than_share_the_error() -> None:
+    """Both searches, which may try all that is free as well; calibration without fixes, `fix`, `learn`, every
+    layer, and floating point alone; and of each of up to nine attempts the same with the rest in float32."""
+    searches, steps, attempts = 2 * (MOST_GATES + 1 + MOST_REFINED), 5, 9
+    assert searches + steps + attempts <= MOST_LATER
 
 
 def test_a_confidence_is_shared_by_all_that_may_be_tried(hard: Case, tmp_path: Path) -> None:

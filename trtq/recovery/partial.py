@@ -42,6 +42,8 @@ def cheapest_set(
     noise: Noise,
     target: float,
     over: Callable[[], bool] = lambda: False,
+    *,
+    roughly: bool = False,
 ) -> frozenset[str]:
     """Groups to leave in floating point so that the noise is at most `target`, at little cost.
 
@@ -58,8 +60,12 @@ def cheapest_set(
         noise: is called once for every set.
         target: with all groups left out the noise must be within it.
         over: no further set is tried once this is true; what holds so far is returned.
+        roughly: only what is taken one after the other in step 1, which takes few sets, and mostly the same
+            for another target.
     """
     sets = _Sets(costs, noise, target, over)
+    if roughly:
+        return sets.one_by_one(alone)
     found = [sets.put_back(first) for first in sets.firsts(alone)]
     best = min(found, key=sets.price)
     if best and len(best) < len(costs) and not over():
@@ -70,18 +76,6 @@ def cheapest_set(
             now[group] = sets.noise(best - {group}) - sets.noise(best | {group})
         found.append(sets.put_back(sets.fewest({group: now[group] / costs[group] for group in costs})))
     return min([best, *found], key=sets.price)
-
-
-def rough_set(
-    costs: Mapping[str, float],
-    alone: Mapping[str, float],
-    noise: Noise,
-    target: float,
-    over: Callable[[], bool] = lambda: False,
-) -> frozenset[str]:
-    """What `cheapest_set` begins with, which takes few sets, and mostly the same for another target."""
-    sets = _Sets(costs, noise, target, over)
-    return sets.one_by_one(alone)
 
 
 class _Sets:
@@ -232,10 +226,11 @@ class Search:
         else:
             among, always = frozenset(self.groups) - self.free, self.free
         costs, alone = ({name: by[name] for name in by if name in among} for by in (self._costs, self.alone))
-        search = rough_set if roughly else cheapest_set
-        found = search(costs, alone, lambda s: self.noise(s | always), target, self._over) | always
+        found = cheapest_set(
+            costs, alone, lambda s: self.noise(s | always), target, self._over, roughly=roughly
+        )
         holding = [left_out for left_out, noise in self._known.items() if noise <= target]
-        return self.leaving_out(min([found, *holding], key=self._price))
+        return self.leaving_out(min([found | always, *holding], key=self._price))
 
     def left(self, found: Quantization) -> float:
         """The share of the start's noise that a set of groups leaves."""

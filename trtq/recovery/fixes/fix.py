@@ -294,10 +294,10 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
     without.
 
     Biases come first, with each method that they may make the best one: what is left of the noise behind them
-    is another than what the methods were compared by. Where they do not help but a pass does, the methods are
-    compared again on the graph that it made: on MiniLM, where few channels are far larger than all others, a
-    percentile is better once these are scaled down, and before that by far the worse. Steps that are too much
-    work are left out.
+    is another than what the methods were compared by. Where passes do as well without them, the methods are
+    compared again on the graph that these made: on MiniLM, where few channels are far larger than all others,
+    percentile:99.999 is 0.5 dB behind mse, and 0.7 dB better once these are scaled down. Steps that are too
+    much work are left out.
     """
     started, tried, whole = time.perf_counter(), dict[str, float](), True
     judged = _judged(job, ranges.bare.plan)
@@ -316,13 +316,14 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
             break
         if not work.fits(what, _named(what), first=what is steps[0]):
             continue
-        passes = tuple(name for name in names if name != BIAS)
-        unbiased = tried.get(" + ".join(passes), -math.inf) >= best - least
-        if what is None and passes and unbiased and job.recipe.method == AUTO and work.fits_choice():
-            again = choose_method(rows, ranges.bare, ranges.fitting, job.console, job.budget)
-            tried |= {" + ".join((name, *passes)): db for name, db in again.sqnr_db.items()}
-            if (reached := again.sqnr_db[str(again.method)]) >= best + least:
-                kept, names, best, method = ranges.fitted(again.method), passes, reached, again.method
+        if what is None and job.recipe.method == AUTO:
+            passes = tuple(name for name in names if name != BIAS)
+            unbiased = tried.get(" + ".join(passes), -math.inf)
+            if unbiased >= best - least and work.fits_choice():
+                again = choose_method(rows, ranges.bare, ranges.fitting, job.console, job.budget)
+                tried |= {" + ".join((name, *passes)): db for name, db in again.sqnr_db.items()}
+                if (reached := again.sqnr_db[str(again.method)]) >= best + least:
+                    kept, names, best, method = ranges.fitted(again.method), passes, reached, again.method
         wanted, other = tuple(name for name in names if name not in (BIAS, ROUNDING)), None
         if isinstance(what, Method):
             changed = ranges.fitted(what)

@@ -430,9 +430,9 @@ def searched(
             runs, winner = runs + len(tried), int(np.argmin(noises))
             if noises[winner] < best:
                 best, chosen = noises[winner], tried[winner]
-            kept = chosen.get(site)
-            narrow = large and kept is not None and not narrowed
-            others = [replace(kept, part=part) for part in NARROWED] if narrow and kept is not None else []
+            kept, others = chosen.get(site), []
+            if large and kept is not None and not narrowed:
+                others = [replace(kept, part=part) for part in NARROWED]
             narrowed = True
     return Searched(chosen, plain, runs)
 
