@@ -45,6 +45,15 @@ def scale_from_amax(amax: ArrayLike, bits: int = 8) -> NDArray[np.float32]:
     return np.where(amax == 0, 1.0, scale).astype(np.float32)
 
 
+def scale_from_width(width: float, bits: int = 8) -> np.float32:
+    """Scale of a range that is not symmetric, of width high - low: width / (2^b - 1) (paper eq. 3).
+
+    Zero and underflow are as in `scale_from_amax`.
+    """
+    low, high = integer_range(bits, narrow=False)
+    return np.float32(scale_from_amax(width * high / (high - low), bits))
+
+
 def has_scale(amax: float, bits: int = 8) -> bool:
     """Whether the range [-amax, amax] has a symmetric scale that is a normal float32; zeros do not, nor do
     values so small that the scale underflows."""

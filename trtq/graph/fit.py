@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 
 from trtq.errors import InputError
 from trtq.graph.place import FLOATS, output_axis, unquantizable
-from trtq.graph.plan import RESCALED, RESTORED, Edge, NodePlan, Plan, Weight
+from trtq.graph.plan import INSERTED, RESTORED, Edge, NodePlan, Plan, Weight
 from trtq.graph.products import product
 
 _TAKE_OUT = "take that line out of the plan, or take the plan as it was written"
@@ -30,7 +30,7 @@ def of_model(plan: Plan, graph: gs.Graph) -> Plan:
             return replace(edge, node=add.name, index=index)
         inputs = nodes[edge.node].inputs if edge.node in nodes else []
         name = inputs[edge.index].name if 0 <= edge.index < len(inputs) else edge.tensor
-        inserted = edge.tensor == edge.range and edge.tensor.startswith(f"{name}{RESCALED}")
+        inserted = edge.tensor == edge.range and edge.tensor.startswith(f"{name}{INSERTED}")
         return replace(edge, tensor=name, range=name) if inserted else edge
 
     return replace(plan, edges=[own(edge) for edge in plan.edges])

@@ -13,7 +13,7 @@ FORMAT = "trtq-plan-1"
 BY_COST = "cost"
 """The rule of nodes that stay in floating point because INT8 would not make the engine faster there."""
 
-RESCALED = "/rescaled"
+INSERTED = "/affine"
 """What stands behind the name of a tensor in the name of the one that a fix inserted behind it."""
 
 RESTORED = "/restored"

@@ -117,13 +117,31 @@ def channel_axis(node: gs.Node) -> int:
     return 1 if node.op == "Conv" else -1
 
 
-def weight_matrix(node: gs.Node) -> NDArray[np.float64]:
-    """A linear node's weights as (groups, outputs / groups, inputs / groups, kernel), in float64."""
-    weight = node.inputs[1].values.astype(np.float64)
+def weight_matrix(node: gs.Node, weight: NDArray | None = None) -> NDArray[np.float64]:
+    """A linear node's weights, or others in their place, as (groups, outputs / groups, inputs / groups,
+    kernel), in float64."""
+    weight = (node.inputs[1].values if weight is None else weight).astype(np.float64)
     if node.op == "Conv":
         groups = node.attrs.get("group", 1)
         return weight.reshape(groups, -1, weight.shape[1], int(np.prod(weight.shape[2:], dtype=int)))
     return (weight if node.attrs.get("transB", 0) else weight.T)[None, :, :, None]
+
+
+def behind(node: gs.Node, vector: Vector, weight: NDArray | None = None) -> Vector:
+    """What a linear node without a bias, by its weights or others, makes of an input that is the same at
+    every position, (outputs,) from (inputs,); at its borders only if it does not pad."""
+    matrix = weight_matrix(node, weight).sum(axis=3)
+    product: Vector = matrix @ vector.reshape(len(matrix), -1, 1)
+    return product.reshape(-1)
+
+
+def padding(node: gs.Node) -> tuple[int, ...] | None:
+    """The zeros that a linear node adds around its input, as ONNX's `pads`, () for none; None where the
+    input's size decides."""
+    if node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    pads = tuple(node.attrs.get("pads", ()))
+    return pads if any(pads) else ()
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
+from trtq.recovery.fixes.affine import insert_affine, is_affordable
 from trtq.recovery.fixes.bias import correct_biases
 from trtq.recovery.fixes.channels import Changed
-from trtq.recovery.fixes.rescale import is_affordable, rescale
 from trtq.recovery.fixes.rounding import round_weights
 from trtq.recovery.fixes.shift import shift
 from trtq.recovery.fixes.smooth import smooth
@@ -73,7 +73,7 @@ class Pass(NamedTuple):
 PASSES = (Pass("shift", shift), Pass("smooth", smooth))
 """In the order in which they are tried."""
 
-RESCALE, ROUNDING, BIAS = "rescale", "rounding", "bias"
+AFFINE, ROUNDING, BIAS = "affine", "rounding", "bias"
 """What inserted scales, the rounding of weights and the bias correction are called beside the passes."""
 
 LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB = 0.05, 0.5
@@ -155,21 +155,24 @@ def fix(job: Job, start: Quantization) -> Made:
     if not is_affordable(job, start):
         return Made(None, False, TOO_LONG)
     before = str(start.notes.get(FIXES, AS_CALIBRATED))
-    scaled = None if job.budget.over else rescale(job, replace(start, corrections={}, codes={}))
-    if scaled is None:
-        return Made(None, not job.budget.over, "no place was found where inserted scales help")
+    changed = None if job.budget.over else insert_affine(job, start)
+    if changed is None:
+        return Made(None, not job.budget.over, "no place was found where inserted operators help")
     names = [name for name in before.split(" + ") if name not in (AS_CALIBRATED, ROUNDING, BIAS)]
-    names.append(RESCALE)
-    if start.codes:
-        scaled = round_weights(scaled, _judged(job, scaled.plan), workers=job.recipe.threads)
-        names.append(ROUNDING)
-    corrected = correct_biases(scaled, job.data, SILENT, workers=job.recipe.threads)
-    rows, after = held_back(job), " + ".join([*names, BIAS])
-    tried = {name: rows.sqnr_db(q, job.console, name) for name, q in ((before, start), (after, corrected))}
+    names.append(AFFINE)
+    bare, workers = replace(changed, corrections={}, codes={}), job.recipe.threads
+    rounded = round_weights(bare, _judged(job, bare.plan), workers=workers)
+    made = {before: start}
+    for own, variant in ((BIAS, bare), (f"{ROUNDING} + {BIAS}", rounded)):
+        made[" + ".join([*names, own])] = correct_biases(variant, job.data, SILENT, workers=workers)
+    rows = held_back(job)
+    tried = {name: rows.sqnr_db(q, job.console, name) for name, q in made.items()}
+    after = max(tried, key=lambda name: tried[name])
     text = ", ".join(f"{name} {value:.1f} dB" for name, value in tried.items())
     job.console.say("fixes", text)
     if tried[after] < tried[before] + least_gain_db(len(rows.samples)):
         return Made(None, not job.budget.over, f"nothing helped: {text}")
+    corrected = made[after]
     notes = {**corrected.notes, FIXES: after, FIXES_DB: {**start.notes.get(FIXES_DB, {}), **tried}}
     return Made(replace(corrected, notes=notes), not job.budget.over)
 

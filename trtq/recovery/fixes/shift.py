@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
 from trtq.calibration.refine import LEAST_SHARE
 from trtq.data.samples import Samples
@@ -32,10 +31,12 @@ from trtq.recovery.fixes.channels import (
     Changed,
     Vector,
     added_bias,
+    behind,
     bias_of,
     channel_axis,
     collect_channels,
     is_linear,
+    padding,
     private,
     set_constant,
     weight_matrix,
@@ -150,13 +151,13 @@ def _given_back(graph: gs.Graph, tensor: gs.Tensor, node: gs.Node, made: Bias) -
         if bias is None or (bias.axis, bias.size) != (made.axis, made.size):
             return None
         return _Change(bias, lambda d: d, _between(bias, other))
-    if not is_linear(node) or node.inputs[0] is not tensor or _pads(node):
+    if not is_linear(node) or node.inputs[0] is not tensor or padding(node) != ():
         return None
-    bias, matrix = bias_of(graph, node), weight_matrix(node).sum(axis=3)
-    if bias is None or (channel_axis(node), matrix.shape[0] * matrix.shape[2]) != (made.axis, made.size):
+    bias, (groups, _, inputs, _) = bias_of(graph, node), weight_matrix(node).shape
+    if bias is None or (channel_axis(node), groups * inputs) != (made.axis, made.size):
         return None
     own = {node.outputs[0].name} if bias.node is not node else set()
-    return _Change(bias, lambda d: _product(matrix, d), own)
+    return _Change(bias, lambda d: behind(node, d), own)
 
 
 def _between(bias: Bias, tensor: gs.Tensor) -> set[str]:
@@ -167,13 +168,3 @@ def _between(bias: Bias, tensor: gs.Tensor) -> set[str]:
         at = at.outputs[0].outputs[0]
         found.add(at.name)
     return found
-
-
-def _product(matrix: NDArray[np.float64], vector: Vector) -> Vector:
-    """(groups, outputs, inputs) times (groups * inputs,)."""
-    return (matrix @ vector.reshape(len(matrix), -1, 1)).reshape(-1)
-
-
-def _pads(node: gs.Node) -> bool:
-    """Whether a Conv adds zeros around its input."""
-    return any(node.attrs.get("pads", [])) or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")

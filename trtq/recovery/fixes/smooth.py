@@ -432,10 +432,12 @@ def quantization_noise(values: NDArray[np.float32], factors: Vector) -> Vector:
     whole error is least; (channels,) from (positions, channels)."""
     values = np.divide(values, factors, dtype=np.float32, casting="same_kind")
     amax = np.abs(values).max(initial=0.0)
-    errors = []
-    for part in NARROWER:
-        scale = scale_from_amax(amax * part)
-        ratio = values / scale
-        ratio -= np.clip(np.rint(ratio), -128, 127)
-        errors.append(np.einsum("ij,ij->j", ratio, ratio) * float(scale) ** 2 / max(len(values), 1))
-    return min(errors, key=np.sum)
+    return min((rounding_noise(values, scale_from_amax(amax * part)) for part in NARROWER), key=np.sum)
+
+
+def rounding_noise(values: NDArray[np.float32], scale: NDArray[np.float32] | np.float32) -> Vector:
+    """Mean squared error of each channel in INT8 with a scale; (channels,) from (positions, channels)."""
+    ratio = values / scale
+    ratio -= np.clip(np.rint(ratio), -128, 127)
+    error: Vector = np.einsum("ij,ij->j", ratio, ratio) * float(scale) ** 2 / max(len(values), 1)
+    return error

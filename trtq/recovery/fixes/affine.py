@@ -1,0 +1,598 @@
+"""Affine quantization where TensorRT has scales only: one scale and zero-point for each channel of an
+activation, by operators in front of its quantizer (`sites`).
+
+`smooth` and `shift` fold factors and middles into what makes an activation; that is free, and impossible
+behind whatever does not commute with them: SiLU, GELU, hard-swish, ReLU, a Clip, a gate. Operators behind it
+always work. They cost what a pointwise operation costs, and nothing where they become part of a kernel that
+is there anyway: of a public detector of 218 kernels not one was added.
+
+A factor gives each channel all codes:
+
+- A depthwise convolution has one scale per channel for its weights, so no factor costs them anything: it is
+  the range of the channel.
+- Elsewhere large factors cost the weights what small ones cost the activation: SmoothQuant's balance (see
+  `smooth`), with the exponent for which the error behind the weights is least.
+
+A zero-point gives what lies to one side of zero, as behind nearly all activation functions, the codes of the
+other side: one bit more. Scale and zero-point are the paper's (Wu et al. 2020, equations 3 and 4), so that
+zero has a code of its own.
+
+Channels that hardly occur in the calibration data have no range to speak of, and others in use may have them
+large. No factor is therefore below `LEAST_FACTOR` of the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from trtq.backends.builders import NO_ENGINE
+from trtq.calibration.calibrate import effort_of_step, with_float32_nodes
+from trtq.calibration.refine import BATCH, LEAST_DB, LEAST_SHARE, Alone
+from trtq.calibration.search import Rows
+from trtq.data.batches import Arrays
+from trtq.graph.quantization import Correction, Quantization
+from trtq.graph.rewrite import scales_as_inputs, weight_scale
+from trtq.graph.selecting import instead_of_outputs
+from trtq.job import Job
+from trtq.numerics import INT8_MAX, dequantize, fake_quantize, scale_from_amax, scale_from_width
+from trtq.recovery.fixes.channels import (
+    Bias,
+    Channels,
+    Vector,
+    behind,
+    bias_of,
+    collect_channels,
+)
+from trtq.recovery.fixes.sites import (
+    PADDED_OPS,
+    POINTWISE_OPS,
+    Affine,
+    Site,
+    find_sites,
+    inserted,
+    is_made_by,
+)
+from trtq.recovery.fixes.smooth import (
+    EXPONENTS,
+    NARROWER,
+    balanced,
+    by_input,
+    error_behind,
+    rounding_noise,
+    scaled_weight,
+)
+from trtq.recovery.trial import kernels
+from trtq.simulation.rows import Runner, Workers
+from trtq.simulation.similarity import noise_db
+
+Item = TypeVar("Item")
+
+LEAST_FACTOR = 1 / 256
+"""Factors below this share of a tensor's largest are raised to it."""
+
+MOST_TRIED = 3
+"""Options that are tried at each site, of those that promise most."""
+
+TRIED_MACS, TRIED_ROWS, FEW_ROWS = 1e10, (32, 128), 6
+"""Multiply-accumulates of the rows held back that sites are tried on, the fewest and most of these rows, and
+how many a tensor alone is run on."""
+
+MOST_BUILDS = 16
+"""Engines that are built to find what adds kernels."""
+
+NEIGHBOURS = (1.25, 0.8, 0.65)
+"""Multiples of a changed tensor's range that are tried, too."""
+
+# --- choosing factors and middles ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """Factors of a site, with middles or without, and a range.
+
+    Attributes:
+        values: of the tensor, (positions, channels).
+        factors: what the tensor is divided by, (channels,); None: 1.
+        low, high: ends of each channel's range, (channels,); zero is within. Without middles, high = -low.
+        usual: the median of each channel; what lies far from it is cut off first.
+        centred: whether a middle is subtracted.
+        part: of the widest channel's range, which is the range of all; what does not fit is cut off.
+        share: error behind the readers' weights, as a share of what it is without this.
+    """
+
+    values: NDArray[np.float32]
+    factors: Vector | None
+    low: Vector
+    high: Vector
+    usual: Vector
+    centred: bool
+    part: float = 1.0
+    share: float = 1.0
+
+    @property
+    def scale(self) -> np.float32:
+        """Of the changed tensor."""
+        if self.centred:
+            return scale_from_width(self._width)
+        return np.float32(scale_from_amax(self._width / 2))
+
+    @property
+    def affine(self) -> Affine:
+        """What becomes of the tensor."""
+        if not self.centred:
+            return Affine(self.factors)
+        low, high = _cut(self.low, self.high, self.usual, self._width * self._all_factors)
+        steps = float(self.scale) * self._all_factors
+        return Affine(self.factors, np.rint((low + high) / 2 / steps + 0.5) * steps)
+
+    def without_middle(self) -> Option:
+        """The same factors about zero."""
+        amax = np.maximum(-self.low, self.high)
+        return replace(self, low=-amax, high=amax, usual=np.zeros(amax.shape), centred=False)
+
+    @property
+    def noise(self) -> Vector:
+        """Mean squared error of each changed channel, (channels,)."""
+        return rounding_noise(self.affine.of(self.values), self.scale)
+
+    @property
+    def mean(self) -> Vector:
+        """What each changed channel is on average in INT8, (channels,)."""
+        rounded = fake_quantize(self.affine.of(self.values), self.scale)
+        return rounded.mean(axis=0, dtype=np.float64)
+
+    @property
+    def _all_factors(self) -> Vector:
+        return np.ones(self.low.shape) if self.factors is None else self.factors
+
+    @property
+    def _width(self) -> float:
+        return float(((self.high - self.low) / self._all_factors).max()) * self.part
+
+
+def _cut(low: Vector, high: Vector, usual: Vector, width: Vector) -> tuple[Vector, Vector]:
+    """Ranges no wider than `width`: first the side farther from what is usual is cut off, then both."""
+    below, above = usual - low, high - usual
+    reach = np.maximum(width - np.minimum(below, above), width / 2)
+    return usual - np.minimum(below, reach), usual + np.minimum(above, reach)
+
+
+def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: float) -> list[Option]:
+    """Factors and middles that leave less error behind the readers' weights than none do, the least error
+    first, each with the range that leaves least.
+
+    Args:
+        amax: of the tensor's range as it is.
+    """
+    values, usual = channels.values, np.median(channels.values, axis=0).astype(np.float64)
+    low, high = (np.asarray(end, np.float64) for end in (channels.low, channels.high))
+    largest = np.maximum(-low, high)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    weights = np.max([np.abs(by_input(node)).max(axis=0) for node in readers], axis=0)
+
+    def kinds(low: Vector, high: Vector, usual: Vector, centred: bool) -> Iterator[Option]:
+        own = (high - low) / 2
+        for factors in (own, *(balanced(own, weights, exponent) for exponent in EXPONENTS)):
+            yield Option(values, _held(factors), low, high, usual, centred)
+
+    def error(option: Option) -> float:
+        noise, factors = option.noise, np.ones(site.channels) if option.factors is None else option.factors
+        return sum(error_behind(node, channels.power, noise, factors) for node in readers)
+
+    def ranged(option: Option) -> Option:
+        return min((replace(option, part=p) for p in NARROWER), key=lambda option: option.noise.sum())
+
+    none = np.zeros(site.channels)
+    plain = Option(values, None, none - amax, none + amax, none, False)
+    tried = list(map(ranged, kinds(-largest, largest, none, False)))
+    if site.takes_middle:
+        tried.append(Option(values, None, np.maximum(low, -amax), np.minimum(high, amax), usual, True))
+        tried += map(ranged, kinds(low, high, usual, True))
+    whole, found = error(plain), list[Option]()
+    for option in tried:
+        share = error(option) / whole if whole else 1
+        if share < 1 and all(abs(share - other.share) > 0.02 * other.share for other in found):
+            found.append(replace(option, share=share))
+    return sorted(found, key=lambda option: option.share)
+
+
+def _held(factors: Vector) -> Vector:
+    """Factors that are not too small, about a geometric mean of 1."""
+    if not factors.max() > 0:
+        return np.ones(factors.shape)
+    factors = np.maximum(factors, factors.max() * LEAST_FACTOR)
+    mean: Vector = factors / np.exp(np.log(factors).mean())
+    return mean
+
+
+Choices = Mapping[Site, Option]
+
+
+class _Trials:
+    """A quantization with any choices at some sites, on rows: one session runs them all, as factors, middles,
+    weights, biases and ranges are its inputs."""
+
+    def __init__(self, rows: Rows, start: Quantization, sites: Sequence[Site]) -> None:
+        self._rows, self._start = rows, start
+        graph, plan = inserted(start.graph, start.plan, {site: _neutral(site) for site in sites})
+        tensors = {edge.node: edge.tensor for edge in plan.edges if edge.index == 0}
+        self._tensors = {site: tensors[site.readers[0]] for site in sites}
+        self._scales = {**start.scales, **{self._tensors[site]: start.scales[site.tensor] for site in sites}}
+        made = replace(start, graph=graph, plan=plan, scales=self._scales).rewritten()
+        self._ranges = scales_as_inputs(made, plan)
+        self._readers = {site: [_Reader(start, name) for name in site.readers] for site in sites}
+        nodes, makers = {node.name: node for node in made.nodes}, made.tensors()
+        for site, readers in self._readers.items():
+            last = makers[self._tensors[site]].inputs[0]
+            if site.takes_middle:
+                _as_input(made, last, 1, f"{site.name}/middle")
+                last = last.inputs[0].inputs[0]
+            _as_input(made, last, 1, f"{site.name}/factors")
+            for reader in readers:
+                for bias in reader.biases:
+                    _as_input(made, nodes[bias.node.name], bias.index, f"{reader.name}/bias")
+                _as_input(made, nodes[reader.name], 1, f"{reader.name}/weights")
+        self._runner = Runner(made.cleanup(), rows.tensors, threads=rows.threads)
+        self._given = {site: self._inputs(site, None) for site in sites}
+        self._known: dict[Option, Arrays] = {}
+
+    def noise(self, choices: Choices) -> float:
+        """Noise of the outputs (see `similarity.Reference`) with some of the sites changed."""
+        scales = {**self._scales, **{self._tensors[site]: option.scale for site, option in choices.items()}}
+        given: Arrays = {name: np.array(scales[tensor]) for name, tensor in self._ranges.items()}
+        for site, plain in self._given.items():
+            option = choices.get(site)
+            if option is not None and option not in self._known:
+                self._known[option] = self._inputs(site, option)
+            given |= plain if option is None else self._known[option]
+        return self._rows.noise(self._rows.run(self._runner, given))
+
+    def _inputs(self, site: Site, option: Option | None) -> Arrays:
+        affine, readers = _neutral(site) if option is None else option.affine, self._readers[site]
+        factors = np.ones(site.channels) if affine.factors is None else affine.factors
+        given: Arrays = {f"{site.name}/factors": site.broadcast(1 / factors, readers[0].rank)}
+        if site.takes_middle:
+            middle = np.zeros(site.channels) if affine.middle is None else affine.middle
+            given[f"{site.name}/middle"] = site.broadcast(middle / factors, readers[0].rank)
+        for reader in readers:
+            given[f"{reader.name}/weights"] = reader.weights(option)
+            given |= {f"{reader.name}/bias": reader.bias(own, option) for own in reader.biases}
+        return given
+
+
+def _neutral(site: Site) -> Affine:
+    """All operators that the site can have, without effect."""
+    return Affine(np.ones(site.channels), np.zeros(site.channels) if site.takes_middle else None)
+
+
+class _Reader:
+    """An INT8 node behind a site.
+
+    Attributes:
+        biases: the one that it has, or can have, if any.
+        key: of its weights' codes.
+        rank: of the weights.
+    """
+
+    def __init__(self, start: Quantization, name: str) -> None:
+        self.name = name
+        self._node = next(node for node in start.graph.nodes if node.name == name)
+        axis = next(weight.axis for weight in start.plan.weights if weight.node == name)
+        self.key = (self._node.inputs[1].name, axis)
+        bias = bias_of(start.graph, self._node)
+        self.biases = [] if bias is None else [bias]
+        self.rank = self._node.inputs[1].values.ndim
+        self._codes = start.codes.get(self.key)
+        self._correction, self._corrects = start.corrections.get(name), bool(start.corrections)
+
+    def weights(self, option: Option | None) -> NDArray[np.float32]:
+        """As INT8 has them; by the codes that they have where they are not scaled."""
+        weight: NDArray[np.float32] = self._node.inputs[1].values
+        if option is not None and option.factors is not None:
+            weight = scaled_weight(self._node, option.factors, output=False).astype(np.float32)
+        elif self._codes is not None:
+            return dequantize(self._codes, weight_scale(weight, self.key[1]), axis=self.key[1])
+        scale = weight_scale(weight, self.key[1])
+        return fake_quantize(weight, scale, axis=self.key[1], narrow=True).astype(np.float32)
+
+    def bias(self, own: Bias, option: Option | None) -> NDArray[np.float32]:
+        """The bias that it has; behind an option with what the rounded weights make of the middle given back,
+        or where the start has its biases corrected, the whole mean error."""
+        if option is None and self._correction is not None:
+            return self._correction.values
+        values = own.values if len(own.node.inputs) > own.index else np.zeros(own.size, np.float32)
+        if option is None:
+            return values
+        rounded = self.weights(option)
+        if self._corrects:
+            mean = option.values.mean(axis=0, dtype=np.float64)
+            added = behind(self._node, mean) - behind(self._node, option.mean, rounded)
+        elif (middle := option.affine.middle) is not None:
+            added = behind(self._node, middle / (1 if option.factors is None else option.factors), rounded)
+        else:
+            return values
+        return (values + added).astype(np.float32)
+
+
+def _as_input(graph: gs.Graph, node: gs.Node, index: int, name: str) -> None:
+    """Make a constant operand of a node, or one that it can have, an input of the graph; in place."""
+    given = gs.Variable(name, np.float32)
+    if index == len(node.inputs):
+        node.inputs.append(given)
+    given.shape = [None] * len(node.inputs[index].shape or [1])
+    node.inputs[index] = given
+    graph.inputs.append(given)
+
+
+def insert_affine(job: Job, start: Quantization) -> Quantization | None:
+    """A calibrated quantization with scales where that pays on the rows held back and adds no kernel.
+
+    Factors and ranges of the scaled tensors come from the rows to fit on; the ranges of all other tensors
+    stay as they are. Corrections of biases are left out: they belong to the weights as they were.
+
+    Args:
+        start: its learned weights' scales, if it has some, are kept.
+
+    Returns:
+        None where nothing pays.
+    """
+    sites = [site for site in find_sites(start.graph, start.plan) if not _learned(start, site)]
+    by_rule, tensors = job.recipe.backend == NO_ENGINE, start.graph.tensors()
+    if by_rule:
+        sites = [site for site in sites if is_made_by(tensors[site.tensor], POINTWISE_OPS)]
+    if not sites:
+        return None
+    chances = _chances(job, start, sites)
+    chosen = _choose(job, chances, len(sites)) if chances.options else {}
+    if chosen and not by_rule:
+        chosen = _without_kernels(job, start, chances, chosen)
+    return with_float32_nodes(job, _changed(start, chosen)) if chosen else None
+
+
+def is_affordable(job: Job, start: Quantization) -> bool:
+    """Whether there is time to try scales at every place, one after the other."""
+    sites, effort = len(find_sites(start.graph, start.plan)), effort_of_step(job, start)
+    runs = sites * MOST_TRIED * _rows_to_try(job, start)
+    return effort.takes("affine", effort.alone(sites * FEW_ROWS), effort.quantized(runs))
+
+
+def _learned(start: Quantization, site: Site) -> bool:
+    """Whether a reader's weights have scales of their own."""
+    learned = {tensor for tensor, _ in start.weight_scales}
+    return any(weight.tensor in learned for weight in start.plan.weights if weight.node in site.readers)
+
+
+class _Chances(NamedTuple):
+    """What can be tried.
+
+    Attributes:
+        options: site -> its options, the best first; the most promising site first.
+        promises: site -> noise that it may save: what its tensor alone makes in the outputs, times the share
+            of the error behind its readers that its best option saves.
+        trials: on rows held back.
+        rows: how many.
+    """
+
+    options: Mapping[Site, Sequence[Option]]
+    promises: Mapping[Site, float]
+    trials: _Trials
+    rows: int
+
+
+def _chances(job: Job, start: Quantization, sites: Sequence[Site]) -> _Chances:
+    rows = Rows(
+        start.graph,
+        job.parts[1].spread(_rows_to_try(job, start)),
+        batch=BATCH,
+        threads=1,
+        kept=True,
+        ignore_nonfinite=job.recipe.ignore_nonfinite,
+        tensors=instead_of_outputs(start.graph),
+    )
+    alone = Alone(rows, start)
+
+    def made_by(site: Site) -> float:
+        return alone.noise(site.tensor, start.scales[site.tensor], max(FEW_ROWS // BATCH, 1))
+
+    noises = dict(zip(sites, Workers(job.recipe.threads).map(made_by, sites), strict=True))
+    axes = {site.tensor: site.axis for site in sites}
+    channels = collect_channels(start.graph, axes, job.parts[0], job.recipe.threads)
+    nodes = {node.name: node for node in start.graph.nodes}
+
+    def found_for(site: Site) -> list[Option]:
+        amax = float(start.scales[site.tensor]) * INT8_MAX
+        return options(site, [nodes[name] for name in site.readers], channels[site.tensor], amax)
+
+    found = _worthwhile(noises, found_for)
+    promises = {site: noises[site] * (1 - some[0].share) for site, some in found.items()}
+    ranked = {site: found[site] for site in sorted(found, key=lambda site: -promises[site])}
+    return _Chances(ranked, promises, _Trials(rows, start, list(ranked)), len(rows.samples))
+
+
+def _choose(job: Job, chances: _Chances, sites: int) -> dict[Site, Option]:
+    """What saves noise on the rows held back."""
+    noise, workers = chances.trials.noise, Workers(job.recipe.threads)
+    made = searched(chances.options, chances.promises, noise, workers, lambda: job.budget.over)
+    before, after = noise_db(made.plain), noise_db(noise(made.choices))
+    job.console.say(
+        "affine",
+        f"{len(made.choices)} of {sites} tensors: {before:.1f} -> {after:.1f} dB"
+        f" on {chances.rows} rows held back, {sites + made.runs} runs",
+    )
+    return made.choices if after > before + LEAST_DB else {}
+
+
+def _worthwhile(
+    noises: Mapping[Site, float], found_for: Callable[[Site], list[Option]]
+) -> dict[Site, list[Option]]:
+    """Site -> its options, if it has some; the noisiest first, until all others together make next to nothing
+    of what would be left."""
+    waiting, kept = sorted(noises, key=lambda site: noises[site]), 0.0
+    left, found = sum(noises.values()), dict[Site, list[Option]]()
+    while waiting and left >= LEAST_SHARE * (left + kept):
+        site = waiting.pop()
+        if some := found_for(site):
+            found[site] = some
+        kept += noises[site] * (some[0].share if some else 1)
+        left -= noises[site]
+    return found
+
+
+def _rows_to_try(job: Job, start: Quantization) -> int:
+    """How many rows held back sites are tried on."""
+    fewest, most = TRIED_ROWS
+    rows = int(min(max(TRIED_MACS / max(start.plan.macs_per_row, 1), fewest), most))
+    return min(rows, len(job.parts[1]))
+
+
+class Searched(NamedTuple):
+    """What a search for choices found.
+
+    Attributes:
+        plain: noise without any.
+        runs: how many choices were run.
+    """
+
+    choices: dict[Site, Option]
+    plain: float
+    runs: int
+
+
+def searched(
+    options: Mapping[Site, Sequence[Option]],
+    promises: Mapping[Site, float],
+    noise: Callable[[Choices], float],
+    workers: Workers,
+    over: Callable[[], bool] = lambda: False,
+) -> Searched:
+    """The choices with the least noise.
+
+    The search starts from the first few sites, as many as are best at once: all of them where what they save
+    adds up, and few where they get into each other's way. Then each site, the most promising first, goes in
+    or out, and tries other factors and ranges. Sites at the end that promise next to nothing are left out.
+
+    Args:
+        options: site -> its factors, the best first; the most promising site first.
+        promises: site -> noise that it may save.
+        noise: of the outputs with some choices.
+        over: nothing more is tried once this is true.
+    """
+    order = list(options)
+    rest = np.cumsum([promises[site] for site in reversed(order)])[::-1]
+    firsts: list[dict[Site, Option]] = [
+        {site: pick(options[site]) for site in order[:count]}
+        for count in _counts(len(order))
+        for pick in (_best, _plainest)
+    ]
+    noises = list(workers.map(noise, firsts))
+    plain, best, chosen = noises[0], min(noises), firsts[int(np.argmin(noises))]
+    runs = len(noises)
+    for site, left in zip(order, rest, strict=True):
+        if left < LEAST_SHARE * best or over():
+            chosen = _with(chosen, site, None)
+            continue
+        large = promises[site] > best / len(order)
+        others: list[Option | None] = [None if site in chosen else options[site][0]]
+        if large:
+            others += options[site][1:MOST_TRIED]
+        narrowed = False
+        while others:
+            tried = [_with(chosen, site, choice) for choice in others]
+            noises = list(workers.map(noise, tried))
+            runs, winner = runs + len(tried), int(np.argmin(noises))
+            if noises[winner] < best:
+                best, chosen = noises[winner], tried[winner]
+            kept, others = chosen.get(site), []
+            if large and kept is not None and not narrowed:
+                others = [replace(kept, part=min(kept.part * by, 1)) for by in NEIGHBOURS]
+            narrowed = True
+    return Searched(chosen, plain, runs)
+
+
+def _best(options: Sequence[Option]) -> Option:
+    return options[0]
+
+
+def _plainest(options: Sequence[Option]) -> Option:
+    """The best without factors, if there is one."""
+    return next((option for option in options if option.factors is None), options[0])
+
+
+def _counts(most: int) -> list[int]:
+    """0, the powers of two below `most`, and `most`."""
+    return [0, *(1 << power for power in range((most - 1).bit_length())), most]
+
+
+def _with(chosen: Choices, site: Site, choice: Option | None) -> dict[Site, Option]:
+    """The choices with another one for a site, or with none."""
+    others = {other: own for other, own in chosen.items() if other != site}
+    return others if choice is None else {**others, site: choice}
+
+
+def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: Choices) -> dict[Site, Option]:
+    """Those of the choices that add no kernel to the engine, in place of others such without a middle; where
+    no builder can be asked, those behind `POINTWISE_OPS`."""
+    tensors, before = start.graph.tensors(), kernels(job, start)
+    if before is None:
+        return {site: o for site, o in chosen.items() if is_made_by(tensors[site.tensor], POINTWISE_OPS)}
+    limit = before
+
+    def fits(items: Sequence[tuple[Site, Option]]) -> bool:
+        count = kernels(job, _changed(start, dict(items)))
+        return count is not None and count <= limit
+
+    def doubtful(item: tuple[Site, Option]) -> bool:
+        return bool(item[0].pads) and item[1].centred and not is_made_by(tensors[item[0].tensor], PADDED_OPS)
+
+    kept = dict(most_that_fit(sorted(chosen.items(), key=doubtful), fits, MOST_BUILDS))
+    instead = dict(kept)
+    for site in [site for site in chosen if site not in kept]:
+        plainer = [_with(instead, site, o) for o in chances.options[site] if not o.centred][:MOST_TRIED]
+        instead = min([instead, *plainer], key=chances.trials.noise)
+    added = [item for item in instead.items() if item[0] not in kept]
+    kept |= most_that_fit(added, lambda some: fits([*kept.items(), *some]), MOST_BUILDS // 2)
+    job.console.say("affine", f"{len(kept)} of {len(chosen)} add no kernel to the {before} of the engine")
+    return kept
+
+
+def most_that_fit(items: Sequence[Item], fits: Callable[[Sequence[Item]], bool], most: int) -> list[Item]:
+    """As many of the items as fit together: halves of what does not fit are tried, with all that is kept so
+    far, down to single items.
+
+    Args:
+        fits: is asked `most` times at most; what is left then is not kept.
+    """
+    kept: list[Item] = []
+    waiting, asked = [list(items)], 0
+    while waiting and asked < most:
+        part = waiting.pop()
+        asked += 1
+        if fits([*kept, *part]):
+            kept += part
+        elif len(part) > 1:
+            middle = len(part) // 2
+            waiting += [part[middle:], part[:middle]]
+    return kept
+
+
+def _changed(start: Quantization, chosen: Choices) -> Quantization:
+    """The start with operators inserted, and the ranges and biases that they were tried with."""
+    graph, plan = inserted(start.graph, start.plan, {s: option.affine for s, option in chosen.items()})
+    tensors = {edge.node: edge.tensor for edge in plan.edges if edge.index == 0}
+    scales = {**start.scales, **{tensors[s.readers[0]]: o.scale for s, o in chosen.items()}}
+    scales = {tensor: scales[tensor] for tensor in plan.tensors}
+    corrections, codes = dict(start.corrections), dict(start.codes)
+    for site, option in chosen.items():
+        for reader in (_Reader(start, name) for name in site.readers):
+            for bias in reader.biases:
+                values = reader.bias(bias, option)
+                corrections[reader.name] = Correction(bias.node.name, bias.index, values)
+            if option.factors is not None:
+                codes.pop(reader.key, None)
+    return replace(start, graph=graph, plan=plan, scales=scales, corrections=corrections, codes=codes)
