@@ -1,30 +1,19 @@
-"""Affine quantization where TensorRT has scales only: one scale and zero-point for each channel of an
-activation, by operators in front of its quantizer (`sites`).
+"""Affine quantization where TensorRT has scales only: a scale and a zero-point for each channel, by operators
+in front of a quantizer (`sites`).
 
 `smooth` and `shift` fold factors and middles into what makes an activation; that is free, and impossible
 behind whatever does not commute with them: SiLU, GELU, hard-swish, ReLU, a Clip, a gate. Operators behind it
 always work. They cost what a pointwise operation costs, and nothing where they become part of a kernel that
 is there anyway: of a public detector of 218 kernels not one was added.
 
-A factor gives each channel all codes:
-
-- A depthwise convolution has one scale per channel for its weights, so no factor costs them anything: it is
-  the range of the channel.
-- Elsewhere large factors cost the weights what small ones cost the activation: SmoothQuant's balance (see
-  `smooth`), with the exponent for which the error behind the weights is least.
-
-A zero-point gives what lies to one side of zero, as behind nearly all activation functions, the codes of the
-other side: one bit more. Scale and zero-point are the paper's (Wu et al. 2020, equations 3 and 4), so that
-zero has a code of its own.
-
-Channels that hardly occur in the calibration data have no range to speak of, and others in use may have them
-large. No factor is therefore below `LEAST_FACTOR` of the largest.
+What may be inserted comes from the rows to fit on (`options`). Where it is, is tried on rows held back, and
+kept as far as the engine gains no kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -40,15 +29,9 @@ from trtq.graph.quantization import Correction, Quantization
 from trtq.graph.rewrite import scales_as_inputs, weight_scale
 from trtq.graph.selecting import instead_of_outputs
 from trtq.job import Job
-from trtq.numerics import INT8_MAX, dequantize, fake_quantize, scale_from_amax, scale_from_width
-from trtq.recovery.fixes.channels import (
-    Bias,
-    Channels,
-    Vector,
-    behind,
-    bias_of,
-    collect_channels,
-)
+from trtq.numerics import INT8_MAX, dequantize, fake_quantize
+from trtq.recovery.fixes.channels import Bias, behind, bias_of, collect_channels
+from trtq.recovery.fixes.options import Option, options
 from trtq.recovery.fixes.sites import (
     PADDED_OPS,
     POINTWISE_OPS,
@@ -58,23 +41,12 @@ from trtq.recovery.fixes.sites import (
     inserted,
     is_made_by,
 )
-from trtq.recovery.fixes.smooth import (
-    EXPONENTS,
-    NARROWER,
-    balanced,
-    by_input,
-    error_behind,
-    rounding_noise,
-    scaled_weight,
-)
+from trtq.recovery.fixes.smooth import scaled_weight
 from trtq.recovery.trial import kernels
 from trtq.simulation.rows import Runner, Workers
 from trtq.simulation.similarity import noise_db
 
 Item = TypeVar("Item")
-
-LEAST_FACTOR = 1 / 256
-"""Factors below this share of a tensor's largest are raised to it."""
 
 MOST_TRIED = 3
 """Options that are tried at each site, of those that promise most."""
@@ -88,128 +60,6 @@ MOST_BUILDS = 16
 
 NEIGHBOURS = (1.25, 0.8, 0.65)
 """Multiples of a changed tensor's range that are tried, too."""
-
-# --- choosing factors and middles ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Option:
-    """Factors of a site, with middles or without, and a range.
-
-    Attributes:
-        values: of the tensor, (positions, channels).
-        factors: what the tensor is divided by, (channels,); None: 1.
-        low, high: ends of each channel's range, (channels,); zero is within. Without middles, high = -low.
-        usual: the median of each channel; what lies far from it is cut off first.
-        centred: whether a middle is subtracted.
-        part: of the widest channel's range, which is the range of all; what does not fit is cut off.
-        share: error behind the readers' weights, as a share of what it is without this.
-    """
-
-    values: NDArray[np.float32]
-    factors: Vector | None
-    low: Vector
-    high: Vector
-    usual: Vector
-    centred: bool
-    part: float = 1.0
-    share: float = 1.0
-
-    @property
-    def scale(self) -> np.float32:
-        """Of the changed tensor."""
-        if self.centred:
-            return scale_from_width(self._width)
-        return np.float32(scale_from_amax(self._width / 2))
-
-    @property
-    def affine(self) -> Affine:
-        """What becomes of the tensor."""
-        if not self.centred:
-            return Affine(self.factors)
-        low, high = _cut(self.low, self.high, self.usual, self._width * self._all_factors)
-        steps = float(self.scale) * self._all_factors
-        return Affine(self.factors, np.rint((low + high) / 2 / steps + 0.5) * steps)
-
-    def without_middle(self) -> Option:
-        """The same factors about zero."""
-        amax = np.maximum(-self.low, self.high)
-        return replace(self, low=-amax, high=amax, usual=np.zeros(amax.shape), centred=False)
-
-    @property
-    def noise(self) -> Vector:
-        """Mean squared error of each changed channel, (channels,)."""
-        return rounding_noise(self.affine.of(self.values), self.scale)
-
-    @property
-    def mean(self) -> Vector:
-        """What each changed channel is on average in INT8, (channels,)."""
-        rounded = fake_quantize(self.affine.of(self.values), self.scale)
-        return rounded.mean(axis=0, dtype=np.float64)
-
-    @property
-    def _all_factors(self) -> Vector:
-        return np.ones(self.low.shape) if self.factors is None else self.factors
-
-    @property
-    def _width(self) -> float:
-        return float(((self.high - self.low) / self._all_factors).max()) * self.part
-
-
-def _cut(low: Vector, high: Vector, usual: Vector, width: Vector) -> tuple[Vector, Vector]:
-    """Ranges no wider than `width`: first the side farther from what is usual is cut off, then both."""
-    below, above = usual - low, high - usual
-    reach = np.maximum(width - np.minimum(below, above), width / 2)
-    return usual - np.minimum(below, reach), usual + np.minimum(above, reach)
-
-
-def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: float) -> list[Option]:
-    """Factors and middles that leave less error behind the readers' weights than none do, the least error
-    first, each with the range that leaves least.
-
-    Args:
-        amax: of the tensor's range as it is.
-    """
-    values, usual = channels.values, np.median(channels.values, axis=0).astype(np.float64)
-    low, high = (np.asarray(end, np.float64) for end in (channels.low, channels.high))
-    largest = np.maximum(-low, high)
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    weights = np.max([np.abs(by_input(node)).max(axis=0) for node in readers], axis=0)
-
-    def kinds(low: Vector, high: Vector, usual: Vector, centred: bool) -> Iterator[Option]:
-        own = (high - low) / 2
-        for factors in (own, *(balanced(own, weights, exponent) for exponent in EXPONENTS)):
-            yield Option(values, _held(factors), low, high, usual, centred)
-
-    def error(option: Option) -> float:
-        noise, factors = option.noise, np.ones(site.channels) if option.factors is None else option.factors
-        return sum(error_behind(node, channels.power, noise, factors) for node in readers)
-
-    def ranged(option: Option) -> Option:
-        return min((replace(option, part=p) for p in NARROWER), key=lambda option: option.noise.sum())
-
-    none = np.zeros(site.channels)
-    plain = Option(values, None, none - amax, none + amax, none, False)
-    tried = list(map(ranged, kinds(-largest, largest, none, False)))
-    if site.takes_middle:
-        tried.append(Option(values, None, np.maximum(low, -amax), np.minimum(high, amax), usual, True))
-        tried += map(ranged, kinds(low, high, usual, True))
-    whole, found = error(plain), list[Option]()
-    for option in tried:
-        share = error(option) / whole if whole else 1
-        if share < 1 and all(abs(share - other.share) > 0.02 * other.share for other in found):
-            found.append(replace(option, share=share))
-    return sorted(found, key=lambda option: option.share)
-
-
-def _held(factors: Vector) -> Vector:
-    """Factors that are not too small, about a geometric mean of 1."""
-    if not factors.max() > 0:
-        return np.ones(factors.shape)
-    factors = np.maximum(factors, factors.max() * LEAST_FACTOR)
-    mean: Vector = factors / np.exp(np.log(factors).mean())
-    return mean
-
 
 Choices = Mapping[Site, Option]
 
@@ -239,18 +89,18 @@ class _Trials:
                     _as_input(made, nodes[bias.node.name], bias.index, f"{reader.name}/bias")
                 _as_input(made, nodes[reader.name], 1, f"{reader.name}/weights")
         self._runner = Runner(made.cleanup(), rows.tensors, threads=rows.threads)
-        self._given = {site: self._inputs(site, None) for site in sites}
+        self._plain = {site: self._inputs(site, None) for site in sites}
         self._known: dict[Option, Arrays] = {}
 
     def noise(self, choices: Choices) -> float:
         """Noise of the outputs (see `similarity.Reference`) with some of the sites changed."""
         scales = {**self._scales, **{self._tensors[site]: option.scale for site, option in choices.items()}}
         given: Arrays = {name: np.array(scales[tensor]) for name, tensor in self._ranges.items()}
-        for site, plain in self._given.items():
-            option = choices.get(site)
-            if option is not None and option not in self._known:
-                self._known[option] = self._inputs(site, option)
-            given |= plain if option is None else self._known[option]
+        known = self._known
+        made = {o: known.get(o) or self._inputs(site, o) for site, o in choices.items()}
+        self._known = made
+        for site, plain in self._plain.items():
+            given |= made[choices[site]] if site in choices else plain
         return self._rows.noise(self._rows.run(self._runner, given))
 
     def _inputs(self, site: Site, option: Option | None) -> Arrays:

@@ -1,0 +1,150 @@
+"""Factors and middles that a place for them may get, by what its channels are like (see `affine`).
+
+- A depthwise convolution has one scale per channel for its weights, so no factor costs them anything: it is
+  the range of the channel.
+- Elsewhere large factors cost the weights what small ones cost the activation: SmoothQuant's balance (see
+  `smooth`), with the exponent for which the error behind the weights is least.
+
+A middle gives what lies to one side of zero, as behind nearly all activation functions, the codes of the
+other side: one bit more. Scale and zero-point are the paper's (Wu et al. 2020, equations 3 and 4): zero has a
+code of its own.
+
+Channels that hardly occur in the calibration data have no range to speak of, and others in use may have them
+large. No factor is therefore below `LEAST_FACTOR` of the largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from trtq.numerics import fake_quantize, scale_from_amax, scale_from_width
+from trtq.recovery.fixes.channels import Channels, Vector
+from trtq.recovery.fixes.sites import Affine, Site
+from trtq.recovery.fixes.smooth import EXPONENTS, NARROWER, balanced, by_input, error_behind, rounding_noise
+
+LEAST_FACTOR = 1 / 256
+"""Factors below this share of a tensor's largest are raised to it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Option:
+    """Factors of a site, with middles or without, and a range.
+
+    Attributes:
+        values: of the tensor, (positions, channels).
+        factors: what the tensor is divided by, (channels,); None: 1.
+        low, high: ends of each channel's range, (channels,); zero is within. Without middles, high = -low.
+        usual: the median of each channel; what lies far from it is cut off first.
+        centred: whether a middle is subtracted.
+        part: of the widest channel's range, which is the range of all; what does not fit is cut off.
+        share: error behind the readers' weights, as a share of what it is without this.
+    """
+
+    values: NDArray[np.float32]
+    factors: Vector | None
+    low: Vector
+    high: Vector
+    usual: Vector
+    centred: bool
+    part: float = 1.0
+    share: float = 1.0
+
+    @property
+    def scale(self) -> np.float32:
+        """Of the changed tensor."""
+        if self.centred:
+            return scale_from_width(self._width)
+        return np.float32(scale_from_amax(self._width / 2))
+
+    @property
+    def affine(self) -> Affine:
+        """What becomes of the tensor."""
+        if not self.centred:
+            return Affine(self.factors)
+        low, high = _cut(self.low, self.high, self.usual, self._width * self._all_factors)
+        steps = float(self.scale) * self._all_factors
+        return Affine(self.factors, np.rint((low + high) / 2 / steps + 0.5) * steps)
+
+    def without_middle(self) -> Option:
+        """The same factors about zero."""
+        amax = np.maximum(-self.low, self.high)
+        return replace(self, low=-amax, high=amax, usual=np.zeros(amax.shape), centred=False)
+
+    @property
+    def noise(self) -> Vector:
+        """Mean squared error of each changed channel, (channels,)."""
+        return rounding_noise(self.affine.of(self.values), self.scale)
+
+    @property
+    def mean(self) -> Vector:
+        """What each changed channel is on average in INT8, (channels,)."""
+        rounded = fake_quantize(self.affine.of(self.values), self.scale)
+        return rounded.mean(axis=0, dtype=np.float64)
+
+    @property
+    def _all_factors(self) -> Vector:
+        return np.ones(self.low.shape) if self.factors is None else self.factors
+
+    @property
+    def _width(self) -> float:
+        return float(((self.high - self.low) / self._all_factors).max()) * self.part
+
+
+def _cut(low: Vector, high: Vector, usual: Vector, width: Vector) -> tuple[Vector, Vector]:
+    """Ranges no wider than `width`: first the side farther from what is usual is cut off, then both."""
+    below, above = usual - low, high - usual
+    reach = np.maximum(width - np.minimum(below, above), width / 2)
+    return usual - np.minimum(below, reach), usual + np.minimum(above, reach)
+
+
+def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: float) -> list[Option]:
+    """Factors and middles that leave less error behind the readers' weights than none do, the least error
+    first, each with the range that leaves least.
+
+    Args:
+        amax: of the tensor's range as it is.
+    """
+    values, usual = channels.values, np.median(channels.values, axis=0).astype(np.float64)
+    low, high = (np.asarray(end, np.float64) for end in (channels.low, channels.high))
+    largest = np.maximum(-low, high)
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    weights = np.max([np.abs(by_input(node)).max(axis=0) for node in readers], axis=0)
+
+    def kinds(low: Vector, high: Vector, usual: Vector, centred: bool) -> Iterator[Option]:
+        own = (high - low) / 2
+        for factors in (own, *(balanced(own, weights, exponent) for exponent in EXPONENTS)):
+            yield Option(values, _held(factors), low, high, usual, centred)
+
+    def error(option: Option) -> float:
+        noise, factors = option.noise, np.ones(site.channels) if option.factors is None else option.factors
+        return sum(error_behind(node, channels.power, noise, factors) for node in readers)
+
+    def ranged(option: Option) -> Option:
+        return min((replace(option, part=p) for p in NARROWER), key=lambda option: option.noise.sum())
+
+    none = np.zeros(site.channels)
+    plain = Option(values, None, none - amax, none + amax, none, False)
+    tried = list(map(ranged, kinds(-largest, largest, none, False)))
+    if site.takes_middle:
+        tried.append(Option(values, None, np.maximum(low, -amax), np.minimum(high, amax), usual, True))
+        tried += map(ranged, kinds(low, high, usual, True))
+    whole, found = error(plain), list[Option]()
+    for option in tried:
+        share = error(option) / whole if whole else 1
+        if share < 1 and all(abs(share - other.share) > 0.02 * other.share for other in found):
+            found.append(replace(option, share=share))
+    return sorted(found, key=lambda option: option.share)
+
+
+def _held(factors: Vector) -> Vector:
+    """Factors that are not too small, about a geometric mean of 1."""
+    if not factors.max() > 0:
+        return np.ones(factors.shape)
+    factors = np.maximum(factors, factors.max() * LEAST_FACTOR)
+    mean: Vector = factors / np.exp(np.log(factors).mean())
+    return mean
