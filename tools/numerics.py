@@ -24,6 +24,7 @@ from trtq.gate.metrics import load_metric
 from trtq.simulation.narrow import in_float32
 from trtq.simulation.outputs import run_model
 from trtq.simulation.rows import Runner
+from trtq.simulation.similarity import compare
 from trtq.simulation.values import AllValues
 
 JITTER = 2.0**-22
@@ -49,7 +50,7 @@ def jittered(model: ModelProto, seed: int) -> bytes:
     return content
 
 
-def compare(folder: Path, draws: int) -> None:
+def report(folder: Path, draws: int) -> None:
     """Print one folder's lines."""
     inputs = json.loads((folder / "manifest.json").read_text())["inputs"]
     model, delivered = Path(inputs["model"]["file"]), folder / "model.int8.onnx"
@@ -65,14 +66,21 @@ def compare(folder: Path, draws: int) -> None:
         value = metric.value(found, dict(samples.targets), reference)
         return 100 * (1 - value / metric.value(reference, dict(samples.targets), reference))
 
-    print(f"{folder}: drop in %")
-    print(f"  simulated {drop(outputs(delivered)):.3f}")
-    print(f"  fused     {drop(outputs(delivered, fused=True)):.3f}", flush=True)
-    found = [drop(outputs(jittered(proto, seed))) for seed in range(draws)]
+    simulated, fused = outputs(delivered), outputs(delivered, fused=True)
+    print(f"{folder}: drop in %, lowest SQNR of an output")
+    print(f"  simulated {drop(simulated):.3f}, {lowest_db(reference, simulated):.1f} dB")
     print(
-        f"  jittered  {' '.join(f'{each:.3f}' for each in found)}: s.d. {np.std(found, ddof=1):.3f}",
+        f"  fused     {drop(fused):.3f}, {lowest_db(reference, fused):.1f} dB;"
+        f" {lowest_db(simulated, fused):.1f} dB from the simulated",
         flush=True,
     )
+    found = [drop(outputs(jittered(proto, seed))) for seed in range(draws)]
+    drops = " ".join(f"{each:.3f}" for each in found)
+    print(f"  jittered  {drops}: s.d. {np.std(found, ddof=1):.3f}", flush=True)
+
+
+def lowest_db(reference: AllValues, candidate: AllValues) -> float:
+    return min(item.sqnr_db for item in compare(reference, candidate).values())
 
 
 def main() -> None:
@@ -83,7 +91,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8)
     given = parser.parse_args()
     for folder in given.folders:
-        compare(folder, given.draws)
+        report(folder, given.draws)
 
 
 if __name__ == "__main__":
