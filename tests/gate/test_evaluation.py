@@ -25,6 +25,7 @@ from trtq.errors import MissingBackendError
 from trtq.files import sha256_file
 from trtq.gate import evaluation
 from trtq.gate.evaluation import Evaluation, outputs_of
+from trtq.gate.verdict import Outcome
 from trtq.graph.inputs import InputSpec
 from trtq.recipe import Recipe
 from trtq.simulation import outputs as simulated
@@ -239,3 +240,41 @@ def test_where_outputs_come_from_is_said_once(tmp_path: Path) -> None:
     assert "from the cache" not in said.getvalue()
     evaluation.verdict(model)
     assert "outputs of the candidate from the cache" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("fragile", "margin", "outcome", "again"),
+    [
+        (5, 0.15, Outcome.INCONCLUSIVE, "candidate 0.4000"),
+        (0, 0.15, Outcome.PASS, "candidate 0.9000"),
+        (5, 0.65, Outcome.PASS, None),
+        (5, 0.05, Outcome.FAIL, None),
+    ],
+    ids=["luck", "not by luck", "proved", "fails"],
+)
+def test_a_doubtful_pass_has_to_be_one_with_other_roundings_too(
+    fragile: int, margin: float, outcome: Outcome, again: str | None, tmp_path: Path
+) -> None:
+    """(v + 1/4096) - v is 0 in float16 where v is 1, but 1/4096 where the sum is not rounded, which decides
+    the class; one row of ten is wrong in any case."""
+    model = "g (float[N,3] x) => (float[N,2] y) { v, y = Split<axis = 1>(x, sizes) }"
+    candidate = """g (float[N,3] x) => (float[N,2] y) {
+        h = Cast<to = 10>(x)  v, rest = Split<axis = 1>(h, sizes)  sum = Add(v, little)  found = Sub(sum, v)
+        least = Mul(v, zero)  class0 = Add(least, less)  both = Concat<axis = 1>(class0, found)
+        y = Cast<to = 1>(both) }"""
+    constants = {"little": np.float16(2**-12), "zero": np.float16(0), "less": np.float16(2**-13)}
+    sizes = np.int64([1, 2])
+    (tmp_path / "candidate").mkdir()
+    files = (
+        saved(net(model, opset=19, sizes=sizes), tmp_path),
+        saved(net(candidate, opset=19, sizes=sizes, **constants), tmp_path / "candidate"),
+    )
+    labels = np.array([0] * fragile + [1] * (9 - fragile) + [0])
+    x = np.float32([[i < fragile, label == 0, label == 1] for i, label in enumerate(labels)])
+    np.savez(tmp_path / "eval.npz", x=x, labels=labels)
+    recipe = replace(PLAIN, eval=str(tmp_path / "eval.npz"), metric="top1", max_drop=margin)
+    opened = Evaluation.open(recipe, files[0], input_specs(files), Cache(tmp_path / "cache"), SILENT)
+    verdict = opened.verdict(files[1])
+    assert verdict.candidate == pytest.approx(0.9)
+    assert verdict.outcome is outcome
+    assert again in verdict.text() if again else "run again" not in verdict.text()

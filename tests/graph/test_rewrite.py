@@ -284,3 +284,20 @@ def test_codes_stay_symmetric_where_a_float16_scale_is_rounded_down() -> None:
     tensors = rewrite(graph, plan, {"x": np.float32(0.02)}).tensors()
     assert (tensors["w/0/scale"].values > 0).all()
     assert tensors["w/0/int8"].values.min() >= -127
+
+
+def test_given_codes_follow_a_scale_that_float16_cannot_hold() -> None:
+    """float16 holds multiples of 6e-8 below 6e-5: each weight stays within half a step of what was wanted."""
+    wanted = np.float32([1e-2, 6.3e-7, 8.9e-8, 1e-16])
+    given = np.int8([[127, -60]] * 4)
+    product = "g (float16[N,2] x) => (float16[N,4] y) { y = Gemm<transB = 1>(x, w) }"
+    graph = graph_of(net(product, opset=19, w=(given * wanted[:, None]).astype(np.float16)))
+    plan = place(Model(Path("model.onnx"), graph, ""))
+    key = ("w", 0)
+    tensors = rewrite(
+        graph, plan, {"x": np.float32(0.02)}, weight_scales={key: wanted}, codes={key: given}
+    ).tensors()
+    codes, scale = tensors["w/0/int8"].values.astype(np.float64), tensors["w/0/scale"].values
+    step = scale.astype(np.float64)[:, None]
+    assert (np.abs(codes * step - given * wanted.astype(np.float64)[:, None]) <= step / 2).all()
+    np.testing.assert_array_equal(codes[0], given[0])

@@ -243,3 +243,17 @@ def test_each_node_is_as_onnx_reference_has_it(name: str) -> None:
 def value_info(name: str, value: NDArray) -> onnx.ValueInfoProto:
     kind = helper.np_dtype_to_tensor_dtype(np.asarray(value).dtype)
     return helper.make_tensor_value_info(name, kind, np.shape(value))
+
+
+def test_within_fused_kernels_only_casts_round() -> None:
+    x = np.float32([1.0, 3e-5, 255.9, 300.0])
+    nodes = [
+        helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16),
+        helper.make_node("Mul", ["half", "half"], ["square"]),
+        helper.make_node("Add", ["square", "third"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["y"], to=TensorProto.FLOAT),
+    ]
+    model = model_of(nodes, {"third": np.float16(1 / 3)}, kind=TensorProto.FLOAT)
+    (found,) = simulation_session(model.SerializeToString(), threads=1, fused=True).run(None, {"x": x})
+    half = x.astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(found, half * half + np.float32(np.float16(1 / 3)))

@@ -32,6 +32,9 @@ from trtq.simulation.outputs import Outputs, run_sharded
 from trtq.simulation.states import with_states
 from trtq.simulation.workers import KEPT_BYTES, Work
 
+CLOSE = 0.5
+"""Part of the allowed drop above which a simulated pass is doubtful, although the samples prove it."""
+
 LONG_CALL = 0.1
 """Seconds of one call of a metric that are worth a word: 1000 resamples would take minutes."""
 
@@ -45,6 +48,7 @@ def outputs_of(
     *,
     label: str,
     sha256: str | None = None,
+    fused: bool = False,
 ) -> tuple[Outputs, bool]:
     """The model's outputs on every row, and whether they came from the cache.
 
@@ -54,6 +58,7 @@ def outputs_of(
         recipe: says how to run it: batch, threads, and where an ONNX model's rows run.
         label: what the progress is called.
         sha256: hash of the model including its external data; default: found here.
+        fused: of a model that is simulated: see `simulation_session`.
 
     Raises:
         InputError, MissingBackendError: as `run_model`, also where the cache has the outputs of an engine:
@@ -61,7 +66,8 @@ def outputs_of(
     """
     engine = is_engine(model)
     sha256 = sha256 or (sha256_file(model) if engine else model_sha256(model))
-    key = Key.of("outputs", model=sha256, data=samples.hash, batch=recipe.batch, **fingerprint(model))
+    entries = fingerprint(model) | ({"fused": True} if fused else {})
+    key = Key.of("outputs", model=sha256, data=samples.hash, batch=recipe.batch, **entries)
     if not (engine and recipe.require_engine) and (content := cache.fetch(key)) is not None:
         outputs = Outputs.from_bytes(content)
         if (outputs.executor == "engine") == engine:
@@ -69,7 +75,9 @@ def outputs_of(
         cache.report(f"cache entry {cache.path(key)} is damaged (another executor); it is computed again")
     if not engine:
         work = Work(key, cache, console, label, recipe.parallel)
-        outputs = run_sharded(model, samples, work, batch_size=recipe.batch, threads=recipe.threads)
+        outputs = run_sharded(
+            model, samples, work, batch_size=recipe.batch, threads=recipe.threads, fused=fused
+        )
         return outputs, False
     with console.progress(label, len(samples)) as advance:
         outputs = run_engine(
@@ -187,35 +195,52 @@ class Evaluation:
         self, candidate: Path, against: Outputs | None = None, *, final: bool = True, again: bool = False
     ) -> Verdict:
         """What the gate says of a candidate (ONNX model or engine), with the SQNR that the recipe asks for as
-        a check; see `published`.
+        a check; a simulated pass that `is_doubtful` has to be one in a second run, too. See `published`.
 
         Args:
-            against: outputs to compare with instead of the reference's; their SQNR is not checked.
+            against: outputs to compare with instead of the reference's; then nothing is checked beside.
             final: an interval is resampled although no confidence was asked for, whatever the metric.
             again: this job has judged the candidate before: that its outputs are in the cache is no news.
         """
+        verdict = self._judged(candidate, against, final=final, said=again)
+        verdict = replace(verdict, notes=(*verdict.notes, *self.remarks))
+        if against:
+            return verdict
+        if (least := self.recipe.min_sqnr) is not None:
+            verdict = verdict.with_checks(_sqnr_check(verdict, least, len(self.samples)))
+        if is_doubtful(verdict):
+            fused = self._judged(candidate, final=False, said=True, fused=True)
+            verdict = _confirmed(verdict, fused)
+        return verdict
+
+    def _judged(
+        self,
+        candidate: Path,
+        against: Outputs | None = None,
+        *,
+        final: bool,
+        said: bool,
+        fused: bool = False,
+    ) -> Verdict:
+        """What the gate itself says; the arguments are those of `verdict` and `outputs_of`."""
+        recipe, samples = self.recipe, self.samples
         outputs = _outputs(
-            candidate, "candidate", self.recipe, self.samples, self.cache, self.console, said=again
+            candidate, "candidate", recipe, samples, self.cache, self.console, said=said, fused=fused
         )
         with about(candidate):
-            verdict = decide(
+            return decide(
                 (against or self.reference).arrays,
                 outputs.arrays,
-                dict(self.samples.targets),
+                dict(samples.targets),
                 self.metric,
-                max_drop=self.recipe.max_drop,
-                confidence=self.recipe.confidence,
+                max_drop=recipe.max_drop,
+                confidence=recipe.confidence,
                 executor=outputs.executor,
-                ignore_nonfinite=self.recipe.ignore_nonfinite,
+                ignore_nonfinite=recipe.ignore_nonfinite,
                 scored=None if against else self.scored,
-                resampling=Resampling(self.console) if final or self.recipe.confidence is not None else None,
-                sequences=self.samples.sequences.starts if self.samples.sequences else (),
+                resampling=Resampling(self.console) if final or recipe.confidence is not None else None,
+                sequences=samples.sequences.starts if samples.sequences else (),
             )
-        verdict = replace(verdict, notes=(*verdict.notes, *self.remarks))
-        least = self.recipe.min_sqnr
-        if least is None or against:
-            return verdict
-        return verdict.with_checks(_sqnr_check(verdict, least, len(self.samples)))
 
     def simulated(self, quantization: Quantization) -> Verdict:
         """What the gate says of a quantization, run on the CPU."""
@@ -227,6 +252,28 @@ class Evaluation:
         engine and none ran."""
         verdict = replace(verdict, warnings=tuple(self.console.warnings))
         return verdict.require_engine() if self.recipe.require_engine else verdict
+
+
+def is_doubtful(verdict: Verdict) -> bool:
+    """Whether a simulated pass may be none on an engine, which sums in another order and rounds elsewhere:
+    the samples do not prove it, or it takes more than `CLOSE` of the margin."""
+    if verdict.executor == "engine" or verdict.gate is not Outcome.PASS or verdict.relative_drop is None:
+        return False
+    return not verdict.proved or verdict.relative_drop > CLOSE * verdict.max_drop
+
+
+def _confirmed(verdict: Verdict, fused: Verdict) -> Verdict:
+    """A verdict with what became of the second run, in the other way that an engine may compute in; where
+    that does not pass, nobody knows whether an engine does."""
+    text = (
+        "run again with sums in another order and nothing rounded to float16 within kernels:"
+        f" {fused.drop_text()}"
+    )
+    if fused.gate is Outcome.PASS:
+        return replace(verdict, notes=(*verdict.notes, text))
+    return verdict.with_checks(
+        Check("passes with other roundings", Outcome.INCONCLUSIVE, f"{text}: an engine may fail")
+    )
 
 
 def _mixed(names: Sequence[str]) -> str:
@@ -265,8 +312,9 @@ def _outputs(
     console: Console,
     *,
     said: bool = False,
+    fused: bool = False,
 ) -> Outputs:
-    outputs, cached = outputs_of(model, samples, recipe, cache, console, label=label)
+    outputs, cached = outputs_of(model, samples, recipe, cache, console, label=label, fused=fused)
     if cached and not said:
         console.say("gate", f"outputs of the {label} from the cache, nothing was run")
     return outputs

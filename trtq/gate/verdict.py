@@ -239,7 +239,7 @@ class Verdict:
 
     def gate_line(self) -> str:
         """What the gate measured, in one line."""
-        return f"{self.metric} on {self.samples} samples: {self._drop()}"
+        return f"{self.metric} on {self.samples} samples: {self.drop_text()}"
 
     def details(self) -> list[str]:
         """What there is to know besides the headline, line by line."""
@@ -271,7 +271,8 @@ class Verdict:
     def _repr_html_(self) -> str:
         return html_table(" ".join(self.headline().split()), [(line,) for line in self.details()])
 
-    def _drop(self) -> str:
+    def drop_text(self) -> str:
+        """Both models' values of the metric and the drop, or that there is none."""
         if self.candidate is None or self.relative_drop is None:
             return f"reference {self.reference:.4f}, candidate not measurable"
         return (

@@ -17,7 +17,7 @@ from trtq.graph.names import Names
 from trtq.graph.plan import Plan
 from trtq.graph.surgery import cleaned, copied, in_order
 from trtq.graph.weights import values_of
-from trtq.numerics import amax_per_channel, dequantize, quantize, scale_from_amax
+from trtq.numerics import INT8_MAX, amax_per_channel, dequantize, quantize, scale_from_amax
 
 WEIGHT_FORMS = ("int8", "qdq")
 """`int8`: int8 initializers + DequantizeLinear, but float ones + a Q/DQ pair where a product is cut into
@@ -196,8 +196,12 @@ def _quantize_weight(
     dtype = values.dtype
     if not np.isfinite(values).all():
         raise InputError(f"the weight '{tensor.name}' holds NaN or infinite values")
-    scale = (weight_scale(values, axis) if scale is None else scale).astype(dtype)
-    scale = np.where(scale > 0, scale, np.finfo(dtype).smallest_subnormal)  # float16 may underflow
+    wanted = weight_scale(values, axis) if scale is None else scale
+    scale = _fitting(wanted, dtype)
+    if codes is not None:  # they are of the scale that was wanted
+        codes = quantize(
+            dequantize(codes, wanted, axis=axis), scale.astype(np.float32), axis=axis, narrow=True
+        )
     name = f"{tensor.name}/{axis}"
     constants = [
         gs.Constant(names.tensor(f"{name}/scale"), scale),
@@ -213,6 +217,14 @@ def _quantize_weight(
             tensor = gs.Constant(names.tensor(f"{name}/rounded"), rounded)
         quantized = _quantize_node(graph, names, tensor, constants, name, axis)
     return _dequantize(graph, names, quantized, constants, name, dtype, axis)
+
+
+def _fitting(wanted: NDArray[np.float32], dtype: np.dtype) -> NDArray:
+    """A weight's scales in its dtype, > 0: the nearest, or the next above where that would cut off the
+    largest weights. Below 6e-5 float16 has few bits."""
+    scale = wanted.astype(dtype)
+    cuts = scale.astype(np.float32) * (INT8_MAX + 0.5) < wanted * INT8_MAX
+    return np.where(cuts, np.nextafter(scale, np.array(np.inf, dtype)), scale)
 
 
 def _quantize_node(

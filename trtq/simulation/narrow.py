@@ -9,6 +9,9 @@ One operator is one kernel: sums inside it run in float32, as they do in TensorR
 rounded once. The results of operators that only move or choose values are not rounded. Nor is a
 DequantizeLinear in front of a product between Q/DQ, perhaps with a Transpose in between: that runs on the
 integers, and the dequantized values are never written.
+
+A builder fuses operators, and rounds nothing within such a kernel. Which ones is not known here; the other
+extreme is one kernel for all, in which only Casts round.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ def holds_narrow(model: ModelProto) -> bool:
     return any(_says_narrow(graph) for graph in _graphs(model.graph))
 
 
-def in_float32(model: ModelProto) -> ModelProto:
+def in_float32(model: ModelProto, *, fused: bool = False) -> ModelProto:
     """The model in float32, rounded wherever one of its operators writes a narrow type.
 
     Inputs and outputs keep their names and dtypes. Tensors inside keep their names and become float32 that
@@ -55,10 +58,11 @@ def in_float32(model: ModelProto) -> ModelProto:
 
     Args:
         model: large weights may be external; is not changed.
+        fused: nothing is rounded but by Casts.
     """
     typed = onnx.shape_inference.infer_shapes(model)
     names = {name for graph in _graphs(typed.graph) for name in _names(graph)}
-    _Widening(names).of_model(typed.graph)
+    _Widening(names, fused).of_model(typed.graph)
     return typed
 
 
@@ -67,10 +71,11 @@ class _Widening:
 
     Args:
         names: of everything in the model; new names are added.
+        fused: as for `in_float32`.
     """
 
-    def __init__(self, names: set[str]) -> None:
-        self._names = names
+    def __init__(self, names: set[str], fused: bool) -> None:
+        self._names, self._fused = names, fused
 
     def of_model(self, graph: GraphProto) -> None:
         """The model's own graph: inputs and outputs keep their dtypes, behind casts."""
@@ -130,7 +135,7 @@ class _Widening:
         if node.op_type == "CastLike" and kinds.get(node.input[1]) in NARROW:
             wide = _cast(node.input[0], node.output[0], kinds[node.input[1]])
         wide.input[:] = [renamed.get(name, name) for name in wide.input]
-        rounds = not _is_exact(node)
+        rounds = _is_cast(node) if self._fused else not _is_exact(node)
         casts = []
         for index, name in enumerate(node.output):
             wide.output[index] = renamed.get(name, name)
@@ -224,6 +229,10 @@ def _is_exact(node: NodeProto) -> bool:
     """Whether what a node gives is representable where its inputs are; a scatter may sum up or multiply."""
     computes = any(a.name == "reduction" and a.s in (b"add", b"mul") for a in node.attribute)
     return node.op_type in EXACT_OPS and node.domain in ("", "ai.onnx") and not computes
+
+
+def _is_cast(node: NodeProto) -> bool:
+    return node.op_type in ("Cast", "CastLike")
 
 
 def _casts_to_narrow(node: NodeProto) -> bool:

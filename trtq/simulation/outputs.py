@@ -158,12 +158,19 @@ def run_model(
 
 
 def run_sharded(
-    model: Path, samples: Samples, work: Work, *, batch_size: int | None = None, threads: int | None = None
+    model: Path,
+    samples: Samples,
+    work: Work,
+    *,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    fused: bool = False,
 ) -> Outputs:
     """`run_model` in shards; the result is stored in the cache under the work's key.
 
     Args:
         batch_size, threads: as for `run_model`, for each worker.
+        fused: see `simulation_session`.
 
     Raises:
         InputError: as `run_model`, with the shard's rows and source where a worker failed; workers die.
@@ -172,10 +179,13 @@ def run_sharded(
     shards, pool = cut(samples, work.key, batch_size or DEFAULT_BATCH_SIZE), work.pool
     sized = sized_by_values(read_model(model), samples.axes)
     if pool is None:
-        task = functools.partial(_outputs, model, Runner(model, threads=threads), sized, batch_size)
+        runner = Runner(model, threads=threads, fused=fused)
+        task = functools.partial(_outputs, model, runner, sized, batch_size)
     else:
         shipped = Shipped.of(model, pool)
-        task = functools.partial(_outputs_of_shipped, shipped, pool.threads(threads), sized, batch_size)
+        task = functools.partial(
+            _outputs_of_shipped, shipped, pool.threads(threads), fused, sized, batch_size
+        )
     parts = {index: Outputs.from_bytes(content) for index, content in work.results(task, shards)}
     outputs = Outputs.concatenated([parts[index] for index in range(len(shards))])
     work.store(outputs.to_bytes() if outputs.nbytes <= KEPT_BYTES else None, shards)
@@ -420,16 +430,17 @@ def _outputs(
 def _outputs_of_shipped(
     model: Shipped,
     threads: int,
+    fused: bool,
     sized: Collection[str],
     batch_size: int | None,
     samples: Samples,
     advance: Advance | None,
 ) -> bytes:
-    return _outputs(model.path, _runner(model, threads), sized, batch_size, samples, advance)
+    return _outputs(model.path, _runner(model, threads, fused), sized, batch_size, samples, advance)
 
 
 @functools.lru_cache(maxsize=1)
-def _runner(model: Shipped, threads: int) -> Runner:
+def _runner(model: Shipped, threads: int, fused: bool) -> Runner:
     """The runner of this worker, which serves all of its shards."""
     with model.open() as path:
-        return Runner(path, threads=threads)
+        return Runner(path, threads=threads, fused=fused)

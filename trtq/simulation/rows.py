@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import threading
 import time
@@ -166,7 +167,7 @@ class Runner:
         reuse: a thread's outputs lie in memory that its next run overwrites, which saves the time that the
             system takes to hand out new memory for every row.
         edit: of a graph: changes, in place, what ONNX Runtime gets of it.
-        optimized: see `simulation_session`.
+        optimized, fused: see `simulation_session`.
 
     Raises:
         InputError: ONNX Runtime cannot load the model.
@@ -182,14 +183,23 @@ class Runner:
         reuse: bool = False,
         edit: Callable[[onnx.GraphProto], None] | None = None,
         optimized: bool = True,
+        fused: bool = False,
     ) -> None:
         self._name = str(model) if isinstance(model, str | Path) else "the model"
+        session = functools.partial(
+            simulation_session,
+            threads=threads,
+            outputs=outputs,
+            weights=weights,
+            optimized=optimized,
+            fused=fused,
+        )
         if isinstance(model, gs.Graph):
             with serialized(model, edit) as source:
-                self._session = simulation_session(source, threads, outputs, weights, optimized=optimized)
+                self._session = session(source)
             _trim()
         else:
-            self._session = simulation_session(model, threads, outputs, weights, optimized=optimized)
+            self._session = session(model)
         self.inputs = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
         every = [item.name for item in self._session.get_outputs()]
         self.outputs = tuple(outputs or [name for name in every if name not in self.inputs] or every)

@@ -69,6 +69,7 @@ def simulation_session(
     weights: Mapping[str, onnxruntime.OrtValue] | None = None,
     *,
     optimized: bool = True,
+    fused: bool = False,
 ) -> Session:
     """A session that runs Q/DQ faithfully: floating-point operators between exact quantizers.
 
@@ -84,20 +85,22 @@ def simulation_session(
             inside that are float16 or bfloat16 come as float32.
         weights: values of the initializers that the model says are external, shared and not copied.
         optimized: False: for a few runs, of which making the session would be most.
+        fused: as an engine may compute whose kernels hold many operators: only Casts round to float16 or
+            bfloat16, and sums come in another order, that of a session that is not optimized.
 
     Raises:
         InputError: ONNX Runtime cannot load the model, or an output cannot be computed.
     """
     file = None if isinstance(model, bytes | Light) else model
     try:
-        source, nodes = _simulable(model, outputs)
+        source, nodes = _simulable(model, outputs, fused)
         if isinstance(source, _Foreign):
             folder, shared = source.folder, weights or {}
             start = partial(_started, large=_is_large(model), threads=threads, weights=shared, folder=folder)
             read = partial(_values, weights=shared, folder=folder)
             return Chain(source.model, source.outputs, source.types, start, read)
         options = _options(_is_large(model), threads, weights)
-        if not optimized:
+        if fused or not optimized:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         return _session(source, options, nodes)
     except TrtqError:
@@ -241,7 +244,7 @@ class _Foreign:
 
 
 def _simulable(
-    model: str | Path | bytes | Light, outputs: Sequence[str] | None
+    model: str | Path | bytes | Light, outputs: Sequence[str] | None, fused: bool
 ) -> tuple[str | Path | bytes | Light | _Foreign, int]:
     """The model in float32 where it holds narrow types, with Attention as ONNX defines it, divisions that do
     not end the process, and other outputs where some are named; and how many nodes it has.
@@ -272,7 +275,7 @@ def _simulable(
     if attention:
         proto = with_attention_defined(proto)
     if narrow:
-        proto = in_float32(proto)
+        proto = in_float32(proto, fused=fused)
     if foreign:
         return _Foreign(proto, folder, tuple(outputs or ()), types), len(proto.graph.node)
     if outputs is not None:
