@@ -31,8 +31,8 @@ from trtq.graph.place import place
 from trtq.graph.quantization import Quantization
 from trtq.graph.shapes import infer_types
 from trtq.recovery.fixes.bias import correct_biases
-from trtq.recovery.fixes.rescale import find_sites, inserted
 from trtq.recovery.fixes.shift import shift
+from trtq.recovery.fixes.sites import Affine, find_sites, inserted
 from trtq.recovery.fixes.smooth import smooth
 from trtq.simulation.narrow import holds_narrow
 
@@ -100,10 +100,16 @@ def test_every_pass_keeps_the_function(first: int, tmp_path: Path) -> None:
             if (changed := change(model.graph, plan, samples, workers=1)) is not None:
                 check(changed.graph, change.__name__)
         values = np.random.default_rng(seed)
-        factors = {site: values.uniform(0.2, 5, site.channels) for site in find_sites(model.graph, plan)}
-        scaled, placed = inserted(model.graph, plan, factors)
+        affines = {
+            site: Affine(
+                values.uniform(0.2, 5, site.channels),
+                values.normal(size=site.channels) if site.takes_middle else None,
+            )
+            for site in find_sites(model.graph, plan)
+        }
+        scaled, placed = inserted(model.graph, plan, affines)
         check_fits(placed, scaled)
-        check(scaled, "scales inserted")
+        check(scaled, "operators inserted")
 
 
 def forms(random: RandomModel, folder: Path) -> Iterator[tuple[str, gs.Graph]]:

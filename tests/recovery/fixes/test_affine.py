@@ -1,5 +1,5 @@
-"""Inserted channel scales: the function stays, each channel of a depthwise input uses all codes, factors of
-dead channels are bounded, and what is tried is what is made."""
+"""Affine quantization by operators: the function stays, it quantizes as ONNX does with a zero-point, each
+channel of a depthwise input uses all codes, factors of dead channels are bounded, and what is tried is made."""
 
 from __future__ import annotations
 
@@ -24,23 +24,21 @@ from trtq.graph.model import export
 from trtq.graph.place import RESIDUAL, leave_out
 from trtq.job import Job
 from trtq.recipe import Recipe
-from trtq.recovery.fixes.channels import Channels
-from trtq.recovery.fixes.fix import fix
-from trtq.recovery.fixes.rescale import (
-    LEAST_FACTOR,
-    Choice,
-    Option,
-    Site,
-    _scaled,
+from trtq.recovery.fixes.affine import (
+    _chances,
+    _changed,
     _Trials,
     _without_kernels,
-    find_sites,
-    inserted,
+    insert_affine,
     most_that_fit,
-    options,
-    rescale,
     searched,
 )
+from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.channels import Channels
+from trtq.recovery.fixes.fix import fix
+from trtq.recovery.fixes.options import LEAST_FACTOR, Option, options
+from trtq.recovery.fixes.rounding import round_weights
+from trtq.recovery.fixes.sites import Affine, Site, find_sites, inserted
 from trtq.recovery.trial import kernels
 from trtq.simulation.rows import Workers
 from trtq.simulation.similarity import compare, noise_db, sqnr_db
@@ -83,13 +81,18 @@ def joined(case: Case) -> None:
 BUILDS = [separable, gelu, gemm, joined]
 
 
+def any_affine(site: Site, random: np.random.Generator) -> Affine:
+    middle = random.normal(size=site.channels) if site.takes_middle else None
+    return Affine(np.exp(random.normal(size=site.channels)), middle)
+
+
 @pytest.mark.parametrize("build", BUILDS)
-def test_any_factors_keep_the_function(tmp_path: Path, build: Callable[[Case], None]) -> None:
+def test_any_factors_and_middles_keep_the_function(tmp_path: Path, build: Callable[[Case], None]) -> None:
     case, random = small_case(tmp_path, build), np.random.default_rng(1)
     sites = find_sites(case.graph, case.plan)
-    factors = {site: np.exp(random.normal(size=site.channels)) for site in sites}
-    graph, plan = inserted(case.graph, case.plan, factors)
+    graph, plan = inserted(case.graph, case.plan, {site: any_affine(site, random) for site in sites})
     assert sites
+    assert all(site.takes_middle for site in sites)
     assert set(plan.tensors) >= {site.name for site in sites}
     check_fits(plan, graph)
     kept = [edge for edge in case.plan.edges if (edge.node, edge.index) in plan.inputs]
@@ -101,17 +104,51 @@ def test_any_factors_keep_the_function(tmp_path: Path, build: Callable[[Case], N
     assert relative_error([expected[0][:1]], ReferenceEvaluator(export(graph)).run(None, feed)) < 1e-5
 
 
-def test_all_int8_readers_share_one_scaled_tensor_and_others_read_what_they_read(tmp_path: Path) -> None:
+def test_all_int8_readers_share_one_changed_tensor_and_others_read_what_they_read(tmp_path: Path) -> None:
     case = small_case(tmp_path, separable)
     (site,) = [site for site in find_sites(case.graph, case.plan) if len(site.readers) == 2]
-    graph, plan = inserted(case.graph, case.plan, {site: np.full(4, 2.0)})
+    graph, plan = inserted(case.graph, case.plan, {site: Affine(np.full(4, 2.0), np.ones(4))})
     reading = [node.op for node in graph.tensors()[site.tensor].outputs]
-    assert sorted(reading) == ["Add", "Mul"]
+    assert sorted(reading) == ["Add", "Pad"]
     assert [node.op for node in graph.tensors()[site.name].outputs] == ["Conv", "Conv"]
     quantized = case.quantized(graph)
     quantized = replace(quantized, plan=plan, scales=dict.fromkeys(plan.tensors, np.float32(0.1)))
     made = quantized.rewritten()
     assert [node.op for node in made.tensors()[site.name].outputs] == ["QuantizeLinear"]
+
+
+def test_readers_that_add_unlike_zeros_take_no_middle(tmp_path: Path) -> None:
+    def unlike(case: Case) -> None:
+        a = silu(case, case.conv(case.input("x", 3, 6, 6), 3, 4))
+        case.output(case.conv(a, 4, 2), 2, None, None)
+        case.output(case.conv(a, 4, 2, pads=(1, 1, 1, 1)), 2, None, None)
+
+    case = small_case(tmp_path, unlike)
+    sites = find_sites(case.graph, case.plan)
+    assert [(site.takes_middle, len(site.readers)) for site in sites] == [(True, 1), (False, 2)]
+
+
+def test_a_zero_point_by_operators_is_that_of_onnx(tmp_path: Path) -> None:
+    """The whole Q/DQ model against one with QuantizeLinear's own zero-point, with zeros around the input."""
+
+    def padded(case: Case) -> None:
+        a = case.node("Relu", case.conv(case.input("x", 3, 6, 6), 3, 4, pads=(1, 1, 1, 1)))
+        case.output(case.conv(a, 4, 2, pads=(1, 1, 1, 1)), 2, None, None)
+
+    case = small_case(tmp_path, padded)
+    start = case.quantized()
+    site = find_sites(case.graph, case.plan)[1]
+    values, scale = np.zeros((1, 4), np.float32), np.float32(2**-6)
+    option = Option(values, None, np.full(4, -64 * scale), np.full(4, 191 * scale), np.zeros(4), True)
+    made = outputs(_changed(start, {site: option}).rewritten(), case.samples)[0]
+    assert option.scale == scale
+    np.testing.assert_array_equal(option.affine.middle, 64 * scale)
+    other = replace(start, scales={**start.scales, site.tensor: scale}).rewritten()
+    for node in other.nodes:
+        if node.op in ("QuantizeLinear", "DequantizeLinear") and float(node.inputs[1].values.max()) == scale:
+            node.inputs = [*node.inputs[:2], gs.Constant(f"{node.name}/zero", np.array(-64, np.int8))]
+    assert sum(len(node.inputs) > 2 for node in other.nodes if "zero" in node.inputs[-1].name) >= 2
+    assert relative_error([outputs(other, case.samples)[0]], [made]) < 1e-5
 
 
 def test_an_addition_reads_floating_point_where_the_scaled_tensor_is_a_second_copy_anyway(
@@ -127,11 +164,11 @@ def test_an_addition_reads_floating_point_where_the_scaled_tensor_is_a_second_co
     read = addition.inputs[1].name
     assert [edge.tensor for edge in case.plan.edges if edge.node == addition.name] == [read]
     sites = {site.tensor: site for site in find_sites(case.graph, case.plan)}
-    graph, plan = inserted(case.graph, case.plan, {sites[read]: np.full(4, 2.0)})
+    graph, plan = inserted(case.graph, case.plan, {sites[read]: Affine(np.full(4, 2.0))})
     assert [edge for edge in plan.edges if edge.node == addition.name] == []
     nothing = leave_out(graph, plan, dict.fromkeys(plan.int8_nodes, "on purpose"))
     assert (nothing.edges, nothing.weights) == ([], [])
-    others = {site: np.full(site.channels, 2.0) for tensor, site in sites.items() if tensor != read}
+    others = {site: Affine(np.full(site.channels, 2.0)) for tensor, site in sites.items() if tensor != read}
     assert len(inserted(case.graph, case.plan, others)[1].edges) == len(case.plan.edges)
 
 
@@ -171,30 +208,78 @@ def test_the_factors_of_a_depthwise_input_are_the_ranges_of_its_channels() -> No
     random = np.random.default_rng(0)
     values = (random.uniform(-1, 1, (400, 4)) * [100, 10, 1, 2]).astype(np.float32)
     node = depthwise_of(random.normal(size=(4, 1, 3, 3)).astype(np.float32), group=4)
-    best = options(Site("x", 1, 4, ("conv",)), [node], channels_of(values))[0]
+    best = options(Site("x", 1, 4, ("conv",)), [node], channels_of(values), 100.0)[0]
     amax = np.abs(values).max(axis=0).astype(np.float64)
-    np.testing.assert_allclose(best.factors / best.factors[0], amax / amax[0], rtol=1e-6)
-    assert best.amax == pytest.approx(float((amax / best.factors).max()))
+    assert not best.centred
+    assert best.factors is not None
+    np.testing.assert_allclose(best.factors / best.factors[0], amax / amax[0], rtol=2**-10)
+    assert best.scale == pytest.approx(float((amax / best.factors).max()) / 127)
     scaled = values / best.factors
-    step = best.amax / 127
     own = np.rint(values / (amax / 127)) * (amax / 127)
-    np.testing.assert_allclose(np.rint(scaled / step) * step * best.factors, own, rtol=1e-4, atol=1e-6)
+    made = np.rint(scaled / best.scale) * best.scale * best.factors
+    assert np.mean(np.square(made - values) / amax**2) < 1.1 * np.mean(np.square(own - values) / amax**2)
     assert best.share < 0.3  # what is left are the weights' own errors
+
+
+def test_what_lies_to_one_side_of_zero_gets_all_codes() -> None:
+    """Each channel of a depthwise input by the paper's equations 3 and 4, in float64."""
+    random = np.random.default_rng(0)
+    low, high = np.array([0, -0.3, 0, -4.0]), np.array([100, 10, 1, 0.5])
+    values = random.uniform(low, high, (2000, 4)).astype(np.float32)
+    values[0], values[1] = low, high
+    node = depthwise_of(random.normal(size=(4, 1, 3, 3)).astype(np.float32), group=4)
+    site = Site("x", 1, 4, ("conv",), takes_middle=True)
+    best = options(site, [node], channels_of(values), 100.0)[0]
+    assert best.centred
+    assert best.factors is not None
+    steps = best.scale * best.factors
+    np.testing.assert_allclose(steps, (high - low) / 255, rtol=2**-10)
+    codes = np.rint(best.affine.of(values) / best.scale)
+    expected = np.rint(values.astype(np.float64) / steps) - np.rint(low / steps) - 128
+    assert np.abs(codes - expected).max() <= 1  # the middle's last bits
+    assert codes.min() >= -129
+    assert codes.max() <= 128
+    zero = best.affine.of(np.zeros((1, 4), np.float32)) / best.scale
+    np.testing.assert_allclose(zero, np.rint(zero), atol=128 / 2048)
+
+
+def test_a_range_is_cut_where_values_are_rare() -> None:
+    """Of half the widest range: a ReLU keeps its zeros, what lies on both sides loses both ends."""
+    relu = Option(
+        np.zeros((1, 1), np.float32), None, np.zeros(1), np.full(1, 8.0), np.full(1, 0.5), True, 0.5
+    )
+    assert relu.scale == np.float32(4 / 255)
+    np.testing.assert_allclose(relu.affine.of(np.float32([[0], [4]])) / relu.scale, [[-128], [127]], atol=0.1)
+    even = replace(relu, low=np.full(1, -4.0), high=np.full(1, 4.0), usual=np.zeros(1))
+    np.testing.assert_allclose(
+        even.affine.of(np.float32([[-2], [2]])) / even.scale, [[-127], [128]], atol=0.6
+    )
 
 
 @pytest.mark.parametrize("small", [0.0, 1e-6])
 def test_the_factor_of_a_dead_channel_is_bounded(small: float) -> None:
     values = np.random.default_rng(0).uniform(-1, 1, (200, 3)).astype(np.float32) * [50, 1, small]
     node = depthwise_of(np.ones((3, 1, 3, 3), np.float32), group=3)
-    for option in options(Site("x", 1, 3, ("conv",)), [node], channels_of(values.astype(np.float32))):
-        assert option.factors.min() >= option.factors.max() * LEAST_FACTOR * (1 - 1e-12)
-        assert np.isfinite(option.factors).all()
+    site = Site("x", 1, 3, ("conv",), takes_middle=True)
+    found = options(site, [node], channels_of(values.astype(np.float32)), 50.0)
+    assert found
+    for option in found:
+        factors = np.ones(3) if option.factors is None else option.factors
+        assert factors.min() >= factors.max() * LEAST_FACTOR * (1 - 2**-9)
+        assert np.isfinite(factors).all()
+        assert option.affine.middle is None or np.isfinite(option.affine.middle).all()
+
+
+def test_channels_without_values_change_nothing() -> None:
+    zeros = np.zeros((10, 2), np.float32)
+    node = depthwise_of(np.ones((2, 1, 3, 3), np.float32), group=2)
+    assert options(Site("x", 1, 2, ("conv",), takes_middle=True), [node], channels_of(zeros), 1.0) == []
 
 
 def test_no_options_where_every_channel_is_alike() -> None:
     values = np.tile(np.linspace(-1, 1, 101, dtype=np.float32)[:, None], 3)
     node = depthwise_of(np.ones((3, 1, 1, 1), np.float32), group=3)
-    assert options(Site("x", 1, 3, ("conv",)), [node], channels_of(values)) == []
+    assert options(Site("x", 1, 3, ("conv",)), [node], channels_of(values), 1.0) == []
 
 
 def test_most_that_fit_asks_only_so_often() -> None:
@@ -215,16 +300,23 @@ def test_most_that_fit_asks_only_so_often() -> None:
 # --- the search ---------------------------------------------------------------------------------------------
 
 
+def option_of(factors: np.ndarray, *, amax: float = 1.0, centred: bool = False, part: float = 1.0) -> Option:
+    """Of values between -amax / 5, or -amax without a middle, and amax."""
+    high, none = np.full(factors.shape, amax), np.zeros(factors.shape)
+    values = np.linspace(-amax / 5, amax, 50, dtype=np.float32)[:, None].repeat(factors.size, axis=1)
+    return Option(values, factors, -high / (5 if centred else 1), high, none, centred, part)
+
+
 def choices_of(count: int) -> tuple[dict[Site, list[Option]], dict[Site, float]]:
     """Sites with one option each, and what they promise, the first most."""
     sites = [Site(f"t{number}", 1, 2, ("conv",)) for number in range(count)]
-    return {s: [Option(np.ones(2), 1.0, 0.1)] for s in sites}, {s: 0.5**i for i, s in enumerate(sites, 1)}
+    return {s: [option_of(np.ones(2))] for s in sites}, {s: 0.5**i for i, s in enumerate(sites, 1)}
 
 
 def test_scales_that_add_up_are_all_taken() -> None:
     options, promises = choices_of(9)
 
-    def noise(chosen: Mapping[Site, Choice]) -> float:
+    def noise(chosen: Mapping[Site, Option]) -> float:
         return 1 - sum(promises[site] for site in chosen)
 
     found = searched(options, promises, noise, Workers(1))
@@ -237,11 +329,11 @@ def test_the_best_scales_are_not_lost_where_all_at_once_gain_nothing() -> None:
     options, promises = choices_of(9)
     best, good, *_ = options
 
-    def noise(chosen: Mapping[Site, Choice]) -> float:
+    def noise(chosen: Mapping[Site, Option]) -> float:
         saved = sum(0.5 if site == best else 0.2 if site == good else -0.1 for site in chosen)
         return 1 - saved + (0.6 if best in chosen and len(chosen) == len(options) else 0)
 
-    assert noise(dict.fromkeys(options, Choice(options[best][0]))) > 1
+    assert noise(dict.fromkeys(options, options[best][0])) > 1
     assert set(searched(options, promises, noise, Workers(1)).choices) == {best, good}
 
 
@@ -279,32 +371,39 @@ def job_of(folder: Path, case: Case, **options: object) -> Job:
     return Job.open(recipe, SILENT)
 
 
-def test_what_is_tried_is_what_is_made(tmp_path: Path) -> None:
-    """A run with factors, weights and a range as inputs is the quantization that they are written into."""
+@pytest.mark.parametrize("corrected", [False, True])
+def test_what_is_tried_is_what_is_made(tmp_path: Path, corrected: bool) -> None:
+    """A run with all that an option decides as inputs is the quantization that it is written into."""
     case = small_case(tmp_path, spread)
     start = case.quantized()
-    sites = find_sites(case.graph, case.plan)
-    rows = Rows(case.graph, case.samples, threads=1, kept=True)
+    if corrected:
+        start = round_weights(start, case.samples, workers=1)
+        start = correct_biases(start, case.samples, SILENT, workers=1)
+        assert start.codes
+        assert start.corrections
+    sites = find_sites(start.graph, start.plan)
+    rows = Rows(start.graph, case.samples, threads=1, kept=True)
     trials = _Trials(rows, start, sites)
     assert noise_db(trials.noise({})) == pytest.approx(rows.sqnr_db(start, SILENT, ""), abs=1e-3)
     random = np.random.default_rng(0)
     for number in range(1, len(sites) + 1):
         chosen = {
-            site: Choice(Option(np.exp(random.normal(size=site.channels)), 3.0, 0.5), 0.8)
-            for site in sites[:number]
+            site: option_of(np.exp(random.normal(size=site.channels)), amax=3.0, centred=own, part=0.8)
+            for own, site in zip([True, False, True], sites[:number], strict=False)
         }
-        made = rows.sqnr_db(_scaled(start, chosen), SILENT, "")
+        made = rows.sqnr_db(_changed(start, chosen), SILENT, "")
         assert noise_db(trials.noise(chosen)) == pytest.approx(made, abs=1e-3)
 
 
-def test_fix_inserts_scales_where_nothing_can_be_folded(tmp_path: Path) -> None:
+def test_fix_inserts_operators_where_nothing_can_be_folded(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     case = small_case(tmp_path, spread)
     job = job_of(tmp_path, case, method="max")
     start = case.quantized()
     made = fix(job, start).quantization
     assert made is not None
-    assert "rescale" in made.notes["fixes"]
+    assert "affine" in made.notes["fixes"]
+    assert {"Pad", "Sub"} <= {node.op for node in made.graph.nodes}
     expected = outputs(case.graph, case.samples)
     plain, better = (sqnr_db(expected[0], outputs(q.rewritten(), case.samples)[0])[0] for q in (start, made))
     assert better > plain + 10
@@ -318,16 +417,16 @@ def test_fix_inserts_scales_where_nothing_can_be_folded(tmp_path: Path) -> None:
 
 def test_without_a_builder_only_behind_pointwise_operators(tmp_path: Path) -> None:
     case = small_case(tmp_path, spread)
-    made = rescale(job_of(tmp_path, case, method="max", backend="none"), case.quantized())
+    made = insert_affine(job_of(tmp_path, case, method="max", backend="none"), case.quantized())
     assert made is not None
-    added = [node for node in made.graph.nodes if node.name.endswith("/rescaled/Mul")]
+    added = [node for node in made.graph.nodes if node.name.endswith("/affine/Pad")]
     assert added
     assert all(node.inputs[0].inputs[0].op == "Mul" for node in added)
 
 
-def test_a_rest_in_float16_holds_the_scaled_tensors(tmp_path: Path) -> None:
+def test_a_rest_in_float16_holds_the_changed_tensors(tmp_path: Path) -> None:
     case = small_case(tmp_path, spread)
-    made = rescale(job_of(tmp_path, case, method="max", backend="none"), case.quantized())
+    made = insert_affine(job_of(tmp_path, case, method="max", backend="none"), case.quantized())
     assert made is not None
     expected = outputs(case.graph, case.samples)[0]
     whole, half = (
@@ -338,7 +437,7 @@ def test_a_rest_in_float16_holds_the_scaled_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_scales_that_add_kernels_are_left_out(tmp_path: Path) -> None:
+def test_operators_that_add_kernels_are_left_out(tmp_path: Path) -> None:
     """Of a family's Concat of pooled tensors: TensorRT for RTX 1.7.1 multiplies them one by one."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     model = folded("yolo_modern")
@@ -350,15 +449,15 @@ def test_scales_that_add_kernels_are_left_out(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     pooled = next(n for n in model.graph.nodes if n.op == "Concat" and n.inputs[-1].inputs[0].op == "MaxPool")
     sites = {
-        site: Choice(Option(random.uniform(0.5, 2, site.channels), 1.0, 0.5))
+        site: option_of(random.uniform(0.5, 2, site.channels))
         for site in find_sites(start.graph, start.plan)
         if site.tensor in (pooled.outputs[0].name, "silu")
     }
-    before, every = kernels(job, start), kernels(job, _scaled(start, sites))
+    before, every = kernels(job, start), kernels(job, _changed(start, sites))
     assert before is not None
     assert every is not None
     assert every > before
-    kept = _without_kernels(job, start, sites)
+    kept = _without_kernels(job, start, _chances(job, start, list(sites)), sites)
     assert [site.tensor for site in kept] == ["silu"]
 
 
@@ -372,7 +471,7 @@ def test_a_detector_of_silu_and_depthwise_convolutions(tmp_path: Path) -> None:
     job = Job.open(recipe, SILENT)
     job = replace(job, data=job.data.spread(48))
     start = calibrate(job, job.place())
-    made = rescale(job, start)
+    made = insert_affine(job, start)
     assert made is not None
     rows = load_samples(str(folder / "eval.npz"), job.model.inputs, recipe.preprocess).subset(range(48))
     expected = outputs(job.model.graph, rows)[0]

@@ -181,10 +181,11 @@ def _as_input(graph: gs.Graph, node: gs.Node, index: int, name: str) -> None:
 
 
 def insert_affine(job: Job, start: Quantization) -> Quantization | None:
-    """A calibrated quantization with scales where that pays on the rows held back and adds no kernel.
+    """A calibrated quantization with operators where they pay on the rows held back and add no kernel.
 
-    Factors and ranges of the scaled tensors come from the rows to fit on; the ranges of all other tensors
-    stay as they are. Corrections of biases are left out: they belong to the weights as they were.
+    Factors, middles and ranges of the changed tensors come from the rows to fit on; the ranges of all other
+    tensors stay as they are. Weights that are scaled are rounded to the nearest. Biases give back what their
+    own weights make of the middles, and are corrected as far as the start's are.
 
     Args:
         start: its learned weights' scales, if it has some, are kept.
@@ -206,7 +207,7 @@ def insert_affine(job: Job, start: Quantization) -> Quantization | None:
 
 
 def is_affordable(job: Job, start: Quantization) -> bool:
-    """Whether there is time to try scales at every place, one after the other."""
+    """Whether there is time to try options at every place, one after the other."""
     sites, effort = len(find_sites(start.graph, start.plan)), effort_of_step(job, start)
     runs = sites * MOST_TRIED * _rows_to_try(job, start)
     return effort.takes("affine", effort.alone(sites * FEW_ROWS), effort.quantized(runs))
@@ -324,22 +325,24 @@ def searched(
     """The choices with the least noise.
 
     The search starts from the first few sites, as many as are best at once: all of them where what they save
-    adds up, and few where they get into each other's way. Then each site, the most promising first, goes in
-    or out, and tries other factors and ranges. Sites at the end that promise next to nothing are left out.
+    adds up, and few where they get into each other's way; with their best options, or without factors. Then
+    each site, the most promising first, goes in or out, and tries other options and ranges. Sites at the end
+    that promise next to nothing are left out.
 
     Args:
-        options: site -> its factors, the best first; the most promising site first.
+        options: site -> its options, the best first; the most promising site first.
         promises: site -> noise that it may save.
         noise: of the outputs with some choices.
         over: nothing more is tried once this is true.
     """
     order = list(options)
     rest = np.cumsum([promises[site] for site in reversed(order)])[::-1]
-    firsts: list[dict[Site, Option]] = [
-        {site: pick(options[site]) for site in order[:count]}
-        for count in _counts(len(order))
-        for pick in (_best, _plainest)
-    ]
+    firsts: list[dict[Site, Option]] = []
+    for count in _counts(len(order)):
+        for pick in (_best, _plainest):
+            first = {site: pick(options[site]) for site in order[:count]}
+            if first not in firsts:
+                firsts.append(first)
     noises = list(workers.map(noise, firsts))
     plain, best, chosen = noises[0], min(noises), firsts[int(np.argmin(noises))]
     runs = len(noises)

@@ -66,14 +66,10 @@ class Option:
         """What becomes of the tensor."""
         if not self.centred:
             return Affine(self.factors)
-        low, high = _cut(self.low, self.high, self.usual, self._width * self._all_factors)
-        steps = float(self.scale) * self._all_factors
-        return Affine(self.factors, np.rint((low + high) / 2 / steps + 0.5) * steps)
-
-    def without_middle(self) -> Option:
-        """The same factors about zero."""
-        amax = np.maximum(-self.low, self.high)
-        return replace(self, low=-amax, high=amax, usual=np.zeros(amax.shape), centred=False)
+        factors, scale = self._all_factors, float(self.scale)
+        low, high = _cut(self.low, self.high, self.usual, self._width * factors)
+        zeros = np.rint((low + high) / 2 / (scale * factors) + 0.5)
+        return Affine(self.factors, _as_in_half(zeros * scale) * factors)
 
     @property
     def noise(self) -> Vector:
@@ -146,5 +142,12 @@ def _held(factors: Vector) -> Vector:
     if not factors.max() > 0:
         return np.ones(factors.shape)
     factors = np.maximum(factors, factors.max() * LEAST_FACTOR)
-    mean: Vector = factors / np.exp(np.log(factors).mean())
-    return mean
+    return 1 / _as_in_half(np.exp(np.log(factors).mean()) / factors)
+
+
+def _as_in_half(values: Vector) -> Vector:
+    """The values to the 11 bits that float16 has, whatever their size: a constant that an engine rounds makes
+    an error that is the same at every position."""
+    fractions, exponents = np.frexp(values)
+    rounded: Vector = np.ldexp(np.rint(fractions * 2048) / 2048, exponents)
+    return rounded
