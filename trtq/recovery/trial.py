@@ -87,19 +87,20 @@ def objection(job: Job, quantization: Quantization) -> BuildError | None:
     return None
 
 
-def kernels(job: Job, quantization: Quantization) -> int | None:
-    """How many kernels the engine of a quantization runs, by a build on trial; None where the builder makes
-    none, is not there or would take too long, or does not tell."""
+def compiled(job: Job, quantization: Quantization) -> Compiled | None:
+    """What a quantization is compiled to, by a build on trial; None where the builder makes no engine, is not
+    there or would take too long, or does not tell."""
     if job.recipe.backend == NO_ENGINE or weight_bytes(job.model.graph) > MOST_BYTES:
         return None
     try:
-        return _compiled(job, quantization).kernels or None
+        made = _compiled(job, quantization)
     except (BuildError, MissingBackendError):
         return None
+    return made if made.kernels else None
 
 
 def asked(job: Job) -> list[Any]:
-    """What decides how many `kernels` engines of the job have, for the cache; nothing where no builder is
+    """What decides what engines of the job are `compiled` to, for the cache; nothing where no builder is
     asked.
 
     Raises:

@@ -42,7 +42,7 @@ from trtq.recovery.fixes.sites import (
     is_made_by,
 )
 from trtq.recovery.fixes.smooth import scaled_weight
-from trtq.recovery.trial import kernels
+from trtq.recovery.trial import compiled
 from trtq.simulation.rows import Runner, Workers
 from trtq.simulation.similarity import noise_db
 
@@ -391,14 +391,18 @@ def _with(chosen: Choices, site: Site, choice: Option | None) -> dict[Site, Opti
 def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: Choices) -> dict[Site, Option]:
     """Those of the choices that add no kernel to the engine, in place of others such without a middle; where
     no builder can be asked, those behind `POINTWISE_OPS`."""
-    tensors, before = start.graph.tensors(), kernels(job, start)
+    tensors, before = start.graph.tensors(), compiled(job, start)
     if before is None:
         return {site: o for site, o in chosen.items() if is_made_by(tensors[site.tensor], POINTWISE_OPS)}
-    limit = before
+    limit, moved = before.kernels, before.bytes_moved()
+    moves: dict[tuple[tuple[Site, Option], ...], int] = {(): moved}
 
     def fits(items: Sequence[tuple[Site, Option]]) -> bool:
-        count = kernels(job, _changed(start, dict(items)))
-        return count is not None and count <= limit
+        made = compiled(job, _changed(start, dict(items)))
+        if made is None or made.kernels > limit:
+            return False
+        moves[tuple(items)] = made.bytes_moved()
+        return True
 
     def doubtful(item: tuple[Site, Option]) -> bool:
         return bool(item[0].pads) and item[1].centred and not is_made_by(tensors[item[0].tensor], PADDED_OPS)
@@ -410,7 +414,11 @@ def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: C
         instead = min([instead, *plainer], key=chances.trials.noise)
     added = [item for item in instead.items() if item[0] not in kept]
     kept |= most_that_fit(added, lambda some: fits([*kept.items(), *some]), MOST_BUILDS // 2)
-    job.console.say("affine", f"{len(kept)} of {len(chosen)} add no kernel to the {before} of the engine")
+    job.console.say(
+        "affine",
+        f"{len(kept)} of {len(chosen)} add no kernel to the {limit} of the engine, which moves"
+        f" {moved / 1e6:.4g} -> {moves[tuple(kept.items())] / 1e6:.4g} MB",
+    )
     return kept
 
 
