@@ -47,12 +47,7 @@ def rewrite(
     Raises:
         InputError: a tensor of the plan has no scale, or the plan does not fit the graph.
     """
-    if missing := [t for t in plan.tensors if t not in scales]:
-        raise InputError(
-            f"{len(missing)} tensors of the plan have no scale in the table",
-            cause=f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
-            remedy="calibrate this model again; a table belongs to one model",
-        )
+    require_scales(plan, scales)
     graph, names = copied(graph), Names(graph)
     nodes = {node.name: node for node in graph.nodes}
     if unknown := ({e.node for e in plan.edges} | {w.node for w in plan.weights}) - nodes.keys():
@@ -87,6 +82,20 @@ def rewrite(
         name = names.tensor(f"{old.name}/{node}/corrected")
         nodes[node].inputs[index] = gs.Constant(name, values.astype(old.dtype))
     return in_order(cleaned(graph))
+
+
+def require_scales(plan: Plan, scales: Mapping[str, np.float32]) -> None:
+    """Refuse scales that lack a tensor of the plan.
+
+    Raises:
+        InputError: as said.
+    """
+    if missing := [t for t in plan.tensors if t not in scales]:
+        raise InputError(
+            f"{len(missing)} tensors of the plan have no scale in the table",
+            cause=f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
+            remedy="calibrate this model again; a table belongs to one model",
+        )
 
 
 def scales_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
@@ -151,6 +160,28 @@ def weight_scale(weight: NDArray, axis: int) -> NDArray[np.float32]:
     return scale_from_amax(amax_per_channel(weight, axis))
 
 
+def rounded_weight(
+    values: NDArray,
+    axis: int,
+    scale: NDArray[np.float32] | None = None,
+    codes: NDArray[np.int8] | None = None,
+) -> NDArray[np.floating]:
+    """A weight as a Q/DQ graph has it, dequantized; `scale` and `codes` as those given to `rewrite`."""
+    scale = _positive_scale(values, axis, scale)
+    return dequantize(_rounded(values, axis, scale) if codes is None else codes, scale, axis=axis)
+
+
+def _positive_scale(values: NDArray, axis: int, scale: NDArray[np.float32] | None) -> NDArray[np.floating]:
+    """The scales of a weight, its own unless some are given, in its dtype."""
+    scale = (weight_scale(values, axis) if scale is None else scale).astype(values.dtype)
+    return np.where(scale > 0, scale, np.finfo(values.dtype).smallest_subnormal)  # float16 may underflow
+
+
+def _rounded(values: NDArray, axis: int, scale: NDArray[np.floating]) -> NDArray[np.int8]:
+    """The nearest codes of a weight."""
+    return quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
+
+
 _BEFORE_CUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 _CUTS = ("Gather", "Slice", "Split")
 
@@ -196,16 +227,14 @@ def _quantize_weight(
     dtype = values.dtype
     if not np.isfinite(values).all():
         raise InputError(f"the weight '{tensor.name}' holds NaN or infinite values")
-    scale = (weight_scale(values, axis) if scale is None else scale).astype(dtype)
-    scale = np.where(scale > 0, scale, np.finfo(dtype).smallest_subnormal)  # float16 may underflow
+    scale = _positive_scale(values, axis, scale)
     name = f"{tensor.name}/{axis}"
     constants = [
         gs.Constant(names.tensor(f"{name}/scale"), scale),
         gs.Constant(names.tensor(f"{name}/zero_point"), np.zeros(scale.shape, np.int8)),
     ]
     if form == "int8":
-        if codes is None:
-            codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
+        codes = _rounded(values, axis, scale) if codes is None else codes
         quantized: gs.Tensor = gs.Constant(names.tensor(f"{name}/int8"), codes)
     else:
         if codes is not None:

@@ -48,7 +48,7 @@ from trtq.graph.plan import Plan
 from trtq.graph.quantization import Quantization
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
-from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.bias import MeanInputs, correct_biases, mean_inputs
 from trtq.recovery.fixes.channels import Changed
 from trtq.recovery.fixes.rescale import is_affordable, rescale
 from trtq.recovery.fixes.rounding import round_weights
@@ -248,9 +248,9 @@ class _Work:
     def fits(self, what: Method | Pass | None, label: str, *, first: bool) -> bool:
         """Whether a step fits; the first one, which `fits_any` counted, does."""
         e = self.effort
-        parts = [e.corrected(self.judged), e.quantized(self.held)]
+        parts = [e.quantized(self.held)]
         if isinstance(what, Pass):  # channels, statistics of both parts
-            parts += [e.plain(0), e.plain(self.fitting), e.plain(self.held)]
+            parts += [e.corrected(self.judged), e.plain(0), e.plain(self.fitting), e.plain(self.held)]
         elif what is None:  # moments, and codes for each layer
             parts += [e.plain(self.judged)]
         return first or e.takes(label, *parts)
@@ -306,9 +306,15 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
     if math.isnan(best):
         best = rows.sqnr_db(kept, job.console, AS_CALIBRATED)
     tried[AS_CALIBRATED], least = best, least_gain_db(len(rows.samples))
-    steps: list[Method | Pass | None] = [*_contenders(choice), *PASSES, None]
+    methods = _contenders(choice)
+    steps: list[Method | Pass | None] = [*methods, *PASSES, None]
+    means: MeanInputs | None = None  # what layers of `kept` read
     shares: Mapping[str, float] | None = None
     measured = False
+
+    def measured_means(*quantizations: Quantization) -> MeanInputs:
+        return mean_inputs(quantizations, judged, SILENT, workers=job.recipe.threads)
+
     for what in steps:
         if job.budget.over:
             job.console.warn("the budget was spent before every fix was tried")
@@ -324,9 +330,12 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
                 tried |= {" + ".join((name, *passes)): db for name, db in again.sqnr_db.items()}
                 if (reached := again.sqnr_db[str(again.method)]) >= best + least:
                     kept, names, best, method = ranges.fitted(again.method), passes, reached, again.method
+                    means = None
         wanted, other = tuple(name for name in names if name not in (BIAS, ROUNDING)), None
         if isinstance(what, Method):
             changed = ranges.fitted(what)
+            means = means or measured_means(*map(ranges.fitted, methods))  # one pass is enough for all
+            read = means
         elif isinstance(what, Pass):
             if not measured:
                 shares, measured = _shares(job, kept) if work.fits_shares() else None, True
@@ -334,13 +343,15 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
             if other is None:
                 continue
             changed, wanted = other.fitted(method), (*wanted, what.name)
+            read = measured_means(changed)
         else:
             changed = replace(kept, corrections={})
             rounded = round_weights(changed, judged, workers=job.recipe.threads)
             if rounded is changed:
                 continue
             changed, wanted = rounded, (*wanted, ROUNDING)
-        corrected = correct_biases(changed, judged, SILENT, workers=job.recipe.threads)
+            read = means or measured_means(changed)
+        corrected = read.corrected(changed)
         variants = {} if corrected is changed else {(*wanted, BIAS): corrected}
         if wanted:
             variants[wanted] = changed
@@ -351,6 +362,7 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
                 kept, names, best = variant, own, tried[label]
                 method = what if isinstance(what, Method) else method
                 ranges = ranges if other is None else other
+                means = read
     found = _Improved(kept, ranges, replace(choice, method=method), names, tried, shares, whole)
     seconds = time.perf_counter() - started
     job.console.say("fixes", f"{found.text()}, on {len(rows.samples)} rows held back in {seconds:.1f} s")

@@ -26,6 +26,7 @@ from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import weight_scale
 from trtq.numerics import fake_quantize
 from trtq.recovery.fixes.channels import bias_of, is_linear, weight_matrix
+from trtq.recovery.fixes.windows import windows
 from trtq.simulation.rows import Runner, Workers
 
 MOST_ROWS, POSITIONS = 256, 4096
@@ -100,7 +101,7 @@ def _layers(quantization: Quantization) -> list[_Layer]:
     found = []
     for node in graph.nodes:
         known = node.name in axes and (node.name, 0) in ranges and is_linear(node)
-        if not known or (node.op == "Conv" and not _is_plain(node)):
+        if not known or (node.op == "Conv" and len(node.inputs[1].shape) != 4):
             continue
         key = (node.inputs[1].name, axes[node.name])
         layer = _Layer(
@@ -112,11 +113,6 @@ def _layers(quantization: Quantization) -> list[_Layer]:
         if layer.inputs <= MOST_INPUTS and key not in quantization.weight_scales:
             found.append(layer)
     return found
-
-
-def _is_plain(node: gs.Node) -> bool:
-    """Whether a Conv's padding is written out, and it has two dimensions."""
-    return len(node.inputs[1].shape) == 4 and node.attrs.get("auto_pad", "NOTSET") == "NOTSET"
 
 
 def _parts(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
@@ -166,12 +162,9 @@ def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
     if node.op != "Conv":
         matrix = values.reshape(-1, values.shape[-1])
         return matrix[_spread(len(matrix), each)][None]
-    groups, attributes = node.attrs.get("group", 1), node.attrs
+    groups = node.attrs.get("group", 1)
     rows, channels, *sizes = values.shape
-    steps, gaps = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
-    pads = attributes.get("pads", [0, 0, 0, 0])
-    along = zip(sizes, node.inputs[1].shape[2:], steps, gaps, pads[:2], pads[2:], strict=True)
-    reads = [_read_by(*axis) for axis in along]
+    reads = windows(node, sizes)
     height, width = (len(read) for read in reads)
     kept = _spread(height * width, max(each // rows, 1))
     down, across = reads[0][kept // width][:, :, None], reads[1][kept % width][:, None, :]
@@ -179,14 +172,6 @@ def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
     taken = np.where(inside, values[:, :, down, across], np.zeros((), values.dtype))
     taken = taken.reshape(rows, groups, channels // groups, len(kept), -1)
     return taken.transpose(1, 0, 3, 2, 4).reshape(groups, rows * len(kept), -1)
-
-
-def _read_by(size: int, kernel: int, step: int, gap: int, before: int, behind: int) -> NDArray[np.int64]:
-    """Along one axis, what each output position of a convolution reads: (positions, kernel); -1: padding."""
-    window = (kernel - 1) * gap + 1
-    first = np.arange(0, size + before + behind - window + 1, step) - before
-    places = first[:, None] + gap * np.arange(kernel)
-    return np.where((places >= 0) & (places < size), places, -1)
 
 
 def _spread(count: int, most: int) -> NDArray[np.int64]:
