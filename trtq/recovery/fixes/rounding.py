@@ -13,7 +13,7 @@ error is constant over rows belongs to the bias (see `bias`), so that H is about
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,19 +24,20 @@ from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import weight_scale
-from trtq.numerics import fake_quantize
+from trtq.numerics import quantize
 from trtq.recovery.fixes.channels import bias_of, is_linear, weight_matrix
 from trtq.recovery.fixes.windows import windows
 from trtq.simulation.rows import Runner, Workers
 
-MOST_ROWS, POSITIONS = 256, 4096
-"""Rows, evenly spread, that inputs are looked at on, and positions of them (pixels, tokens)."""
+MOST_ROWS, POSITIONS, POSITIONS_PER_INPUT = 256, 4096, 16
+"""Rows, evenly spread, that inputs are looked at on, and about how many positions of them (pixels, tokens) at
+most, in all and for each weight of an output."""
 
 MOST_INPUTS = 4096
 """Layers with more weights for each output are rounded to the nearest."""
 
 MOST_BYTES = 1 << 28
-"""Memory for the second moments of the layers that one pass over the rows looks at."""
+"""Memory for the inputs of the layers that one pass over the rows looks at."""
 
 DAMPING = 0.01
 """Part of the mean second moment that is added to all, as few positions leave some directions without any."""
@@ -44,8 +45,11 @@ DAMPING = 0.01
 BLOCK = 64
 """Weights whose errors are passed on to all later ones at once."""
 
-Moments = NDArray[np.float64]
-"""(groups, inputs + 1, inputs + 1): sums over positions of products of a layer's inputs and a constant 1."""
+EXACT = 1024
+"""Products of two codes whose sum float32 holds exactly."""
+
+Codes = NDArray[np.int8]
+"""(groups, positions, inputs): what a layer multiplies at some positions, in steps of its scale."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,13 @@ class _Layer:
         return int(inputs * kernel)
 
     @property
+    def positions(self) -> int:
+        """How many positions are looked at."""
+        return min(POSITIONS, POSITIONS_PER_INPUT * self.inputs)
+
+    @property
     def bytes(self) -> int:
-        return 8 * len(weight_matrix(self.node)) * (self.inputs + 1) ** 2
+        return len(weight_matrix(self.node)) * self.inputs * self.positions
 
 
 def round_weights(
@@ -84,11 +93,10 @@ def round_weights(
     layers = _layers(quantization)
     codes = {}
     for part in _parts(layers):
-        moments = _moments(quantization.graph, part, samples.spread(MOST_ROWS), workers)
-        finite = [layer for layer in part if np.isfinite(moments[layer.node.name]).all()]
-        pairs = [(layer, moments[layer.node.name]) for layer in finite]
+        inputs = _inputs(quantization.graph, part, samples.spread(MOST_ROWS), workers)
+        pairs = [(layer, seen) for layer, seen in zip(part, inputs, strict=True) if seen is not None]
         rounded = Workers(workers).map(lambda pair: _rounded(*pair), pairs)
-        for layer, found in zip(finite, rounded, strict=True):
+        for (layer, _), found in zip(pairs, rounded, strict=True):
             if found is not None:
                 codes[layer.node.inputs[1].name, layer.axis] = found
     return replace(quantization, codes=codes) if codes else quantization
@@ -116,7 +124,7 @@ def _layers(quantization: Quantization) -> list[_Layer]:
 
 
 def _parts(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
-    """The layers in parts whose moments fit into memory."""
+    """The layers in parts whose inputs fit into memory."""
     part: list[_Layer] = []
     for layer in layers:
         if part and sum(each.bytes for each in [*part, layer]) > MOST_BYTES:
@@ -127,34 +135,31 @@ def _parts(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
         yield part
 
 
-def _moments(
+def _inputs(
     graph: gs.Graph, layers: Sequence[_Layer], samples: Samples, workers: int | None
-) -> Mapping[str, Moments]:
-    """Node -> its moments over evenly spread positions of some rows."""
+) -> list[Codes | None]:
+    """The inputs of each layer at evenly spread positions of some rows; None where some are not finite."""
     batches = list(samples.batches())
-    each = max(POSITIONS // len(batches), 1)
     given = {tensor.name for tensor in graph.inputs}
     names = dict.fromkeys(layer.node.inputs[0].name for layer in layers)
 
-    def look(batch: Batch, found: Arrays) -> list[NDArray[np.float32]]:
-        return [_products(layer, (batch.feed | found)[layer.node.inputs[0].name], each) for layer in layers]
+    def look(batch: Batch, found: Arrays) -> list[Codes | None]:
+        values = batch.feed | found
+        return [
+            _seen(layer, values[layer.node.inputs[0].name], max(layer.positions // len(batches), 1))
+            for layer in layers
+        ]
 
     runner = Runner(graph, [name for name in names if name not in given] or None)
-    sums: list[Moments] = []
-    for products in runner.over(samples, batches, look, workers=workers):
-        if not sums:
-            sums = [array.astype(np.float64) for array in products]
-        else:
-            for total, array in zip(sums, products, strict=True):
-                total += array
-    return {layer.node.name: total for layer, total in zip(layers, sums, strict=True)}
+    parts = list(runner.over(samples, batches, look, workers=workers))
+    columns = zip(*parts, strict=True)
+    return [None if any(part is None for part in of) else np.concatenate(of, axis=1) for of in columns]
 
 
-def _products(layer: _Layer, values: NDArray, each: int) -> NDArray[np.float32]:
-    """The moments of a layer's quantized inputs at up to `each` positions of one batch."""
-    columns = fake_quantize(_columns(layer.node, values, each).astype(np.float32), layer.scale)
-    columns = np.concatenate([columns, np.ones_like(columns[..., :1])], axis=2)
-    return np.matmul(columns.transpose(0, 2, 1), columns)
+def _seen(layer: _Layer, values: NDArray, each: int) -> Codes | None:
+    """A layer's inputs at up to `each` positions of one batch."""
+    columns = np.ascontiguousarray(_columns(layer.node, values, each), np.float32)
+    return quantize(columns, layer.scale) if np.isfinite(columns).all() else None
 
 
 def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
@@ -181,15 +186,12 @@ def _spread(count: int, most: int) -> NDArray[np.int64]:
     return np.unique((np.arange(most) * 0.6180339887498949 % 1 * count).astype(np.int64))
 
 
-def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8] | None:
+def _rounded(layer: _Layer, inputs: Codes) -> NDArray[np.int8] | None:
     """The codes of a layer's weights, of their shape; None where its inputs vary less than moments tell."""
     node = layer.node
     matrix = weight_matrix(node)
     weights = matrix.reshape(*matrix.shape[:2], -1)
-    sums, count = moments[:, :-1, -1], moments[0, -1, -1]
-    second = moments[:, :-1, :-1] / count
-    if layer.biased:
-        second = second - sums[:, :, None] * sums[:, None, :] / count**2
+    second = _second_moments(inputs, central=layer.biased)
     scales = weight_scale(node.inputs[1].values, layer.axis).astype(np.float64).reshape(weights.shape[:2])
     scales = np.maximum(scales, np.finfo(np.float32).tiny)  # of a channel of zeros
     try:
@@ -200,6 +202,18 @@ def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8] | None:
     if node.op == "Conv":
         return codes.reshape(shape)
     return codes[0] if node.attrs.get("transB", 0) else np.ascontiguousarray(codes[0].T)
+
+
+def _second_moments(inputs: Codes, *, central: bool) -> NDArray[np.float64]:
+    """(groups, inputs, inputs); about the mean, or about 0."""
+    groups, count, size = inputs.shape
+    moments, sums = np.zeros((groups, size, size)), np.zeros((groups, size))
+    for first in range(0, count, EXACT):
+        part = inputs[:, first : first + EXACT].astype(np.float32)
+        moments += part.transpose(0, 2, 1) @ part
+        sums += part.sum(axis=1)
+    moments /= count
+    return moments - sums[:, :, None] * sums[:, None, :] / count**2 if central else moments
 
 
 def rounded_codes(
