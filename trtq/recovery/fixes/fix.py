@@ -32,6 +32,7 @@ from trtq.calibration.calibrate import (
     held_back,
     is_calibrated,
     keep_statistics,
+    least_gain_db,
     ranged,
     serves,
     with_float32_nodes,
@@ -76,10 +77,6 @@ PASSES = (Pass("shift", shift), Pass("smooth", smooth))
 RESCALE, ROUNDING, BIAS = "rescale", "rounding", "bias"
 """What inserted scales, the rounding of weights and the bias correction are called beside the passes."""
 
-LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB = 0.05, 0.5
-"""What a fix must gain on the rows held back: the second over the square root of their number, since what few
-rows gain is in part their own, and at least the first."""
-
 JUDGED_MACS, JUDGED_ROWS = 1e10, (32, 256)
 """Multiply-accumulates of the rows that biases are corrected and weights rounded on to judge what is tried,
 and the fewest and most of these rows; biases that are kept are corrected on all."""
@@ -90,8 +87,9 @@ CLOSE_DB, MOST_METHODS = 1.0, 3
 
 AS_CALIBRATED = "as calibrated"
 
-FIXES, FIXES_DB = "fixes", "fixes_sqnr_db"
-"""Notes of a quantization: what fixed it, and the SQNR of all that was tried on the rows held back."""
+FIXES, FIXES_DB, HELD_BACK_DB = "fixes", "fixes_sqnr_db", "held_back_sqnr_db"
+"""Notes of a quantization: what fixed it, and on the rows held back the SQNR of all that was tried, and that
+of the outputs with what was kept."""
 
 
 def calibrated(job: Job, plan: Plan) -> Quantization:
@@ -191,11 +189,6 @@ def beside_the_table(notes: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def least_gain_db(rows: int) -> float:
-    """What a fix must gain on so many rows held back to be kept."""
-    return max(LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB / math.sqrt(rows))
-
-
 def _key(job: Job, plan: Plan) -> Key:
     bare = Quantization(job.model.graph, plan, {})
     return job.key("quantization", bare, step="calibrated", method=str(job.recipe.method))
@@ -270,6 +263,7 @@ class _Improved:
         ranges: of its graph.
         choice: the method of these ranges.
         names: what helps: passes in their order, then rounding and the bias correction.
+        sqnr_db: on the rows held back.
         tried: SQNR in dB on the rows held back of everything that was tried.
         shares: tensor -> its part of the noise; None where no pass asked for it.
         whole: False where the budget was spent before everything was.
@@ -279,6 +273,7 @@ class _Improved:
     ranges: Ranges
     choice: Choice
     names: tuple[str, ...]
+    sqnr_db: float
     tried: Mapping[str, float]
     shares: Mapping[str, float] | None
     whole: bool
@@ -363,7 +358,7 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
                 method = what if isinstance(what, Method) else method
                 ranges = ranges if other is None else other
                 means = read
-    found = _Improved(kept, ranges, replace(choice, method=method), names, tried, shares, whole)
+    found = _Improved(kept, ranges, replace(choice, method=method), names, best, tried, shares, whole)
     seconds = time.perf_counter() - started
     job.console.say("fixes", f"{found.text()}, on {len(rows.samples)} rows held back in {seconds:.1f} s")
     return found
@@ -423,10 +418,11 @@ def _finished(job: Job, found: _Improved, rows: Rows, effort: Effort) -> Quantiz
     if found.ranges.bare.graph is not job.model.graph:
         keep_statistics(job, found.ranges)
     start = replace(found.quantization, notes=found.ranges.bare.notes)
-    made = with_own_ranges(job, found.ranges, start, found.choice, rows, effort, found.shares)
+    made = with_own_ranges(job, found.ranges, start, found.choice, rows, found.sqnr_db, effort, found.shares)
     if BIAS in found.names:
         made = correct_biases(made, job.data, SILENT, workers=job.recipe.threads)
     notes = {**made.notes, "held_back": len(rows.samples), FIXES_DB: dict(found.tried)}
     notes |= {FIXES: " + ".join(found.names)} if found.names else {}
+    notes |= {HELD_BACK_DB: found.sqnr_db} if rows.tensors is None else {}
     notes |= {} if found.whole else {CUT_SHORT: True}
     return replace(made, notes=notes)
