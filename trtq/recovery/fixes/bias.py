@@ -187,22 +187,24 @@ def _product(node: gs.Node, weights: NDArray, means: Vector) -> Vector:
 def _mean_reads(node: gs.Node, values: NDArray, scales: Sequence[np.float32]) -> NDArray[np.float64]:
     """What a linear node reads of its input's values on average, as they are and behind quantizers of these
     scales: (1 + scales, inputs * kernel)."""
-    if node.op != "Conv":
+    if node.op == "Conv":
+        along = reads(node, values.shape[2:])
+        if len(along) == 1:
+            values, along = values[:, :, None], [np.ones((1, 1)), *along]
+        means: NDArray = _sums(values, along[-2], scales)
+        for axis, read in enumerate(along, 3):
+            if axis != means.ndim - 2:  # that of `_sums`
+                means = np.moveaxis(np.tensordot(means, read, (axis, 0)), -1, axis)
+        means = means.sum(axis=1) * (along[-2].max(initial=0.0) / len(values))
+    else:
         rows = values.reshape(1, -1, values.shape[-1])
-        return _means(rows, np.full((rows.shape[1], 1), 1 / rows.shape[1]), scales).reshape(-1, rows.shape[2])
-    along = reads(node, values.shape[2:])
-    if len(along) == 1:
-        values, along = values[:, :, None], [np.ones((1, 1)), *along]
-    means = _means(values, along[-2], scales)
-    for axis, read in enumerate(along, 3):
-        if axis != means.ndim - 2:  # that of `_means`
-            means = np.moveaxis(np.tensordot(means, read, (axis, 0)), -1, axis)
-    return means.mean(axis=1).reshape(len(means), -1)
+        means = _sums(rows, np.ones((rows.shape[1], 1)), scales) / np.float64(rows.shape[1])
+    return means.reshape(len(means), -1) * np.array([1, *scales], np.float64)[:, None]
 
 
-def _means(values: NDArray, read: NDArray, scales: Sequence[np.float32]) -> NDArray[np.float64]:
-    """What each weight along the last axis but one reads there on average, as it is and behind quantizers: (1
-    + scales, ..., kernel, columns).
+def _sums(values: NDArray, read: NDArray, scales: Sequence[np.float32]) -> NDArray[np.float32]:
+    """What each weight along the last axis but one reads there in all, as values and as codes: (1 + scales,
+    ..., kernel, columns).
 
     Args:
         read: as `windows.reads`.
@@ -213,5 +215,4 @@ def _means(values: NDArray, read: NDArray, scales: Sequence[np.float32]) -> NDAr
     planes = np.ascontiguousarray(values, np.float32).reshape(-1, rows * columns)
     sums = np.zeros((1 + len(scales), len(planes), read.shape[1], columns), np.float32)
     kernels.add_sums(planes, read > 0, np.array(scales, np.float32), sums)
-    steps = np.array([1, *scales], np.float64) * read.max(initial=0.0)
-    return steps.reshape(-1, *[1] * values.ndim) * sums.reshape(len(sums), *outer, -1, columns)
+    return sums.reshape(len(sums), *outer, -1, columns)

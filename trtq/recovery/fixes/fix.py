@@ -82,8 +82,8 @@ JUDGED_MACS, JUDGED_ROWS = 1e10, (32, 256)
 and the fewest and most of these rows; biases that are kept are corrected on all."""
 
 CLOSE_DB, MOST_METHODS = 1.0, 3
-"""With `auto`, biases are corrected with so many methods that are so close to the best."""
-
+"""With `auto`, biases are corrected with so many methods that are so close to the best. Where they gain more
+than this, nothing more is judged without them."""
 
 AS_CALIBRATED = "as calibrated"
 
@@ -285,8 +285,8 @@ class _Improved:
 
 
 def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work) -> _Improved:
-    """The passes that help on the rows held back, one on top of the other, each with biases corrected and
-    without.
+    """The passes that help on the rows held back, one on top of the other, each with biases corrected, and
+    without where these gain little.
 
     Biases come first, with each method that they may make the best one: what is left of the noise behind them
     is another than what the methods were compared by. Where passes do as well without them, the methods are
@@ -348,7 +348,7 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
             read = means or measured_means(changed)
         corrected = read.corrected(changed)
         variants = {} if corrected is changed else {(*wanted, BIAS): corrected}
-        if wanted:
+        if wanted and not (BIAS in names and best > tried[AS_CALIBRATED] + CLOSE_DB):
             variants[wanted] = changed
         for own, variant in variants.items():
             label = " + ".join((str(what), *own) if isinstance(what, Method) else own)
