@@ -132,7 +132,7 @@ def complete_table(job: Job, quantization: Quantization) -> Table:
         InputError: the model does not run on the data.
     """
     source = FloatGraph.of_graph(job.model, quantization.graph)
-    reached = reach_of(job, source)
+    reached = reach_of(job, source, known_statistics(job, quantization.plan, source))
     mixed = mixed_tensors(quantization.graph, reached)
     others = {
         name: float(scale_from_amax(amax))
@@ -156,8 +156,11 @@ def extents_of(job: Job, source: FloatGraph) -> dict[str, Extent]:
     return extents
 
 
-def reach_of(job: Job, source: FloatGraph) -> dict[str, float]:
+def reach_of(job: Job, source: FloatGraph, seen: Statistics | None = None) -> dict[str, float]:
     """Tensor -> its largest magnitude over all of the job's data, from the cache where it is there.
+
+    Args:
+        seen: statistics of some tensors over these data.
 
     Raises:
         InputError: the model does not run on the data.
@@ -166,7 +169,8 @@ def reach_of(job: Job, source: FloatGraph) -> dict[str, float]:
     if (content := job.cache.fetch(key)) is not None:
         found: dict[str, float] = json.loads(content)
         return found
-    reach = measure_reach(source.graph, job.data, workers=job.recipe.threads)
+    known = {} if seen is None else {name: histogram.amax for name, histogram in seen.histograms.items()}
+    reach = measure_reach(source.graph, job.data, known, workers=job.recipe.threads)
     job.cache.store(key, json.dumps(reach).encode())
     return reach
 

@@ -295,7 +295,7 @@ class Runner:
 
         def run(feed: Arrays) -> Arrays:
             found = self.run(feed)
-            if self._buffers is None:
+            if self._buffers is None and self._tried is None:  # the batch comes first, and mostly stays
                 self._tried = (feed, found)
             return found
 

@@ -79,7 +79,8 @@ RESCALE, ROUNDING, BIAS = "rescale", "rounding", "bias"
 
 JUDGED_MACS, JUDGED_ROWS = 1e10, (32, 256)
 """Multiply-accumulates of the rows that biases are corrected and weights rounded on to judge what is tried,
-and the fewest and most of these rows; biases that are kept are corrected on all."""
+and the fewest and most of these rows; biases that are kept are corrected on twice as many. EfficientNet-Lite0
+reaches 22.2 dB with those of 32 rows, 22.1 with 64 and with 100."""
 
 CLOSE_DB, MOST_METHODS = 1.0, 3
 """With `auto`, biases are corrected with so many methods that are so close to the best. Where they gain more
@@ -161,7 +162,7 @@ def fix(job: Job, start: Quantization) -> Made:
     if start.codes:
         scaled = round_weights(scaled, _judged(job, scaled.plan), workers=job.recipe.threads)
         names.append(ROUNDING)
-    corrected = correct_biases(scaled, job.data, SILENT, workers=job.recipe.threads)
+    corrected = _corrected(job, scaled)
     rows, after = held_back(job), " + ".join([*names, BIAS])
     tried = {name: rows.sqnr_db(q, job.console, name) for name, q in ((before, start), (after, corrected))}
     text = ", ".join(f"{name} {value:.1f} dB" for name, value in tried.items())
@@ -232,7 +233,7 @@ class _Work:
         """Whether one fix fits, with what it is compared with, and with the biases corrected at the end."""
         e = self.effort
         parts = [e.plain(self.held), e.quantized(self.held), e.corrected(self.judged), e.quantized(self.held)]
-        return e.takes("fixes", *parts, e.corrected(self.fitting))
+        return e.takes("fixes", *parts, e.corrected(2 * self.judged))
 
     def fits_choice(self) -> bool:
         """Whether all methods can be compared again."""
@@ -375,6 +376,12 @@ def _rows_to_judge(job: Job, plan: Plan) -> int:
     return min(rows, len(job.parts[0]))
 
 
+def _corrected(job: Job, made: Quantization) -> Quantization:
+    """A quantization that is kept, with its biases corrected."""
+    samples = job.data.spread(2 * _rows_to_judge(job, made.plan))
+    return correct_biases(made, samples, SILENT, workers=job.recipe.threads)
+
+
 def _named(what: Method | Pass | None) -> str:
     """A step of `_improved`, for messages."""
     if isinstance(what, Pass):
@@ -414,13 +421,13 @@ def _changed(job: Job, ranges: Ranges, change: Pass, shares: Mapping[str, float]
 
 
 def _finished(job: Job, found: _Improved, rows: Rows, effort: Effort) -> Quantization:
-    """What helps, with its own ranges found and its biases corrected from all rows."""
+    """What helps, with its own ranges found and its biases corrected."""
     if found.ranges.bare.graph is not job.model.graph:
         keep_statistics(job, found.ranges)
     start = replace(found.quantization, notes=found.ranges.bare.notes)
     made = with_own_ranges(job, found.ranges, start, found.choice, rows, found.sqnr_db, effort, found.shares)
     if BIAS in found.names:
-        made = correct_biases(made, job.data, SILENT, workers=job.recipe.threads)
+        made = _corrected(job, made)
     notes = {**made.notes, "held_back": len(rows.samples), FIXES_DB: dict(found.tried)}
     notes |= {FIXES: " + ".join(found.names)} if found.names else {}
     notes |= {HELD_BACK_DB: found.sqnr_db} if rows.tensors is None else {}

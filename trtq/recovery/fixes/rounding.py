@@ -226,27 +226,26 @@ def rounded_codes(
         moments: (groups, inputs, inputs); second moments of the inputs.
         scales: (groups, outputs), > 0.
     """
-    diagonal = np.diagonal(moments, axis1=1, axis2=2)
+    diagonal, inputs = np.diagonal(moments, axis1=1, axis2=2), weights.shape[2]
     order = np.argsort(-diagonal, axis=1, kind="stable")
-    left = np.take_along_axis(weights, order[:, None, :], 2)
-    sorted_moments = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None], 2)
+    damped = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None], 2)
     damping = DAMPING * diagonal.mean(axis=1) + np.finfo(np.float32).tiny
-    sorted_moments = sorted_moments + damping[:, None, None] * np.eye(weights.shape[2])
-    upper = _root_of_inverse(sorted_moments)
-    codes = np.zeros(weights.shape, np.int8)
-    inputs = weights.shape[2]
+    damped[:, range(inputs), range(inputs)] += damping[:, None]
+    upper = _root_of_inverse(damped).astype(np.float32)
+    steps = np.take_along_axis((weights / scales[:, :, None]).transpose(0, 2, 1), order[:, :, None], 1)
+    left = np.ascontiguousarray(steps, np.float32)  # (groups, inputs, outputs)
+    codes = np.zeros(left.shape, np.int8)
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
-        errors = np.zeros((*weights.shape[:2], end - start))
+        errors = np.zeros((len(left), end - start, left.shape[2]), np.float32)
         for j in range(start, end):
-            code = np.clip(np.rint(left[:, :, j] / scales), -127, 127)
-            codes[:, :, j] = code
-            error = (left[:, :, j] - code * scales) / upper[:, j, j, None]
-            errors[:, :, j - start] = error
-            left[:, :, j + 1 : end] -= error[:, :, None] * upper[:, None, j, j + 1 : end]
-        left[:, :, end:] -= errors @ upper[:, start:end, end:]
+            code = np.clip(np.rint(left[:, j]), -127, 127)
+            codes[:, j] = code
+            errors[:, j - start] = error = (left[:, j] - code) / upper[:, j, j, None]
+            left[:, j + 1 : end] -= upper[:, j, j + 1 : end, None] * error[:, None]
+        left[:, end:] -= upper[:, start:end, end:].transpose(0, 2, 1) @ errors
     back = np.argsort(order, axis=1)
-    return np.take_along_axis(codes, back[:, None, :], 2)
+    return np.ascontiguousarray(np.take_along_axis(codes, back[:, :, None], 1).transpose(0, 2, 1))
 
 
 def _root_of_inverse(matrices: NDArray[np.float64]) -> NDArray[np.floating]:
