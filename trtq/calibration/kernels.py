@@ -17,9 +17,7 @@ _TURN = int32(LANES - 1)
 _FIRST_EQUAL = int32(LANES + (OCTAVES << OCTAVE_BITS))
 _OFFSET = int32(_FIRST_EQUAL - (1 << OCTAVE_BITS))
 
-_TO_INTEGER = np.float32(
-    1.5 * 2**23
-)  # added and taken away again, it rounds what is small to the nearest even
+_TO_INTEGER = np.float32(1.5 * 2**23)  # added and taken away, it rounds to the nearest, ties to even
 
 _CHUNK = 4096  # values whose bins stay in the first-level cache between the two loops over them
 
@@ -76,6 +74,7 @@ def count(
 
 @numba.njit(nogil=True, cache=True, boundscheck=False)
 def _quantize(values: NDArray[np.float32], scale: np.float32, codes: NDArray[np.float32]) -> None:
+    """A function of its own, since its loop then vectorises."""
     low, high = np.float32(-128), np.float32(127)
     for i in range(codes.size):
         codes[i] = (min(max(values[i] / scale, low), high) + _TO_INTEGER) - _TO_INTEGER
