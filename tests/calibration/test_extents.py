@@ -89,7 +89,10 @@ def test_many_small_tensors_of_one_shape(opset: int) -> None:
 def test_the_reach_is_that_of_all_rows() -> None:
     model = net("g (float[N,4] x) => (float[N,4] y) { y = MatMul(x, w) }", w=-np.eye(4, dtype=np.float32))
     rows = normal(200, 4)
-    assert measure_reach(folded(model), samples_of(x=rows)) == dict.fromkeys("xy", np.abs(rows).max())
+    largest = np.abs(rows).max()
+    assert measure_reach(folded(model), samples_of(x=rows)) == dict.fromkeys("xy", largest)
+    assert measure_reach(folded(model), samples_of(x=rows), {"y": 7.0}) == {"x": largest, "y": 7.0}
+    assert measure_reach(folded(model), samples_of(x=rows), {"x": 1.0, "y": 7.0}) == {"x": 1.0, "y": 7.0}
 
 
 def test_an_empty_tensor_reaches_nowhere() -> None:

@@ -20,7 +20,13 @@ from trtq.graph.inputs import InputSpec
 from trtq.job import Job
 
 
-def warned(folder: Path, calibration: np.ndarray, evaluation: np.ndarray, **options: object) -> str | None:
+def warned(
+    folder: Path,
+    calibration: np.ndarray,
+    evaluation: np.ndarray,
+    seen: float | None = None,
+    **options: object,
+) -> str | None:
     """What is said of a network of two layers that is calibrated on some rows and evaluated on others."""
     folder.mkdir(exist_ok=True)
     model = net(
@@ -37,7 +43,7 @@ def warned(folder: Path, calibration: np.ndarray, evaluation: np.ndarray, **opti
     job = Job.open(recipe, console)
     against = Evaluation.open(recipe, job.model.path, job.model.inputs, job.cache, console)
     with candidate_of(calibrate(job, job.place())) as candidate:
-        return gap(job, against, against.verdict(candidate), candidate)
+        return gap(job, against, against.verdict(candidate), candidate, seen)
 
 
 def uniform(rows: int, high: float, seed: int) -> np.ndarray:
@@ -57,6 +63,12 @@ def test_pixels_that_were_scaled_for_calibration_only(tmp_path: Path) -> None:
         f" calibration; {evaluation.min():.4g} to {evaluation.max():.4g}, mean {evaluation.mean():.4g} in"
         " evaluation"
     )
+
+
+def test_a_figure_that_calibration_saw_decides_where_it_is_close_alone(tmp_path: Path) -> None:
+    calibration, evaluation = uniform(64, 1, 0), uniform(200, 255, 1)
+    assert warned(tmp_path, calibration, evaluation, seen=30.0) == warned(tmp_path, calibration, evaluation)
+    assert warned(tmp_path, calibration, evaluation, seen=1.0) is None
 
 
 def test_pixels_that_were_scaled_for_the_evaluation_only(tmp_path: Path) -> None:

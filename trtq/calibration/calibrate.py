@@ -41,8 +41,9 @@ from trtq.simulation.workers import Work
 NEVER_SEEN = "never-seen"
 """Rule of the plan for nodes that stay in floating point because calibration gives an input no range."""
 
-FEWEST_TO_CONFIRM = 64
-"""Rows that ranges of their own have to do better on, if there are so many."""
+LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB = 0.05, 0.5
+"""What must be gained on the rows held back: the second over the square root of their number, since what few
+rows gain is in part their own, and at least the first."""
 
 MOST_HELD_BACK = 256
 """Rows held back that everything is scored on, evenly spread: more would not tell more."""
@@ -131,7 +132,7 @@ def complete_table(job: Job, quantization: Quantization) -> Table:
         InputError: the model does not run on the data.
     """
     source = FloatGraph.of_graph(job.model, quantization.graph)
-    reached = reach_of(job, source)
+    reached = reach_of(job, source, known_statistics(job, quantization.plan, source))
     mixed = mixed_tensors(quantization.graph, reached)
     others = {
         name: float(scale_from_amax(amax))
@@ -155,8 +156,11 @@ def extents_of(job: Job, source: FloatGraph) -> dict[str, Extent]:
     return extents
 
 
-def reach_of(job: Job, source: FloatGraph) -> dict[str, float]:
+def reach_of(job: Job, source: FloatGraph, seen: Statistics | None = None) -> dict[str, float]:
     """Tensor -> its largest magnitude over all of the job's data, from the cache where it is there.
+
+    Args:
+        seen: statistics of some tensors over these data.
 
     Raises:
         InputError: the model does not run on the data.
@@ -165,7 +169,8 @@ def reach_of(job: Job, source: FloatGraph) -> dict[str, float]:
     if (content := job.cache.fetch(key)) is not None:
         found: dict[str, float] = json.loads(content)
         return found
-    reach = measure_reach(source.graph, job.data, workers=job.recipe.threads)
+    known = {} if seen is None else {name: histogram.amax for name, histogram in seen.histograms.items()}
+    reach = measure_reach(source.graph, job.data, known, workers=job.recipe.threads)
     job.cache.store(key, json.dumps(reach).encode())
     return reach
 
@@ -253,7 +258,8 @@ def _calibrated(job: Job, plan: Plan) -> Quantization:
     ranges = Ranges.of(job, plan, FloatGraph.of(job.model))
     rows = held_back(job) if job.recipe.method == AUTO else None
     choice, effort = best_method(job, ranges, rows), effort_of(job, plan)
-    made = with_own_ranges(job, ranges, ranges.fitted(choice.method), choice, rows, effort)
+    before = choice.sqnr_db.get(str(choice.method), math.nan)
+    made = with_own_ranges(job, ranges, ranges.fitted(choice.method), choice, rows, before, effort)
     effort.say(job.console)
     if CUT_SHORT not in made.notes:
         job.cache.store(key, Table(made.scales).to_bytes(), made.notes)
@@ -468,6 +474,7 @@ def with_own_ranges(
     start: Quantization,
     choice: Choice,
     rows: Rows | None,
+    before: float,
     effort: Effort,
     shares: Mapping[str, float] | None = None,
 ) -> Quantization:
@@ -479,6 +486,7 @@ def with_own_ranges(
     Args:
         start: the search begins here; it keeps its corrections of biases.
         rows: held back; only `auto` needs them.
+        before: the SQNR of `start` in dB on these.
         effort: what the search may still take.
         shares: as for `refine_ranges`.
 
@@ -507,7 +515,9 @@ def with_own_ranges(
         budget=job.budget,
         shares=shares,
     )
-    exceptions, confirmed = _confirmed(job, start, ranges.fitting, choice.method, refined.exceptions, rows)
+    exceptions, confirmed = _confirmed(
+        job, start, ranges.fitting, choice.method, refined.exceptions, rows, before
+    )
     better = f"{len(exceptions)} of {len(tensors)} tensors do better with their own"
     if confirmed is not None:
         better += f": {confirmed.before_db:.1f} -> {confirmed.after_db:.1f} dB on {confirmed.rows} rows"
@@ -557,25 +567,25 @@ def _confirmed(
     start: Method,
     found: Mapping[str, Method],
     rows: Rows,
+    before: float,
 ) -> tuple[dict[str, Method], Confirmation | None]:
     """The tensors whose own methods do better on other rows than those of the search: all that were found, or
-    those that each do better with the ones before it; while the budget lasts.
+    those that each do better with the ones before it; while the budget lasts. None where that gains too
+    little.
 
     Args:
-        rows: held back; where they are too few to tell, rows of all the data are taken.
+        rows: held back.
+        before: the SQNR without them on these rows.
     """
     kept: dict[str, Method] = {}
     if not found:
         return kept, None
-    if len(rows.samples) < FEWEST_TO_CONFIRM:
-        rows = _rows_of(job, job.data.spread(FEWEST_TO_CONFIRM))
     trials = Trials(rows, bare)
 
     def sqnr_db(exceptions: Mapping[str, Method]) -> float:
         return trials.sqnr_db(scales_from(statistics, start, exceptions))
 
-    before, together = sqnr_db(kept), sqnr_db(found)
-    best = before
+    best, together = before, sqnr_db(found)
     for tensor, method in found.items() if len(found) > 1 else ():
         if job.budget.over:
             break
@@ -584,7 +594,14 @@ def _confirmed(
             kept[tensor], best = method, score
     if together > best:
         kept, best = dict(found), together
+    if best < before + least_gain_db(len(rows.samples)):
+        kept, best = {}, before
     return kept, Confirmation(len(rows.samples), before, best)
+
+
+def least_gain_db(rows: int) -> float:
+    """What must be gained on so many rows held back for something to be kept."""
+    return max(LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB / math.sqrt(rows))
 
 
 def _choice_text(choice: Choice) -> str:

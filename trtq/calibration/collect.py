@@ -120,7 +120,7 @@ def collect_sharded(
         task = functools.partial(_statistics, collector, tuple(tensors), threads)
         for _, content in work.results(task, shards):
             total.merge(Statistics.from_bytes(content))
-    work.store(total.to_bytes(), shards)
+    work.store(content if len(shards) == 1 else total.to_bytes(), shards)
     return total
 
 

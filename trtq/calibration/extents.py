@@ -8,7 +8,8 @@ run.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -76,19 +77,29 @@ def measure_extents(
     return {tensor.name: found_of[tensor.name] for tensor in tensors}
 
 
-def measure_reach(graph: gs.Graph, samples: Samples, *, workers: int | None = None) -> dict[str, float]:
+def measure_reach(
+    graph: gs.Graph,
+    samples: Samples,
+    known: Mapping[str, float] = MappingProxyType({}),
+    *,
+    workers: int | None = None,
+) -> dict[str, float]:
     """`Extent.amax` over all of the samples, of each tensor of `measure_extents`: less to compute of each.
+
+    Args:
+        known: that of some tensors, which are not looked at again.
 
     Raises:
         InputError: the model does not run on the data.
     """
     tensors, _ = _looked_at(graph)
-    probe = _Probe(graph, tensors, [], ("highest", "lowest"))
-    total = probe.measured(samples, workers)
-    if not total:
-        return {}
-    ends = zip(total["lowest"].tolist(), total["highest"].tolist(), strict=True)
-    found = dict(zip(probe.tensors, (amax_of(low, high) for low, high in ends), strict=True))
+    probe = _Probe(
+        graph, [tensor for tensor in tensors if tensor.name not in known], [], ("highest", "lowest")
+    )
+    total, found = probe.measured(samples, workers), dict(known)
+    if total:
+        ends = zip(total["lowest"].tolist(), total["highest"].tolist(), strict=True)
+        found |= zip(probe.tensors, (amax_of(low, high) for low, high in ends), strict=True)
     return {tensor.name: found[tensor.name] for tensor in tensors}
 
 

@@ -1,4 +1,4 @@
-"""The inner loop of calibration, compiled with numba: extrema and bin counts in one pass over memory."""
+"""The inner loops of calibration, compiled with numba: each is one pass over memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _SHIFT = int32(23 - OCTAVE_BITS)
 _TURN = int32(LANES - 1)
 _FIRST_EQUAL = int32(LANES + (OCTAVES << OCTAVE_BITS))
 _OFFSET = int32(_FIRST_EQUAL - (1 << OCTAVE_BITS))
+
+_TO_INTEGER = np.float32(1.5 * 2**23)  # added and taken away, it rounds to the nearest, ties to even
 
 _CHUNK = 4096  # values whose bins stay in the first-level cache between the two loops over them
 
@@ -68,3 +70,44 @@ def count(
     slots[LANES - 1] = slots[:LANES].sum()
     slots[: LANES - 1] = 0
     return start
+
+
+@numba.njit(nogil=True, cache=True, boundscheck=False)
+def _quantize(values: NDArray[np.float32], scale: np.float32, codes: NDArray[np.float32]) -> None:
+    """A function of its own, since its loop then vectorises."""
+    low, high = np.float32(-128), np.float32(127)
+    for i in range(codes.size):
+        codes[i] = (min(max(values[i] / scale, low), high) + _TO_INTEGER) - _TO_INTEGER
+
+
+@numba.njit(nogil=True, cache=True, boundscheck=False)
+def add_sums(
+    values: NDArray[np.float32],
+    reads: NDArray[np.bool_],
+    scales: NDArray[np.float32],
+    sums: NDArray[np.float32],
+) -> None:
+    """Add up the rows of every plane that each kernel reads: their values, and their codes for each scale.
+
+    Codes are `numerics.quantize`'s, and their sums exact below 2**24.
+
+    Args:
+        values: (planes, rows * columns), finite.
+        reads: (rows, kernels).
+        scales: (scales,), > 0.
+        sums: (1 + scales, planes, kernels, columns); the first are of the values.
+    """
+    planes, rows, columns = values.shape[0], reads.shape[0], sums.shape[3]
+    codes = np.empty(rows * columns, np.float32)
+    for plane in range(planes):
+        for number in range(sums.shape[0]):
+            part = values[plane]
+            if number > 0:
+                _quantize(part, scales[number - 1], codes)
+                part = codes
+            for row in range(rows):
+                line = part[row * columns : (row + 1) * columns]
+                for kernel in range(reads.shape[1]):
+                    if reads[row, kernel]:
+                        for i in range(columns):
+                            sums[number, plane, kernel, i] += line[i]

@@ -47,12 +47,7 @@ def rewrite(
     Raises:
         InputError: a tensor of the plan has no scale, or the plan does not fit the graph.
     """
-    if missing := [t for t in plan.tensors if t not in scales]:
-        raise InputError(
-            f"{len(missing)} tensors of the plan have no scale in the table",
-            cause=f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
-            remedy="calibrate this model again; a table belongs to one model",
-        )
+    require_scales(plan, scales)
     graph, names = copied(graph), Names(graph)
     nodes = {node.name: node for node in graph.nodes}
     if unknown := ({e.node for e in plan.edges} | {w.node for w in plan.weights}) - nodes.keys():
@@ -87,6 +82,20 @@ def rewrite(
         name = names.tensor(f"{old.name}/{node}/corrected")
         nodes[node].inputs[index] = gs.Constant(name, values.astype(old.dtype))
     return in_order(cleaned(graph))
+
+
+def require_scales(plan: Plan, scales: Mapping[str, np.float32]) -> None:
+    """Refuse scales that lack a tensor of the plan.
+
+    Raises:
+        InputError: as said.
+    """
+    if missing := [t for t in plan.tensors if t not in scales]:
+        raise InputError(
+            f"{len(missing)} tensors of the plan have no scale in the table",
+            cause=f"missing: {', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
+            remedy="calibrate this model again; a table belongs to one model",
+        )
 
 
 def scales_as_inputs(graph: gs.Graph, plan: Plan) -> dict[str, str]:
@@ -151,6 +160,30 @@ def weight_scale(weight: NDArray, axis: int) -> NDArray[np.float32]:
     return scale_from_amax(amax_per_channel(weight, axis))
 
 
+def rounded_weight(
+    values: NDArray,
+    axis: int,
+    scale: NDArray[np.float32] | None = None,
+    codes: NDArray[np.int8] | None = None,
+) -> NDArray[np.floating]:
+    """A weight as a Q/DQ graph has it, dequantized; `scale` and `codes` as those given to `rewrite`."""
+    scale, codes = _scale_and_codes(values, axis, scale, codes)
+    return dequantize(codes, scale, axis=axis)
+
+
+def _scale_and_codes(
+    values: NDArray, axis: int, scale: NDArray[np.float32] | None, codes: NDArray[np.int8] | None
+) -> tuple[NDArray[np.floating], NDArray[np.int8]]:
+    """The scales of a weight in its dtype, its own unless some are given, and its codes: the nearest to it,
+    or to what those that are given stand for with the scales as they were."""
+    wanted = weight_scale(values, axis) if scale is None else scale
+    scale = _fitting(wanted, values.dtype)
+    if codes is None or not np.array_equal(scale, wanted):
+        values = values if codes is None else dequantize(codes, wanted, axis=axis)
+        codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
+    return scale, codes
+
+
 _BEFORE_CUT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 _CUTS = ("Gather", "Slice", "Split")
 
@@ -196,23 +229,16 @@ def _quantize_weight(
     dtype = values.dtype
     if not np.isfinite(values).all():
         raise InputError(f"the weight '{tensor.name}' holds NaN or infinite values")
-    wanted = weight_scale(values, axis) if scale is None else scale
-    scale = _fitting(wanted, dtype)
-    if codes is not None:  # they are of the scale that was wanted
-        codes = quantize(
-            dequantize(codes, wanted, axis=axis), scale.astype(np.float32), axis=axis, narrow=True
-        )
+    given, (scale, codes) = codes is not None, _scale_and_codes(values, axis, scale, codes)
     name = f"{tensor.name}/{axis}"
     constants = [
         gs.Constant(names.tensor(f"{name}/scale"), scale),
         gs.Constant(names.tensor(f"{name}/zero_point"), np.zeros(scale.shape, np.int8)),
     ]
     if form == "int8":
-        if codes is None:
-            codes = quantize(values.astype(np.float32), scale.astype(np.float32), axis=axis, narrow=True)
         quantized: gs.Tensor = gs.Constant(names.tensor(f"{name}/int8"), codes)
     else:
-        if codes is not None:
+        if given:
             rounded = dequantize(codes, scale.astype(np.float32), axis=axis).astype(dtype)
             tensor = gs.Constant(names.tensor(f"{name}/rounded"), rounded)
         quantized = _quantize_node(graph, names, tensor, constants, name, axis)

@@ -38,7 +38,7 @@ from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recovery.attempt import Attempt, Fruitless, attempt
 from trtq.recovery.ends import ends_of
-from trtq.recovery.fixes.fix import calibrated, fix
+from trtq.recovery.fixes.fix import HELD_BACK_DB, calibrated, fix
 from trtq.recovery.learning.learn import Checkpoint, learn
 from trtq.recovery.made import Made, made_once
 from trtq.recovery.partial import Search, given_away, is_searchable
@@ -326,7 +326,8 @@ class _Workflow:
         """Warn where an attempt does differently on the evaluation data and on calibration rows held back."""
         on_gpu = done.measured.executor == "engine"
         ran = done.folder / ("model.plan" if on_gpu else "model.int8.onnx")
-        if (text := gap(self.job, self.evaluation, done.measured, ran)) is not None:
+        seen = done.quantization.notes.get(HELD_BACK_DB)
+        if (text := gap(self.job, self.evaluation, done.measured, ran, seen)) is not None:
             self.job.console.warn(text)
 
     def attempt(self, step: str, make: Callable[[], Made]) -> Attempt | None:

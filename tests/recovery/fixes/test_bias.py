@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from small_graphs import Case, outputs, small_case
 
+from trtq.calibration import kernels
 from trtq.console import SILENT
 from trtq.graph.place import leave_out
 from trtq.graph.quantization import Quantization
-from trtq.numerics import fake_quantize
-from trtq.recovery.fixes.bias import correct_biases
+from trtq.numerics import fake_quantize, quantize
+from trtq.recovery.fixes.bias import correct_biases, mean_inputs
 
 
 def test_a_known_mean_error_is_taken_out(tmp_path: Path) -> None:
@@ -68,6 +69,54 @@ def test_every_layer_is_corrected_for_its_own_error_alone(tmp_path: Path, biased
     assert len(first.inputs) == 3
     np.testing.assert_array_equal(outputs(corrected.graph, case.samples), outputs(case.graph, case.samples))
     assert hidden in corrected.scales
+
+
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, object]]] = {
+    "pointwise": ((4, 5, 6), (3, 4, 1, 1), {}),
+    "depthwise": ((4, 7, 6), (4, 1, 3, 3), {"group": 4, "pads": [1, 1, 1, 1], "strides": [2, 2]}),
+    "uneven": ((4, 9, 8), (6, 2, 3, 2), {"group": 2, "pads": [1, 0, 2, 1], "strides": [2, 1]}),
+    "dilated": ((3, 9, 9), (2, 3, 3, 3), {"dilations": [2, 3], "pads": [2, 3, 2, 3]}),
+    "same upper": ((3, 8, 7), (2, 3, 4, 3), {"auto_pad": "SAME_UPPER", "strides": [3, 2]}),
+    "same lower": ((3, 8, 7), (2, 3, 4, 3), {"auto_pad": "SAME_LOWER", "strides": [3, 2]}),
+    "valid": ((3, 8, 7), (2, 3, 4, 3), {"auto_pad": "VALID"}),
+    "one axis": ((3, 9), (2, 3, 3), {"pads": [1, 1], "strides": [2]}),
+    "three axes": ((2, 5, 6, 7), (3, 2, 3, 1, 2), {"pads": [1, 0, 1, 0, 0, 1], "strides": [2, 1, 2]}),
+}
+"""Shapes of a row and of the weights, and attributes."""
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_every_convolution_has_the_mean_it_had(kind: str, tmp_path: Path) -> None:
+    row, weights, attributes = CONVOLUTIONS[kind]
+
+    def conv(case: Case) -> None:
+        nodes = (case.input("x", *row), case.weight(*weights), case.weight(weights[0]))
+        y = case.node("Conv", *nodes, kernel_shape=weights[2:], **attributes)
+        case.output(y, weights[0], *[None] * (len(row) - 1))
+
+    case = small_case(tmp_path, conv)
+    start = case.quantized()
+    one, other = (
+        replace(start, scales={"x": np.float32(s * start.scales["x"])}) for s in (0.3, 2)
+    )  # saturates; rounds
+    means = mean_inputs([one, other], case.samples, SILENT)
+    (expected,) = outputs(case.graph, case.samples)
+    axes = (0, *range(2, expected.ndim))
+    for quantization in (one, other):
+        before, after = (
+            outputs(q.rewritten(), case.samples)[0] for q in (quantization, means.corrected(quantization))
+        )
+        error = np.abs((before - expected).mean(axis=axes)).max()
+        assert np.abs((after - expected).mean(axis=axes)).max() < 1e-3 * error
+
+
+def test_codes_are_rounded_as_by_a_quantizer() -> None:
+    values = np.arange(-400, 400, dtype=np.float32).reshape(1, -1) / 4  # ties among them
+    sums = np.zeros((2, 1, 1, 800), np.float32)
+    scales = np.array([0.5], np.float32)
+    kernels.add_sums(values, np.ones((1, 1), np.bool_), scales, sums)
+    np.testing.assert_array_equal(sums[0, 0], values)
+    np.testing.assert_array_equal(sums[1, 0], quantize(values, scales[0]))
 
 
 def test_nothing_without_a_place_for_a_bias(tmp_path: Path) -> None:

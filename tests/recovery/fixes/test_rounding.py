@@ -69,11 +69,14 @@ def test_outputs_are_nearly_as_good_as_the_best_of_all_roundings(seed: int) -> N
     assert found.sum() < 6 * every.min(axis=0).sum()
 
 
-def test_the_columns_of_a_convolution_give_its_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "pads", [{"pads": [1, 0, 2, 1], "dilations": [1, 2]}, {"auto_pad": "SAME_UPPER"}], ids=str
+)
+def test_the_columns_of_a_convolution_give_its_output(pads: dict[str, object], tmp_path: Path) -> None:
     def conv(case: Case) -> None:
         x = case.input("x", 4, 7, 6)
         weight = case.weight(6, 2, 3, 2)
-        attributes = {"kernel_shape": [3, 2], "strides": [2, 1], "pads": [1, 0, 2, 1], "dilations": [1, 2]}
+        attributes = {"kernel_shape": [3, 2], "strides": [2, 1], **pads}
         case.output(case.node("Conv", x, weight, group=2, **attributes), 6, None, None)
 
     case = small_case(tmp_path, conv)

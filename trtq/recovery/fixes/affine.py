@@ -26,10 +26,10 @@ from trtq.calibration.refine import BATCH, LEAST_DB, LEAST_SHARE, Alone
 from trtq.calibration.search import Rows
 from trtq.data.batches import Arrays
 from trtq.graph.quantization import Correction, Quantization
-from trtq.graph.rewrite import scales_as_inputs, weight_scale
+from trtq.graph.rewrite import rounded_weight, scales_as_inputs
 from trtq.graph.selecting import instead_of_outputs
 from trtq.job import Job
-from trtq.numerics import INT8_MAX, dequantize, fake_quantize
+from trtq.numerics import INT8_MAX
 from trtq.recovery.fixes.channels import Bias, behind, bias_of, collect_channels
 from trtq.recovery.fixes.options import Option, options
 from trtq.recovery.fixes.sites import (
@@ -143,13 +143,11 @@ class _Reader:
 
     def weights(self, option: Option | None) -> NDArray[np.float32]:
         """As INT8 has them; by the codes that they have where they are not scaled."""
-        weight: NDArray[np.float32] = self._node.inputs[1].values
-        if option is not None and option.factors is not None:
-            weight = scaled_weight(self._node, option.factors, output=False).astype(np.float32)
-        elif self._codes is not None:
-            return dequantize(self._codes, weight_scale(weight, self.key[1]), axis=self.key[1])
-        scale = weight_scale(weight, self.key[1])
-        return fake_quantize(weight, scale, axis=self.key[1], narrow=True).astype(np.float32)
+        weight, axis = self._node.inputs[1].values, self.key[1]
+        if option is None or option.factors is None:
+            return rounded_weight(weight, axis, codes=self._codes)
+        scaled = scaled_weight(self._node, option.factors, output=False)
+        return rounded_weight(scaled.astype(np.float32), axis)
 
     def bias(self, own: Bias, option: Option | None) -> NDArray[np.float32]:
         """The bias that it has; behind an option with what the rounded weights make of the middle given back,

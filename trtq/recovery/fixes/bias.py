@@ -4,22 +4,22 @@ Rounding weights and saturating activations shift the mean of what a layer makes
 errors add up over many inputs where random ones cancel. What each INT8 layer makes of the float model's own
 activations, quantized minus float and averaged over calibration rows, is subtracted from its bias.
 
-Every layer stands beside its quantized twin in one graph, and both read the float activations::
+The mean of what a linear layer makes is what it makes of the mean of what it reads. Of a convolution's input
+every weight of the kernel reads other positions, and misses others where it reads padding, so that there is a
+mean for each::
 
-    x ─┬─ Conv ─ y ─ mean
-       └─ Q/DQ ─ Conv (INT8 weights) ─ y' ─ mean
+    error = W'·E[x'] - W·E[x]        x', W' behind their quantizers
 
-so all layers are corrected in one pass, and none makes up for an error that another one makes up for, too. To
-measure instead, layer by layer, behind the quantized and already corrected layers costs a pass per layer, and
-on networks with many of them the noise of few rows adds up. Where a layer treats every position alike, the
-mean stands in front of the twin, which then costs next to nothing.
+One pass over the float model gives the means of all layers, behind the quantizers of several quantizations if
+need be; other weights need no further one. No layer makes up for an error that another one makes up for, too.
+To measure instead, layer by layer, behind the quantized and already corrected layers costs a pass per layer,
+and on networks with many of them the noise of few rows adds up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -30,131 +30,189 @@ from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.graph.names import Names
 from trtq.graph.quantization import Correction, Quantization
-from trtq.recovery.fixes.channels import Bias, bias_of, is_linear
+from trtq.graph.rewrite import require_scales, rounded_weight
+from trtq.recovery.fixes.channels import Bias, Vector, bias_of, is_linear
+from trtq.recovery.fixes.windows import reads
 from trtq.simulation.rows import Runner
 
 MOST_ROWS = 256
 """Rows that means are taken over, evenly spread over the samples."""
 
+_Read = tuple[str, np.float32 | None]
+"""Name of a linear node, and the scale behind whose quantizer it reads; None: it reads floats."""
+
 
 def correct_biases(
     quantization: Quantization, samples: Samples, console: Console, *, workers: int | None = None
 ) -> Quantization:
-    """The quantization with biases that make up for the mean error of each INT8 layer.
+    """`MeanInputs.corrected` with the means of some samples; see `mean_inputs` for the arguments."""
+    return mean_inputs([quantization], samples, console, workers=workers).corrected(quantization)
 
-    Plan, scales and the function of the float graph are as before: a corrected bias stands in the Q/DQ model
-    only, and only where its layer is INT8. A layer without a bias gets one if that is an input of its own
-    (Conv, Gemm); a MatMul without an Add behind it stays as it is. Returns `quantization` itself where no
-    layer has a bias.
+
+@dataclass(frozen=True)
+class MeanInputs:
+    """What the linear layers of a float graph read, on average over rows and positions.
+
+    Attributes:
+        means: float64 (inputs of all groups, kernel), flat.
+    """
+
+    means: Mapping[_Read, Vector]
+
+    def corrected(self, quantization: Quantization) -> Quantization:
+        """The quantization with biases that make up for the mean error of each INT8 layer.
+
+        Plan, scales and the function of the float graph are as before: a corrected bias stands in the Q/DQ
+        model only, and only where its layer is INT8. A layer without a bias gets one if that is an input of
+        its own (Conv, Gemm); a MatMul without an Add behind it stays as it is. Returns `quantization` itself
+        where no layer has a bias.
+
+        Args:
+            quantization: one that the means were measured for, perhaps with other codes; corrections that it
+                has are replaced.
+        """
+        if quantization.corrections:
+            quantization = replace(quantization, corrections={})
+        graph = quantization.graph.copy()
+        biases = _biases(graph, quantization)
+        if not biases:
+            return quantization
+        weights = _rounded_weights(quantization, {layer: node for layer, (node, _) in biases.items()})
+        scales = _scales(quantization)
+        errors = {
+            layer: _product(
+                node, weights.get(layer, node.inputs[1].values), self.means[layer, scales.get(layer)]
+            )
+            - _product(node, node.inputs[1].values, self.means[layer, None])
+            for layer, (node, _) in biases.items()
+        }
+        if all(len(bias.node.inputs) > bias.index for _, bias in biases.values()):
+            graph = quantization.graph  # all of them have a bias already
+        names = Names(graph)
+        for _, bias in biases.values():
+            bias.make(names)
+        corrections = {
+            layer: Correction(bias.node.name, bias.index, (bias.values - errors[layer]).astype(np.float32))
+            for layer, (_, bias) in biases.items()
+        }
+        return replace(quantization, graph=graph, corrections=corrections)
+
+
+def mean_inputs(
+    quantizations: Sequence[Quantization], samples: Samples, console: Console, *, workers: int | None = None
+) -> MeanInputs:
+    """What the INT8 layers of quantizations with one graph and plan read, on average.
 
     Args:
-        quantization: its graph computes the float model's function; corrections that it has are replaced.
+        quantizations: their graph computes the float model's function.
         samples: an evenly spread part of them is used.
         workers: rows run at once; default: one for each processor.
+
+    Raises:
+        InputError: a tensor of the plan has no scale, or the model does not run on the samples.
     """
-    if quantization.corrections:
-        quantization = replace(quantization, corrections={})
-    graph = quantization.graph.copy()
-    int8 = set(quantization.plan.int8_nodes)
-    biases = {
-        node.name: bias
-        for node in graph.nodes
-        if node.name in int8
-        and is_linear(node)
-        and node.outputs[0].shape is not None
-        and (bias := bias_of(graph, node)) is not None
-    }
-    if not biases:
-        return quantization
-    errors = _mean_errors(quantization, biases, samples, console, workers)
-    if all(len(bias.node.inputs) > bias.index for bias in biases.values()):
-        graph = quantization.graph  # all of them have a bias already
-    names = Names(graph)
-    for bias in biases.values():
-        bias.make(names)
-    corrections = {
-        name: Correction(bias.node.name, bias.index, (bias.values - errors[name]).astype(np.float32))
-        for name, bias in biases.items()
-    }
-    return replace(quantization, graph=graph, corrections=corrections)
-
-
-def _mean_errors(
-    quantization: Quantization,
-    biases: Mapping[str, Bias],
-    samples: Samples,
-    console: Console,
-    workers: int | None,
-) -> dict[str, NDArray[np.float64]]:
-    """Node -> mean over rows and positions of its twin's output minus its own, shape (channels,)."""
-    graph = _with_twins(quantization, biases)
-    runner = Runner(graph)
+    graph = quantizations[0].graph
+    nodes = [node for node, _ in _biases(graph, quantizations[0]).values()]
+    if not nodes:
+        return MeanInputs({})
+    for quantization in quantizations:
+        require_scales(quantization.plan, quantization.scales)
+    scales = [_scales(quantization) for quantization in quantizations]
+    wanted = {n.name: list(dict.fromkeys(of[n.name] for of in scales if n.name in of)) for n in nodes}
+    given = {tensor.name for tensor in graph.inputs}
+    tensors = dict.fromkeys(node.inputs[0].name for node in nodes)
+    runner = Runner(graph, [name for name in tensors if name not in given] or None, reuse=True)
     samples = samples.spread(MOST_ROWS)
     part = list(samples.batches())
     part = [batch for batch in part if not batch.padding] or part  # rows that only fill up would count
     rows = sum(batch.rows for batch in part)
 
-    def share(batch: Batch, means: Arrays) -> tuple[int, list[NDArray[np.float64]]]:
-        own = [means[tensor.name].astype(np.float64) * (batch.rows / rows) for tensor in graph.outputs]
-        return batch.rows, own
+    def share(batch: Batch, found: Arrays) -> tuple[int, list[NDArray[np.float64]]]:
+        values = batch.feed | found
+        own = [_mean_reads(node, values[node.inputs[0].name], wanted[node.name]) for node in nodes]
+        return batch.rows, [mean * (batch.rows / rows) for mean in own]
 
-    shares = []
+    total: list[NDArray[np.float64]] = []
     with console.progress("bias", rows) as advance:
         for done, own in runner.over(samples, part, share, workers=workers):
             advance(done)
-            shares.append(own)
-    means = [np.sum(parts, axis=0) for parts in zip(*shares, strict=True)]
-    return dict(zip(biases, means, strict=True))
+            total = [sums + mean for sums, mean in zip(total, own, strict=True)] if total else own
+    means = zip(nodes, total, strict=True)
+    return MeanInputs(
+        {
+            (node.name, scale): of_scale
+            for node, found in means
+            for scale, of_scale in zip([None, *wanted[node.name]], found, strict=True)
+        }
+    )
 
 
-def _with_twins(quantization: Quantization, biases: Mapping[str, Bias]) -> gs.Graph:
-    """The float graph with a quantized twin of each node of `biases`; its outputs are their mean errors."""
-    graph = quantization.rewritten()
-    names = Names(quantization.graph, graph)
-    nodes, tensors = {node.name: node for node in graph.nodes}, graph.tensors()
-    quantized = quantization.plan.inputs
-    graph.outputs = []
-    for original in quantization.graph.nodes:
-        node = nodes[original.name]
-        if node.name in biases:
-            axis, rank = biases[node.name].axis, len(node.outputs[0].shape)
-            others = [i for i in range(rank) if i != axis % rank]
-            inputs = list(node.inputs)
-            if _is_pointwise(node):
-                inputs[0] = _mean(graph, names, inputs[0], others, keepdims=1)
-            twin = _added(graph, names, node.op, f"{node.name}/twin", inputs, dict(node.attrs))
-            means = [_mean(graph, names, tensor, others) for tensor in (twin, node.outputs[0])]
-            graph.outputs.append(_added(graph, names, "Sub", f"{node.name}/error", means, {}))
-        for index, tensor in enumerate(original.inputs):
-            if (node.name, index) in quantized:
-                if tensor.name not in tensors:
-                    tensors[tensor.name] = tensor.copy()
-                node.inputs[index] = tensors[tensor.name]
-    return graph.cleanup(remove_unused_graph_inputs=False).toposort()
+def _biases(graph: gs.Graph, quantization: Quantization) -> dict[str, tuple[gs.Node, Bias]]:
+    """Name -> node and bias, of each INT8 layer of the graph that has a place for one."""
+    int8 = set(quantization.plan.int8_nodes)
+    return {
+        node.name: (node, bias)
+        for node in graph.nodes
+        if node.name in int8 and is_linear(node) and (bias := bias_of(graph, node)) is not None
+    }
 
 
-def _is_pointwise(node: gs.Node) -> bool:
-    """Whether a linear node's mean over positions is what it makes of its input's mean."""
-    if node.op != "Conv":
-        return True
-    pads, strides = node.attrs.get("pads", []), node.attrs.get("strides", [])
-    return set(node.inputs[1].shape[2:]) == {1} and not any(pads) and all(step == 1 for step in strides)
+def _scales(quantization: Quantization) -> dict[str, np.float32]:
+    """Node -> the scale of its first input, where that is quantized."""
+    edges = [edge for edge in quantization.plan.edges if edge.index == 0]
+    return {edge.node: np.float32(quantization.scales[edge.range]) for edge in edges}
 
 
-def _mean(
-    graph: gs.Graph, names: Names, tensor: gs.Variable, axes: list[int], keepdims: int = 0
-) -> gs.Variable:
-    name, attrs = f"{tensor.name}/mean", {"keepdims": keepdims}
-    if graph.opset < 18:
-        return _added(graph, names, "ReduceMean", name, [tensor], {**attrs, "axes": axes})
-    constant = gs.Constant(names.tensor(f"{name}/axes"), np.array(axes, np.int64))
-    return _added(graph, names, "ReduceMean", name, [tensor, constant], attrs)
+def _rounded_weights(quantization: Quantization, nodes: Mapping[str, gs.Node]) -> dict[str, NDArray]:
+    """Node -> its weights as its codes give them, where they are quantized."""
+    found = {}
+    for weight in quantization.plan.weights:
+        if weight.node in nodes and weight.index == 1:
+            key, values = (weight.tensor, weight.axis), nodes[weight.node].inputs[1].values
+            scales, codes = quantization.weight_scales.get(key), quantization.codes.get(key)
+            found[weight.node] = rounded_weight(values, weight.axis, scales, codes)
+    return found
 
 
-def _added(
-    graph: gs.Graph, names: Names, op: str, name: str, inputs: list[gs.Tensor], attrs: dict[str, Any]
-) -> gs.Variable:
-    """The float32 output of a node that is new in the graph."""
-    output = gs.Variable(names.tensor(name), np.float32)
-    graph.nodes.append(gs.Node(op, names.node(name), attrs, inputs, [output]))
-    return output
+def _product(node: gs.Node, weights: NDArray, means: Vector) -> Vector:
+    """What a linear node makes of one position, without its bias."""
+    if node.op == "Conv":
+        groups = node.attrs.get("group", 1)
+        matrices = weights.reshape(groups, len(weights) // groups, -1)
+    else:
+        matrices = (weights if node.attrs.get("transB", 0) else weights.T)[None]
+    return np.matmul(matrices.astype(np.float64), means.reshape(len(matrices), -1, 1)).reshape(-1)
+
+
+def _mean_reads(node: gs.Node, values: NDArray, scales: Sequence[np.float32]) -> NDArray[np.float64]:
+    """What a linear node reads of its input's values on average, as they are and behind quantizers of these
+    scales: (1 + scales, inputs * kernel)."""
+    if node.op == "Conv":
+        along = reads(node, values.shape[2:])
+        if len(along) == 1:
+            values, along = values[:, :, None], [np.ones((1, 1)), *along]
+        means: NDArray = _sums(values, along[-2], scales)
+        for axis, read in enumerate(along, 3):
+            if axis != means.ndim - 2:  # that of `_sums`
+                means = np.moveaxis(np.tensordot(means, read, (axis, 0)), -1, axis)
+        means = means.sum(axis=1) * (along[-2].max(initial=0.0) / len(values))
+    else:
+        rows = values.reshape(1, -1, values.shape[-1])
+        means = _sums(rows, np.ones((rows.shape[1], 1)), scales) / np.float64(rows.shape[1])
+    return means.reshape(len(means), -1) * np.array([1, *scales], np.float64)[:, None]
+
+
+def _sums(values: NDArray, read: NDArray, scales: Sequence[np.float32]) -> NDArray[np.float32]:
+    """What each weight along the last axis but one reads there in all, as values and as codes: (1 + scales,
+    ..., kernel, columns).
+
+    Args:
+        read: as `windows.reads`.
+    """
+    from trtq.calibration import kernels
+
+    *outer, rows, columns = values.shape
+    planes = np.ascontiguousarray(values, np.float32).reshape(-1, rows * columns)
+    sums = np.zeros((1 + len(scales), len(planes), read.shape[1], columns), np.float32)
+    kernels.add_sums(planes, read > 0, np.array(scales, np.float32), sums)
+    return sums.reshape(len(sums), *outer, -1, columns)

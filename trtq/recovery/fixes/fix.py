@@ -32,6 +32,7 @@ from trtq.calibration.calibrate import (
     held_back,
     is_calibrated,
     keep_statistics,
+    least_gain_db,
     ranged,
     serves,
     with_float32_nodes,
@@ -49,7 +50,7 @@ from trtq.graph.quantization import Quantization
 from trtq.graph.weights import graph_sha256
 from trtq.job import Job
 from trtq.recovery.fixes.affine import insert_affine, is_affordable
-from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.bias import MeanInputs, correct_biases, mean_inputs
 from trtq.recovery.fixes.channels import Changed
 from trtq.recovery.fixes.rounding import round_weights
 from trtq.recovery.fixes.shift import shift
@@ -76,22 +77,20 @@ PASSES = (Pass("shift", shift), Pass("smooth", smooth))
 AFFINE, ROUNDING, BIAS = "affine", "rounding", "bias"
 """What inserted scales, the rounding of weights and the bias correction are called beside the passes."""
 
-LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB = 0.05, 0.5
-"""What a fix must gain on the rows held back: the second over the square root of their number, since what few
-rows gain is in part their own, and at least the first."""
-
 JUDGED_MACS, JUDGED_ROWS = 1e10, (32, 256)
 """Multiply-accumulates of the rows that biases are corrected and weights rounded on to judge what is tried,
-and the fewest and most of these rows; biases that are kept are corrected on all."""
+and the fewest and most of these rows; biases that are kept are corrected on twice as many. EfficientNet-Lite0
+reaches 22.2 dB with those of 32 rows, 22.1 with 64 and with 100."""
 
 CLOSE_DB, MOST_METHODS = 1.0, 3
-"""With `auto`, biases are corrected with so many methods that are so close to the best."""
-
+"""With `auto`, biases are corrected with so many methods that are so close to the best. Where they gain more
+than this, nothing more is judged without them."""
 
 AS_CALIBRATED = "as calibrated"
 
-FIXES, FIXES_DB = "fixes", "fixes_sqnr_db"
-"""Notes of a quantization: what fixed it, and the SQNR of all that was tried on the rows held back."""
+FIXES, FIXES_DB, HELD_BACK_DB = "fixes", "fixes_sqnr_db", "held_back_sqnr_db"
+"""Notes of a quantization: what fixed it, and on the rows held back the SQNR of all that was tried, and that
+of the outputs with what was kept."""
 
 
 def calibrated(job: Job, plan: Plan) -> Quantization:
@@ -160,11 +159,11 @@ def fix(job: Job, start: Quantization) -> Made:
         return Made(None, not job.budget.over, "no place was found where inserted operators help")
     names = [name for name in before.split(" + ") if name not in (AS_CALIBRATED, ROUNDING, BIAS)]
     names.append(AFFINE)
-    bare, workers = replace(changed, corrections={}, codes={}), job.recipe.threads
-    rounded = round_weights(bare, _judged(job, bare.plan), workers=workers)
-    made = {before: start}
+    bare = replace(changed, corrections={}, codes={})
+    rounded = round_weights(bare, _judged(job, bare.plan), workers=job.recipe.threads)
+    means, made = mean_inputs([bare], job.data, SILENT, workers=job.recipe.threads), {before: start}
     for own, variant in ((BIAS, bare), (f"{ROUNDING} + {BIAS}", rounded)):
-        made[" + ".join([*names, own])] = correct_biases(variant, job.data, SILENT, workers=workers)
+        made[" + ".join([*names, own])] = means.corrected(variant)
     rows = held_back(job)
     tried = {name: rows.sqnr_db(q, job.console, name) for name, q in made.items()}
     after = max(tried, key=lambda name: tried[name])
@@ -192,11 +191,6 @@ def beside_the_table(notes: Mapping[str, Any]) -> list[str]:
     return [
         text for name, text in ((ROUNDING, "rounded weights"), (BIAS, "corrected biases")) if name in names
     ]
-
-
-def least_gain_db(rows: int) -> float:
-    """What a fix must gain on so many rows held back to be kept."""
-    return max(LEAST_GAIN_DB, GAIN_OF_ONE_ROW_DB / math.sqrt(rows))
 
 
 def _key(job: Job, plan: Plan) -> Key:
@@ -242,7 +236,7 @@ class _Work:
         """Whether one fix fits, with what it is compared with, and with the biases corrected at the end."""
         e = self.effort
         parts = [e.plain(self.held), e.quantized(self.held), e.corrected(self.judged), e.quantized(self.held)]
-        return e.takes("fixes", *parts, e.corrected(self.fitting))
+        return e.takes("fixes", *parts, e.corrected(2 * self.judged))
 
     def fits_choice(self) -> bool:
         """Whether all methods can be compared again."""
@@ -251,9 +245,9 @@ class _Work:
     def fits(self, what: Method | Pass | None, label: str, *, first: bool) -> bool:
         """Whether a step fits; the first one, which `fits_any` counted, does."""
         e = self.effort
-        parts = [e.corrected(self.judged), e.quantized(self.held)]
+        parts = [e.quantized(self.held)]
         if isinstance(what, Pass):  # channels, statistics of both parts
-            parts += [e.plain(0), e.plain(self.fitting), e.plain(self.held)]
+            parts += [e.corrected(self.judged), e.plain(0), e.plain(self.fitting), e.plain(self.held)]
         elif what is None:  # moments, and codes for each layer
             parts += [e.plain(self.judged)]
         return first or e.takes(label, *parts)
@@ -273,6 +267,7 @@ class _Improved:
         ranges: of its graph.
         choice: the method of these ranges.
         names: what helps: passes in their order, then rounding and the bias correction.
+        sqnr_db: on the rows held back.
         tried: SQNR in dB on the rows held back of everything that was tried.
         shares: tensor -> its part of the noise; None where no pass asked for it.
         whole: False where the budget was spent before everything was.
@@ -282,6 +277,7 @@ class _Improved:
     ranges: Ranges
     choice: Choice
     names: tuple[str, ...]
+    sqnr_db: float
     tried: Mapping[str, float]
     shares: Mapping[str, float] | None
     whole: bool
@@ -293,8 +289,8 @@ class _Improved:
 
 
 def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work) -> _Improved:
-    """The passes that help on the rows held back, one on top of the other, each with biases corrected and
-    without.
+    """The passes that help on the rows held back, one on top of the other, each with biases corrected, and
+    without where these gain little.
 
     Biases come first, with each method that they may make the best one: what is left of the noise behind them
     is another than what the methods were compared by. Where passes do as well without them, the methods are
@@ -309,9 +305,15 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
     if math.isnan(best):
         best = rows.sqnr_db(kept, job.console, AS_CALIBRATED)
     tried[AS_CALIBRATED], least = best, least_gain_db(len(rows.samples))
-    steps: list[Method | Pass | None] = [*_contenders(choice), *PASSES, None]
+    methods = _contenders(choice)
+    steps: list[Method | Pass | None] = [*methods, *PASSES, None]
+    means: MeanInputs | None = None  # what layers of `kept` read
     shares: Mapping[str, float] | None = None
     measured = False
+
+    def measured_means(*quantizations: Quantization) -> MeanInputs:
+        return mean_inputs(quantizations, judged, SILENT, workers=job.recipe.threads)
+
     for what in steps:
         if job.budget.over:
             job.console.warn("the budget was spent before every fix was tried")
@@ -327,9 +329,12 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
                 tried |= {" + ".join((name, *passes)): db for name, db in again.sqnr_db.items()}
                 if (reached := again.sqnr_db[str(again.method)]) >= best + least:
                     kept, names, best, method = ranges.fitted(again.method), passes, reached, again.method
+                    means = None
         wanted, other = tuple(name for name in names if name not in (BIAS, ROUNDING)), None
         if isinstance(what, Method):
             changed = ranges.fitted(what)
+            means = means or measured_means(*map(ranges.fitted, methods))  # one pass is enough for all
+            read = means
         elif isinstance(what, Pass):
             if not measured:
                 shares, measured = _shares(job, kept) if work.fits_shares() else None, True
@@ -337,15 +342,17 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
             if other is None:
                 continue
             changed, wanted = other.fitted(method), (*wanted, what.name)
+            read = measured_means(changed)
         else:
             changed = replace(kept, corrections={})
             rounded = round_weights(changed, judged, workers=job.recipe.threads)
             if rounded is changed:
                 continue
             changed, wanted = rounded, (*wanted, ROUNDING)
-        corrected = correct_biases(changed, judged, SILENT, workers=job.recipe.threads)
+            read = means or measured_means(changed)
+        corrected = read.corrected(changed)
         variants = {} if corrected is changed else {(*wanted, BIAS): corrected}
-        if wanted:
+        if wanted and not (BIAS in names and best > tried[AS_CALIBRATED] + CLOSE_DB):
             variants[wanted] = changed
         for own, variant in variants.items():
             label = " + ".join((str(what), *own) if isinstance(what, Method) else own)
@@ -354,7 +361,8 @@ def _improved(job: Job, ranges: Ranges, choice: Choice, rows: Rows, work: _Work)
                 kept, names, best = variant, own, tried[label]
                 method = what if isinstance(what, Method) else method
                 ranges = ranges if other is None else other
-    found = _Improved(kept, ranges, replace(choice, method=method), names, tried, shares, whole)
+                means = read
+    found = _Improved(kept, ranges, replace(choice, method=method), names, best, tried, shares, whole)
     seconds = time.perf_counter() - started
     job.console.say("fixes", f"{found.text()}, on {len(rows.samples)} rows held back in {seconds:.1f} s")
     return found
@@ -369,6 +377,12 @@ def _rows_to_judge(job: Job, plan: Plan) -> int:
     fewest, most = JUDGED_ROWS
     rows = int(min(max(JUDGED_MACS / max(plan.macs_per_row, 1), fewest), most))
     return min(rows, len(job.parts[0]))
+
+
+def _corrected(job: Job, made: Quantization) -> Quantization:
+    """A quantization that is kept, with its biases corrected."""
+    samples = job.data.spread(2 * _rows_to_judge(job, made.plan))
+    return correct_biases(made, samples, SILENT, workers=job.recipe.threads)
 
 
 def _named(what: Method | Pass | None) -> str:
@@ -410,14 +424,15 @@ def _changed(job: Job, ranges: Ranges, change: Pass, shares: Mapping[str, float]
 
 
 def _finished(job: Job, found: _Improved, rows: Rows, effort: Effort) -> Quantization:
-    """What helps, with its own ranges found and its biases corrected from all rows."""
+    """What helps, with its own ranges found and its biases corrected."""
     if found.ranges.bare.graph is not job.model.graph:
         keep_statistics(job, found.ranges)
     start = replace(found.quantization, notes=found.ranges.bare.notes)
-    made = with_own_ranges(job, found.ranges, start, found.choice, rows, effort, found.shares)
+    made = with_own_ranges(job, found.ranges, start, found.choice, rows, found.sqnr_db, effort, found.shares)
     if BIAS in found.names:
-        made = correct_biases(made, job.data, SILENT, workers=job.recipe.threads)
+        made = _corrected(job, made)
     notes = {**made.notes, "held_back": len(rows.samples), FIXES_DB: dict(found.tried)}
     notes |= {FIXES: " + ".join(found.names)} if found.names else {}
+    notes |= {HELD_BACK_DB: found.sqnr_db} if rows.tensors is None else {}
     notes |= {} if found.whole else {CUT_SHORT: True}
     return replace(made, notes=notes)

@@ -27,6 +27,9 @@ from trtq.recovery.fixes.channels import Channels, Vector
 from trtq.recovery.fixes.sites import Affine, Site
 from trtq.recovery.fixes.smooth import EXPONENTS, NARROWER, balanced, by_input, error_behind, rounding_noise
 
+MOST_VALUES = 1 << 20
+"""Of so many values of a tensor options are compared; of wide ones at fewer positions."""
+
 LEAST_FACTOR = 1 / 256
 """Factors below this share of a tensor's largest are raised to it."""
 
@@ -105,7 +108,8 @@ def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: fl
     Args:
         amax: of the tensor's range as it is.
     """
-    values, usual = channels.values, np.median(channels.values, axis=0).astype(np.float64)
+    values = channels.values[:: -(-channels.values.size // MOST_VALUES)]
+    usual = np.median(values, axis=0).astype(np.float64)
     low, high = (np.asarray(end, np.float64) for end in (channels.low, channels.high))
     largest = np.maximum(-low, high)
     low, high = np.minimum(low, 0), np.maximum(high, 0)
@@ -133,7 +137,7 @@ def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: fl
     for option in tried:
         share = error(option) / whole if whole else 1
         if share < 1 and all(abs(share - other.share) > 0.02 * other.share for other in found):
-            found.append(replace(option, share=share))
+            found.append(replace(option, values=channels.values, share=share))
     return sorted(found, key=lambda option: option.share)
 
 

@@ -13,7 +13,7 @@ error is constant over rows belongs to the bias (see `bias`), so that H is about
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,18 +24,20 @@ from trtq.data.batches import Arrays, Batch
 from trtq.data.samples import Samples
 from trtq.graph.quantization import Quantization
 from trtq.graph.rewrite import weight_scale
-from trtq.numerics import fake_quantize
+from trtq.numerics import quantize
 from trtq.recovery.fixes.channels import bias_of, is_linear, weight_matrix
+from trtq.recovery.fixes.windows import windows
 from trtq.simulation.rows import Runner, Workers
 
-MOST_ROWS, POSITIONS = 256, 4096
-"""Rows, evenly spread, that inputs are looked at on, and positions of them (pixels, tokens)."""
+MOST_ROWS, POSITIONS, POSITIONS_PER_INPUT = 256, 4096, 16
+"""Rows, evenly spread, that inputs are looked at on, and about how many positions of them (pixels, tokens) at
+most, in all and for each weight of an output."""
 
 MOST_INPUTS = 4096
 """Layers with more weights for each output are rounded to the nearest."""
 
 MOST_BYTES = 1 << 28
-"""Memory for the second moments of the layers that one pass over the rows looks at."""
+"""Memory for the inputs of the layers that one pass over the rows looks at."""
 
 DAMPING = 0.01
 """Part of the mean second moment that is added to all, as few positions leave some directions without any."""
@@ -43,8 +45,11 @@ DAMPING = 0.01
 BLOCK = 64
 """Weights whose errors are passed on to all later ones at once."""
 
-Moments = NDArray[np.float64]
-"""(groups, inputs + 1, inputs + 1): sums over positions of products of a layer's inputs and a constant 1."""
+EXACT = 1024
+"""Products of two codes whose sum float32 holds exactly."""
+
+Codes = NDArray[np.int8]
+"""(groups, positions, inputs): what a layer multiplies at some positions, in steps of its scale."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,13 @@ class _Layer:
         return int(inputs * kernel)
 
     @property
+    def positions(self) -> int:
+        """How many positions are looked at."""
+        return min(POSITIONS, POSITIONS_PER_INPUT * self.inputs)
+
+    @property
     def bytes(self) -> int:
-        return 8 * len(weight_matrix(self.node)) * (self.inputs + 1) ** 2
+        return len(weight_matrix(self.node)) * self.inputs * self.positions
 
 
 def round_weights(
@@ -83,11 +93,10 @@ def round_weights(
     layers = _layers(quantization)
     codes = {}
     for part in _parts(layers):
-        moments = _moments(quantization.graph, part, samples.spread(MOST_ROWS), workers)
-        finite = [layer for layer in part if np.isfinite(moments[layer.node.name]).all()]
-        pairs = [(layer, moments[layer.node.name]) for layer in finite]
+        inputs = _inputs(quantization.graph, part, samples.spread(MOST_ROWS), workers)
+        pairs = [(layer, seen) for layer, seen in zip(part, inputs, strict=True) if seen is not None]
         rounded = Workers(workers).map(lambda pair: _rounded(*pair), pairs)
-        for layer, found in zip(finite, rounded, strict=True):
+        for (layer, _), found in zip(pairs, rounded, strict=True):
             if found is not None:
                 codes[layer.node.inputs[1].name, layer.axis] = found
     return replace(quantization, codes=codes) if codes else quantization
@@ -100,7 +109,7 @@ def _layers(quantization: Quantization) -> list[_Layer]:
     found = []
     for node in graph.nodes:
         known = node.name in axes and (node.name, 0) in ranges and is_linear(node)
-        if not known or (node.op == "Conv" and not _is_plain(node)):
+        if not known or (node.op == "Conv" and len(node.inputs[1].shape) != 4):
             continue
         key = (node.inputs[1].name, axes[node.name])
         layer = _Layer(
@@ -114,13 +123,8 @@ def _layers(quantization: Quantization) -> list[_Layer]:
     return found
 
 
-def _is_plain(node: gs.Node) -> bool:
-    """Whether a Conv's padding is written out, and it has two dimensions."""
-    return len(node.inputs[1].shape) == 4 and node.attrs.get("auto_pad", "NOTSET") == "NOTSET"
-
-
 def _parts(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
-    """The layers in parts whose moments fit into memory."""
+    """The layers in parts whose inputs fit into memory."""
     part: list[_Layer] = []
     for layer in layers:
         if part and sum(each.bytes for each in [*part, layer]) > MOST_BYTES:
@@ -131,34 +135,31 @@ def _parts(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
         yield part
 
 
-def _moments(
+def _inputs(
     graph: gs.Graph, layers: Sequence[_Layer], samples: Samples, workers: int | None
-) -> Mapping[str, Moments]:
-    """Node -> its moments over evenly spread positions of some rows."""
+) -> list[Codes | None]:
+    """The inputs of each layer at evenly spread positions of some rows; None where some are not finite."""
     batches = list(samples.batches())
-    each = max(POSITIONS // len(batches), 1)
     given = {tensor.name for tensor in graph.inputs}
     names = dict.fromkeys(layer.node.inputs[0].name for layer in layers)
 
-    def look(batch: Batch, found: Arrays) -> list[NDArray[np.float32]]:
-        return [_products(layer, (batch.feed | found)[layer.node.inputs[0].name], each) for layer in layers]
+    def look(batch: Batch, found: Arrays) -> list[Codes | None]:
+        values = batch.feed | found
+        return [
+            _seen(layer, values[layer.node.inputs[0].name], max(layer.positions // len(batches), 1))
+            for layer in layers
+        ]
 
     runner = Runner(graph, [name for name in names if name not in given] or None)
-    sums: list[Moments] = []
-    for products in runner.over(samples, batches, look, workers=workers):
-        if not sums:
-            sums = [array.astype(np.float64) for array in products]
-        else:
-            for total, array in zip(sums, products, strict=True):
-                total += array
-    return {layer.node.name: total for layer, total in zip(layers, sums, strict=True)}
+    parts = list(runner.over(samples, batches, look, workers=workers))
+    columns = zip(*parts, strict=True)
+    return [None if any(part is None for part in of) else np.concatenate(of, axis=1) for of in columns]
 
 
-def _products(layer: _Layer, values: NDArray, each: int) -> NDArray[np.float32]:
-    """The moments of a layer's quantized inputs at up to `each` positions of one batch."""
-    columns = fake_quantize(_columns(layer.node, values, each).astype(np.float32), layer.scale)
-    columns = np.concatenate([columns, np.ones_like(columns[..., :1])], axis=2)
-    return np.matmul(columns.transpose(0, 2, 1), columns)
+def _seen(layer: _Layer, values: NDArray, each: int) -> Codes | None:
+    """A layer's inputs at up to `each` positions of one batch."""
+    columns = np.ascontiguousarray(_columns(layer.node, values, each), np.float32)
+    return quantize(columns, layer.scale) if np.isfinite(columns).all() else None
 
 
 def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
@@ -166,12 +167,9 @@ def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
     if node.op != "Conv":
         matrix = values.reshape(-1, values.shape[-1])
         return matrix[_spread(len(matrix), each)][None]
-    groups, attributes = node.attrs.get("group", 1), node.attrs
+    groups = node.attrs.get("group", 1)
     rows, channels, *sizes = values.shape
-    steps, gaps = attributes.get("strides", [1, 1]), attributes.get("dilations", [1, 1])
-    pads = attributes.get("pads", [0, 0, 0, 0])
-    along = zip(sizes, node.inputs[1].shape[2:], steps, gaps, pads[:2], pads[2:], strict=True)
-    reads = [_read_by(*axis) for axis in along]
+    reads = windows(node, sizes)
     height, width = (len(read) for read in reads)
     kept = _spread(height * width, max(each // rows, 1))
     down, across = reads[0][kept // width][:, :, None], reads[1][kept % width][:, None, :]
@@ -181,14 +179,6 @@ def _columns(node: gs.Node, values: NDArray, each: int) -> NDArray:
     return taken.transpose(1, 0, 3, 2, 4).reshape(groups, rows * len(kept), -1)
 
 
-def _read_by(size: int, kernel: int, step: int, gap: int, before: int, behind: int) -> NDArray[np.int64]:
-    """Along one axis, what each output position of a convolution reads: (positions, kernel); -1: padding."""
-    window = (kernel - 1) * gap + 1
-    first = np.arange(0, size + before + behind - window + 1, step) - before
-    places = first[:, None] + gap * np.arange(kernel)
-    return np.where((places >= 0) & (places < size), places, -1)
-
-
 def _spread(count: int, most: int) -> NDArray[np.int64]:
     """Up to `most` of `count` positions; by the golden ratio, so that no row or column is preferred."""
     if count <= most:
@@ -196,15 +186,12 @@ def _spread(count: int, most: int) -> NDArray[np.int64]:
     return np.unique((np.arange(most) * 0.6180339887498949 % 1 * count).astype(np.int64))
 
 
-def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8] | None:
+def _rounded(layer: _Layer, inputs: Codes) -> NDArray[np.int8] | None:
     """The codes of a layer's weights, of their shape; None where its inputs vary less than moments tell."""
     node = layer.node
     matrix = weight_matrix(node)
     weights = matrix.reshape(*matrix.shape[:2], -1)
-    sums, count = moments[:, :-1, -1], moments[0, -1, -1]
-    second = moments[:, :-1, :-1] / count
-    if layer.biased:
-        second = second - sums[:, :, None] * sums[:, None, :] / count**2
+    second = _second_moments(inputs, central=layer.biased)
     scales = weight_scale(node.inputs[1].values, layer.axis).astype(np.float64).reshape(weights.shape[:2])
     scales = np.maximum(scales, np.finfo(np.float32).tiny)  # of a channel of zeros
     try:
@@ -217,6 +204,18 @@ def _rounded(layer: _Layer, moments: Moments) -> NDArray[np.int8] | None:
     return codes[0] if node.attrs.get("transB", 0) else np.ascontiguousarray(codes[0].T)
 
 
+def _second_moments(inputs: Codes, *, central: bool) -> NDArray[np.float64]:
+    """(groups, inputs, inputs); about the mean, or about 0."""
+    groups, count, size = inputs.shape
+    moments, sums = np.zeros((groups, size, size)), np.zeros((groups, size))
+    for first in range(0, count, EXACT):
+        part = inputs[:, first : first + EXACT].astype(np.float32)
+        moments += part.transpose(0, 2, 1) @ part
+        sums += part.sum(axis=1)
+    moments /= count
+    return moments - sums[:, :, None] * sums[:, None, :] / count**2 if central else moments
+
+
 def rounded_codes(
     weights: NDArray[np.float64], moments: NDArray[np.float64], scales: NDArray[np.float64]
 ) -> NDArray[np.int8]:
@@ -227,27 +226,26 @@ def rounded_codes(
         moments: (groups, inputs, inputs); second moments of the inputs.
         scales: (groups, outputs), > 0.
     """
-    diagonal = np.diagonal(moments, axis1=1, axis2=2)
+    diagonal, inputs = np.diagonal(moments, axis1=1, axis2=2), weights.shape[2]
     order = np.argsort(-diagonal, axis=1, kind="stable")
-    left = np.take_along_axis(weights, order[:, None, :], 2)
-    sorted_moments = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None], 2)
+    damped = np.take_along_axis(np.take_along_axis(moments, order[:, :, None], 1), order[:, None], 2)
     damping = DAMPING * diagonal.mean(axis=1) + np.finfo(np.float32).tiny
-    sorted_moments = sorted_moments + damping[:, None, None] * np.eye(weights.shape[2])
-    upper = _root_of_inverse(sorted_moments)
-    codes = np.zeros(weights.shape, np.int8)
-    inputs = weights.shape[2]
+    damped[:, range(inputs), range(inputs)] += damping[:, None]
+    upper = _root_of_inverse(damped).astype(np.float32)
+    steps = np.take_along_axis((weights / scales[:, :, None]).transpose(0, 2, 1), order[:, :, None], 1)
+    left = np.ascontiguousarray(steps, np.float32)  # (groups, inputs, outputs)
+    codes = np.zeros(left.shape, np.int8)
     for start in range(0, inputs, BLOCK):
         end = min(start + BLOCK, inputs)
-        errors = np.zeros((*weights.shape[:2], end - start))
+        errors = np.zeros((len(left), end - start, left.shape[2]), np.float32)
         for j in range(start, end):
-            code = np.clip(np.rint(left[:, :, j] / scales), -127, 127)
-            codes[:, :, j] = code
-            error = (left[:, :, j] - code * scales) / upper[:, j, j, None]
-            errors[:, :, j - start] = error
-            left[:, :, j + 1 : end] -= error[:, :, None] * upper[:, None, j, j + 1 : end]
-        left[:, :, end:] -= errors @ upper[:, start:end, end:]
+            code = np.clip(np.rint(left[:, j]), -127, 127)
+            codes[:, j] = code
+            errors[:, j - start] = error = (left[:, j] - code) / upper[:, j, j, None]
+            left[:, j + 1 : end] -= upper[:, j, j + 1 : end, None] * error[:, None]
+        left[:, end:] -= upper[:, start:end, end:].transpose(0, 2, 1) @ errors
     back = np.argsort(order, axis=1)
-    return np.take_along_axis(codes, back[:, None, :], 2)
+    return np.ascontiguousarray(np.take_along_axis(codes, back[:, :, None], 1).transpose(0, 2, 1))
 
 
 def _root_of_inverse(matrices: NDArray[np.float64]) -> NDArray[np.floating]:
