@@ -29,9 +29,9 @@ from trtq.recovery.fixes.channels import bias_of, is_linear, weight_matrix
 from trtq.recovery.fixes.windows import windows
 from trtq.simulation.rows import Runner, Workers
 
-MOST_ROWS, POSITIONS, POSITIONS_PER_INPUT = 256, 4096, 16
-"""Rows, evenly spread, that inputs are looked at on, and about how many positions of them (pixels, tokens) at
-most, in all and for each weight of an output."""
+MOST_ROWS, POSITIONS, POSITIONS_PER_INPUT = 256, (1024, 4096), 16
+"""Rows, evenly spread, that inputs are looked at on, about how many positions of them (pixels, tokens) at least
+and at most, and between these how many for each weight of an output."""
 
 MOST_INPUTS = 4096
 """Layers with more weights for each output are rounded to the nearest."""
@@ -70,7 +70,8 @@ class _Layer:
     @property
     def positions(self) -> int:
         """How many positions are looked at."""
-        return min(POSITIONS, POSITIONS_PER_INPUT * self.inputs)
+        fewest, most = POSITIONS
+        return min(max(POSITIONS_PER_INPUT * self.inputs, fewest), most)
 
     @property
     def bytes(self) -> int:
