@@ -256,6 +256,32 @@ def test_a_range_is_cut_where_values_are_rare() -> None:
     )
 
 
+def test_zeros_that_are_added_keep_a_code() -> None:
+    """Where all values are far from zero, a range without it would be the best for them."""
+    values = np.random.default_rng(0).uniform(90, 100, (2000, 2)).astype(np.float32)
+    node = depthwise_of(np.ones((2, 1, 3, 3), np.float32), group=2)
+    site = Site("x", 1, 2, ("conv",), (1, 1, 1, 1), takes_middle=True)
+    found = options(site, [node], channels_of(values), 100.0)
+    assert any(option.centred for option in found)
+    for option in found:
+        zero = option.affine.of(np.zeros((1, 2), np.float32)) / option.scale
+        assert zero.min() > -128.5
+        assert zero.max() < 127.5
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_options_are_the_same_for_values_of_any_size(size: float) -> None:
+    random = np.random.default_rng(0)
+    values = (random.uniform(-0.1, 1, (200, 3)) * [50, 1, 7]).astype(np.float32)
+    node = depthwise_of(random.normal(size=(3, 1, 3, 3)).astype(np.float32), group=3)
+    site = Site("x", 1, 3, ("conv",), takes_middle=True)
+    shares = [
+        [option.share for option in options(site, [node], channels_of(values * by), float(by) * 50)]
+        for by in (np.float32(1), np.float32(size))
+    ]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("small", [0.0, 1e-6])
 def test_the_factor_of_a_dead_channel_is_bounded(small: float) -> None:
     values = np.random.default_rng(0).uniform(-1, 1, (200, 3)).astype(np.float32) * [50, 1, small]
@@ -393,6 +419,36 @@ def test_what_is_tried_is_what_is_made(tmp_path: Path, corrected: bool) -> None:
         }
         made = rows.sqnr_db(_changed(start, chosen), SILENT, "")
         assert noise_db(trials.noise(chosen)) == pytest.approx(made, abs=1e-3)
+
+
+def biases(case: Case) -> None:
+    """Readers that add a scalar, a vector, nothing, and what they share with another node, by a name that a
+    bias might get; and that can add nothing."""
+    x, shared = case.input("x", 4), gs.Constant("n8/bias", case.weight(4))
+    h = case.node("Tanh", case.node("Gemm", x, case.weight(4, 4), case.weight(4)))
+    for bias in ([np.float32(3)], [case.weight(1, 4)], [], [shared]):
+        case.output(case.node("Gemm", h, case.weight(4, 4), *bias), 4)
+        h = case.node("Tanh", case.graph.outputs[-1])
+    assert [node.name for node in shared.outputs] == ["n8"]
+    case.output(case.node("Exp", case.node("Add", case.node("MatMul", h, case.weight(4, 4)), x)), 4)
+    case.output(case.node("Exp", case.node("Add", case.node("Neg", h), shared)), 4)
+
+
+@pytest.mark.parametrize("factors", [False, True])
+def test_readers_have_biases_of_any_kind(tmp_path: Path, factors: bool) -> None:
+    case = small_case(tmp_path, biases)
+    start, sites = case.quantized(), find_sites(case.graph, case.plan)
+    assert [site.takes_middle for site in sites] == [True] * 5 + [False]
+    random = np.random.default_rng(0)
+    chosen = {
+        site: option_of(np.exp(random.normal(size=4)), centred=site.takes_middle and not factors)
+        for site in sites
+    }
+    rows = Rows(start.graph, case.samples, threads=1, kept=True)
+    trials, made = _Trials(rows, start, sites), _changed(start, chosen)
+    assert noise_db(trials.noise({})) == pytest.approx(rows.sqnr_db(start, SILENT, ""), abs=1e-3)
+    assert noise_db(trials.noise(chosen)) == pytest.approx(rows.sqnr_db(made, SILENT, ""), abs=1e-3)
+    assert relative_error(outputs(case.graph, case.samples), outputs(made.graph, case.samples)) < 1e-5
 
 
 def test_fix_inserts_operators_where_nothing_can_be_folded(tmp_path: Path) -> None:

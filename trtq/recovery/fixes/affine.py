@@ -25,6 +25,7 @@ from trtq.calibration.calibrate import effort_of_step, with_float32_nodes
 from trtq.calibration.refine import BATCH, LEAST_DB, LEAST_SHARE, Alone
 from trtq.calibration.search import Rows
 from trtq.data.batches import Arrays
+from trtq.graph.names import Names
 from trtq.graph.quantization import Correction, Quantization
 from trtq.graph.rewrite import scales_as_inputs, weight_scale
 from trtq.graph.selecting import instead_of_outputs
@@ -77,17 +78,22 @@ class _Trials:
         made = replace(start, graph=graph, plan=plan, scales=self._scales).rewritten()
         self._ranges = scales_as_inputs(made, plan)
         self._readers = {site: [_Reader(start, name) for name in site.readers] for site in sites}
-        nodes, makers = {node.name: node for node in made.nodes}, made.tensors()
+        nodes, makers, names = {node.name: node for node in made.nodes}, made.tensors(), Names(made)
+        self._names: dict[str, str] = {}
+
+        def give(node: gs.Node, index: int, wish: str) -> None:
+            self._names[wish] = _as_input(made, node, index, names.tensor(wish))
+
         for site, readers in self._readers.items():
             last = makers[self._tensors[site]].inputs[0]
             if site.takes_middle:
-                _as_input(made, last, 1, f"{site.name}/middle")
+                give(last, 1, f"{site.name}/middle")
                 last = last.inputs[0].inputs[0]
-            _as_input(made, last, 1, f"{site.name}/factors")
+            give(last, 1, f"{site.name}/factors")
             for reader in readers:
                 for bias in reader.biases:
-                    _as_input(made, nodes[bias.node.name], bias.index, f"{reader.name}/bias")
-                _as_input(made, nodes[reader.name], 1, f"{reader.name}/weights")
+                    give(nodes[bias.node.name], bias.index, f"{reader.name}/bias")
+                give(nodes[reader.name], 1, f"{reader.name}/weights")
         self._runner = Runner(made.cleanup(), rows.tensors, threads=rows.threads)
         self._plain = {site: self._inputs(site, None) for site in sites}
         self._known: dict[Option, Arrays] = {}
@@ -113,7 +119,7 @@ class _Trials:
         for reader in readers:
             given[f"{reader.name}/weights"] = reader.weights(option)
             given |= {f"{reader.name}/bias": reader.bias(own, option) for own in reader.biases}
-        return given
+        return {self._names[wish]: values for wish, values in given.items()}
 
 
 def _neutral(site: Site) -> Affine:
@@ -156,7 +162,9 @@ class _Reader:
         or where the start has its biases corrected, the whole mean error."""
         if option is None and self._correction is not None:
             return self._correction.values
-        values = own.values if len(own.node.inputs) > own.index else np.zeros(own.size, np.float32)
+        values = np.zeros(own.size, np.float32)
+        if len(own.node.inputs) > own.index:
+            values = own.values + values  # a Gemm's may be a scalar
         if option is None:
             return values
         rounded = self.weights(option)
@@ -170,14 +178,12 @@ class _Reader:
         return (values + added).astype(np.float32)
 
 
-def _as_input(graph: gs.Graph, node: gs.Node, index: int, name: str) -> None:
-    """Make a constant operand of a node, or one that it can have, an input of the graph; in place."""
-    given = gs.Variable(name, np.float32)
-    if index == len(node.inputs):
-        node.inputs.append(given)
-    given.shape = [None] * len(node.inputs[index].shape or [1])
+def _as_input(graph: gs.Graph, node: gs.Node, index: int, name: str) -> str:
+    """Make a constant operand of a node an input of the graph, in place; returns its name."""
+    given = gs.Variable(name, np.float32, [None] * len(node.inputs[index].shape))
     node.inputs[index] = given
     graph.inputs.append(given)
+    return name
 
 
 def insert_affine(job: Job, start: Quantization) -> Quantization | None:

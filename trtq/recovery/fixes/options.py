@@ -39,7 +39,8 @@ class Option:
         values: of the tensor, (positions, channels).
         factors: what the tensor is divided by, (channels,); None: 1.
         low, high: ends of each channel's range, (channels,); zero is within. Without middles, high = -low.
-        usual: the median of each channel; what lies far from it is cut off first.
+        usual: the median of each channel, or the zero that a Pad puts there; what lies far from it is cut off
+            first.
         centred: whether a middle is subtracted.
         part: of the widest channel's range, which is the range of all; what does not fit is cut off.
         share: error behind the readers' weights, as a share of what it is without this.
@@ -105,7 +106,8 @@ def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: fl
     Args:
         amax: of the tensor's range as it is.
     """
-    values, usual = channels.values, np.median(channels.values, axis=0).astype(np.float64)
+    values, none = channels.values, np.zeros(site.channels)
+    usual = none if site.pads else np.median(values, axis=0).astype(np.float64)
     low, high = (np.asarray(end, np.float64) for end in (channels.low, channels.high))
     largest = np.maximum(-low, high)
     low, high = np.minimum(low, 0), np.maximum(high, 0)
@@ -123,7 +125,6 @@ def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: fl
     def ranged(option: Option) -> Option:
         return min((replace(option, part=p) for p in NARROWER), key=lambda option: option.noise.sum())
 
-    none = np.zeros(site.channels)
     plain = Option(values, None, none - amax, none + amax, none, False)
     tried = list(map(ranged, kinds(-largest, largest, none, False)))
     if site.takes_middle:
