@@ -22,6 +22,7 @@ from trtq.data.load import load_samples
 from trtq.graph.fit import check_fits, of_model
 from trtq.graph.model import export
 from trtq.graph.place import RESIDUAL, leave_out
+from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recipe import Recipe
 from trtq.recovery.fixes.affine import (
@@ -370,6 +371,20 @@ def test_nothing_more_is_tried_when_the_time_is_over() -> None:
     assert found.runs == 6  # none, 1, 2, 4, 8 and all
 
 
+@pytest.mark.parametrize(("largest", "parts"), [(0.1, [0.65]), (1.0, [1.0])])
+def test_what_rows_held_back_lack_is_not_cut_off(largest: float, parts: list[float]) -> None:
+    """A narrower range is the better there; the rows to fit on have values that it would cut off, or not."""
+    option = option_of(np.ones(2), amax=largest)
+    option = replace(option, low=np.full(2, -1.0), high=np.ones(2), share=0.5)
+    site = Site("t", 1, 2, ("conv",))
+
+    def noise(chosen: Mapping[Site, Option]) -> float:
+        return sum(option.part for option in chosen.values()) if chosen else 2
+
+    found = searched({site: [option]}, {site: 3.0}, noise, Workers(1))
+    assert [option.part for option in found.choices.values()] == parts
+
+
 GAINS = np.exp(np.linspace(-3, 3, 12)).astype(np.float32)
 """Of the channels of `spread`."""
 
@@ -469,6 +484,21 @@ def test_fix_inserts_operators_where_nothing_can_be_folded(tmp_path: Path) -> No
     assert before is not None
     assert after is not None
     assert after.kernels <= before.kernels
+
+
+def test_biases_stay_as_they_are_where_correcting_them_hurts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(quantization: Quantization, *_: object, **__: object) -> Quantization:
+        made = correct_biases(quantization, case.samples, SILENT, workers=1)
+        worse = {name: replace(c, values=c.values + 100) for name, c in made.corrections.items()}
+        return replace(made, corrections=worse)
+
+    monkeypatch.setattr("trtq.recovery.fixes.fix.correct_biases", spoilt)
+    case = small_case(tmp_path, spread)
+    made = fix(job_of(tmp_path, case, method="max", backend="none"), case.quantized()).quantization
+    assert made is not None
+    assert made.notes["fixes"] == "affine"
 
 
 def test_without_a_builder_only_behind_pointwise_operators(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ MOST_BUILDS = 16
 """Engines that are built to find what adds kernels."""
 
 NEIGHBOURS = (1.25, 0.8, 0.65)
-"""Multiples of a changed tensor's range that are tried, too."""
+"""Multiples of a changed tensor's range that are tried, too, where they leave less error on the rows to fit
+on than there is without operators: few rows held back may lack the values that are cut off."""
 
 Choices = Mapping[Site, Option]
 
@@ -369,7 +370,7 @@ def searched(
                 best, chosen = noises[winner], tried[winner]
             kept, others = chosen.get(site), []
             if large and kept is not None and not narrowed:
-                others = [replace(kept, part=min(kept.part * by, 1)) for by in NEIGHBOURS]
+                others = [other for by in NEIGHBOURS if (other := kept.widened(by)).share < 1]
             narrowed = True
     return Searched(chosen, plain, runs)
 

@@ -83,6 +83,12 @@ class Option:
         rounded = fake_quantize(self.affine.of(self.values), self.scale)
         return rounded.mean(axis=0, dtype=np.float64)
 
+    def widened(self, by: float) -> Option:
+        """With a range so many times as wide, up to the widest channel's; `share` grows as its noise does."""
+        other = replace(self, part=min(self.part * by, 1))
+        before, after = self.noise.sum(), other.noise.sum()
+        return replace(other, share=self.share * after / before if before else self.share)
+
     @property
     def _all_factors(self) -> Vector:
         return np.ones(self.low.shape) if self.factors is None else self.factors
