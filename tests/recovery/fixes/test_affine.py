@@ -14,6 +14,8 @@ from family import FOLDER, data_for, folded, quantized
 from onnx.reference import ReferenceEvaluator
 from small_graphs import Case, outputs, relative_error, small_case
 
+from trtq.backends.compiled import Compiled
+from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.calibration.methods import parse_method
 from trtq.calibration.search import Rows
@@ -520,6 +522,25 @@ def test_a_rest_in_float16_holds_the_changed_tensors(tmp_path: Path) -> None:
         for rest in ("fp32", "fp16")
     )
     assert half > whole - 1
+
+
+def test_no_engine_is_built_when_the_budget_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Quantization] = []
+
+    def stub(_: Job, quantization: Quantization) -> Compiled:
+        asked.append(quantization)
+        return Compiled(())
+
+    monkeypatch.setattr("trtq.recovery.fixes.affine.compiled", stub)
+    case = small_case(tmp_path, spread)
+    job, start = job_of(tmp_path, case, method="max"), case.quantized()
+    chances = _chances(job, start, find_sites(start.graph, start.plan))
+    chosen = {site: some[0] for site, some in chances.options.items()}
+    assert set(_without_kernels(job, start, chances, chosen)) == set(chosen)
+    asked.clear()
+    spent = replace(job, budget=Budget.of(0))
+    assert _without_kernels(spent, start, chances, chosen) == {}
+    assert asked == [start]
 
 
 @pytest.mark.slow

@@ -397,7 +397,8 @@ def _with(chosen: Choices, site: Site, choice: Option | None) -> dict[Site, Opti
 
 def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: Choices) -> dict[Site, Option]:
     """Those of the choices that add no kernel to the engine, in place of others such without a middle; where
-    no builder can be asked, those behind `POINTWISE_OPS`."""
+    no builder can be asked, those behind `POINTWISE_OPS`. What the budget leaves no time to build is left
+    out."""
     tensors, before = start.graph.tensors(), compiled(job, start)
     if before is None:
         return {site: o for site, o in chosen.items() if is_made_by(tensors[site.tensor], POINTWISE_OPS)}
@@ -405,6 +406,8 @@ def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: C
     moves: dict[tuple[tuple[Site, Option], ...], int] = {(): moved}
 
     def fits(items: Sequence[tuple[Site, Option]]) -> bool:
+        if job.budget.over:
+            return False
         made = compiled(job, _changed(start, dict(items)))
         if made is None or made.kernels > limit:
             return False
@@ -416,7 +419,9 @@ def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: C
 
     kept = dict(most_that_fit(sorted(chosen.items(), key=doubtful), fits, MOST_BUILDS))
     instead = dict(kept)
-    for site in [site for site in chosen if site not in kept]:
+    for site in chosen:
+        if site in kept or job.budget.over:
+            continue
         plainer = [_with(instead, site, o) for o in chances.options[site] if not o.centred][:MOST_TRIED]
         instead = min([instead, *plainer], key=chances.trials.noise)
     added = [item for item in instead.items() if item[0] not in kept]
