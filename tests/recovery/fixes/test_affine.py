@@ -21,6 +21,7 @@ from trtq.calibration.methods import parse_method
 from trtq.calibration.search import Rows
 from trtq.console import SILENT
 from trtq.data.load import load_samples
+from trtq.graph.ends import Ends
 from trtq.graph.fit import check_fits, of_model
 from trtq.graph.model import export
 from trtq.graph.place import RESIDUAL, leave_out
@@ -541,6 +542,20 @@ def test_no_engine_is_built_when_the_budget_is_spent(tmp_path: Path, monkeypatch
     spent = replace(job, budget=Budget.of(0))
     assert _without_kernels(spent, start, chances, chosen) == {}
     assert asked == [start]
+
+
+def test_model_inputs_that_are_to_be_int8_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder takes everything."""
+    monkeypatch.setattr("trtq.recovery.fixes.affine.compiled", lambda *_: Compiled(()))
+    images = np.random.default_rng(0).uniform(0, 1, (32, 3, 6, 6)).astype(np.float32)
+    case = small_case(tmp_path, separable, images)
+    for ends, inserted_at in ((Ends(), {"x", "t2"}), (Ends(int8=True), {"t2"})):
+        start = replace(case.quantized(), ends=ends)
+        made = insert_affine(job_of(tmp_path, case, method="max"), start)
+        assert made is not None
+        names = {tensor for tensor in made.plan.tensors if tensor.endswith("/affine")}
+        assert names == {f"{tensor}/affine" for tensor in inserted_at}
+        assert (made.delivered().inputs[0].dtype == np.int8) == ends.int8
 
 
 @pytest.mark.slow

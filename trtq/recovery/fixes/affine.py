@@ -200,7 +200,7 @@ def insert_affine(job: Job, start: Quantization) -> Quantization | None:
     Returns:
         None where nothing pays.
     """
-    sites = [site for site in find_sites(start.graph, start.plan) if not _learned(start, site)]
+    sites = [site for site in find_sites(start.graph, start.plan) if not _is_given(start, site)]
     by_rule, tensors = job.recipe.backend == NO_ENGINE, start.graph.tensors()
     if by_rule:
         sites = [site for site in sites if is_made_by(tensors[site.tensor], POINTWISE_OPS)]
@@ -220,8 +220,11 @@ def is_affordable(job: Job, start: Quantization) -> bool:
     return effort.takes("affine", effort.alone(sites * FEW_ROWS), effort.quantized(runs))
 
 
-def _learned(start: Quantization, site: Site) -> bool:
-    """Whether a reader's weights have scales of their own."""
+def _is_given(start: Quantization, site: Site) -> bool:
+    """Whether a reader's weights have scales of their own, or the site is a model input that is to hold
+    8-bit codes."""
+    if start.ends.int8 and any(tensor.name == site.tensor for tensor in start.graph.inputs):
+        return True
     learned = {tensor for tensor, _ in start.weight_scales}
     return any(weight.tensor in learned for weight in start.plan.weights if weight.node in site.readers)
 
