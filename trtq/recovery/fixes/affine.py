@@ -12,7 +12,7 @@ kept as far as the engine gains no kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -78,7 +78,7 @@ class _Trials:
         self._scales = {**start.scales, **{self._tensors[site]: start.scales[site.tensor] for site in sites}}
         made = replace(start, graph=graph, plan=plan, scales=self._scales).rewritten()
         self._ranges = scales_as_inputs(made, plan)
-        self._readers = {site: [_Reader(start, name) for name in site.readers] for site in sites}
+        self._readers = _readers(start, sites)
         nodes, makers, names = {node.name: node for node in made.nodes}, made.tensors(), Names(made)
         self._names: dict[str, str] = {}
 
@@ -131,22 +131,23 @@ def _neutral(site: Site) -> Affine:
 class _Reader:
     """An INT8 node behind a site.
 
+    Args:
+        axis: of its weights' scales.
+
     Attributes:
         biases: the one that it has, or can have, if any.
         key: of its weights' codes.
         rank: of the weights.
     """
 
-    def __init__(self, start: Quantization, name: str) -> None:
-        self.name = name
-        self._node = next(node for node in start.graph.nodes if node.name == name)
-        axis = next(weight.axis for weight in start.plan.weights if weight.node == name)
-        self.key = (self._node.inputs[1].name, axis)
-        bias = bias_of(start.graph, self._node)
+    def __init__(self, start: Quantization, node: gs.Node, axis: int) -> None:
+        self.name, self._node = node.name, node
+        self.key = (node.inputs[1].name, axis)
+        bias = bias_of(start.graph, node)
         self.biases = [] if bias is None else [bias]
-        self.rank = self._node.inputs[1].values.ndim
+        self.rank = node.inputs[1].values.ndim
         self._codes = start.codes.get(self.key)
-        self._correction, self._corrects = start.corrections.get(name), bool(start.corrections)
+        self._correction, self._corrects = start.corrections.get(node.name), bool(start.corrections)
 
     def weights(self, option: Option | None) -> NDArray[np.float32]:
         """As INT8 has them; by the codes that they have where they are not scaled."""
@@ -177,6 +178,13 @@ class _Reader:
         else:
             return values
         return (values + added).astype(np.float32)
+
+
+def _readers(start: Quantization, sites: Iterable[Site]) -> dict[Site, list[_Reader]]:
+    """Site -> what reads it."""
+    nodes = {node.name: node for node in start.graph.nodes}
+    axes = {weight.node: weight.axis for weight in start.plan.weights}
+    return {site: [_Reader(start, nodes[name], axes[name]) for name in site.readers] for site in sites}
 
 
 def _as_input(graph: gs.Graph, node: gs.Node, index: int, name: str) -> str:
@@ -464,8 +472,9 @@ def _changed(start: Quantization, chosen: Choices) -> Quantization:
     scales = {**start.scales, **{tensors[s.readers[0]]: o.scale for s, o in chosen.items()}}
     scales = {tensor: scales[tensor] for tensor in plan.tensors}
     corrections, codes = dict(start.corrections), dict(start.codes)
-    for site, option in chosen.items():
-        for reader in (_Reader(start, name) for name in site.readers):
+    for site, readers in _readers(start, chosen).items():
+        option = chosen[site]
+        for reader in readers:
             for bias in reader.biases:
                 values = reader.bias(bias, option)
                 corrections[reader.name] = Correction(bias.node.name, bias.index, values)
