@@ -29,6 +29,7 @@ from trtq.graph.names import Names
 from trtq.graph.quantization import Correction, Quantization
 from trtq.graph.rewrite import scales_as_inputs, weight_scale
 from trtq.graph.selecting import instead_of_outputs
+from trtq.graph.surgery import cleaned
 from trtq.job import Job
 from trtq.numerics import INT8_MAX, dequantize, fake_quantize
 from trtq.recovery.fixes.channels import Bias, behind, bias_of, collect_channels
@@ -95,7 +96,7 @@ class _Trials:
                 for bias in reader.biases:
                     give(nodes[bias.node.name], bias.index, f"{reader.name}/bias")
                 give(nodes[reader.name], 1, f"{reader.name}/weights")
-        self._runner = Runner(made.cleanup(), rows.tensors, threads=rows.threads)
+        self._runner = Runner(cleaned(made), rows.tensors, threads=rows.threads)
         self._plain = {site: self._inputs(site, None) for site in sites}
         self._known: dict[Option, Arrays] = {}
 
