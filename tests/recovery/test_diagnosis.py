@@ -18,9 +18,9 @@ from trtq.errors import ExitCode
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
 
-def chain(folder: Path, names: Sequence[str], bad: str) -> Case:
+def chain(folder: Path, names: Sequence[str], bad: str, *, last: str | None = None) -> Case:
     """Gemm + Relu layers. One channel of the input of `bad` is 500 times as large as the others and hardly
-    used, so that per-tensor INT8 rounds the others to almost nothing."""
+    used, so that per-tensor INT8 rounds the others to almost nothing. `last` is an operator on the output."""
     random, width = np.random.default_rng(0), 24
     value = gs.Variable("x", np.float32, ["N", width])
     graph = gs.Graph(opset=17, inputs=[value])
@@ -36,6 +36,9 @@ def chain(folder: Path, names: Sequence[str], bad: str) -> Case:
         if index < len(names) - 1:
             value = gs.Variable(f"active{index}", np.float32, ["N", width])
             graph.nodes.append(gs.Node("Relu", f"relu{index}", {}, [made], [value]))
+    if last is not None:
+        made, value = value, gs.Variable("y", np.float32, ["N", width])
+        graph.nodes.append(gs.Node(last, "last", {}, [made], [value]))
     graph.outputs = [value]
     return save_case(graph, folder, {"x": random.normal(size=(96, width)).astype(np.float32)})
 
@@ -94,6 +97,13 @@ def test_where_int8_is_not_the_cause_it_says_so(tmp_path: Path) -> None:
     assert found["what"].startswith("INT8 is not the cause")
     assert (found["obstacles"], found["options"]) == ([], None)
     assert "INT8 is not the cause" in run.out
+
+
+def test_outputs_that_are_not_finite_are_ignored_there_too(tmp_path: Path) -> None:
+    case = chain(tmp_path, *PLANTED, last="Sqrt")
+    run = deploy(case, tmp_path / "out", "--recover", "none", "--min-sqnr", "60", "--ignore-nonfinite")
+    assert run.code == ExitCode.FAIL
+    assert "in the way" in run.out.lower()
 
 
 def test_a_plan_is_not_told_to_exclude(tmp_path: Path) -> None:

@@ -135,7 +135,13 @@ class _Diagnosis:
         if len(effects) == count:
             return effects, len(rows)
         few = rows.spread(fast_rows(len(rows), count))
-        simulator = Simulator(start, few, teacher=job.model.graph, workers=job.recipe.threads)
+        simulator = Simulator(
+            start,
+            few,
+            teacher=job.model.graph,
+            workers=job.recipe.threads,
+            ignore_nonfinite=job.recipe.ignore_nonfinite,
+        )
         key = job.key("sensitivity", start, rows=len(few))
         return measured(simulator, "only", job.cache, key, job.console, lambda: self.limit.over), len(few)
 

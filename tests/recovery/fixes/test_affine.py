@@ -14,14 +14,18 @@ from family import FOLDER, data_for, folded, quantized
 from onnx.reference import ReferenceEvaluator
 from small_graphs import Case, outputs, relative_error, small_case
 
+from trtq.backends.compiled import Compiled
+from trtq.budget import Budget
 from trtq.calibration.calibrate import calibrate
 from trtq.calibration.methods import parse_method
 from trtq.calibration.search import Rows
 from trtq.console import SILENT
 from trtq.data.load import load_samples
+from trtq.graph.ends import Ends
 from trtq.graph.fit import check_fits, of_model
 from trtq.graph.model import export
 from trtq.graph.place import RESIDUAL, leave_out
+from trtq.graph.quantization import Quantization
 from trtq.job import Job
 from trtq.recipe import Recipe
 from trtq.recovery.fixes.affine import (
@@ -256,6 +260,32 @@ def test_a_range_is_cut_where_values_are_rare() -> None:
     )
 
 
+def test_zeros_that_are_added_keep_a_code() -> None:
+    """Where all values are far from zero, a range without it would be the best for them."""
+    values = np.random.default_rng(0).uniform(90, 100, (2000, 2)).astype(np.float32)
+    node = depthwise_of(np.ones((2, 1, 3, 3), np.float32), group=2)
+    site = Site("x", 1, 2, ("conv",), (1, 1, 1, 1), takes_middle=True)
+    found = options(site, [node], channels_of(values), 100.0)
+    assert any(option.centred for option in found)
+    for option in found:
+        zero = option.affine.of(np.zeros((1, 2), np.float32)) / option.scale
+        assert zero.min() > -128.5
+        assert zero.max() < 127.5
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_options_are_the_same_for_values_of_any_size(size: float) -> None:
+    random = np.random.default_rng(0)
+    values = (random.uniform(-0.1, 1, (200, 3)) * [50, 1, 7]).astype(np.float32)
+    node = depthwise_of(random.normal(size=(3, 1, 3, 3)).astype(np.float32), group=3)
+    site = Site("x", 1, 3, ("conv",), takes_middle=True)
+    shares = [
+        [option.share for option in options(site, [node], channels_of(values * by), float(by) * 50)]
+        for by in (np.float32(1), np.float32(size))
+    ]
+    assert shares[0] == pytest.approx(shares[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("small", [0.0, 1e-6])
 def test_the_factor_of_a_dead_channel_is_bounded(small: float) -> None:
     values = np.random.default_rng(0).uniform(-1, 1, (200, 3)).astype(np.float32) * [50, 1, small]
@@ -344,6 +374,20 @@ def test_nothing_more_is_tried_when_the_time_is_over() -> None:
     assert found.runs == 6  # none, 1, 2, 4, 8 and all
 
 
+@pytest.mark.parametrize(("largest", "parts"), [(0.1, [0.65]), (1.0, [1.0])])
+def test_what_rows_held_back_lack_is_not_cut_off(largest: float, parts: list[float]) -> None:
+    """A narrower range is the better there; the rows to fit on have values that it would cut off, or not."""
+    option = option_of(np.ones(2), amax=largest)
+    option = replace(option, low=np.full(2, -1.0), high=np.ones(2), share=0.5)
+    site = Site("t", 1, 2, ("conv",))
+
+    def noise(chosen: Mapping[Site, Option]) -> float:
+        return sum(option.part for option in chosen.values()) if chosen else 2
+
+    found = searched({site: [option]}, {site: 3.0}, noise, Workers(1))
+    assert [option.part for option in found.choices.values()] == parts
+
+
 GAINS = np.exp(np.linspace(-3, 3, 12)).astype(np.float32)
 """Of the channels of `spread`."""
 
@@ -395,6 +439,36 @@ def test_what_is_tried_is_what_is_made(tmp_path: Path, corrected: bool) -> None:
         assert noise_db(trials.noise(chosen)) == pytest.approx(made, abs=1e-3)
 
 
+def biases(case: Case) -> None:
+    """Readers that add a scalar, a vector, nothing, and what they share with another node, by a name that a
+    bias might get; and that can add nothing."""
+    x, shared = case.input("x", 4), gs.Constant("n8/bias", case.weight(4))
+    h = case.node("Tanh", case.node("Gemm", x, case.weight(4, 4), case.weight(4)))
+    for bias in ([np.float32(3)], [case.weight(1, 4)], [], [shared]):
+        case.output(case.node("Gemm", h, case.weight(4, 4), *bias), 4)
+        h = case.node("Tanh", case.graph.outputs[-1])
+    assert [node.name for node in shared.outputs] == ["n8"]
+    case.output(case.node("Exp", case.node("Add", case.node("MatMul", h, case.weight(4, 4)), x)), 4)
+    case.output(case.node("Exp", case.node("Add", case.node("Neg", h), shared)), 4)
+
+
+@pytest.mark.parametrize("factors", [False, True])
+def test_readers_have_biases_of_any_kind(tmp_path: Path, factors: bool) -> None:
+    case = small_case(tmp_path, biases)
+    start, sites = case.quantized(), find_sites(case.graph, case.plan)
+    assert [site.takes_middle for site in sites] == [True] * 5 + [False]
+    random = np.random.default_rng(0)
+    chosen = {
+        site: option_of(np.exp(random.normal(size=4)), centred=site.takes_middle and not factors)
+        for site in sites
+    }
+    rows = Rows(start.graph, case.samples, threads=1, kept=True)
+    trials, made = _Trials(rows, start, sites), _changed(start, chosen)
+    assert noise_db(trials.noise({})) == pytest.approx(rows.sqnr_db(start, SILENT, ""), abs=1e-3)
+    assert noise_db(trials.noise(chosen)) == pytest.approx(rows.sqnr_db(made, SILENT, ""), abs=1e-3)
+    assert relative_error(outputs(case.graph, case.samples), outputs(made.graph, case.samples)) < 1e-5
+
+
 def test_fix_inserts_operators_where_nothing_can_be_folded(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     case = small_case(tmp_path, spread)
@@ -413,6 +487,21 @@ def test_fix_inserts_operators_where_nothing_can_be_folded(tmp_path: Path) -> No
     assert before is not None
     assert after is not None
     assert after.kernels <= before.kernels
+
+
+def test_biases_stay_as_they_are_where_correcting_them_hurts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(quantization: Quantization, *_: object, **__: object) -> Quantization:
+        made = correct_biases(quantization, case.samples, SILENT, workers=1)
+        worse = {name: replace(c, values=c.values + 100) for name, c in made.corrections.items()}
+        return replace(made, corrections=worse)
+
+    monkeypatch.setattr("trtq.recovery.fixes.fix.correct_biases", spoilt)
+    case = small_case(tmp_path, spread)
+    made = fix(job_of(tmp_path, case, method="max", backend="none"), case.quantized()).quantization
+    assert made is not None
+    assert made.notes["fixes"] == "affine"
 
 
 def test_without_a_builder_only_behind_pointwise_operators(tmp_path: Path) -> None:
@@ -434,6 +523,39 @@ def test_a_rest_in_float16_holds_the_changed_tensors(tmp_path: Path) -> None:
         for rest in ("fp32", "fp16")
     )
     assert half > whole - 1
+
+
+def test_no_engine_is_built_when_the_budget_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Quantization] = []
+
+    def stub(_: Job, quantization: Quantization) -> Compiled:
+        asked.append(quantization)
+        return Compiled(())
+
+    monkeypatch.setattr("trtq.recovery.fixes.affine.compiled", stub)
+    case = small_case(tmp_path, spread)
+    job, start = job_of(tmp_path, case, method="max"), case.quantized()
+    chances = _chances(job, start, find_sites(start.graph, start.plan))
+    chosen = {site: some[0] for site, some in chances.options.items()}
+    assert set(_without_kernels(job, start, chances, chosen)) == set(chosen)
+    asked.clear()
+    spent = replace(job, budget=Budget.of(0))
+    assert _without_kernels(spent, start, chances, chosen) == {}
+    assert asked == [start]
+
+
+def test_model_inputs_that_are_to_be_int8_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder takes everything."""
+    monkeypatch.setattr("trtq.recovery.fixes.affine.compiled", lambda *_: Compiled(()))
+    images = np.random.default_rng(0).uniform(0, 1, (32, 3, 6, 6)).astype(np.float32)
+    case = small_case(tmp_path, separable, images)
+    for ends, inserted_at in ((Ends(), {"x", "t2"}), (Ends(int8=True), {"t2"})):
+        start = replace(case.quantized(), ends=ends)
+        made = insert_affine(job_of(tmp_path, case, method="max"), start)
+        assert made is not None
+        names = {tensor for tensor in made.plan.tensors if tensor.endswith("/affine")}
+        assert names == {f"{tensor}/affine" for tensor in inserted_at}
+        assert (made.delivered().inputs[0].dtype == np.int8) == ends.int8
 
 
 @pytest.mark.slow

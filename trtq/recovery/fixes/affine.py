@@ -12,7 +12,7 @@ kept as far as the engine gains no kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
@@ -25,9 +25,11 @@ from trtq.calibration.calibrate import effort_of_step, with_float32_nodes
 from trtq.calibration.refine import BATCH, LEAST_DB, LEAST_SHARE, Alone
 from trtq.calibration.search import Rows
 from trtq.data.batches import Arrays
+from trtq.graph.names import Names
 from trtq.graph.quantization import Correction, Quantization
 from trtq.graph.rewrite import rounded_weight, scales_as_inputs
 from trtq.graph.selecting import instead_of_outputs
+from trtq.graph.surgery import cleaned
 from trtq.job import Job
 from trtq.numerics import INT8_MAX
 from trtq.recovery.fixes.channels import Bias, behind, bias_of, collect_channels
@@ -59,7 +61,8 @@ MOST_BUILDS = 16
 """Engines that are built to find what adds kernels."""
 
 NEIGHBOURS = (1.25, 0.8, 0.65)
-"""Multiples of a changed tensor's range that are tried, too."""
+"""Multiples of a changed tensor's range that are tried, too, where they leave less error on the rows to fit
+on than there is without operators: few rows held back may lack the values that are cut off."""
 
 Choices = Mapping[Site, Option]
 
@@ -76,19 +79,24 @@ class _Trials:
         self._scales = {**start.scales, **{self._tensors[site]: start.scales[site.tensor] for site in sites}}
         made = replace(start, graph=graph, plan=plan, scales=self._scales).rewritten()
         self._ranges = scales_as_inputs(made, plan)
-        self._readers = {site: [_Reader(start, name) for name in site.readers] for site in sites}
-        nodes, makers = {node.name: node for node in made.nodes}, made.tensors()
+        self._readers = _readers(start, sites)
+        nodes, makers, names = {node.name: node for node in made.nodes}, made.tensors(), Names(made)
+        self._names: dict[str, str] = {}
+
+        def give(node: gs.Node, index: int, wish: str) -> None:
+            self._names[wish] = _as_input(made, node, index, names.tensor(wish))
+
         for site, readers in self._readers.items():
             last = makers[self._tensors[site]].inputs[0]
             if site.takes_middle:
-                _as_input(made, last, 1, f"{site.name}/middle")
+                give(last, 1, f"{site.name}/middle")
                 last = last.inputs[0].inputs[0]
-            _as_input(made, last, 1, f"{site.name}/factors")
+            give(last, 1, f"{site.name}/factors")
             for reader in readers:
                 for bias in reader.biases:
-                    _as_input(made, nodes[bias.node.name], bias.index, f"{reader.name}/bias")
-                _as_input(made, nodes[reader.name], 1, f"{reader.name}/weights")
-        self._runner = Runner(made.cleanup(), rows.tensors, threads=rows.threads)
+                    give(nodes[bias.node.name], bias.index, f"{reader.name}/bias")
+                give(nodes[reader.name], 1, f"{reader.name}/weights")
+        self._runner = Runner(cleaned(made), rows.tensors, threads=rows.threads)
         self._plain = {site: self._inputs(site, None) for site in sites}
         self._known: dict[Option, Arrays] = {}
 
@@ -113,7 +121,7 @@ class _Trials:
         for reader in readers:
             given[f"{reader.name}/weights"] = reader.weights(option)
             given |= {f"{reader.name}/bias": reader.bias(own, option) for own in reader.biases}
-        return given
+        return {self._names[wish]: values for wish, values in given.items()}
 
 
 def _neutral(site: Site) -> Affine:
@@ -124,22 +132,23 @@ def _neutral(site: Site) -> Affine:
 class _Reader:
     """An INT8 node behind a site.
 
+    Args:
+        axis: of its weights' scales.
+
     Attributes:
         biases: the one that it has, or can have, if any.
         key: of its weights' codes.
         rank: of the weights.
     """
 
-    def __init__(self, start: Quantization, name: str) -> None:
-        self.name = name
-        self._node = next(node for node in start.graph.nodes if node.name == name)
-        axis = next(weight.axis for weight in start.plan.weights if weight.node == name)
-        self.key = (self._node.inputs[1].name, axis)
-        bias = bias_of(start.graph, self._node)
+    def __init__(self, start: Quantization, node: gs.Node, axis: int) -> None:
+        self.name, self._node = node.name, node
+        self.key = (node.inputs[1].name, axis)
+        bias = bias_of(start.graph, node)
         self.biases = [] if bias is None else [bias]
-        self.rank = self._node.inputs[1].values.ndim
+        self.rank = node.inputs[1].values.ndim
         self._codes = start.codes.get(self.key)
-        self._correction, self._corrects = start.corrections.get(name), bool(start.corrections)
+        self._correction, self._corrects = start.corrections.get(node.name), bool(start.corrections)
 
     def weights(self, option: Option | None) -> NDArray[np.float32]:
         """As INT8 has them; by the codes that they have where they are not scaled."""
@@ -154,7 +163,9 @@ class _Reader:
         or where the start has its biases corrected, the whole mean error."""
         if option is None and self._correction is not None:
             return self._correction.values
-        values = own.values if len(own.node.inputs) > own.index else np.zeros(own.size, np.float32)
+        values = np.zeros(own.size, np.float32)
+        if len(own.node.inputs) > own.index:
+            values = own.values + values  # a Gemm's may be a scalar
         if option is None:
             return values
         rounded = self.weights(option)
@@ -168,14 +179,19 @@ class _Reader:
         return (values + added).astype(np.float32)
 
 
-def _as_input(graph: gs.Graph, node: gs.Node, index: int, name: str) -> None:
-    """Make a constant operand of a node, or one that it can have, an input of the graph; in place."""
-    given = gs.Variable(name, np.float32)
-    if index == len(node.inputs):
-        node.inputs.append(given)
-    given.shape = [None] * len(node.inputs[index].shape or [1])
+def _readers(start: Quantization, sites: Iterable[Site]) -> dict[Site, list[_Reader]]:
+    """Site -> what reads it."""
+    nodes = {node.name: node for node in start.graph.nodes}
+    axes = {weight.node: weight.axis for weight in start.plan.weights}
+    return {site: [_Reader(start, nodes[name], axes[name]) for name in site.readers] for site in sites}
+
+
+def _as_input(graph: gs.Graph, node: gs.Node, index: int, name: str) -> str:
+    """Make a constant operand of a node an input of the graph, in place; returns its name."""
+    given = gs.Variable(name, np.float32, [None] * len(node.inputs[index].shape))
     node.inputs[index] = given
     graph.inputs.append(given)
+    return name
 
 
 def insert_affine(job: Job, start: Quantization) -> Quantization | None:
@@ -191,7 +207,7 @@ def insert_affine(job: Job, start: Quantization) -> Quantization | None:
     Returns:
         None where nothing pays.
     """
-    sites = [site for site in find_sites(start.graph, start.plan) if not _learned(start, site)]
+    sites = [site for site in find_sites(start.graph, start.plan) if not _is_given(start, site)]
     by_rule, tensors = job.recipe.backend == NO_ENGINE, start.graph.tensors()
     if by_rule:
         sites = [site for site in sites if is_made_by(tensors[site.tensor], POINTWISE_OPS)]
@@ -211,8 +227,11 @@ def is_affordable(job: Job, start: Quantization) -> bool:
     return effort.takes("affine", effort.alone(sites * FEW_ROWS), effort.quantized(runs))
 
 
-def _learned(start: Quantization, site: Site) -> bool:
-    """Whether a reader's weights have scales of their own."""
+def _is_given(start: Quantization, site: Site) -> bool:
+    """Whether a reader's weights have scales of their own, or the site is a model input that is to hold
+    8-bit codes."""
+    if start.ends.int8 and any(tensor.name == site.tensor for tensor in start.graph.inputs):
+        return True
     learned = {tensor for tensor, _ in start.weight_scales}
     return any(weight.tensor in learned for weight in start.plan.weights if weight.node in site.readers)
 
@@ -361,7 +380,7 @@ def searched(
                 best, chosen = noises[winner], tried[winner]
             kept, others = chosen.get(site), []
             if large and kept is not None and not narrowed:
-                others = [replace(kept, part=min(kept.part * by, 1)) for by in NEIGHBOURS]
+                others = [other for by in NEIGHBOURS if (other := kept.widened(by)).share < 1]
             narrowed = True
     return Searched(chosen, plain, runs)
 
@@ -388,7 +407,8 @@ def _with(chosen: Choices, site: Site, choice: Option | None) -> dict[Site, Opti
 
 def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: Choices) -> dict[Site, Option]:
     """Those of the choices that add no kernel to the engine, in place of others such without a middle; where
-    no builder can be asked, those behind `POINTWISE_OPS`."""
+    no builder can be asked, those behind `POINTWISE_OPS`. What the budget leaves no time to build is left
+    out."""
     tensors, before = start.graph.tensors(), compiled(job, start)
     if before is None:
         return {site: o for site, o in chosen.items() if is_made_by(tensors[site.tensor], POINTWISE_OPS)}
@@ -396,6 +416,8 @@ def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: C
     moves: dict[tuple[tuple[Site, Option], ...], int] = {(): moved}
 
     def fits(items: Sequence[tuple[Site, Option]]) -> bool:
+        if job.budget.over:
+            return False
         made = compiled(job, _changed(start, dict(items)))
         if made is None or made.kernels > limit:
             return False
@@ -407,7 +429,9 @@ def _without_kernels(job: Job, start: Quantization, chances: _Chances, chosen: C
 
     kept = dict(most_that_fit(sorted(chosen.items(), key=doubtful), fits, MOST_BUILDS))
     instead = dict(kept)
-    for site in [site for site in chosen if site not in kept]:
+    for site in chosen:
+        if site in kept or job.budget.over:
+            continue
         plainer = [_with(instead, site, o) for o in chances.options[site] if not o.centred][:MOST_TRIED]
         instead = min([instead, *plainer], key=chances.trials.noise)
     added = [item for item in instead.items() if item[0] not in kept]
@@ -447,8 +471,9 @@ def _changed(start: Quantization, chosen: Choices) -> Quantization:
     scales = {**start.scales, **{tensors[s.readers[0]]: o.scale for s, o in chosen.items()}}
     scales = {tensor: scales[tensor] for tensor in plan.tensors}
     corrections, codes = dict(start.corrections), dict(start.codes)
-    for site, option in chosen.items():
-        for reader in (_Reader(start, name) for name in site.readers):
+    for site, readers in _readers(start, chosen).items():
+        option = chosen[site]
+        for reader in readers:
             for bias in reader.biases:
                 values = reader.bias(bias, option)
                 corrections[reader.name] = Correction(bias.node.name, bias.index, values)

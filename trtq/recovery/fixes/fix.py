@@ -7,8 +7,9 @@ what a pass gains is often no more than a mean error that a bias takes away for 
 weights, which changes neither the float graph nor a scale. Both are judged without them, too: the mean error
 may be that of a few positions, such as tokens that are outliers, or of padding, and no error of the others.
 
-These put no operator into the engine: they are part of calibration (`calibrated`). Scales that are inserted
-where none can be folded do (`rescale`): they are a step of the workflow, for what does not pass without them.
+These put no operator into the engine: they are part of calibration (`calibrated`). Scales and zero-points
+that are inserted where none can be folded do (`affine`): they are a step of the workflow, for what does not
+pass without them.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ PASSES = (Pass("shift", shift), Pass("smooth", smooth))
 """In the order in which they are tried."""
 
 AFFINE, ROUNDING, BIAS = "affine", "rounding", "bias"
-"""What inserted scales, the rounding of weights and the bias correction are called beside the passes."""
+"""What inserted operators, the rounding of weights and the bias correction are called beside the passes."""
 
 JUDGED_MACS, JUDGED_ROWS = 1e10, (32, 256)
 """Multiply-accumulates of the rows that biases are corrected and weights rounded on to judge what is tried,
@@ -145,8 +146,8 @@ def is_made(job: Job, plan: Plan) -> bool:
 
 
 def fix(job: Job, start: Quantization) -> Made:
-    """What `calibrated` gives, with scales inserted where none can be folded, as far as the engine gains no
-    kernel; weights are then rounded and biases corrected again.
+    """What `calibrated` gives, with scales and zero-points inserted where none can be folded, as far as the
+    engine gains no kernel; weights are then rounded and biases corrected again, if that helps.
 
     Returns:
         nothing where that does not help on the rows held back, and what was tried.
@@ -162,6 +163,8 @@ def fix(job: Job, start: Quantization) -> Made:
     bare = replace(changed, corrections={}, codes={})
     rounded = round_weights(bare, _judged(job, bare.plan), workers=job.recipe.threads)
     means, made = mean_inputs([bare], job.data, SILENT, workers=job.recipe.threads), {before: start}
+    if not start.corrections:
+        made[" + ".join([*names, ROUNDING] if changed.codes else names)] = changed
     for own, variant in ((BIAS, bare), (f"{ROUNDING} + {BIAS}", rounded)):
         made[" + ".join([*names, own])] = means.corrected(variant)
     rows = held_back(job)

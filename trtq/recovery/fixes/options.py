@@ -42,7 +42,8 @@ class Option:
         values: of the tensor, (positions, channels).
         factors: what the tensor is divided by, (channels,); None: 1.
         low, high: ends of each channel's range, (channels,); zero is within. Without middles, high = -low.
-        usual: the median of each channel; what lies far from it is cut off first.
+        usual: the median of each channel, or the zero that a Pad puts there; what lies far from it is cut off
+            first.
         centred: whether a middle is subtracted.
         part: of the widest channel's range, which is the range of all; what does not fit is cut off.
         share: error behind the readers' weights, as a share of what it is without this.
@@ -85,6 +86,12 @@ class Option:
         rounded = fake_quantize(self.affine.of(self.values), self.scale)
         return rounded.mean(axis=0, dtype=np.float64)
 
+    def widened(self, by: float) -> Option:
+        """With a range so many times as wide, up to the widest channel's; `share` grows as its noise does."""
+        other = replace(self, part=min(self.part * by, 1))
+        before, after = self.noise.sum(), other.noise.sum()
+        return replace(other, share=self.share * after / before if before else self.share)
+
     @property
     def _all_factors(self) -> Vector:
         return np.ones(self.low.shape) if self.factors is None else self.factors
@@ -108,8 +115,8 @@ def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: fl
     Args:
         amax: of the tensor's range as it is.
     """
-    values = channels.values[:: -(-channels.values.size // MOST_VALUES)]
-    usual = np.median(values, axis=0).astype(np.float64)
+    values, none = channels.values[:: -(-channels.values.size // MOST_VALUES)], np.zeros(site.channels)
+    usual = none if site.pads else np.median(values, axis=0).astype(np.float64)
     low, high = (np.asarray(end, np.float64) for end in (channels.low, channels.high))
     largest = np.maximum(-low, high)
     low, high = np.minimum(low, 0), np.maximum(high, 0)
@@ -127,7 +134,6 @@ def options(site: Site, readers: Sequence[gs.Node], channels: Channels, amax: fl
     def ranged(option: Option) -> Option:
         return min((replace(option, part=p) for p in NARROWER), key=lambda option: option.noise.sum())
 
-    none = np.zeros(site.channels)
     plain = Option(values, None, none - amax, none + amax, none, False)
     tried = list(map(ranged, kinds(-largest, largest, none, False)))
     if site.takes_middle:

@@ -30,8 +30,8 @@ from trtq.recovery.fixes.windows import windows
 from trtq.simulation.rows import Runner, Workers
 
 MOST_ROWS, POSITIONS, POSITIONS_PER_INPUT = 256, (1024, 4096), 16
-"""Rows, evenly spread, that inputs are looked at on, about how many positions of them (pixels, tokens) at least
-and at most, and between these how many for each weight of an output."""
+"""Rows, evenly spread, that inputs are looked at on, about how many positions of them (pixels, tokens) at
+least and at most, and between these how many for each weight of an output."""
 
 MOST_INPUTS = 4096
 """Layers with more weights for each output are rounded to the nearest."""

@@ -192,12 +192,10 @@ def _longer(size: int | str | None, by: int) -> int | str | None:
 
 
 def _make_up(graph: gs.Graph, names: Names, node: gs.Node, affine: Affine) -> None:
-    """Undo an affine change in the constants of a reader."""
-    if affine.middle is not None:
-        bias = bias_of(graph, node)
-        assert bias is not None  # the site takes a middle
-        bias.add(behind(node, affine.middle), names)
-        if "pads" in node.attrs:
-            node.attrs["pads"] = [0] * len(node.attrs["pads"])
+    """Undo an affine change in the constants of a reader, which gets a bias if it can have one."""
+    if (bias := bias_of(graph, node)) is not None:
+        bias.add(np.zeros(bias.size) if affine.middle is None else behind(node, affine.middle), names)
+    if affine.middle is not None and "pads" in node.attrs:
+        node.attrs["pads"] = [0] * len(node.attrs["pads"])
     if affine.factors is not None:
         scale_linear(node, affine.factors, names, output=False)

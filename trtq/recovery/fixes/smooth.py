@@ -443,5 +443,5 @@ def rounding_noise(values: NDArray[np.float32], scale: NDArray[np.float32] | np.
     """Mean squared error of each channel in INT8 with a scale; (channels,) from (positions, channels)."""
     ratio = values / scale
     ratio -= np.clip(np.rint(ratio), -128, 127)
-    error: Vector = np.einsum("ij,ij->j", ratio, ratio) * float(scale) ** 2 / max(len(values), 1)
+    error: Vector = np.einsum("ij,ij->j", ratio, ratio) * np.float64(scale) ** 2 / max(len(values), 1)
     return error
