@@ -37,7 +37,7 @@ from trtq.recovery.fixes.affine import (
     most_that_fit,
     searched,
 )
-from trtq.recovery.fixes.bias import correct_biases
+from trtq.recovery.fixes.bias import MeanInputs, correct_biases, mean_inputs
 from trtq.recovery.fixes.channels import Channels
 from trtq.recovery.fixes.fix import fix
 from trtq.recovery.fixes.options import LEAST_FACTOR, Option, options
@@ -492,13 +492,14 @@ def test_fix_inserts_operators_where_nothing_can_be_folded(tmp_path: Path) -> No
 def test_biases_stay_as_they_are_where_correcting_them_hurts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(quantization: Quantization, *_: object, **__: object) -> Quantization:
-        made = correct_biases(quantization, case.samples, SILENT, workers=1)
+    def spoilt(_: MeanInputs, quantization: Quantization) -> Quantization:
+        made = corrected(mean_inputs([quantization], case.samples, SILENT, workers=1), quantization)
         worse = {name: replace(c, values=c.values + 100) for name, c in made.corrections.items()}
         return replace(made, corrections=worse)
 
-    monkeypatch.setattr("trtq.recovery.fixes.fix.correct_biases", spoilt)
     case = small_case(tmp_path, spread)
+    corrected = MeanInputs.corrected
+    monkeypatch.setattr(MeanInputs, "corrected", spoilt)
     made = fix(job_of(tmp_path, case, method="max", backend="none"), case.quantized()).quantization
     assert made is not None
     assert made.notes["fixes"] == "affine"

@@ -6,8 +6,8 @@ behind whatever does not commute with them: SiLU, GELU, hard-swish, ReLU, a Clip
 always work. They cost what a pointwise operation costs, and nothing where they become part of a kernel that
 is there anyway: of a public detector of 218 kernels not one was added.
 
-What may be inserted comes from the rows to fit on (`options`). Where it is, is tried on rows held back, and
-kept as far as the engine gains no kernel.
+What may be inserted comes from the rows to fit on (`options`). Where it is, is tried on rows of all
+calibration data, and kept as far as the engine gains no kernel.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ MOST_TRIED = 3
 """Options that are tried at each site, of those that promise most."""
 
 TRIED_MACS, TRIED_ROWS, FEW_ROWS = 1e10, (32, 128), 6
-"""Multiply-accumulates of the rows held back that sites are tried on, the fewest and most of these rows, and
-how many a tensor alone is run on."""
+"""Multiply-accumulates of the calibration rows that sites are tried on, the fewest and most of these rows,
+and how many a tensor alone is run on."""
 
 MOST_BUILDS = 16
 """Engines that are built to find what adds kernels."""
 
 NEIGHBOURS = (1.25, 0.8, 0.65)
 """Multiples of a changed tensor's range that are tried, too, where they leave less error on the rows to fit
-on than there is without operators: few rows held back may lack the values that are cut off."""
+on than there is without operators: the few rows that are tried may lack the values that are cut off."""
 
 Choices = Mapping[Site, Option]
 
@@ -195,7 +195,7 @@ def _as_input(graph: gs.Graph, node: gs.Node, index: int, name: str) -> str:
 
 
 def insert_affine(job: Job, start: Quantization) -> Quantization | None:
-    """A calibrated quantization with operators where they pay on the rows held back and add no kernel.
+    """A calibrated quantization with operators where they pay and add no kernel.
 
     Factors, middles and ranges of the changed tensors come from the rows to fit on; the ranges of all other
     tensors stay as they are. Weights that are scaled are rounded to the nearest. Biases give back what their
@@ -243,7 +243,7 @@ class _Chances(NamedTuple):
         options: site -> its options, the best first; the most promising site first.
         promises: site -> noise that it may save: what its tensor alone makes in the outputs, times the share
             of the error behind its readers that its best option saves.
-        trials: on rows held back.
+        trials: on calibration rows.
         rows: how many.
     """
 
@@ -256,7 +256,7 @@ class _Chances(NamedTuple):
 def _chances(job: Job, start: Quantization, sites: Sequence[Site]) -> _Chances:
     rows = Rows(
         start.graph,
-        job.parts[1].spread(_rows_to_try(job, start)),
+        job.data.spread(_rows_to_try(job, start)),
         batch=BATCH,
         threads=1,
         kept=True,
@@ -284,14 +284,14 @@ def _chances(job: Job, start: Quantization, sites: Sequence[Site]) -> _Chances:
 
 
 def _choose(job: Job, chances: _Chances, sites: int) -> dict[Site, Option]:
-    """What saves noise on the rows held back."""
+    """What saves noise on calibration rows."""
     noise, workers = chances.trials.noise, Workers(job.recipe.threads)
     made = searched(chances.options, chances.promises, noise, workers, lambda: job.budget.over)
     before, after = noise_db(made.plain), noise_db(noise(made.choices))
     job.console.say(
         "affine",
         f"{len(made.choices)} of {sites} tensors: {before:.1f} -> {after:.1f} dB"
-        f" on {chances.rows} rows held back, {sites + made.runs} runs",
+        f" on {chances.rows} rows, {sites + made.runs} runs",
     )
     return made.choices if after > before + LEAST_DB else {}
 
@@ -313,10 +313,10 @@ def _worthwhile(
 
 
 def _rows_to_try(job: Job, start: Quantization) -> int:
-    """How many rows held back sites are tried on."""
+    """How many calibration rows sites are tried on."""
     fewest, most = TRIED_ROWS
     rows = int(min(max(TRIED_MACS / max(start.plan.macs_per_row, 1), fewest), most))
-    return min(rows, len(job.parts[1]))
+    return min(rows, len(job.data))
 
 
 class Searched(NamedTuple):
@@ -343,8 +343,8 @@ def searched(
 
     The search starts from the first few sites, as many as are best at once: all of them where what they save
     adds up, and few where they get into each other's way; with their best options, or without factors. Then
-    each site, the most promising first, goes in or out, and tries other options and ranges. Sites at the end
-    that promise next to nothing are left out.
+    each site, the most promising first, goes in or out, and tries other options and ranges. What is out then
+    is tried once more. Sites at the end that promise next to nothing are left out.
 
     Args:
         options: site -> its options, the best first; the most promising site first.
@@ -362,26 +362,31 @@ def searched(
                 firsts.append(first)
     noises = list(workers.map(noise, firsts))
     plain, best, chosen = noises[0], min(noises), firsts[int(np.argmin(noises))]
-    runs = len(noises)
+    runs, dropped = len(noises), set[Site]()
+
+    def took(site: Site, tried: Sequence[Option | None]) -> Option | None:
+        """The best of what was tried at a site and what it has."""
+        nonlocal best, chosen, runs
+        others = [_with(chosen, site, option) for option in tried]
+        noises = list(workers.map(noise, others))
+        runs, winner = runs + len(others), int(np.argmin(noises)) if noises else 0
+        if noises and noises[winner] < best:
+            best, chosen = noises[winner], others[winner]
+        return chosen.get(site)
+
     for site, left in zip(order, rest, strict=True):
         if left < LEAST_SHARE * best or over():
+            dropped.add(site)
             chosen = _with(chosen, site, None)
             continue
         large = promises[site] > best / len(order)
-        others: list[Option | None] = [None if site in chosen else options[site][0]]
-        if large:
-            others += options[site][1:MOST_TRIED]
-        narrowed = False
-        while others:
-            tried = [_with(chosen, site, choice) for choice in others]
-            noises = list(workers.map(noise, tried))
-            runs, winner = runs + len(tried), int(np.argmin(noises))
-            if noises[winner] < best:
-                best, chosen = noises[winner], tried[winner]
-            kept, others = chosen.get(site), []
-            if large and kept is not None and not narrowed:
-                others = [other for by in NEIGHBOURS if (other := kept.widened(by)).share < 1]
-            narrowed = True
+        some = options[site][: MOST_TRIED if large else 1]
+        kept = took(site, [None if site in chosen else some[0], *some[1:]])
+        if large and kept is not None:
+            took(site, [other for by in NEIGHBOURS if (other := kept.widened(by)).share < 1])
+    for site in order:
+        if site not in chosen and site not in dropped and not over():
+            took(site, options[site][:1])
     return Searched(chosen, plain, runs)
 
 
