@@ -110,6 +110,10 @@ class Plan:
         """Multiply-accumulates of one row; those that are not known count as 0."""
         return sum(node.macs or 0 for node in self.nodes) / max(self.batch, 1)
 
+    def rows_within(self, macs: float, fewest: int, most: int) -> int:
+        """How many rows take so many multiply-accumulates, from `fewest` to `most`."""
+        return int(min(max(macs / max(self.macs_per_row, 1), fewest), most))
+
     def float32_lines(self) -> list[str]:
         """What stays float32, one line for all nodes of a rule: the first of them, and how many more."""
         lines = []

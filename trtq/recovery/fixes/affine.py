@@ -72,7 +72,7 @@ class _Trials:
     weights, biases and ranges are its inputs."""
 
     def __init__(self, rows: Rows, start: Quantization, sites: Sequence[Site]) -> None:
-        self._rows, self._start = rows, start
+        self._rows = rows
         graph, plan = inserted(start.graph, start.plan, {site: _neutral(site) for site in sites})
         tensors = {edge.node: edge.tensor for edge in plan.edges if edge.index == 0}
         self._tensors = {site: tensors[site.readers[0]] for site in sites}
@@ -314,9 +314,7 @@ def _worthwhile(
 
 def _rows_to_try(job: Job, start: Quantization) -> int:
     """How many calibration rows sites are tried on."""
-    fewest, most = TRIED_ROWS
-    rows = int(min(max(TRIED_MACS / max(start.plan.macs_per_row, 1), fewest), most))
-    return min(rows, len(job.data))
+    return min(start.plan.rows_within(TRIED_MACS, *TRIED_ROWS), len(job.data))
 
 
 class Searched(NamedTuple):

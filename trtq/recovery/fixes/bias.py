@@ -31,7 +31,7 @@ from trtq.data.samples import Samples
 from trtq.graph.names import Names
 from trtq.graph.quantization import Correction, Quantization
 from trtq.graph.rewrite import require_scales, rounded_weight
-from trtq.recovery.fixes.channels import Bias, Vector, bias_of, is_linear
+from trtq.recovery.fixes.channels import Bias, Vector, bias_of, is_linear, weight_matrix
 from trtq.recovery.fixes.windows import reads
 from trtq.simulation.rows import Runner
 
@@ -176,12 +176,8 @@ def _rounded_weights(quantization: Quantization, nodes: Mapping[str, gs.Node]) -
 
 def _product(node: gs.Node, weights: NDArray, means: Vector) -> Vector:
     """What a linear node makes of one position, without its bias."""
-    if node.op == "Conv":
-        groups = node.attrs.get("group", 1)
-        matrices = weights.reshape(groups, len(weights) // groups, -1)
-    else:
-        matrices = (weights if node.attrs.get("transB", 0) else weights.T)[None]
-    return np.matmul(matrices.astype(np.float64), means.reshape(len(matrices), -1, 1)).reshape(-1)
+    matrix = weight_matrix(node, weights)
+    return np.matmul(matrix.reshape(*matrix.shape[:2], -1), means.reshape(len(matrix), -1, 1)).reshape(-1)
 
 
 def _mean_reads(node: gs.Node, values: NDArray, scales: Sequence[np.float32]) -> NDArray[np.float64]:

@@ -377,9 +377,7 @@ def _judged(job: Job, plan: Plan) -> Samples:
 
 
 def _rows_to_judge(job: Job, plan: Plan) -> int:
-    fewest, most = JUDGED_ROWS
-    rows = int(min(max(JUDGED_MACS / max(plan.macs_per_row, 1), fewest), most))
-    return min(rows, len(job.parts[0]))
+    return min(plan.rows_within(JUDGED_MACS, *JUDGED_ROWS), len(job.parts[0]))
 
 
 def _corrected(job: Job, made: Quantization) -> Quantization:

@@ -43,13 +43,14 @@ POINTWISE_OPS = frozenset(
     " Softsign Sub Swish Tanh".split()
 )
 """Operators that run in a kernel of their own kind, which takes a Mul and a Sub for nothing: behind these
-alone are they inserted where no builder can be asked. TensorRT for RTX 1.7.1 takes them for nothing behind
+alone are they inserted where no builder can be asked. TensorRT for RTX 1.7.1 takes a Mul for nothing behind
 nearly all others, too; not behind a Concat of pooled tensors, nor behind the Reshape of a fused attention's
 result, where it takes 3 kernels more."""
 
 PADDED_OPS = POINTWISE_OPS | {"Clip", "LeakyRelu", "Relu"}
-"""Operators behind which TensorRT for RTX 1.7.1 takes a Pad for nothing, too. Behind a Conv or a Concat it
-mostly takes a kernel more."""
+"""Operators behind which a Pad is expected to add no kernel: TensorRT for RTX 1.7.1 was seen to add none
+behind Add, Clip, Mul and Relu, and mostly one behind a Conv or a Concat. What is not listed is the last to be
+built on trial."""
 
 
 @dataclass(frozen=True)
